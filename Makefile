@@ -1,0 +1,33 @@
+# make help shows what there is; everything runs in .venv, which `make setup` makes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo check test bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready ## make .venv with posttrain and all it needs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
+	touch .venv/ready
+
+demo: setup ## CPT -> SFT -> DPO on a real 135M model, on two cores, under 20 minutes
+	$(BIN)/posttrain run python_expert
+
+check: setup ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest -q -m "not slow" -n 2
+
+test: setup ## all tests
+	$(BIN)/pytest -q -n 2
+
+bench: setup ## SFT and DPO side by side with TRL, into docs/benchmarks.md
+	$(BIN)/python benchmarks/compare.py
+
+clean: ## remove .venv and caches of the tools; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -1,0 +1,66 @@
+"""The one shape in which tokens reach a model: sequences laid end to end, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Tokens `start:stop` of a pack attend causally to themselves and to all of `prefix_start:prefix_stop`.
+
+    A document is a segment with an empty prefix; an answer's prefix is the prompt it shares with its rival.
+    """
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T tokens in a row, and the N next-token predictions among them whose weight is not zero.
+
+    tokens, positions: int64 [1, T]. source: int64 [N], the index in T whose hidden state predicts `target`
+    (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
+    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. rows: number in the source of each example.
+    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights, or pairs).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    owner: Tensor
+    num_answers: int
+    rows: tuple[int, ...]
+    count: float
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        names = ("tokens", "positions", "source", "target", "weight", "owner")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
+        return replace(self, **moved, extra=extra)
+
+
+@dataclass
+class LossOutput:
+    """A sum, not a mean: the loop divides once by the `count` of the whole optimizer step.
+
+    total: scalar tensor with gradient. metrics: name -> (sum, count), detached; each is averaged as sum / count
+    over everything that was seen since the last logged step.
+    """
+
+    total: Tensor
+    metrics: dict[str, tuple[Tensor, float]] = field(default_factory=dict)

@@ -1,0 +1,162 @@
+"""The command line. Typer only: Hydra and torch are imported where they are needed, so that help is there at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from posttrain import __version__
+from posttrain.exits import guarded
+
+STAGES = {
+    "cpt": ("Continued pre-training on documents.", "data.path=corpus.jsonl", "data.path=corpus.jsonl train.max_length=2048"),
+    "sft": ("Supervised fine-tuning on conversations.", "data.path=chat.jsonl", "-m peft.r=4,8,16 peft.alpha=16,32"),
+    "dpo": (
+        "Direct preference optimisation on pairs.",
+        "init=runs/sft/RUN data.path=pairs.jsonl",
+        "init=runs/sft/RUN dpo.beta=0.05",
+    ),
+}
+SETTINGS = (
+    ("model=smollm2", "or tiny, llama3, qwen3, ...; model.name=ORG/NAME or a directory"),
+    ("init=null", "a finished run to go on from, a hub id or a path"),
+    ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
+    ("quant=none", "or nf4 (qlora chooses it)"),
+    ("data.path=FILE", "JSONL, JSON, CSV, Parquet, text, or a hub id; data.split, data.max_rows"),
+    ("optim.lr=2e-4", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),
+    ("train.max_steps=100", "or train.epochs; train.batch_size, train.grad_accum, train.max_length"),
+    ("train.save_steps=50", "also train.eval_steps, train.log_steps, train.seed, train.processes"),
+    ("run.dir=DIR", "default runs/STAGE/TIME-ID; the same command goes on where it stopped"),
+)
+app = typer.Typer(
+    name="posttrain",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-train a language model: CPT, SFT, DPO, in full, with LoRA or QLoRA, each stage from the one before.",
+    epilog="[bold]Try[/]  posttrain sft model=tiny train.max_steps=5   "
+    "[bold]then[/]  posttrain sft +peft=qlora data.path=my.jsonl   [bold]or[/]  posttrain run python_expert",
+)
+
+
+def _complete(incomplete: str) -> list[str]:
+    from posttrain.config.completion import complete
+
+    stage = next((word for word in sys.argv if word in STAGES), "sft")
+    return complete(stage, incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, in any order.", autocompletion=_complete)
+]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own config groups; they can shadow the shipped ones.")]
+
+
+def _end(command: Callable[[], Any]) -> None:
+    raise typer.Exit(guarded(command))
+
+
+def _epilog(name: str, with_data: str, more: str) -> str:
+    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in SETTINGS)
+    examples = "\n\n".join(
+        f"posttrain {name} {tail}" for tail in ("+peft=qlora", f"+peft=qlora {with_data}", f"+peft=lora {more}")
+    )
+    return f"[bold]Main settings[/]  (all of them: posttrain {name} --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
+
+
+def _add_stage(name: str, about: str, with_data: str, more: str) -> None:
+    @app.command(name, help=about, epilog=_epilog(name, with_data, more), rich_help_panel="Stages")
+    def stage(
+        overrides: Overrides = None,
+        multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: a=1,2 b=3,4 runs all combinations.")] = False,
+        cfg: Annotated[str | None, typer.Option("--cfg", "-c", help="Print the composed config (job) and stop.")] = None,
+        info: Annotated[str | None, typer.Option("--info", "-i", help="How the config came about (defaults) and stop.")] = None,
+        config_dir: ConfigDir = None,
+    ) -> None:
+        def command() -> None:
+            from posttrain.config import compose as composing
+
+            words = overrides or []
+            if cfg or info:
+                print(composing.show(name, words, config_dir, cfg, info))
+            elif multirun:
+                from posttrain.sweep import run_sweep
+
+                run_sweep(name, words, config_dir)
+            else:
+                config = composing.compose_run(name, words, config_dir)
+                from posttrain.worker import run_config
+
+                run_config(config)
+
+        _end(command)
+
+
+for _name, (_about, _with_data, _more) in STAGES.items():
+    _add_stage(_name, _about, _with_data, _more)
+
+
+@app.command("run", rich_help_panel="Chains and results")
+def recipe(
+    name: Annotated[str, typer.Argument(help="A recipe's name or file.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[STEP.]KEY=VALUE...", help="For one step, or for all.")
+    ] = None,
+    from_step: Annotated[str | None, typer.Option("--from", help="Do this step and all after it again.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do every step again.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Show the recipes there are, or a recipe's steps and their state.")
+    ] = False,
+) -> None:
+    """Run a recipe: stages in a chain, each from the one before; what is done already is skipped."""
+    from posttrain.pipeline import run_recipe
+
+    _end(lambda: run_recipe(name, overrides or [], from_step=from_step, fresh=fresh, list_only=listing))
+
+
+@app.command(rich_help_panel="Chains and results")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the page goes.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side on one page."""
+
+    def command() -> None:
+        from posttrain.after.report import compare_page
+
+        print(compare_page(runs, out))
+
+    _end(command)
+
+
+@app.command(rich_help_panel="Before a run")
+def doctor() -> None:
+    """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""
+    from posttrain.before.doctor import examine
+
+    _end(examine)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Hydra composes plain YAML, pydantic checks the result. The only file that imports Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from posttrain.config.paths import root
+from posttrain.config.schema import STAGE_CONFIG
+from posttrain.errors import UserError, did_you_mean
+
+STAGES = ("cpt", "sft", "dpo")
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+
+
+def compose(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
+    """The config of one run, resolved, as a plain dict. Raises UserError, in one line, for an override that does not fit."""
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+        lines = normalise(hydra, stage, overrides)
+        composed = hydra.compose_config(stage, lines, RunMode.RUN, with_log_configuration=False)
+        return plain(composed)
+
+
+def validate(config: dict[str, Any]) -> Any:
+    """The typed config. Raises UserError naming the first field that is wrong."""
+    try:
+        return STAGE_CONFIG.validate_python(config)
+    except ValidationError as error:
+        raise UserError(_first_complaint(error, config)) from None
+
+
+@contextmanager
+def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
+    """A Hydra whose search path is the user's directory, then the shipped one: the first can shadow the second."""
+    setbase("1.3")
+    path = create_config_search_path(str(root("configs")))
+    if config_dir:
+        if not config_dir.is_dir():
+            raise UserError(f"--config-dir: {config_dir} is no directory")
+        path.prepend(provider="user", path=f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main"))
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2(task_name=task, config_search_path=path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Without Hydra's own part, all interpolations resolved."""
+    whole = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(whole, dict)
+    whole.pop("hydra", None)
+    resolved = OmegaConf.to_container(OmegaConf.create(whole), resolve=True)
+    assert isinstance(resolved, dict)
+    if missing := sorted(OmegaConf.missing_keys(OmegaConf.create(whole))):
+        raise UserError(f"{missing[0]} has no value; give {missing[0]}=...")
+    return {str(key): value for key, value in resolved.items()}
+
+
+def normalise(hydra: Hydra, stage: str, overrides: list[str]) -> list[str]:
+    """`+peft=qlora`, `++peft=qlora`, `peft=qlora`, `peft=null` and `~peft` all mean what they say; odd values are quoted."""
+    known = _group_choices(hydra, stage)
+    return [_normal(hydra, known, quoted(hydra, line)) for line in overrides]
+
+
+def quoted(hydra: Hydra, line: str) -> str:
+    """The override, its value in quotes where Hydra's grammar would stumble over a plain path or text."""
+    if parse(hydra, line) is not None:
+        return line
+    key, separator, value = line.partition("=")
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    candidate = f"{key}='{escaped}'"
+    unfinished = value[:1] in "[{(" and value[-1:] not in "]})"
+    if not separator or unfinished or parse(hydra, candidate) is None:
+        raise UserError(f"'{line}' is no override: write key=value, lists as [a,b], text with odd characters in quotes")
+    return candidate
+
+
+def parse(hydra: Hydra, line: str) -> Override | None:
+    try:
+        return OverridesParser.create(hydra.config_loader).parse_override(line)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+def _group_choices(hydra: Hydra, stage: str) -> dict[str, str | None]:
+    defaults = hydra.config_loader.compute_defaults_list(stage, [], RunMode.MULTIRUN)
+    return dict(defaults.overrides.known_choices)
+
+
+def _normal(hydra: Hydra, known: dict[str, str | None], line: str) -> str:
+    override = parse(hydra, line)
+    assert override is not None
+    group = override.key_or_group
+    if not hydra.config_loader.get_group_options(group):
+        return line
+    if override.is_delete():
+        return f"{group}=none"
+    value = line.split("=", 1)[1]
+    if not override.is_sweep_override():
+        _require_option(hydra, group, value)
+    return f"{group}={'none' if value == 'null' else value}" if group in known else f"+{group}={value}"
+
+
+def _require_option(hydra: Hydra, group: str, value: str) -> None:
+    options = hydra.config_loader.get_group_options(group)
+    if value not in (*options, "null"):
+        raise UserError(f"{group}: there is no '{value}'{did_you_mean(value, options)} (there are: {', '.join(options)})")
+
+
+@contextmanager
+def _in_one_line(hydra: Hydra, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(_explain(hydra, stage, str(error))) from None
+
+
+def _explain(hydra: Hydra, stage: str, message: str) -> str:
+    """What Hydra says over several lines, as one with the key and a near name."""
+    found = re.search(r"[Kk]ey '([\w.]+)' is not in struct\s+full_key: ([\w.\[\]]+)", message)
+    if found:
+        return unknown_key(found.group(2), shipped_keys(hydra, stage))
+    found = re.search(r"Could not override '([^']+)'", message)
+    if found:
+        return unknown_key(found.group(1), shipped_keys(hydra, stage))
+    return " ".join(message.split())[:300]
+
+
+def shipped_keys(hydra: Hydra, stage: str) -> list[str]:
+    """Every key that this stage knows, in any of its variants: {"optim.lr", "peft.r", ...}."""
+    from posttrain.rundir import flatten
+
+    composed = plain(hydra.compose_config(stage, [], RunMode.RUN, with_log_configuration=False))
+    keys = set(flatten(composed))
+    for group in ("peft", "quant"):
+        for option in hydra.config_loader.get_group_options(group):
+            one = hydra.compose_config(stage, [f"{group}={option}"], RunMode.RUN, with_log_configuration=False)
+            keys |= set(flatten(plain(one)))
+    return sorted(keys | {key.rsplit(".", 1)[0] for key in keys if "." in key})
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    if key in known:
+        group = key.split(".")[0]
+        hint = "+peft=lora (or another method)" if group == "peft" else f"another {group}="
+        return f"{key} does not belong to the chosen {group}; it needs {hint}"
+    last = key.rsplit(".", 1)[-1]
+    same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    hint = f" - did you mean '{same_end[0]}'?" if same_end else did_you_mean(key, known)
+    return f"unknown key '{key}'{hint}"
+
+
+def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
+    complaint = error.errors()[0]
+    # the tags of unions (stage, method) stand in the location, but in no key of the user's
+    path: list[str] = []
+    tree: Any = config
+    for part in complaint["loc"]:
+        if isinstance(tree, dict) and part in tree:
+            path.append(str(part))
+            tree = tree[part]
+        elif (isinstance(tree, list) and isinstance(part, int)) or complaint["type"] == "missing":
+            path.append(str(part))
+    key = ".".join(path)
+    if complaint["type"] == "extra_forbidden":
+        siblings = [name for name in _parent(config, path) if name != path[-1]]
+        return f"unknown key '{key}'{did_you_mean(path[-1], siblings)} (there are: {', '.join(siblings)})"
+    message = complaint["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if complaint["type"] == "value_error":
+        return message
+    return f"{key}: {message} (got {complaint['input']!r})"
+
+
+def _parent(tree: Any, path: list[str]) -> list[str]:
+    for part in path[:-1]:
+        tree = tree[part]
+    return list(tree)
+
+
+def compose_run(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
+    """A config that is ready to run: composed, with the model of the run it starts from, and validated."""
+    config = inherit_model(compose(stage, overrides, config_dir), overrides)
+    validate(config)
+    return config
+
+
+def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """With `init` a finished run, the model is that run's. Raises UserError where the user names another one."""
+    stored = Path(config["init"] or "").expanduser() / "config.yaml"
+    if not config["init"] or not stored.is_file():
+        return config
+    parent = yaml.safe_load(stored.read_text())["model"]
+    said = any(line.lstrip("+").startswith(("model=", "model.name=")) for line in overrides)
+    if said and config["model"]["name"] != parent["name"]:
+        raise UserError(
+            f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
+        )
+    kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
+    return {**config, "model": {**parent, **{key: config["model"][key] for key in kept}}}
+
+
+def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | None, info: str | None) -> str:
+    """The composed config as YAML (`--cfg job`), or the defaults that made it (`--info defaults`)."""
+    if cfg not in (None, "job"):
+        raise UserError(f"--cfg: there is no '{cfg}'{did_you_mean(cfg or '', ['job'])} (there is: job)")
+    if info not in (None, "defaults"):
+        raise UserError(f"--info: there is no '{info}'{did_you_mean(info or '', ['defaults'])} (there is: defaults)")
+    if cfg:
+        return yaml.safe_dump(compose_run(stage, overrides, config_dir), sort_keys=False).rstrip()
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+        lines = normalise(hydra, stage, overrides)
+        found = hydra.config_loader.compute_defaults_list(stage, lines, RunMode.RUN)
+        return "\n".join(
+            f"{entry.config_path}.yaml -> {entry.package or 'top level'}" for entry in found.defaults if entry.config_path
+        )
+
+
+def expand(stage: str, overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:
+    """The jobs of a sweep: one list of overrides for every combination of `a=1,2`, the last key varying fastest."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+        parsed = OverridesParser.create(hydra.config_loader).parse_overrides(normalise(hydra, stage, overrides))
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        return [list(job) for batch in batches for job in batch]
+
+
+def launch(stage: str, overrides: list[str], config_dir: Path | None, task: Any, sweep_dir: Path) -> None:
+    """Call `task(config)` once a job, through the launcher that `hydra/launcher=` names (one after another by default)."""
+    quiet = ["hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null", "hydra.mode=MULTIRUN"]
+    place = [f"hydra.sweep.dir='{sweep_dir / '.hydra'}'", "hydra.sweep.subdir=${hydra.job.num}", f"run.dir='{sweep_dir}'"]
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+        lines = normalise(hydra, stage, [line for line in overrides if not line.lstrip("+").startswith("run.dir=")])
+        hydra.multirun(config_name=stage, task_function=task, overrides=[*lines, *quiet, *place], with_log_configuration=False)

@@ -1,0 +1,57 @@
+"""What the user reads while a run goes on: plain lines anywhere, a live bar on a terminal."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+QUIET_SECONDS = 5.0  # without a terminal, at most one line of progress in so many seconds
+
+
+def is_main() -> bool:
+    """True in the one process that speaks: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    if is_main():
+        console.print(line, markup=False)
+
+
+class Meter:
+    """Progress of one phase: a bar with rate and ETA on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, what: str, total: int, start: int = 0) -> None:
+        self.what, self.total, self.done, self.start = what, total, start, start
+        self.began = self.spoke = time.monotonic()
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> Meter:
+        if is_main() and console.is_terminal:
+            columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console)
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=self.total, completed=self.start, note="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, note: str = "") -> None:
+        """One unit of the phase is done; `note` is shown beside the bar."""
+        self.done += 1
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+            return
+        now = time.monotonic()
+        if is_main() and (self.done == self.total or now - self.spoke >= QUIET_SECONDS):
+            self.spoke = now
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            say(f"{self.what} {self.done}/{self.total}  {note}  eta {int(left) // 60}:{int(left) % 60:02d}")

@@ -1,0 +1,169 @@
+"""Canonical rows -> tokens and loss weights, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.skeletons import Message, Rendered, Span
+from posttrain.data.templates import ChatTemplate, chat_template, template_hash
+from posttrain.errors import UserError
+
+__all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """weights[i] is the weight of the loss on predicting tokens[i]; borders counts the tokens of weight 0 that lie
+    partly in trained text."""
+
+    tokens: list[int]
+    weights: list[float]
+    borders: int
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Two answers, and the tokens that come before both; the answers' own tokens start where they differ or count."""
+
+    prompt: list[int]
+    chosen: Encoded
+    rejected: Encoded
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A text to tokenise; `document`: with the beginning and the end of a document that a chat template would write."""
+
+    rendered: Rendered
+    document: bool
+
+
+class Encoder:
+    """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
+
+    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate).
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        if not tokenizer.is_fast:
+            raise UserError("model.name: its tokenizer has no tokenizer.json, which exact loss masks need (offsets)")
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._template: ChatTemplate | None = None
+        # Of the same tokens, but the offsets cover all of the text: a post-processor may trim white space off them.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = tokenizer("x")["input_ids"]
+        self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+    def encode(self, row: Row) -> Encoded | EncodedPair:
+        """Encode a canonical row of any shape."""
+        return self.encode_pair(row) if "chosen" in row else self._encode([self._source(row)])[0]
+
+    def encode_many(self, rows: Iterable[tuple[int, Row]], source: str) -> list[Encoded]:
+        """Encode rows other than pairs, each with its number, all at once; errors start with source and number."""
+        return self._encode([self._named(row, f"{source}, row {number}") for number, row in rows])
+
+    def encode_text(self, row: Row) -> Encoded:
+        """A document: every token counts, the end of the document too."""
+        return self._encode([self._source({"text": row["text"]})])[0]
+
+    def encode_conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Encoded:
+        """Count each assistant turn's own words and its end-of-turn token, and nothing else."""
+        return self._encode([self._conversation(messages, tools)])[0]
+
+    def encode_completion(self, prompt: str, completion: str) -> Encoded:
+        """Plain text without template; the completion and the end of the document count."""
+        return self._encode([_continuation(prompt, completion)])[0]
+
+    def encode_pair(self, row: Row, where: str = "") -> EncodedPair:
+        """Encode prompt, chosen and rejected: all three texts, or a list of messages and two answers.
+
+        Each answer is tokenised together with the prompt; the prompt is what both begin with, up to the first token
+        that counts in either. Raises UserError, which starts with `where`, if the answers are the same.
+        """
+        try:
+            chosen, rejected = self._encode([self._answer(row["prompt"], row[name]) for name in ("chosen", "rejected")])
+            if chosen.tokens == rejected.tokens:
+                raise UserError("chosen and rejected are the same; leave the row out")
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error
+        limit = min(_first_trained(chosen), _first_trained(rejected))
+        shared = next((k for k in range(limit) if chosen.tokens[k] != rejected.tokens[k]), limit)
+        return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared))
+
+    def _named(self, row: Row, where: str) -> _Source:
+        try:
+            return self._source(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def _source(self, row: Row) -> _Source:
+        if "messages" in row:
+            return self._conversation(row["messages"], row.get("tools"))
+        if "completion" in row:
+            return _continuation(row["prompt"], row["completion"])
+        return _continuation("", row["text"])
+
+    def _conversation(self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0) -> _Source:
+        if not messages:
+            raise UserError("a conversation needs at least one message")
+        if self._template is None:
+            self._template = ChatTemplate(self._tokenizer, self._stops)
+        return _Source(self._template.render(messages, tools, first), document=False)
+
+    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
+        if isinstance(prompt, str) and isinstance(answer, str):
+            return _continuation(prompt, answer)
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        return self._conversation([*before, *after], None, first=len(before))
+
+    def _encode(self, sources: list[_Source]) -> list[Encoded]:
+        texts = [source.rendered.text for source in sources]
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [self._weigh(e.ids, e.offsets, source) for e, source in zip(encodings, sources, strict=True)]
+
+    def _weigh(self, tokens: list[int], offsets: list[Span], source: _Source) -> Encoded:
+        weights, borders = _weights(offsets, source.rendered.spans)
+        if not source.document:
+            return Encoded(tokens, weights, borders)
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
+        whole = source.rendered.spans[0][0] == 0
+        start_weights = [1.0 if whole else 0.0] * len(self._start)
+        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, 1.0], borders)
+
+
+def _continuation(prompt: str, text: str) -> _Source:
+    whole = prompt + text
+    return _Source(Rendered(whole, [(len(prompt), len(whole))]), document=True)
+
+
+def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:
+    """1 for each token that lies wholly in a span; and the number of tokens that lie in one only partly."""
+    starts, stops = [a for a, _ in offsets], [b for _, b in offsets]
+    weights, borders = [0.0] * len(offsets), set()
+    for start, stop in spans:
+        low, high = bisect_left(starts, start), min(bisect_right(stops, stop), bisect_left(starts, stop))
+        weights[low:high] = [1.0] * max(high - low, 0)
+        inner = range(bisect_right(stops, start), bisect_left(starts, stop))  # tokens with any letter in the span
+        borders.update(k for k in (*inner[:1], *inner[-1:]) if starts[k] < start or stops[k] > stop)
+    return weights, len(borders)
+
+
+def _first_trained(encoded: Encoded) -> int:
+    return next((k for k, weight in enumerate(encoded.weights) if weight), len(encoded.tokens))
+
+
+def _after(encoded: Encoded, start: int) -> Encoded:
+    return Encoded(encoded.tokens[start:], encoded.weights[start:], encoded.borders)

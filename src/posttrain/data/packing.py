@@ -1,0 +1,131 @@
+"""Units of examples -> one PackedBatch, and the order in which a run draws its units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from posttrain.batch import PackedBatch, Segment
+from posttrain.data.examples import Examples
+
+
+def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
+    """Documents or conversations end to end; attention and positions never cross from one to the next.
+
+    `count` is the sum of the weights.
+    """
+    pieces = [(i, *examples.sequence(i)) for unit in units for i in examples.sequences(unit)]
+    lengths = [len(tokens) for _, tokens, _ in pieces]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    weights = np.concatenate([w for _, _, w in pieces])
+    weights[starts[:-1]] = 0.0  # nothing predicts a first token
+    target_at = np.flatnonzero(weights)
+    tokens = np.concatenate([t for _, t, _ in pieces]).astype(np.int64)
+    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+    owner = np.repeat(np.arange(len(pieces), dtype=np.int64), lengths)[target_at]
+    kept = weights[target_at]
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens)[None],
+        positions=torch.from_numpy(positions)[None],
+        segments=tuple(Segment(int(a), int(b)) for a, b in pairwise(starts)),
+        source=torch.from_numpy(target_at - 1),
+        target=torch.from_numpy(tokens[target_at]),
+        weight=torch.from_numpy(kept),
+        owner=torch.from_numpy(owner),
+        num_answers=len(pieces),
+        rows=tuple(int(examples.rows[i]) for i, _, _ in pieces),
+        count=float(kept.sum()),
+    )
+
+
+def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
+    """Each pair as prompt + chosen + rejected: both answers see the prompt, neither sees the other.
+
+    The first token of either answer is predicted by the prompt's last. `count` is the number of pairs.
+    """
+    tokens: list[NDArray] = []
+    positions: list[NDArray] = []
+    segments: list[Segment] = []
+    source: list[NDArray] = []
+    target: list[NDArray] = []
+    weight: list[NDArray] = []
+    owner: list[NDArray] = []
+    start = 0
+    for k, unit in enumerate(units):
+        ids, weights = examples.sequence(unit)
+        prompt, chosen_end = (int(x) for x in examples.splits[unit])
+        segments.append(Segment(start, start + prompt))
+        positions.append(np.arange(prompt, dtype=np.int64))
+        for answer, (a, b) in enumerate(((prompt, chosen_end), (chosen_end, len(ids)))):
+            segments.append(Segment(start + a, start + b, start, start + prompt))
+            positions.append(np.arange(prompt, prompt + b - a, dtype=np.int64))
+            counts = a + np.flatnonzero(weights[a:b])
+            source.append(np.where(counts == a, start + prompt - 1, start + counts - 1))
+            target.append(ids[counts].astype(np.int64))
+            weight.append(weights[counts])
+            owner.append(np.full(len(counts), 2 * k + answer, dtype=np.int64))
+        tokens.append(ids.astype(np.int64))
+        start += len(ids)
+    return PackedBatch(
+        tokens=torch.from_numpy(np.concatenate(tokens))[None],
+        positions=torch.from_numpy(np.concatenate(positions))[None],
+        segments=tuple(segments),
+        source=torch.from_numpy(np.concatenate(source)),
+        target=torch.from_numpy(np.concatenate(target)),
+        weight=torch.from_numpy(np.concatenate(weight)),
+        owner=torch.from_numpy(np.concatenate(owner)),
+        num_answers=2 * len(units),
+        rows=tuple(int(examples.rows[unit]) for unit in units),
+        count=float(len(units)),
+    )
+
+
+def silent(batch: PackedBatch) -> PackedBatch:
+    """The same batch counting for nothing: for a process that has run out of units while others have not."""
+    return replace(batch, weight=torch.zeros_like(batch.weight), count=0.0)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_units)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which units step `s` of a run draws: a pure function of the seed, so resuming needs no state.
+
+    Every epoch is a fresh permutation; a run of `total_units` ends with a smaller step where the batch does not divide it.
+    """
+
+    num_units: int
+    batch_size: int
+    grad_accum: int
+    world_size: int
+    seed: int
+    total_units: int
+
+    @property
+    def units_per_step(self) -> int:
+        return self.batch_size * self.grad_accum * self.world_size
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.total_units // self.units_per_step)
+
+    def step(self, step: int) -> list[int]:
+        """All units of optimizer step `step` (from 0), over all micro-batches and processes."""
+        start = step * self.units_per_step
+        stop = min(start + self.units_per_step, self.total_units)
+        return [int(_epoch_order(self.num_units, self.seed, i // self.num_units)[i % self.num_units]) for i in range(start, stop)]
+
+    def micro(self, step: int, rank: int) -> list[list[int]]:
+        """The units of each micro-batch of one process; an empty list where others still have units and it has none."""
+        units, size, world = self.step(step), self.batch_size, self.world_size
+        used = [m for m in range(self.grad_accum) if m * world * size < len(units)]
+        return [units[(m * world + rank) * size : (m * world + rank + 1) * size] for m in used]

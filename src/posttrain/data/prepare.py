@@ -1,0 +1,179 @@
+"""From a data config to tokenised train and held-out examples, with an account of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import DataConfig
+from posttrain.data import examples as store
+from posttrain.data.builtin import builtin_rows
+from posttrain.data.conversations import Encoder, template_hash
+from posttrain.data.examples import Examples
+from posttrain.data.shapes import check_fits, recognise, to_canonical
+from posttrain.data.sources import fingerprint, read_rows, split_rows
+from posttrain.errors import UserError
+
+Row = tuple[int, dict[str, Any]]  # number in the source, canonical row
+
+
+@dataclass
+class Account:
+    """What became of a source's rows; goes into the manifest."""
+
+    source: str
+    shape: str
+    fingerprint: str
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
+    untrained: int = 0  # rows left out because no token of theirs would count
+    border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
+
+
+@dataclass(frozen=True)
+class Prepared:
+    train: Examples
+    held_out: Examples
+    account: Account
+    held_out_account: Account
+    key: str  # names all of it: rows, split, tokenizer, options, code
+
+
+def prepare(data: DataConfig, stage: str, tokenizer: Any, max_length: int, cache: Path) -> Prepared:
+    """Read, check, split and tokenise `data` for `stage`, or read it back from the cache.
+
+    Raises UserError for anything wrong with the data, naming file and row.
+    """
+    marks = [fingerprint(data.path, data.subset, data.split, data.revision)]
+    marks += [fingerprint(data.eval_path, data.subset, data.split, data.revision)] if data.eval_path else []
+    key = _key(marks, data.model_dump(exclude={"path", "eval_path"}), stage, tokenizer, max_length)
+    path = cache / "data" / f"{key}.safetensors"
+    if not path.exists():
+        train, held_out, shape = _read_split(data, stage)
+        parts, report = {}, {}
+        for name, rows in (("train", train), ("held_out", held_out)):
+            account = Account(data.path if name == "train" else data.eval_path or data.path, shape, marks[0])
+            parts[name] = encode(rows, stage, tokenizer, max_length, account)
+            report[name] = asdict(account)
+        _refuse_untrained(Account(**report["train"]), data.max_untrained_share)
+        store.save(path, parts, report)
+    parts, report = store.load(path)
+    accounts = {name: Account(**fields) for name, fields in report.items()}  # type: ignore[arg-type]
+    return Prepared(parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
+
+
+def prepare_set(path: str, rows: int, tokenizer: Any, max_length: int) -> tuple[Examples, str]:
+    """An evaluation set by its path alone: tokenised, with its kind (text, conversation or pairs)."""
+    found = builtin_rows(path.removeprefix("builtin:"), "eval") if path.startswith("builtin:") else None
+    raw = enumerate(found, 1) if found is not None else read_rows(path)
+    chosen = list(islice(raw, rows))
+    kind = recognise(chosen[0][1])
+    stage = {"text": "cpt", "pairs": "dpo"}.get(kind, "sft")
+    canonical = [(n, to_canonical(row, kind, where=f"{path}, row {n}")) for n, row in chosen]
+    account = Account(path, kind, "")
+    return encode(canonical, stage, tokenizer, max_length, account), {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
+
+
+def _read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str]:
+    if data.path.startswith("builtin:"):
+        name = data.path.removeprefix("builtin:")
+        train: Iterable[Row] = enumerate(builtin_rows(name, "train"), 1)
+        held_out: Iterable[Row] = enumerate(builtin_rows(name, "eval"), 1)
+    else:
+        rows = read_rows(data.path, subset=data.subset, split=data.split, revision=data.revision)
+        if data.eval_path:
+            train, held_out = rows, read_rows(data.eval_path, subset=data.subset, split=data.split, revision=data.revision)
+        else:
+            train, held_out = split_rows(rows, data.eval_share)
+    train_rows, held_out_rows = list(islice(train, data.max_rows)), list(islice(held_out, data.eval_rows))
+    if not train_rows:
+        raise UserError(f"data.path: {data.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
+    shape = recognise(train_rows[0][1]) if data.shape == "auto" else data.shape
+    check_fits(shape, stage)
+    return list(_canonical(train_rows, shape, data.path)), list(_canonical(held_out_rows, shape, data.path)), shape
+
+
+def _canonical(rows: Iterable[Row], shape: str, path: str) -> Iterator[Row]:
+    return ((n, to_canonical(row, shape, where=f"{path}, row {n}")) for n, row in rows)
+
+
+def encode(rows: list[Row], stage: str, tokenizer: Any, max_length: int, account: Account) -> Examples:
+    """Canonical rows -> examples of one stage; fills in `account`."""
+    encoder = Encoder(tokenizer)
+    account.rows = len(rows)
+    build = {"cpt": _documents, "dpo": _pairs}.get(stage, _conversations)
+    found = build(encoder, rows, max_length, account)
+    account.tokens = found.num_tokens
+    account.trained_tokens = int((found.weights != 0).sum())
+    return found
+
+
+def _documents(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+    pieces = []
+    for (number, _), item in zip(rows, encoder.encode_many(rows, account.source), strict=True):
+        for start in range(0, len(item.tokens), max_length):
+            stop = start + max_length
+            if len(item.tokens[start:stop]) > 1:  # a lone token predicts nothing and is predicted by nothing
+                pieces.append((item.tokens[start:stop], item.weights[start:stop], number))
+    return store.group(store.build(pieces), max_length)
+
+
+def _conversations(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+    kept = []
+    for (number, _), item in zip(rows, encoder.encode_many(rows, account.source), strict=True):
+        account.truncated += len(item.tokens) > max_length
+        account.border_tokens += item.borders
+        tokens, weights = item.tokens[:max_length], item.weights[:max_length]
+        if any(weights[1:]):
+            kept.append((tokens, weights, number))
+        else:
+            account.untrained += 1
+    return store.build(kept)
+
+
+def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+    kept, splits = [], []
+    for number, row in rows:
+        pair = encoder.encode_pair(row, where=f"{account.source}, row {number}")
+        room = max_length - len(pair.prompt)
+        answers = (pair.chosen, pair.rejected)
+        account.truncated += any(len(a.tokens) > room for a in answers)
+        account.border_tokens += sum(a.borders for a in answers)
+        cut = [(a.tokens[: max(room, 0)], a.weights[: max(room, 0)]) for a in answers]
+        if not pair.prompt or not all(any(weights) for _, weights in cut):
+            account.untrained += 1
+            continue
+        (chosen, w_chosen), (rejected, w_rejected) = cut
+        tokens = [*pair.prompt, *chosen, *rejected]
+        kept.append((tokens, [0.0] * len(pair.prompt) + [*w_chosen, *w_rejected], number))
+        splits.append((len(pair.prompt), len(pair.prompt) + len(chosen)))
+    return store.build(kept, splits)
+
+
+def _refuse_untrained(account: Account, allowed: float) -> None:
+    if account.untrained == account.rows or account.untrained > allowed * account.rows:
+        raise UserError(
+            f"data.path: {account.untrained} of {account.rows} rows of {account.source} have no token to train on "
+            f"(prompts longer than train.max_length, or empty answers); raise train.max_length or data.max_untrained_share"
+        )
+
+
+def _key(marks: list[str], options: dict[str, Any], stage: str, tokenizer: Any, max_length: int) -> str:
+    """Content, options, tokenizer, and this package's own code: whatever could change a token or a weight."""
+    code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
+    parts = [marks, options, stage, tokenizer_hash(tokenizer), max_length, code]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 over vocabulary, merges, special tokens and chat template."""
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [backend, template_hash(tokenizer), str(tokenizer.special_tokens_map)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

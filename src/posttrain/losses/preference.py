@@ -1,0 +1,64 @@
+"""Losses on preference pairs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from posttrain.batch import LossOutput
+
+DpoLoss = Literal["sigmoid", "ipo", "sigmoid_norm"]
+
+
+def dpo_loss(
+    policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float, kind: DpoLoss, label_smoothing: float
+) -> LossOutput:
+    """Sum over P pairs of the DPO loss (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    policy, reference: log-probs of whole answers, float32 [2P], chosen at even and rejected at odd places.
+    lengths: tokens of each answer [2P]. With h = (policy - reference) of chosen minus that of rejected:
+
+    sigmoid       -log sigma(beta h); with label smoothing e: -(1-e) log sigma(beta h) - e log sigma(-beta h) (cDPO)
+    sigmoid_norm  the same with each log-ratio divided by its answer's length
+    ipo           (h - 1 / (2 beta))^2 with per-token mean log-ratios (Azar et al. 2023, arXiv 2310.12036, eq. 17)
+    """
+    ratio = policy - reference
+    scaled = ratio / lengths if kind != "sigmoid" else ratio
+    margin = scaled[0::2] - scaled[1::2]
+    if kind == "ipo":
+        losses = (margin - 1 / (2 * beta)) ** 2
+    else:
+        losses = -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
+    reward = beta * ratio.detach()
+    chosen, rejected = reward[0::2], reward[1::2]
+    pairs = float(len(losses))
+    total = losses.sum()
+    # A tie is half right: before the first step every margin is exactly zero.
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return LossOutput(
+        total,
+        {
+            "loss": (total.detach(), pairs),
+            "accuracy": (right.sum(), pairs),
+            "margin": ((chosen - rejected).sum(), pairs),
+            "reward_chosen": (chosen.sum(), pairs),
+            "reward_rejected": (rejected.sum(), pairs),
+            "logp_chosen": (policy.detach()[0::2].sum(), pairs),
+            "logp_rejected": (policy.detach()[1::2].sum(), pairs),
+        },
+    )
+
+
+def likelihood_preference(policy: Tensor, lengths: Tensor) -> LossOutput:
+    """Does the model itself find the chosen answer likelier, per token? Needs no reference; nothing to train on.
+
+    policy: log-probs of whole answers [2P]; lengths [2P]. `accuracy` counts a tie as half.
+    """
+    mean = (policy / lengths).detach()
+    chosen, rejected = mean[0::2], mean[1::2]
+    pairs = float(len(chosen))
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return LossOutput(torch.zeros(()), {"accuracy": (right.sum(), pairs), "gap": ((chosen - rejected).sum(), pairs)})

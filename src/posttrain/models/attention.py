@@ -1,0 +1,197 @@
+"""Who attends to whom in a pack, in three ways of computing the same thing.
+
+Each is an attention function of transformers' AttentionInterface. The pack's `DocumentMask` travels as a keyword of
+the model's forward; without one (generation) the functions behave as plain causal attention.
+documents: segment by segment, so nothing is computed that a mask would throw away. dense: one explicit [T, T] mask,
+for attention that needs all scores (softcap, sinks), and as the reference. flex: FlexAttention's sparse blocks (CUDA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from posttrain.batch import Segment
+from posttrain.errors import UserError
+
+ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def context_mask(prefix: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """bool [length, prefix + length]: which of its prefix and itself each token of a segment attends to.
+
+    A token sees itself and all before it, at most `window` tokens in all.
+    """
+    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
+    return mask if window is None else mask.triu(prefix - window + 1)
+
+
+def dense_mask(segments: Sequence[Segment], num_tokens: int, window: int | None = None) -> Tensor:
+    """bool [num_tokens, num_tokens], True where the row's token attends to the column's."""
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for start, stop, prefix_start, prefix_stop in segments:
+        prefix = prefix_stop - prefix_start
+        context = context_mask(prefix, stop - start, window)
+        mask[start:stop, prefix_start:prefix_stop] = context[:, :prefix]
+        mask[start:stop, start:stop] = context[:, prefix:]
+    return mask
+
+
+def flex_mask_mod(segments: Sequence[Segment], window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """The same relation as `dense_mask`, as FlexAttention asks for it: a function of (batch, head, query, key)."""
+    lengths = torch.tensor([s.stop - s.start for s in segments], device=device)
+    columns = torch.tensor([tuple(s) for s in segments], device=device).repeat_interleave(lengths, dim=0).unbind(1)
+    start, _, prefix_start, prefix_stop = (column.contiguous() for column in columns)
+
+    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key >= start[query]) & (key <= query)
+        shared = (key >= prefix_start[query]) & (key < prefix_stop[query])
+        if window is None:
+            return own | shared
+        prefix = prefix_stop[query] - prefix_start[query]
+        to_shared = query - start[query] + prefix - (key - prefix_start[query])
+        return (own & (query - key < window)) | (shared & (to_shared < window))
+
+    return mask_mod
+
+
+class DocumentMask:
+    """One pack's relation, and the masks made from it: once per pack, not once per layer."""
+
+    def __init__(self, segments: Sequence[Segment], num_tokens: int, device: torch.device) -> None:
+        if [0, *(s.stop for s in segments)] != [*(s.start for s in segments), num_tokens]:
+            raise ValueError("segments must cover the pack's tokens in order")
+        self.segments, self.num_tokens, self.device = tuple(segments), num_tokens, device
+        self.windows: list[int | None] = []  # of each attention layer that was run
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def dense(self, window: int | None) -> Tensor:
+        return self._once(("dense", window), lambda: dense_mask(self.segments, self.num_tokens, window).to(self.device))
+
+    def context(self, prefix: int, length: int, window: int | None) -> Tensor:
+        return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
+
+    def blocks(self, window: int | None) -> BlockMask:
+        n, on_gpu = self.num_tokens, self.device.type == "cuda"
+        mod = flex_mask_mod(self.segments, window, self.device)
+        # compiled, no [T, T] mask is ever written out
+        return self._once(("flex", window), lambda: create_block_mask(mod, None, None, n, n, self.device, _compile=on_gpu))
+
+
+def _scores_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    *, dropout: float, scaling: float | None, softcap: float | None, s_aux: Tensor | None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention with all scores written out, as transformers' eager ones: softcap (Gemma 2), sinks s_aux (gpt-oss)."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ repeat_kv(key, groups).transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    output = drop(weights, dropout, module.training) @ repeat_kv(value, groups)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, dropout: float, scaling: float | None, softcap: float | None, s_aux: Tensor | None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """No pack: what the model does by itself, with the mask that transformers made."""
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        attention_mask = context_mask(keys - queries, queries, None, query.device)
+    return _scores_attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux
+    )
+
+
+def _by_document(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
+    *, dropout: float, scaling: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """[1, heads, T, dim] -> the same shape, one SDPA call a segment."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = [s.stop - s.start for s in mask.segments]
+    # split, not slices: its backward is one concatenation, where each slice's would fill a whole zero tensor
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    at = {(s.start, s.stop): i for i, s in enumerate(mask.segments)}
+    outputs = []
+    for i, (segment, length) in enumerate(zip(mask.segments, lengths, strict=True)):
+        k, v, prefix = keys[i], values[i], segment.prefix_stop - segment.prefix_start
+        if prefix:
+            shared = at[segment.prefix_start, segment.prefix_stop]
+            k, v = torch.cat([keys[shared], k], dim=2), torch.cat([values[shared], v], dim=2)
+        beyond = window is not None and prefix + length > window
+        context = mask.context(prefix, length, window if beyond else None) if prefix or beyond else None
+        outputs.append(scaled_dot_product_attention(queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling))
+    return torch.cat(outputs, dim=2)
+
+
+def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+        softcap: float | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None,
+        document_mask: DocumentMask | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        extra = {"softcap": softcap, "s_aux": s_aux}
+        if document_mask is None:
+            return _plain_attention(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra, **kwargs
+            )
+        if position_bias is not None:
+            raise UserError("model.name: attention with a position bias cannot be packed; use another model")
+        document_mask.windows.append(sliding_window)
+        if how == "dense":
+            dense = document_mask.dense(sliding_window)[None, None]
+            return _scores_attention(module, query, key, value, dense, dropout=dropout, scaling=scaling, **extra)
+        if how == "flex":
+            blocks = document_mask.blocks(sliding_window)
+            return flex_attention_forward(module, query, key, value, blocks, scaling, softcap, s_aux, dropout=dropout)
+        if softcap is not None or s_aux is not None:
+            raise UserError("model.attention: documents cannot compute this model's softcap or sinks; use dense")
+        output = _by_document(module, query, key, value, document_mask, dropout=dropout, scaling=scaling, window=sliding_window)
+        return output.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+def register() -> None:
+    """Make the three functions known to transformers. The mask is SDPA's, for the calls without a pack."""
+    for how, name in ATTENTION.items():
+        AttentionInterface.register(name, _attention(how))
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def sliding_windows(config: PretrainedConfig) -> list[int | None]:
+    """The window of each layer, None for full attention. UserError for a layer that a pack cannot go through."""
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is None:
+        return [window] * config.num_hidden_layers
+    if unknown := sorted(set(types) - LAYER_TYPES):
+        raise UserError(f"model.name: layers of type {', '.join(unknown)} cannot be packed; use another model")
+    return [window if kind == "sliding_attention" else None for kind in types]

@@ -1,0 +1,181 @@
+"""Causal language models of transformers: loading them, and running packs of documents through them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
+
+from posttrain.batch import PackedBatch, Segment
+from posttrain.errors import UserError
+from posttrain.models import attention as attentions
+from posttrain.models.base import BaseInfo, Source, digest, resolve
+from posttrain.models.builtin import BUILTIN
+from posttrain.models.head import Head, head_of, token_logprobs
+from posttrain.models.quantize import keep_as_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
+TOLERATED_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+attentions.register()
+
+
+def load_tokenizer(
+    name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`, its vocabulary as it is. chat_template: a template's text, in place of its own.
+
+    name: as for `load_causal`, or a directory with a tokenizer alone (a run's adapter).
+    """
+    directory = Path(name).expanduser()
+    if (directory / "tokenizer_config.json").is_file():
+        return _tokenizer(Source(name, directory, None, "a directory"), trust_remote_code, chat_template)
+    return _tokenizer(_trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, chat_template)
+
+
+def load_causal(
+    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, chat_template: str | None,
+    quantization: BitsAndBytesConfig | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:  # fmt: skip
+    """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded.
+
+    dtype: float32 | bfloat16 | float16.
+    """
+    logging.disable_progress_bar()
+    source = _trusted(name, revision, trust_remote_code, weights=True)
+    info = BaseInfo(name, source.path, source.revision, digest(source.directory))
+    tokenizer = _tokenizer(source, trust_remote_code, chat_template)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
+            quantization_config=quantization, device_map={"": device},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({_first_line(error)})") from error
+    keep_as_quantized(model)
+    # a pad token that is also an end token would otherwise get no gradient in the embedding
+    embedding: Any = model.get_input_embeddings()
+    if hasattr(embedding, "padding_idx"):
+        embedding.padding_idx = None
+    return model, tokenizer, info
+
+
+def origin(name: str) -> str:
+    """Where a built-in model came from, for the line that a run prints; for others, the name says it."""
+    return f"model: {name} from {resolve(name, None).origin}" if name in BUILTIN else f"model: {name}"
+
+
+def _trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Source:
+    source = resolve(name, revision, weights)
+    if trust_remote_code and not revision and source.origin == "the hub":
+        raise UserError("model.trust_remote_code: code from the hub needs a pinned model.revision (a commit)")
+    return source
+
+
+def _tokenizer(source: Source, trust_remote_code: bool, chat_template: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.name: no tokenizer can be loaded from {source.path} ({_first_line(error)})") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def count_numbers(model: nn.Module) -> tuple[int, int]:
+    """(trained, total) numbers; a 4-bit weight counts the numbers that it stands for, a shared one counts once."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        numbers = state.shape.numel() if state is not None else parameter.numel()
+        total += numbers
+        trained += numbers if parameter.requires_grad else 0
+    return trained, total
+
+
+class PackedLM(nn.Module):
+    """A causal model, with adapters or without, that reads packs.
+
+    attention: documents | flex | dense. Raises UserError for a model that documents would leak through.
+    """
+
+    def __init__(self, model: nn.Module, attention: str, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        check_packing(self, attention)
+        self.causal.set_attn_implementation(attentions.ATTENTION[attention])
+        if gradient_checkpointing:
+            causal = self.causal  # renamed in transformers 5.2x
+            enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The model of transformers, whose linear layers may carry adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
+
+    @property
+    def head(self) -> Head:
+        output: Any = self.causal.get_output_embeddings()
+        return head_of(output, self.causal.config.get_text_config())
+
+    def hidden(self, tokens: Tensor, positions: Tensor, mask: attentions.DocumentMask) -> Tensor:
+        """Last hidden states [T, H] of one pack. tokens, positions: int64 [1, T]."""
+        # any 4-D mask keeps transformers from making one of its own; ours travels beside it
+        none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        output = self.causal.get_decoder()(
+            input_ids=tokens, attention_mask=none, position_ids=positions, use_cache=False, document_mask=mask
+        )
+        return output.last_hidden_state[0]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """log p(target | all that its source sees): float32 [N]."""
+        mask = attentions.DocumentMask(batch.segments, batch.num_tokens, batch.tokens.device)
+        hidden = self.hidden(batch.tokens, batch.positions, mask)
+        return token_logprobs(hidden[batch.source], batch.target, self.head)
+
+
+@torch.no_grad()
+def check_packing(lm: PackedLM, attention: str) -> None:
+    """Compare a pack of short random documents with each document alone; UserError where one could see another.
+
+    Covers every layer and the head's scale and softcap. Leaves random numbers and training mode as they were.
+    """
+    causal, was_training = lm.causal, lm.training
+    config = causal.config.get_text_config()
+    windows = attentions.sliding_windows(config)
+    if attention == "flex" and getattr(config, "attention_dropout", 0.0):
+        raise UserError("model.attention: flex has no attention dropout, which this model uses; use documents")
+    tokens = torch.randint(config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0)).to(causal.device)
+    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
+    rows = [torch.tensor([*range(a, b), *range(c, d)]) for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
+    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=causal.device)
+    mask = attentions.DocumentMask(segments, 27, causal.device)
+    lm.eval()
+    alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
+    try:
+        # flex computes what dense does, but compiles for a while
+        causal.set_attn_implementation(attentions.ATTENTION["dense" if attention == "flex" else attention])
+        packed = lm.head.logits(lm.hidden(tokens, positions, mask)).double().log_softmax(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({_first_line(error)})") from error
+    finally:
+        lm.train(was_training)
+    kl = max(float((a.exp() * (a - packed[row])).sum(-1).mean()) for a, row in zip(alone, rows, strict=True))
+    rounds = torch.bfloat16 if getattr(causal, "is_quantized", False) else causal.dtype
+    if mask.windows != windows or not kl <= TOLERATED_KL[rounds]:
+        raise UserError(
+            f"model.name: in a pack, documents would see one another in {type(causal).__name__} "
+            f"(KL {kl:.1e} a token against each alone); use a model of plain attention"
+        )

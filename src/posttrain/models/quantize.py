@@ -1,0 +1,46 @@
+"""NF4 with double quantization, as bitsandbytes and transformers do it (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from posttrain.errors import UserError
+
+
+def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConfig:
+    """Linear layers of the blocks in 4 bits; embeddings and head stay as they are. UserError where it cannot run."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it names optional kernels that it does without
+            from bitsandbytes import functional
+    except ImportError as error:
+        raise UserError(
+            f"quant.method: nf4 needs bitsandbytes, which cannot be imported here ({error}); use quant=none"
+        ) from error
+    try:
+        functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4", compress_statistics=double_quant)
+    except (RuntimeError, NotImplementedError, AssertionError, AttributeError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"quant.method: bitsandbytes cannot do nf4 on {device} ({line}); use quant=none") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+    )
+
+
+def keep_as_quantized(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights at the first evaluation on a CPU.
+
+    Its AVX512 path rounds the absmax constants to bfloat16 in place, so a model that was once evaluated would train as
+    another than one that was not. It also fails where a layer's inputs are no multiple of 64.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

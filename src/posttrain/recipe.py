@@ -1,0 +1,170 @@
+"""A recipe file and a user's overrides -> steps that are ready to be composed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from posttrain.config.paths import root
+from posttrain.config.schema import Cpt, Dpo, Sft, Strict
+from posttrain.errors import UserError, did_you_mean
+
+_STAGES: dict[str, type[Strict]] = {get_args(s.model_fields["stage"].annotation)[0]: s for s in (Cpt, Sft, Dpo)}
+_SECTIONS = {*Cpt.model_fields} & {*Sft.model_fields} & {*Dpo.model_fields} | {"experiment"}  # keys of every stage
+
+
+class _Step(Strict):
+    stage: str | None = None
+    init: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+class _Recipe(Strict):
+    name: str = Field(pattern=r"^[\w-]+$")
+    description: str
+    overrides: tuple[str, ...] = ()
+    steps: dict[str, _Step] = Field(min_length=1)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class Step:
+    """parent: the step above that it starts from. init: else a run's directory, a hub id, or None (the bare model)."""
+
+    name: str
+    stage: str
+    parent: str | None
+    init: str | None
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """dir: where the steps' run directories go."""
+
+    name: str
+    description: str
+    dir: Path
+    steps: list[Step]
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in root("recipes").glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
+    """Raises UserError for a recipe that does not exist, a file that is wrong, or an override that fits nowhere."""
+    path = _find(name_or_path)
+    raw = _read(path)
+    order = list(raw.steps)
+    steps: list[Step] = []
+    for name, spec in raw.steps.items():
+        step = Step(name, _stage(path, name, spec), None, None, (*raw.overrides, *spec.overrides))
+        given = "init" in spec.model_fields_set
+        steps.append(_start(step, spec.init if given or not steps else steps[-1].name, order, f"{path}: steps.{name}.init"))
+    run_dir = Path("runs") / "recipes" / raw.name
+    return _apply(Recipe(raw.name, raw.description, run_dir, steps), overrides)
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.parent != Path():
+        if not path.is_file():
+            raise UserError(f"recipe: there is no file {path}")
+        return path
+    names = recipe_names()
+    if name not in names:
+        raise UserError(
+            f"recipe: there is no '{name}'{did_you_mean(name, names)} (there are: {', '.join(names)}; or give a file)"
+        )
+    return root("recipes") / f"{name}.yaml"
+
+
+def _read(path: Path) -> _Recipe:
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return _Recipe.model_validate(raw)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: {' '.join(str(e).split())}") from None
+    except ValidationError as e:
+        raise UserError(f"{path}: {_complaint(e)}") from None
+
+
+def _complaint(error: ValidationError) -> str:
+    # a misspelt key comes before the one that is missing because of it
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list((_Step if first["loc"][0] == "steps" else _Recipe).model_fields)
+        return f"unknown key '{where}'{did_you_mean(str(first['loc'][-1]), known)} (there are: {', '.join(known)})"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: {message}" if where else message
+
+
+def _stage(path: Path, name: str, spec: _Step) -> str:
+    where = f"{path}: steps.{name}"
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in _SECTIONS:
+        raise UserError(f"{where}: a step's name is letters, digits, - and _, and not a config key such as '{name}'")
+    stage = spec.stage or name
+    if stage not in _STAGES:
+        near = did_you_mean(stage, list(_STAGES))
+        raise UserError(f"{where}.stage: there is no stage '{stage}'{near} (there are: {', '.join(_STAGES)})")
+    return stage
+
+
+def _start(step: Step, init: str | None, order: list[str], where: str) -> Step:
+    """`init` as a step above, or as something outside of the recipe."""
+    above = order[: order.index(step.name)]
+    if init in above:
+        return replace(step, parent=init, init=None)
+    if init in order:
+        raise UserError(f"{where}: '{init}' is no step above '{step.name}'")
+    if init and "/" not in init and (near := did_you_mean(init, above)) and not Path(init).exists():
+        raise UserError(f"{where}: there is no step '{init}'{near}")
+    return replace(step, parent=None, init=init)
+
+
+def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """`sft.train.seed=1` (also `sft.+peft=lora`, `+sft.peft=lora`) goes to one step, `train.seed=1` to all."""
+    order = [step.name for step in recipe.steps]
+    steps = {step.name: step for step in recipe.steps}
+    for line in overrides:
+        found = re.fullmatch(r"([+~]*)([^=]+)(=.*)?", line, flags=re.DOTALL)
+        if not found or not (found[3] or found[1] == "~"):
+            raise UserError(f"'{line}' is no override: write key=value, or STEP.key=value for one step ({', '.join(order)})")
+        sign, key, value = found[1], found[2], found[3] or ""
+        if key == "run.dir":
+            recipe = replace(recipe, dir=Path(value[1:]).expanduser())
+            continue
+        names, key = _addressed(steps, key)
+        for name in names:
+            if key == "run.dir":
+                raise UserError(f"{line}: steps lie in the recipe's directory; give run.dir={value[1:]} for all of it")
+            if key == "init":
+                steps[name] = _start(steps[name], None if value == "=null" else value[1:], order, line)
+            else:
+                steps[name] = replace(steps[name], overrides=(*steps[name].overrides, f"{sign}{key}{value}"))
+    return replace(recipe, steps=[steps[name] for name in order])
+
+
+def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
+    """The steps that an override's key speaks to, and the key as they know it. A bare `init` is the first step's."""
+    head, _, rest = key.partition(".")
+    if head in steps and rest:
+        fields = _STAGES[steps[head].stage].model_fields
+        # dpo.beta=0.2 in a step called dpo: the step's own section, as nothing else there is called beta
+        own = head in fields and rest.lstrip("+").split(".")[0] not in {*fields, *_SECTIONS}
+        return [head], key if own else rest
+    sections = _SECTIONS.union(*(_STAGES[step.stage].model_fields for step in steps.values()))
+    if head not in sections:
+        raise UserError(f"'{key}': '{head}' is neither a step nor a config key{did_you_mean(head, [*steps, *sorted(sections)])}")
+    return ([next(iter(steps))] if key == "init" else list(steps)), key

@@ -1,0 +1,187 @@
+"""A run's directory on disk: who owns it, what it was asked for, and the manifest that says it is complete. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from posttrain.config.digest import digest
+from posttrain.errors import UserError
+
+SCHEMA = 1
+MIN_FREE_BYTES = 64 * 2**20
+_NOT_PART_OF_A_RUN = ("run", "tracker")  # what a second start may change without being another run
+
+
+@dataclass
+class Run:
+    """An opened run directory, locked for this process until it ends."""
+
+    dir: Path
+    config: dict[str, Any]
+    lock: FileLock | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.dir / "manifest.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest.exists()
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write manifest.json, last and atomically: from here on the run is complete."""
+        record = {"schema": SCHEMA, **manifest, "config_digest": digest(self.config), "code": code_state()}
+        record |= {"versions": library_versions(), "files": file_hashes(self.dir)}
+        write_json(self.manifest, record)
+        return record
+
+
+def open_run(config: dict[str, Any]) -> Run:
+    """Create, or go on with, the run directory that this config asks for.
+
+    Raises UserError when the directory belongs to another config, another process, or cannot be written.
+    """
+    directory = choose_dir(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock", blocking=False)
+        lock.acquire()
+        run = Run(directory, config, lock)
+        if (directory / "config.yaml").exists():
+            _refuse_other_config(run)
+        elif any(p.name not in (".lock", "job.log") for p in directory.iterdir()):
+            raise UserError(f"run.dir: {directory} holds other files and no run; give a new or empty directory")
+        else:
+            write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        free = shutil.disk_usage(directory).free
+    except Timeout:
+        raise UserError(f"run.dir: another process is at work in {directory}; wait for it or give another run.dir") from None
+    except OSError as e:
+        raise UserError(f"run.dir: cannot write to {directory}: {e.strerror or e}; give another run.dir") from None
+    if free < MIN_FREE_BYTES:
+        raise UserError(f"run.dir: only {free / 2**20:.0f} MiB free under {directory}; free some or give another run.dir")
+    return run
+
+
+def choose_dir(config: dict[str, Any]) -> Path:
+    """`run.dir`, or the unfinished default directory of the same config, or a new default directory."""
+    if config["run"]["dir"]:
+        return Path(config["run"]["dir"]).expanduser()
+    parent, short = Path("runs") / config["stage"], digest(config)[:8]
+    for old in sorted(parent.glob(f"*-{short}"), reverse=True):
+        if not (old / "manifest.json").exists():
+            return old
+    return parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{short}"
+
+
+def _refuse_other_config(run: Run) -> None:
+    stored = yaml.safe_load((run.dir / "config.yaml").read_text())
+    then, now = flatten(stored), flatten(run.config)
+    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    changed = [key for key in changed if key.split(".")[0] not in _NOT_PART_OF_A_RUN]
+    if changed:
+        said = "; ".join(f"{k} was {then.get(k)}, is now {now.get(k)}" for k in changed[:3])
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise UserError(f"run.dir: {run.dir} belongs to another config: {said}{more}; give another run.dir or the same settings")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> {"optim.lr": 0.001, ...}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished run. Raises UserError when there is none or it cannot be read."""
+    path = directory / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no finished run (no manifest.json)") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+
+
+def parent_record(role: str, directory: Path) -> dict[str, str]:
+    """One entry of a manifest's `parents`; the digest is that of the parent's own manifest."""
+    return {"role": role, "path": str(directory), "digest": sha256(directory / "manifest.json")}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file of the result; checkpoints have records of their own."""
+    skip = {"checkpoints", ".lock", "manifest.json"}
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
+    return {str(p.relative_to(directory)): sha256(p) for p in wanted}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Complete or absent: beside, flushed, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def library_versions() -> dict[str, str]:
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("posttrain", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def code_state() -> dict[str, Any]:
+    """Commit and dirtiness of the checkout this code runs from; nulls for an installed package."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        tracked = bool(git("ls-files", "rundir.py"))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))} if tracked else _NO_GIT
+    except (OSError, subprocess.CalledProcessError):
+        return _NO_GIT
+
+
+_NO_GIT: dict[str, Any] = {"commit": None, "dirty": None}

@@ -1,0 +1,59 @@
+"""Signals that ask a run to stop: noted at once, obeyed at the next step boundary."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from posttrain.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
+
+
+class StopSignal:
+    """Installs handlers. The first signal sets `requested`; a second one ends the process at once.
+
+    Repeats within a second count as the first: Ctrl-C reaches a child both from the terminal and from its launcher.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.since = 0.0
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self.since > 1.0:
+            os._exit(Stopped.exit_code)
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+
+    def check(self) -> None:
+        """Leave a phase that has nothing of its own to save. Raises Stopped."""
+        if self.requested:
+            raise Stopped("stopped by a signal between steps; the same command goes on")
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def forward_to(child: subprocess.Popen[bytes]) -> Iterator[StopSignal]:
+    """While inside, signals go on to `child` (which saves and leaves); the yielded object says whether one came."""
+    stop = StopSignal()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        child.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    try:
+        yield stop
+    finally:
+        stop.restore()

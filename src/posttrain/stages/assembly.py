@@ -1,0 +1,285 @@
+"""What the language stages share: everything between a config and a finished run, but for the objective."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from posttrain.after.report import run_page
+from posttrain.batch import PackedBatch
+from posttrain.cache import cache_root
+from posttrain.config.schema import LanguageStage
+from posttrain.console import console, is_main, say
+from posttrain.data.conversations import chat_template
+from posttrain.data.packing import Order, silent
+from posttrain.data.prepare import prepare, prepare_set, tokenizer_hash
+from posttrain.errors import UserError
+from posttrain.models.causal import load_tokenizer
+from posttrain.rundir import Run
+from posttrain.signals import StopSignal
+from posttrain.stages.build import Built, Inputs, build_model, find_base, save_result
+from posttrain.stages.measure import EvalSet, Task, eval_batches, own_metrics, remember, set_metrics
+from posttrain.stages.reference import attach, reference_logps, train_reference
+from posttrain.stages.start import resolve_start
+from posttrain.train.checkpoint import newest_checkpoint, restore
+from posttrain.train.loop import Loop, Plan
+from posttrain.train.optim import make_optimizer
+from posttrain.train.tracking import Tracker
+
+
+def run_stage(cfg: LanguageStage, run: Run, task: Task) -> dict[str, Any]:
+    """Train to the end, or go on where a checkpoint left off; returns the manifest.
+
+    All that can be refused is refused before a weight is loaded. Raises UserError, RunError or Stopped.
+    """
+    stop = StopSignal()
+    try:
+        log_with = None if cfg.tracker == "none" else cfg.tracker
+        accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir)
+        return _Stage(cfg, run, task, accelerator, stop).go()
+    finally:
+        stop.restore()
+
+
+@dataclass
+class _Stage:
+    """One run of one stage: the steps of `go`, and what they share."""
+
+    cfg: LanguageStage
+    run: Run
+    task: Task
+    accelerator: Accelerator
+    stop: StopSignal
+
+    def go(self) -> dict[str, Any]:
+        with self.accelerator.main_process_first():  # the others find data and models in the cache
+            inputs = read_inputs(self.cfg, self.accelerator.num_processes)
+        _announce(self.cfg, self.run, inputs)
+        built = build_model(self.cfg, inputs.start, inputs.base, self.accelerator.device)
+        say(f"training {built.trained:,} of {built.total:,} numbers ({built.trained / built.total:.2%})")
+        optim = self.cfg.optim
+        optimizer, note = make_optimizer(
+            optim.name, built.module.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        if note:
+            say(note)
+        module, optimizer = self.accelerator.prepare(built.module, optimizer)
+        held_out, table = self._reference(module, inputs)
+        tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
+        loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
+        start = self._begin(loop, module, optimizer, inputs, held_out)
+        loop.fit(start)
+        after = self._measure(module, inputs, held_out, identity=None)
+        tracker.log(inputs.order.num_steps, after)
+        return self._finish(built, inputs, loop.state, after)
+
+    def _reference(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
+        """Held-out batches, and the table of training references; both before any checkpoint is loaded."""
+        held_out = eval_batches(self.task, inputs.data.held_out)
+        if not self.task.needs_reference:
+            return held_out, None
+        device, order = self.accelerator.device, inputs.order
+        layout = [order.batch_size, order.grad_accum, order.world_size, order.seed, min(order.total_units, order.num_units)]
+        key = _hash(self._identity(inputs), inputs.data.key, layout, str(device))
+        path = cache_root() / "reference" / f"{key}.safetensors"
+        table = train_reference(module, inputs.data.train, order, self.accelerator, path, self.stop.check)
+        return [attach(batch, reference_logps(module, batch, device)) for batch in held_out], table
+
+    def _loop(
+        self, module: nn.Module, optimizer: Any, inputs: Inputs, held_out: list[PackedBatch], table: Any, tracker: Tracker
+    ) -> Loop:
+        cfg, order, rank = self.cfg, inputs.order, self.accelerator.process_index
+
+        def source(step: int) -> list[PackedBatch]:
+            batches = []
+            for units in order.micro(step, rank):
+                drawn = units or [0]
+                batch = self.task.pack(inputs.data.train, drawn)
+                batch = attach(batch, table[drawn].reshape(-1)) if table is not None else batch
+                batches.append(batch if units else silent(batch))
+            return batches
+
+        plan = Plan(
+            num_steps=order.num_steps,
+            warmup_steps=math.ceil(cfg.optim.warmup_ratio * order.num_steps),
+            log_steps=cfg.train.log_steps,
+            eval_steps=cfg.train.eval_steps,
+            save_steps=cfg.train.save_steps,
+            keep_checkpoints=cfg.train.keep_checkpoints,
+            lr=cfg.optim.lr,
+            schedule=cfg.optim.schedule,
+            max_grad_norm=cfg.optim.max_grad_norm,
+            seed=cfg.train.seed,
+        )
+        return Loop(
+            name=cfg.stage,  # type: ignore[attr-defined]
+            accelerator=self.accelerator,
+            module=module,
+            optimizer=optimizer,
+            objective=self.task.objective,
+            source=source,
+            plan=plan,
+            tracker=tracker,
+            checkpoints=self.run.checkpoints,
+            stop=self.stop,
+            evaluate=lambda: own_metrics(module, held_out, self.task, self.accelerator.device, lambda: None),
+        )
+
+    def _begin(self, loop: Loop, module: nn.Module, optimizer: Any, inputs: Inputs, held_out: list[PackedBatch]) -> int:
+        """The step to go on from. A fresh run is measured first; a resumed one is put back as it was."""
+        checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
+        for line in damaged:
+            say(f"{line}; going on from the newest good one")
+        if checkpoint is None:
+            before = self._measure(module, inputs, held_out, self._identity(inputs))
+            loop.tracker.rewind(-1)
+            loop.tracker.log(0, before)
+            loop.state = {"before": before, "data": inputs.data.key}
+            return 0
+        if checkpoint.state["data"] != inputs.data.key:
+            raise UserError(
+                f"data.path: the data is not what {self.run.dir} began with; give another run.dir to train on the new rows"
+            )
+        restore(checkpoint, self.accelerator.unwrap_model(module), _inner(optimizer))
+        loop.state = checkpoint.state
+        loop.tracker.rewind(checkpoint.step)
+        say(f"going on from step {checkpoint.step} of {inputs.order.num_steps} ({checkpoint.path.name})")
+        return checkpoint.step
+
+    def _measure(self, module: nn.Module, inputs: Inputs, held_out: list[PackedBatch], identity: str | None) -> dict[str, float]:
+        device = self.accelerator.device
+        own = own_metrics(module, held_out, self.task, device, self.stop.check)
+        return own | set_metrics(module, inputs.sets, identity, cache_root(), device, self.stop.check)
+
+    def _identity(self, inputs: Inputs, base: str | None = None, adapter: str | None = None) -> str:
+        """Names a function: base weights, what an adapter adds, and the precision in which both are computed."""
+        cfg = self.cfg
+        weights = [base or inputs.base.digest, inputs.start.identity if adapter is None else adapter]
+        return _hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.method == "none", cfg.model.attention)
+
+    def _finish(self, built: Built, inputs: Inputs, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
+        result = save_result(self.cfg, self.run, built, self.accelerator, inputs)
+        metrics = after | {f"{name}_before": value for name, value in state["before"].items()}
+        if "general/loss" in after:
+            start = state["before"]["general/loss"]
+            metrics["forgetting/percent"] = 100 * (after["general/loss"] - start) / start
+        manifest: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            remember(inputs.sets, after, self._identity(inputs, result.base_digest, result.adapter_digest), cache_root())
+            manifest = self.run.finish(_manifest(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator))
+            _show(self.cfg, self.run, manifest, run_page(self.run.dir))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return manifest
+
+
+def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
+    """Base, tokenizer and tokenised data: everything a mistake of the user can be in."""
+    start, model = resolve_start(cfg), cfg.model
+    base = find_base(start.source, model.revision)
+    template = chat_template(model.chat_template) if model.chat_template else None
+    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
+    train = cfg.train
+    data = prepare(cfg.data, cfg.stage, tokenizer, train.max_length, cache_root())  # type: ignore[attr-defined]
+    sets = [
+        EvalSet(name, *prepare_set(path, cfg.eval.rows, tokenizer, cfg.eval.max_length))
+        for name, path in (cfg.eval.sets or {}).items()
+    ]
+    per_step = train.batch_size * train.grad_accum * world_size
+    total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(data.train))
+    order = Order(len(data.train), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    return Inputs(start, base, tokenizer, data, sets, order)
+
+
+def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
+    """What is about to happen, in the user's words: model, data, and what became of its rows."""
+    order, account = inputs.order, inputs.data.account
+    if inputs.start.adapter:
+        say(f"model {inputs.base.name} with the adapter of {cfg.init}")
+    else:
+        say(f"model {inputs.base.name}")
+    say(
+        f"data {account.source}: {account.rows:,} rows of shape {account.shape}, {account.tokens:,} tokens, "
+        f"{account.trained_tokens:,} trained; {inputs.data.held_out_account.rows} rows held out"
+    )
+    for count, what in (
+        (account.untrained, "rows left out, no token of theirs would count"),
+        (account.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
+        (account.border_tokens, "tokens lie across a prompt's border and do not count"),
+    ):
+        if count:
+            say(f"  {count:,} {what}")
+    say(f"{order.num_steps} steps of {order.units_per_step} sequences -> {run.dir}")
+
+
+def _manifest(
+    cfg: LanguageStage,
+    built: Built,
+    inputs: Inputs,
+    kind: str,
+    state: dict[str, Any],
+    metrics: dict[str, float],
+    acc: Accelerator,
+) -> dict[str, Any]:
+    start, base, account = inputs.start, inputs.base, inputs.data.account
+    return {
+        "stage": cfg.stage,  # type: ignore[attr-defined]
+        "parents": start.parents,
+        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
+        "weights": {"kind": kind, "path": kind},
+        "tokenizer": {"hash": tokenizer_hash(inputs.tokenizer)},
+        "dtype": str(built.dtype).removeprefix("torch."),
+        "quant": cfg.quant.model_dump(),
+        "trainable": {"trained": built.trained, "total": built.total},
+        "data": [asdict(account) | {"share": 1.0}],
+        "held_out": asdict(inputs.data.held_out_account),
+        "steps": inputs.order.num_steps,
+        "tokens": state["tokens"],
+        "seconds": round(state["seconds"], 2),
+        "metrics": metrics,
+        "seed": cfg.train.seed,
+        "device": str(acc.device),
+        "processes": acc.num_processes,
+    }
+
+
+def _show(cfg: LanguageStage, run: Run, manifest: dict[str, Any], page: Path) -> None:
+    """The end of a run as a table: what was measured, before and after."""
+    from rich.table import Table
+
+    metrics = manifest["metrics"]
+    table = Table("held out", "before", "after")
+    for name in sorted(n for n in metrics if f"{n}_before" in metrics):
+        table.add_row(name, f"{metrics[f'{name}_before']:.4f}", f"{metrics[name]:.4f}")
+    if is_main():
+        console.print(table)
+    if "forgetting/percent" in metrics:
+        say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
+    say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
+    say(f"result {run.dir / manifest['weights']['path']}")
+    say(f"report {page}")
+
+
+def _precision(cfg: LanguageStage) -> str:
+    """Autocast, for accelerate: only where the weights are float32 and the device does bfloat16 faster."""
+    if cfg.train.precision != "auto":
+        return {"none": "no", "bf16": "bf16"}[cfg.train.precision]
+    full_precision = cfg.model.dtype == "float32" or (cfg.model.dtype == "auto" and cfg.peft.method == "none")
+    return "bf16" if full_precision and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

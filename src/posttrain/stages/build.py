@@ -1,0 +1,117 @@
+"""From a config to a model in memory, and from a trained model to the files of a result."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from posttrain.config.schema import LanguageStage, Lora, Nf4
+from posttrain.data.packing import Order
+from posttrain.data.prepare import Prepared
+from posttrain.errors import RunError, UserError
+from posttrain.models.adapters import add_adapter, add_frozen, export_adapter, merge_into
+from posttrain.models.base import BaseInfo, digest, resolve
+from posttrain.models.causal import PackedLM, count_numbers, load_causal
+from posttrain.models.quantize import nf4
+from posttrain.rundir import Run, sha256
+from posttrain.stages.measure import EvalSet
+from posttrain.stages.start import Start
+from posttrain.train.loop import seed_step
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is read before a weight is loaded."""
+
+    start: Start
+    base: BaseInfo
+    tokenizer: Any
+    data: Prepared
+    sets: list[EvalSet]
+    order: Order
+
+
+@dataclass(frozen=True)
+class Built:
+    """The model as it will be trained. trained, total: counts of numbers."""
+
+    module: PackedLM
+    trained: int
+    total: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: kind adapter or model, and the digests by which the next stage knows it."""
+
+    kind: str
+    base_digest: str
+    adapter_digest: str
+
+
+def find_base(name: str, revision: str | None) -> BaseInfo:
+    """What a name means, and the digest of its weights; fetches files, loads nothing."""
+    source = resolve(name, revision)
+    return BaseInfo(name, source.path, source.revision, digest(source.directory))
+
+
+def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, device: torch.device) -> Built:
+    """Load, quantize, put the start's adapter under a new one (or into the weights, for full training), wrap.
+
+    Raises UserError for an adapter of another base, or targets that match nothing.
+    """
+    if start.base_digest and start.base_digest != base.digest:
+        raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
+    dtype = _dtype(cfg)
+    quant = cfg.quant
+    config = nf4(quant.double_quant, quant.compute_dtype, str(device)) if isinstance(quant, Nf4) else None
+    model, _, _ = load_causal(start.source, base.revision, dtype, str(device), cfg.model.trust_remote_code, None, config)
+    seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
+    if isinstance(cfg.peft, Lora):
+        p = cfg.peft
+        model = add_adapter(model, p.r, p.alpha, p.dropout, p.targets, p.dtype)
+        if start.adapter:
+            add_frozen(model, start.adapter)
+    elif start.adapter:
+        model = merge_into(model, start.adapter)
+    attention = cfg.model.attention
+    attention = ("flex" if device.type == "cuda" else "documents") if attention == "auto" else attention
+    module = PackedLM(model, attention, cfg.train.gradient_checkpointing)
+    return Built(module, *count_numbers(module), getattr(torch, dtype))
+
+
+def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Accelerator, inputs: Inputs) -> Result:
+    """Write adapter/ or model/ with its tokenizer, complete or absent. Every process must call it."""
+    kind = "model" if cfg.peft.method == "none" else "adapter"
+    final, temporary = run.dir / kind, run.dir / f".{kind}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if kind == "adapter":
+                export_adapter(cast("PeftModel", built.module.model), temporary, inputs.base.path)
+            else:
+                built.module.causal.save_pretrained(temporary)
+            inputs.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except OSError as e:
+            raise RunError(f"{final} could not be written: {e}; the last checkpoint is kept, the same command goes on") from None
+    accelerator.wait_for_everyone()
+    if kind == "adapter":
+        return Result(kind, inputs.base.digest, sha256(final / "adapter_model.safetensors"))
+    return Result(kind, digest(final), "")
+
+
+def _dtype(cfg: LanguageStage) -> str:
+    """A frozen base in 16 bit, weights that are trained in 32, unless the user says otherwise."""
+    if cfg.model.dtype != "auto":
+        return cfg.model.dtype
+    return "float32" if cfg.peft.method == "none" else "bfloat16"

@@ -1,0 +1,111 @@
+"""Where a step of a recipe stands: what its directory was made from, against what it would be made from today."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.after.records import plain
+from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
+from posttrain.rundir import flatten, read_manifest, sha256
+
+
+@dataclass(frozen=True)
+class Standing:
+    """why: what to tell the user. seconds: time that went into the directory so far."""
+
+    action: Literal["new", "skip", "resume", "redo"]
+    why: str = ""
+    seconds: float = 0.0
+
+
+def made_from(config: dict[str, Any], parent: Path | None) -> dict[str, Any]:
+    """Everything that decides a step's result: its config, the step before (`parent`), and the content of local files.
+
+    Where the parent has not run yet its identity is None.
+    """
+    kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+    if parent:
+        del kept["init"]  # where the parent lies does not matter, what it is does
+    parts = {"config": kept, "input": _identity(parent) if parent else None, "files": _local_files(config, parent)}
+    return {"digest": digest(parts), **parts, "input_name": parent.name.partition("-")[2] if parent else ""}
+
+
+def standing_of(directory: Path, record: Path, parts: dict[str, Any], again: str | None) -> Standing:
+    """parts: of made_from, today. record: the file with those of `directory`. again: the flag that wants it redone."""
+    if not directory.exists():
+        return Standing("new")
+    if again:
+        return Standing("redo", f"redone, {again}")
+    try:
+        then = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return Standing("redo", "redone, there is no record of what it was made from")
+    if then["digest"] != parts["digest"]:
+        return Standing("redo", f"redone, {_difference(then, parts)}")
+    if not (directory / "manifest.json").exists():
+        return Standing("resume", "goes on where it stopped", then["seconds"])
+    manifest = read_manifest(directory)
+    gone = [name for name in _weights(manifest) if not (directory / name).exists()]
+    if gone:
+        return Standing("redo", f"redone, its {gone[0]} is missing")
+    return Standing("skip", "done already (same config, data and input)", then["seconds"])
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    before, after = flatten(then["config"]), flatten(now["config"])
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    said = [f"{key} {plain(before.get(key))} -> {plain(after.get(key))}" for key in keys[:3]]
+    said += [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
+    said += [f"{path} changed" for path in now["files"] if then["files"].get(path, "") not in ("", now["files"][path])]
+    said += [f"its input {now['input_name']} changed"] if then["input"] != now["input"] else []
+    return ", ".join(said) or "its files changed"
+
+
+def _identity(run_dir: Path) -> dict[str, Any] | None:
+    if not (run_dir / "manifest.json").exists():
+        return None
+    manifest = read_manifest(run_dir)
+    return {"config": manifest["config_digest"], "weights": _weights(manifest)}
+
+
+def _weights(manifest: dict[str, Any]) -> dict[str, str]:
+    prefix = manifest["weights"]["path"] + "/"
+    return {name: value for name, value in manifest["files"].items() if name.startswith(prefix)}
+
+
+def _local_files(config: dict[str, Any], parent: Path | None) -> dict[str, str]:
+    """Hashes of the data, template and model that the config names and this disk has."""
+    named = [
+        config["data"]["path"],
+        config["data"]["eval_path"],
+        config["model"]["chat_template"],
+        *config["eval"]["sets"].values(),
+    ]
+    models = [config["model"]["name"]] if parent else [config["model"]["name"], config["init"]]
+    found = {str(name): _content(Path(name).expanduser()) for name in named if name}
+    found |= {str(name): _model(Path(name).expanduser()) for name in models if name}
+    return {name: value for name, value in found.items() if value}
+
+
+def _content(path: Path) -> str:
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        return ""
+    inside = sorted(p for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256("".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in inside).encode()).hexdigest()
+
+
+def _model(path: Path) -> str:
+    """A finished run by its manifest, a model's directory by its weights (hashed once, then remembered)."""
+    if (path / "manifest.json").is_file():
+        return sha256(path / "manifest.json")
+    if not path.is_dir() or not list(path.glob("*.safetensors")):
+        return ""
+    from posttrain.models.base import digest as weights_digest
+
+    return weights_digest(path)

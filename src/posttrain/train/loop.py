@@ -1,0 +1,190 @@
+"""The one training loop. It owns time; what is computed comes in as an objective, what is read as a source of batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.console import Meter
+from posttrain.errors import RunError, Stopped
+from posttrain.signals import StopSignal
+from posttrain.train.checkpoint import save_checkpoint
+from posttrain.train.optim import Schedule, lr_factor
+from posttrain.train.tracking import Tracker
+
+Objective = Callable[[nn.Module, PackedBatch], LossOutput]
+Source = Callable[[int], list[PackedBatch]]  # optimizer step (from 0) -> this process's micro-batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen, in optimizer steps."""
+
+    num_steps: int
+    warmup_steps: int
+    log_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+    keep_checkpoints: int
+    lr: float
+    schedule: Schedule
+    max_grad_norm: float | None
+    seed: int
+
+
+def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum of `values` over all processes."""
+    return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
+
+
+class Averages:
+    """Sums and counts by name, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, float]]) -> None:
+        for name, (total, count) in metrics.items():
+            self.sums[name] = self.sums[name] + total.detach() if name in self.sums else total.detach()
+            self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """Averages, over all processes when an accelerator is given; everything starts anew."""
+        names = sorted(self.sums)
+        device = self.sums[names[0]].device if names else torch.device("cpu")
+        totals = torch.stack([self.sums[n].float() for n in names] + [torch.tensor(self.counts[n], device=device) for n in names])
+        if accelerator is not None and accelerator.num_processes > 1:
+            totals = total_over(accelerator, totals)
+        values = totals.tolist()
+        self.sums, self.counts = {}, {}
+        return {n: values[i] / max(values[i + len(names)], 1e-12) for i, n in enumerate(names)}
+
+
+@dataclass
+class Loop:
+    """Runs optimizer steps `start`..plan.num_steps. `state` holds what a checkpoint keeps beside the weights."""
+
+    name: str
+    accelerator: Accelerator
+    module: nn.Module
+    optimizer: Optimizer
+    objective: Objective
+    source: Source
+    plan: Plan
+    tracker: Tracker
+    checkpoints: Path
+    stop: StopSignal
+    evaluate: Callable[[], dict[str, float]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def fit(self, start: int) -> None:
+        """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
+        self.module.train()
+        window, began, window_tokens = Averages(), time.monotonic(), 0
+        with Meter(self.name, self.plan.num_steps, start) as meter:
+            for step in range(start, self.plan.num_steps):
+                stepped = time.monotonic()
+                norm, tokens = self._step(step, window)
+                done = step + 1
+                self.state["tokens"] = self.state.get("tokens", 0) + tokens
+                self.state["seconds"] = self.state.get("seconds", 0.0) + time.monotonic() - stepped
+                window_tokens += tokens
+                if done % self.plan.log_steps == 0 or done == self.plan.num_steps:
+                    values = self._log(done, window.read(self.accelerator), norm, window_tokens / (time.monotonic() - began))
+                    began, window_tokens = time.monotonic(), 0
+                    meter.advance(_note(values))
+                else:
+                    meter.advance()
+                self._boundary(done)
+
+    def _step(self, step: int, window: Averages) -> tuple[float, int]:
+        batches = self.source(step)
+        count, tokens = self._totals(batches)
+        scale = self.accelerator.num_processes / count  # processes' gradients are averaged, sums are wanted
+        for i, batch in enumerate(batches):
+            seed_step(self.plan.seed, step, i * self.accelerator.num_processes + self.accelerator.process_index)
+            last = i == len(batches) - 1
+            with self.accelerator.no_sync(self.module) if not last else nullcontext():
+                output = self.objective(self.module, batch.to(self.accelerator.device))
+                self.accelerator.backward(output.total * scale)
+            window.add(output.metrics)
+        clip = self.plan.max_grad_norm or math.inf
+        norm = float(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip)))
+        if not math.isfinite(norm):
+            rows = [row for batch in batches for row in batch.rows]
+            raise RunError(f"step {step + 1}: loss or gradient is not finite; no step was taken. Rows of the batch: {rows[:32]}")
+        factor = lr_factor(self.plan.schedule, step, self.plan.num_steps, self.plan.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, tokens
+
+    def _totals(self, batches: list[PackedBatch]) -> tuple[float, int]:
+        """Count and tokens of the whole optimizer step, over all processes."""
+        own = [sum(b.count for b in batches), float(sum(b.num_tokens for b in batches))]
+        if self.accelerator.num_processes > 1:
+            own = total_over(self.accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
+        return own[0], int(own[1])
+
+    def _log(self, step: int, averages: dict[str, float], norm: float, rate: float) -> dict[str, float]:
+        values = {"tokens": self.state["tokens"]} | {f"train/{name}": value for name, value in averages.items()}
+        values |= {"train/grad_norm": norm, "train/lr": self.optimizer.param_groups[0]["lr"], "train/tokens_per_second": rate}
+        self.tracker.log(step, values)
+        return values
+
+    def _boundary(self, done: int) -> None:
+        """Between two steps: evaluate, save, or leave."""
+        plan, last, stopping = self.plan, done == self.plan.num_steps, self._stop_requested()
+        if plan.eval_steps and done % plan.eval_steps == 0 and not last and not stopping:
+            self.tracker.log(done, self.evaluate())
+            self.module.train()
+        if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
+            writer = self.accelerator.is_main_process
+            save_checkpoint(self.checkpoints, done, self.module, self.optimizer, self.state, plan.keep_checkpoints, writer)
+            self.accelerator.wait_for_everyone()
+        if stopping and not last:
+            raise Stopped(f"stopped by a signal after step {done} of {plan.num_steps}, saved; the same command goes on")
+
+    def _stop_requested(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop.requested
+        return bool(total_over(self.accelerator, torch.tensor(float(self.stop.requested))).item() > 0)
+
+
+def evaluate(
+    module: nn.Module, batches: list[PackedBatch], objective: Objective, device: torch.device, each: Callable[[], None]
+) -> dict[str, float]:
+    """Averages of the objective's metrics over `batches`, without gradients; every process computes all of them.
+
+    `each` is called after every batch, and may raise to leave.
+    """
+    module.eval()
+    found = Averages()
+    with torch.no_grad():
+        for batch in batches:
+            found.add(objective(module, batch.to(device)).metrics)
+            each()
+    return found.read()
+
+
+def seed_step(seed: int, step: int, part: int) -> None:
+    """All randomness of a step is a function of the run's seed and the step's number: there is no state to save or lose."""
+    torch.manual_seed((seed * 1_000_003 + step) * 8191 + part)
+
+
+def _note(values: dict[str, float]) -> str:
+    note = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:.0f} tok/s"
+    return note + (f"  accuracy {values['train/accuracy']:.0%}" if "train/accuracy" in values else "")

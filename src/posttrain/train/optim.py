@@ -1,0 +1,51 @@
+"""Optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[Optimizer, str | None]:
+    """The optimizer, and a line to show when it is not the one that was asked for.
+
+    bitsandbytes' 8-bit and paged optimizers exist on CUDA; elsewhere plain AdamW takes their place. Weight decay spares
+    vectors (norms, biases) as is usual.
+    """
+    params = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    on_cuda = params[0].device.type == "cuda"
+    if name == "adamw" or not on_cuda:
+        note = None if name == "adamw" else f"optim={name} needs CUDA; plain AdamW takes its place here"
+        fused = on_cuda or all(p.dtype == torch.float32 for p in params)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused), note
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+
+    kinds = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}
+    return kinds[name](groups, lr=lr, betas=betas, eps=eps), None
+
+
+def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:
+    """Factor on the learning rate of optimizer step `step` (from 0): a pure function, so resuming needs no state.
+
+    Warm-up is linear and its first step is not zero; linear and cosine end at zero one step after the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
