@@ -53,5 +53,11 @@ class Meter:
         now = time.monotonic()
         if is_main() and (self.done == self.total or now - self.spoke >= QUIET_SECONDS):
             self.spoke = now
-            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
-            say(f"{self.what} {self.done}/{self.total}  {note}  eta {int(left) // 60}:{int(left) % 60:02d}")
+            spent = now - self.began
+            left = spent / (self.done - self.start) * (self.total - self.done)
+            clock = f"eta {_clock(left)}" if self.done < self.total else f"in {_clock(spent)}"
+            say("  ".join(filter(None, (f"{self.what} {self.done}/{self.total}", note, clock))))
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

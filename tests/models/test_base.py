@@ -17,9 +17,10 @@ from posttrain.models.causal import count_numbers, load_causal, load_tokenizer
 
 
 def test_tiny_is_small_and_speaks_chatml() -> None:
-    model, tokenizer, info = load_causal("tiny", None, "float32", "cpu", False, None, None)
+    model, tokenizer = load_causal("tiny", None, "float32", "cpu", False, None), load_tokenizer("tiny", None, False, None)
     assert count_numbers(model)[1] < 1_000_000
-    assert (info.name, Path(info.path).is_dir(), info.revision) == ("tiny", True, None)
+    source = resolve("tiny", None)
+    assert (Path(source.path).is_dir(), source.revision) == (True, None)
     assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.max_position_embeddings == 4096
@@ -89,16 +90,18 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
         resolve(str(tmp_path), None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=r"model\.name: .*no safetensors"):
-        load_causal(str(tmp_path), None, "float32", "cpu", False, None, None)
+        digest(tmp_path)
+    with pytest.raises(UserError, match=r"model\.name: .*model\.safetensors"):
+        load_causal(str(tmp_path), None, "float32", "cpu", False, None)
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.name: no tokenizer"):
-        load_causal(str(tmp_path), None, "float32", "cpu", False, None, None)
+        load_tokenizer(str(tmp_path), None, False, None)
     load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(UserError, match=r"model\.name: "):
-        load_causal(str(tmp_path), None, "float32", "cpu", False, None, None)
+        load_causal(str(tmp_path), None, "float32", "cpu", False, None)
 
 
 def test_a_builtin_has_no_revision() -> None:
@@ -125,7 +128,7 @@ def test_a_template_replaces_the_tokenizers_own() -> None:
     assert load_tokenizer("tiny", None, False, "{{ messages[0]['content'] }}").chat_template == "{{ messages[0]['content'] }}"
     assert (
         len(load_tokenizer("tiny", None, False, None))
-        == load_causal("tiny", None, "float32", "cpu", False, None, None)[0].config.vocab_size
+        == load_causal("tiny", None, "float32", "cpu", False, None).config.vocab_size
     )
 
 

@@ -170,7 +170,7 @@ def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
     directory = tmp_path / "base"
     build("Llama", pad_token_id=5, tie_word_embeddings=False).save_pretrained(directory)
     load_tokenizer("tiny", None, False, None).save_pretrained(directory)
-    model, _, _ = load_causal(str(directory), None, "float32", "cpu", False, None, None)
+    model = load_causal(str(directory), None, "float32", "cpu", False, None)
     PackedLM(model, "documents")(batch_of([[5, 6, 7]], [])[0]).sum().backward()
     assert float(model.get_input_embeddings().weight.grad[5].abs().sum()) > 0
 

@@ -23,8 +23,8 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
-    plain, _, _ = load_causal(str(base), None, "float32", "cpu", False, None, None)
-    model, _, _ = load_causal(str(base), None, "float32", "cpu", False, None, nf4(True, "float32", "cpu"))
+    plain = load_causal(str(base), None, "float32", "cpu", False, None)
+    model = load_causal(str(base), None, "float32", "cpu", False, nf4(True, "float32", "cpu"))
     linear = model.model.layers[0].mlp.down_proj
     original = plain.model.layers[0].mlp.down_proj.weight.data
     packed, state = bnb.functional.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=True)
@@ -38,7 +38,7 @@ def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
 
 def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
     expected = 2 * 64 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64  # embedding and head, attention, MLP, norms
-    model, _, _ = load_causal(str(base), None, "bfloat16", "cpu", False, None, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
     assert count_numbers(model)[1] == expected
     lora = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128)) // 2  # r (in + out) a matrix
     assert count_numbers(add_adapter(model, 4, 8.0, 0.0, "all-linear", "float32")) == (lora, expected + lora)
@@ -47,7 +47,7 @@ def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
 def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
     from posttrain.batch import PackedBatch, Segment
 
-    model, _, _ = load_causal(str(base), None, "bfloat16", "cpu", False, None, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
     lm = PackedLM(add_adapter(model, 4, 8.0, 0.0, "all-linear", "float32"), "documents")
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     batch = PackedBatch(
@@ -59,7 +59,7 @@ def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
 
 
 def test_evaluation_leaves_the_4_bit_weights_as_they_are(base: Path) -> None:
-    model, _, _ = load_causal(str(base), None, "bfloat16", "cpu", False, None, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
     linear = model.model.layers[0].mlp.down_proj
     before = linear.weight.data.clone(), linear.weight.quant_state.nested
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class _Source:
 class Encoder:
     """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
 
-    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate).
+    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate). identity: a hash of all
+    that decides which tokens and weights come out.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
@@ -61,6 +63,7 @@ class Encoder:
         self._backend.post_processor = None
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.identity = _identity(tokenizer, self._stops)
         added = tokenizer("x")["input_ids"]
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
@@ -142,6 +145,12 @@ class Encoder:
         whole = source.rendered.spans[0][0] == 0
         start_weights = [1.0 if whole else 0.0] * len(self._start)
         return Encoded([*self._start, *tokens, end], [*start_weights, *weights, 1.0], borders)
+
+
+def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
+    """sha256 over vocabulary, merges, special tokens, chat template and stops."""
+    parts = [tokenizer.backend_tokenizer.to_str(), template_hash(tokenizer), str(tokenizer.special_tokens_map), str(stops)]
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 
 def _continuation(prompt: str, text: str) -> _Source:

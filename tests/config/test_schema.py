@@ -1,0 +1,42 @@
+"""No key that nothing reads, and none that the YAML forgets."""
+
+import ast
+import re
+from pathlib import Path
+
+import posttrain
+from posttrain.config import schema
+from posttrain.config.paths import root
+
+PACKAGE = Path(posttrain.__file__).parent
+
+
+def fields() -> set[str]:
+    models = [m for m in vars(schema).values() if isinstance(m, type) and issubclass(m, schema.Strict)]
+    return {name for model in models for name in model.model_fields}
+
+
+def attributes_read() -> set[str]:
+    """Names that some module reads as an attribute or as a string key."""
+    found: set[str] = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file.name == "schema.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                found.add(str(node.slice.value))
+    for file in root("configs").rglob("*.yaml"):  # or that a YAML derives another from: ${optim.lr}
+        found |= {name.rsplit(".", 1)[-1] for name in re.findall(r"\$\{([\w.]+)\}", file.read_text())}
+    return found
+
+
+def test_every_key_is_read_somewhere() -> None:
+    assert sorted(fields() - attributes_read()) == []
+
+
+def test_defaults_are_in_yaml_alone() -> None:
+    models = [m for m in vars(schema).values() if isinstance(m, type) and issubclass(m, schema.Strict)]
+    assert models
+    assert [(m.__name__, n) for m in models for n, f in m.model_fields.items() if not f.is_required()] == []
