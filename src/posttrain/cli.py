@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain import __version__
+from posttrain.config import completion
 from posttrain.exits import guarded
 
 STAGES = {
@@ -44,15 +44,21 @@ app = typer.Typer(
 )
 
 
-def _complete(incomplete: str) -> list[str]:
-    from posttrain.config.completion import complete
+completion.install()
 
-    stage = next((word for word in sys.argv if word in STAGES), "sft")
-    return complete(stage, incomplete)
+
+def _overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+    return completion.overrides(str(ctx.info_name), incomplete)
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from posttrain.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, in any order.", autocompletion=_complete)
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, in any order.", autocompletion=_overrides)
 ]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own config groups; they can shadow the shipped ones.")]
 
@@ -103,7 +109,7 @@ for _name, (_about, _with_data, _more) in STAGES.items():
 
 @app.command("run", rich_help_panel="Chains and results")
 def recipe(
-    name: Annotated[str, typer.Argument(help="A recipe's name or file.")] = "",
+    name: Annotated[str, typer.Argument(help="A recipe's name or file.", autocompletion=_recipes)] = "",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[STEP.]KEY=VALUE...", help="For one step, or for all.")
     ] = None,

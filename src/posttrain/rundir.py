@@ -126,6 +126,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {e}") from None
 
 
+def checked_weights(directory: Path, manifest: dict[str, Any], field: str) -> Path:
+    """The directory of a finished run's weights. Raises UserError, about `field`, where a file is not as its manifest says."""
+    prefix = manifest["weights"]["path"] + "/"
+    for name, expected in manifest["files"].items():
+        if not name.startswith(prefix):
+            continue
+        if not (directory / name).exists():
+            raise UserError(f"{field}: {directory / name} is missing, though the run's manifest lists it")
+        if sha256(directory / name) != expected:
+            raise UserError(f"{field}: {directory / name} is damaged: its sha256 is not the one in the run's manifest")
+    return directory / manifest["weights"]["path"]
+
+
 def parent_record(role: str, directory: Path) -> dict[str, str]:
     """One entry of a manifest's `parents`; the digest is that of the parent's own manifest."""
     return {"role": role, "path": str(directory), "digest": sha256(directory / "manifest.json")}

@@ -40,7 +40,19 @@ def run_config(config: dict[str, Any]) -> dict[str, Any]:
         return read_manifest(run.dir)
     _quiet_libraries()
     stage = importlib.import_module(STAGES[config["stage"]])
-    return stage.run(STAGE_CONFIG.validate_python(config), run)
+    try:
+        return stage.run(STAGE_CONFIG.validate_python(config), run)
+    except Stopped:
+        _leave_group()
+        raise
+
+
+def _leave_group() -> None:
+    """All processes stop at the same step: part in order, or torch complains about each of them."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _quiet_libraries() -> None:

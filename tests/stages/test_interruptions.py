@@ -113,33 +113,3 @@ def test_changed_rows_are_refused_on_resume(tmp_path: Path) -> None:
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 41)
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 2 and "the data is not what" in again.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes with half the batch each: the same losses and weights to 1e-5."""
-    from safetensors.torch import load_file
-
-    common = [
-        sys.executable,
-        "-m",
-        "posttrain",
-        "sft",
-        "model=tiny",
-        "+peft=lora",
-        "train.max_steps=5",
-        "eval.rows=2",
-        "data.max_rows=60",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, extra in (("one", ["train.batch_size=4"]), ("two", ["train.batch_size=2", "train.processes=2"])):
-        ended = subprocess.run([*common, *extra, f"run.dir={tmp_path / name}"], capture_output=True, text=True, env=environment)
-        assert ended.returncode == 0, ended.stderr
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
-    losses = [
-        [json.loads(line).get("train/loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [x for x in losses[0] if x] == pytest.approx([x for x in losses[1] if x], abs=1e-5)
-    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -232,6 +233,12 @@ def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | N
         return "\n".join(
             f"{entry.config_path}.yaml -> {entry.package or 'top level'}" for entry in found.defaults if entry.config_path
         )
+
+
+def completions(stage: str, word: str) -> list[str]:
+    """What Hydra's own completion of this stage offers for the beginning of an override."""
+    with opened(None) as hydra:
+        return BashCompletion(hydra.config_loader)._query(stage, word)
 
 
 def expand(stage: str, overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:

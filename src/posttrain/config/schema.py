@@ -95,6 +95,7 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool
     precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
     processes: Positive
+    fsdp: bool
 
 
 class EvalConfig(Strict):
@@ -130,6 +131,8 @@ class LanguageStage(Strict):
     def _fits_together(self) -> LanguageStage:
         if self.quant.method != "none" and self.peft.method == "none":
             raise ValueError(f"quant={self.quant.method} cannot be trained in full; add +peft=qlora, or say quant=none")
+        if self.quant.method != "none" and self.train.fsdp:
+            raise ValueError(f"train.fsdp does not shard a base in {self.quant.method}; say quant=none, or train.fsdp=false")
         return self
 
 

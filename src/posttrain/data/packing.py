@@ -87,8 +87,11 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
 
 
 def silent(batch: PackedBatch) -> PackedBatch:
-    """The same batch counting for nothing: for a process that has run out of units while others have not."""
-    return replace(batch, weight=torch.zeros_like(batch.weight), count=0.0)
+    """The same batch counting for nothing: for a process that has run out of units while others have not.
+
+    It goes through the model, for the others wait for that; the loop lets its loss and metrics count for zero.
+    """
+    return replace(batch, count=0.0)
 
 
 @lru_cache(maxsize=4)

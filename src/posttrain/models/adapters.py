@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.errors import UserError
+from posttrain.tensors import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,11 +79,11 @@ def merge_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     return merged.requires_grad_(True)  # peft has frozen the base
 
 
-def export_adapter(model: PeftModel, out_dir: Path, base_path: str) -> bool:
+def export_adapter(model: PeftModel, out_dir: Path, base_path: str, is_writer: bool = True) -> None:
     """Write the whole change from the base that `base_path` names, in peft's format and float32.
 
-    Frozen and new adapter become one of their summed rank: B A = [B_init B_new] [A_init; A_new], exact. Returns False
-    where training left the new adapter without effect (every B zero).
+    Frozen and new adapter become one of their summed rank: B A = [B_init B_new] [A_init; A_new], exact. Every process must
+    call it; one of them writes.
     """
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
@@ -91,6 +92,8 @@ def export_adapter(model: PeftModel, out_dir: Path, base_path: str) -> bool:
     config: Any = model.peft_config[NEW]
     scale = next(layer.scaling[NEW] for layer in layers.values() if NEW in layer.scaling)
     parts = {name: _joined(layer, scale) for name, layer in layers.items()}
+    if not is_writer:
+        return
     ranks = {name: part.a.shape[0] for name, part in parts.items()}
     r = max(ranks.values())
     lower = {name: rank for name, rank in ranks.items() if rank != r}
@@ -108,7 +111,6 @@ def export_adapter(model: PeftModel, out_dir: Path, base_path: str) -> bool:
     written = load_file(out_dir / WEIGHTS)
     if any(not torch.equal(written[name], tensor) for name, tensor in tensors.items()):
         raise OSError(f"{out_dir / WEIGHTS} does not hold what was written; is the disk sound?")
-    return any(bool(layer.lora_B[NEW].weight.any()) for layer in layers.values() if NEW in layer.lora_B)
 
 
 class _Part(NamedTuple):
@@ -118,9 +120,9 @@ class _Part(NamedTuple):
 
 def _joined(layer: Any, scale: float) -> _Part:
     names = [name for name in (INIT, NEW) if name in layer.lora_A]
-    a = torch.cat([layer.lora_A[name].weight.detach().float() for name in names])
-    b = torch.cat([layer.lora_B[name].weight.detach().float() * (layer.scaling[name] / scale) for name in names], dim=1)
-    return _Part(a.cpu().contiguous(), b.cpu().contiguous())
+    a = torch.cat([whole(layer.lora_A[name].weight).float() for name in names])
+    b = torch.cat([whole(layer.lora_B[name].weight).float() * (layer.scaling[name] / scale) for name in names], dim=1)
+    return _Part(a, b.contiguous())
 
 
 def _whole(value: float) -> Any:  # peft's annotation says int, its arithmetic takes any number

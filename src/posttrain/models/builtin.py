@@ -130,9 +130,12 @@ def _make_smollm2(out: Path) -> str:
 def _from_hub(out: Path) -> str:
     """Download into `out`; an empty string, or why it failed."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         snapshot_download(HUB_ID, local_dir=out, allow_patterns=FILES, etag_timeout=5)
+    except LocalEntryNotFoundError:
+        return "it cannot be reached"
     except Exception as error:  # whatever it is, there is another source
         return type(error).__name__
     shutil.rmtree(out / ".cache", ignore_errors=True)

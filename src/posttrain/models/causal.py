@@ -17,6 +17,7 @@ from posttrain.models import attention as attentions
 from posttrain.models.base import Source, resolve
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
+from posttrain.tensors import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +124,19 @@ class PackedLM(nn.Module):
     def causal(self) -> PreTrainedModel:
         """The model of transformers, whose linear layers may carry adapters."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP keeps whole, by the name under which accelerate asks for them."""
+        return list(self.causal._no_split_modules or [])
+
+    def save(self, out_dir: Path, is_writer: bool) -> None:
+        """Write the model as `save_pretrained` does. Every process must call it; one of them writes."""
+        copies: dict[int, Tensor] = {}  # a tied weight stays one
+        causal = self.causal
+        state = {n: copies.setdefault(id(p), whole(p)) for n, p in causal.state_dict(keep_vars=True).items()}
+        if is_writer:
+            causal.save_pretrained(out_dir, state_dict=state)
 
     @property
     def head(self) -> Head:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from posttrain.after.report import run_page
@@ -42,9 +42,7 @@ def run_stage(cfg: LanguageStage, run: Run, task: Task) -> dict[str, Any]:
     """
     stop = StopSignal()
     try:
-        log_with = None if cfg.tracker == "none" else cfg.tracker
-        accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir)
-        return _Stage(cfg, run, task, accelerator, stop).go()
+        return _Stage(cfg, run, task, _accelerator(cfg, run), stop).go()
     finally:
         stop.restore()
 
@@ -267,6 +265,21 @@ def _show(cfg: LanguageStage, run: Run, manifest: dict[str, Any], page: Path) ->
     say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
     say(f"result {run.dir / manifest['weights']['path']}")
     say(f"report {page}")
+
+
+def _accelerator(cfg: LanguageStage, run: Run) -> Accelerator:
+    """With FSDP2 where the config, or accelerate's own, asks for it."""
+    fsdp = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap") if cfg.train.fsdp else None
+    log_with = None if cfg.tracker == "none" else cfg.tracker
+    accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir, fsdp_plugin=fsdp)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin: Any = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError("train.fsdp: accelerate's config asks for FSDP version 1; set fsdp_version: 2 there")
+        if not cfg.train.fsdp:
+            raise UserError("train.fsdp: accelerate's config asks for FSDP; say train.fsdp=true too")
+        plugin.cpu_ram_efficient_loading = False  # every process has read the weights
+    return accelerator
 
 
 def _precision(cfg: LanguageStage) -> str:

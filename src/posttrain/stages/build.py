@@ -74,7 +74,9 @@ def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, device: torch.
     dtype = _dtype(cfg)
     quant = cfg.quant
     config = nf4(quant.double_quant, quant.compute_dtype, str(device)) if isinstance(quant, Nf4) else None
-    model: Any = load_causal(start.source, base.revision, dtype, str(device), cfg.model.trust_remote_code, config)
+    # FSDP moves a layer at a time to its device, and never holds all of them there
+    place = "cpu" if cfg.train.fsdp else str(device)
+    model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if isinstance(cfg.peft, Lora):
         p = cfg.peft
@@ -93,18 +95,20 @@ def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Acceler
     """Write adapter/ or model/ with its tokenizer, complete or absent. Every process must call it."""
     kind = "model" if cfg.peft.method == "none" else "adapter"
     final, temporary = run.dir / kind, run.dir / f".{kind}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            if kind == "adapter":
-                export_adapter(cast("PeftModel", built.module.model), temporary, inputs.base.path)
-            else:
-                built.module.causal.save_pretrained(temporary)
+    is_writer = accelerator.is_main_process
+    try:
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if kind == "adapter":
+            export_adapter(cast("PeftModel", built.module.model), temporary, inputs.base.path, is_writer)
+        else:
+            built.module.save(temporary, is_writer)
+        if is_writer:
             inputs.tokenizer.save_pretrained(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-        except OSError as e:
-            raise RunError(f"{final} could not be written: {e}; the last checkpoint is kept, the same command goes on") from None
+    except OSError as e:
+        raise RunError(f"{final} could not be written: {e}; the last checkpoint is kept, the same command goes on") from None
     accelerator.wait_for_everyone()
     if kind == "adapter":
         return Result(kind, inputs.base.digest, sha256(final / "adapter_model.safetensors"))

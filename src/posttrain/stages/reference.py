@@ -46,10 +46,11 @@ def train_reference(
     first_epoch = min(order.num_steps, -(-order.num_units // order.units_per_step))
     with Meter("reference", first_epoch) as meter:
         for step in range(first_epoch):
-            for units in filter(None, order.micro(step, accelerator.process_index)):
-                found = reference_logps(module, pack_pairs(examples, units), accelerator.device).view(-1, 2)
-                new = torch.tensor([bool(table[unit].isnan().any()) for unit in units])
-                table[torch.tensor(units)[new]] = found[new]
+            for units in order.micro(step, accelerator.process_index):
+                # with nothing of its own a process still takes part: under FSDP the others wait for it
+                found = reference_logps(module, pack_pairs(examples, units or [0]), accelerator.device).view(-1, 2)[: len(units)]
+                new = torch.tensor([bool(table[unit].isnan().any()) for unit in units], dtype=torch.bool)
+                table[torch.tensor(units, dtype=torch.int64)[new]] = found[new]
             meter.advance()
             check()
     if accelerator.num_processes > 1:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from posttrain.config.schema import LanguageStage
 from posttrain.errors import UserError
-from posttrain.rundir import parent_record, read_manifest, sha256
+from posttrain.rundir import checked_weights, parent_record, read_manifest
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,9 @@ def resolve_start(cfg: LanguageStage) -> Start:
             raise UserError(f"init: {directory} does not exist")
         return Start(cfg.init, cfg.init, cfg.init)
     manifest = read_manifest(directory)
-    weights = directory / manifest["weights"]["path"]
-    _verify(directory, manifest)
+    weights = checked_weights(directory, manifest, "init")
     parents = [parent_record("init", directory.resolve())]
     if manifest["weights"]["kind"] == "model":
         return Start(str(weights), str(weights), str(weights), parents=parents)
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
     return Start(base["name"], base["path"], str(weights), weights, base["digest"], added, parents)
-
-
-def _verify(directory: Path, manifest: dict[str, Any]) -> None:
-    prefix = manifest["weights"]["path"] + "/"
-    for name, expected in manifest["files"].items():
-        if not name.startswith(prefix):
-            continue
-        if not (directory / name).exists():
-            raise UserError(f"init: {directory / name} is missing, though the run's manifest lists it")
-        if sha256(directory / name) != expected:
-            raise UserError(f"init: {directory / name} is damaged: its sha256 is not the one in the run's manifest")

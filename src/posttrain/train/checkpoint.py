@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from posttrain.errors import RunError, UserError
 from posttrain.rundir import sha256
+from posttrain.tensors import whole
 
 RECORD = "checkpoint.json"
 FILES = ("weights.safetensors", "optimizer.safetensors")
@@ -133,20 +134,15 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """All trainable tensors, whole and on the CPU. Under FSDP every process must call it."""
-    return {name: _whole(p.detach()) for name, p in trainable(module).items()}
+    return {name: whole(p.detach()) for name, p in trainable(module).items()}
 
 
 def _gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     slots = {}
     for name, p in trainable(module).items():
         for slot, value in optimizer.state.get(p, {}).items():
-            slots[f"{name}|{slot}"] = _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+            slots[f"{name}|{slot}"] = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
     return slots
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", copy=True).contiguous()
 
 
 def _like(value: Tensor, p: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from posttrain.batch import LossOutput, PackedBatch
 from posttrain.console import Meter
 from posttrain.errors import RunError, Stopped
 from posttrain.signals import StopSignal
+from posttrain.tensors import whole
 from posttrain.train.checkpoint import save_checkpoint
 from posttrain.train.optim import Schedule, lr_factor
 from posttrain.train.tracking import Tracker
@@ -55,10 +56,11 @@ class Averages:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, tuple[Tensor, float]]) -> None:
+    def add(self, metrics: dict[str, tuple[Tensor, float]], share: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
-            self.sums[name] = self.sums[name] + total.detach() if name in self.sums else total.detach()
-            self.counts[name] = self.counts.get(name, 0.0) + count
+            part = share * total.detach()
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+            self.counts[name] = self.counts.get(name, 0.0) + share * count
 
     def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Averages, over all processes when an accelerator is given; everything starts anew."""
@@ -118,10 +120,11 @@ class Loop:
             last = i == len(batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 output = self.objective(self.module, batch.to(self.accelerator.device))
-                self.accelerator.backward(output.total * scale)
-            window.add(output.metrics)
+                share = 1.0 if batch.count else 0.0  # a silent batch
+                self.accelerator.backward(output.total * (scale * share))
+            window.add(output.metrics, share)
         clip = self.plan.max_grad_norm or math.inf
-        norm = float(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip)))
+        norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
         if not math.isfinite(norm):
             rows = [row for batch in batches for row in batch.rows]
             raise RunError(f"step {step + 1}: loss or gradient is not finite; no step was taken. Rows of the batch: {rows[:32]}")
@@ -134,7 +137,7 @@ class Loop:
 
     def _totals(self, batches: list[PackedBatch]) -> tuple[float, int]:
         """Count and tokens of the whole optimizer step, over all processes."""
-        own = [sum(b.count for b in batches), float(sum(b.num_tokens for b in batches))]
+        own = [sum(b.count for b in batches), float(sum(b.num_tokens for b in batches if b.count))]
         if self.accelerator.num_processes > 1:
             own = total_over(self.accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
         return own[0], int(own[1])

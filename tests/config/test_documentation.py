@@ -1,0 +1,25 @@
+"""docs/configuration.md names every key there is, and no other."""
+
+import re
+
+import pytest
+
+from posttrain.config.compose import compose_run
+from posttrain.config.paths import root
+from posttrain.rundir import flatten
+
+PAGE = root("configs").parent / "docs" / "configuration.md"
+FREE = ("eval.sets.",)  # names that the user chooses
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")
+def test_every_key_is_documented_and_every_documented_key_exists() -> None:
+    table = PAGE.read_text().split("## Keys")[1].split("## Environment")[0]
+    documented = {
+        key for line in table.splitlines() for key in re.findall(r"`([\w.]+)`", line.split("|")[1] if "|" in line else "")
+    }
+    known = {"stage"}
+    for stage in ("cpt", "sft", "dpo"):
+        known |= set(flatten(compose_run(stage, ["peft=qlora"])))
+    known = {key for key in known if not key.startswith(FREE)} | {"eval.sets"}
+    assert documented == known - {"stage"}

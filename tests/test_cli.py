@@ -1,0 +1,140 @@
+"""The command line: quick, in the user's words, and with the exit codes that scripts rely on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from posttrain.cli import STAGES, app
+from posttrain.worker import STAGES as RUNNERS
+
+BIN = Path(sys.executable).parent
+runner = CliRunner()
+
+
+def invoke(*words: str) -> tuple[int, str]:
+    result = runner.invoke(app, list(words), env={"COLUMNS": "120", "TERM": "dumb"})
+    return result.exit_code, result.output
+
+
+def test_every_stage_has_a_runner_and_a_config() -> None:
+    assert set(STAGES) == set(RUNNERS)
+
+
+def test_help_is_there_at_once_and_loads_nothing() -> None:
+    code = (
+        "import sys; from posttrain.cli import main; sys.argv = ['posttrain', '--help']\ntry: main()\nexcept SystemExit: pass\n"
+    )
+    code += "print([m for m in ('torch', 'hydra', 'transformers', 'pydantic', 'matplotlib') if m in sys.modules])"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    spent = time.monotonic() - began
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+    best = spent
+    for _ in range(4):  # a busy machine may be slow once, not five times
+        began = time.monotonic()
+        subprocess.run([BIN / "posttrain", "--help"], capture_output=True, check=True)
+        best = min(best, time.monotonic() - began)
+    assert best < 0.5
+
+
+def test_help_names_stages_and_the_way_on() -> None:
+    code, text = invoke("--help")
+    assert code == 0
+    for word in (*STAGES, "run", "report", "doctor", "+peft=qlora", "python_expert"):
+        assert word in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stages_help_names_its_main_settings_with_examples(stage: str) -> None:
+    code, text = invoke(stage, "--help")
+    assert code == 0
+    for word in ("model=", "+peft=qlora", "data.path=", "optim.lr", "train.max_steps", "run.dir", "init=", f"posttrain {stage} "):
+        assert word in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_settings_that_help_names_exist(stage: str) -> None:
+    """A setting in the help that no config has would be a lie."""
+    import re
+
+    from posttrain.cli import SETTINGS
+    from posttrain.config.compose import compose_run
+    from posttrain.rundir import flatten
+
+    known = set(flatten(compose_run(stage, ["+peft=lora"])))
+    for key, meaning in SETTINGS:
+        for named in re.findall(r"\b(?:peft|data|optim|train|run)\.\w+", f"{key} {meaning}"):
+            assert named in known
+
+
+def test_cfg_prints_what_would_run_and_info_where_it_comes_from() -> None:
+    code, text = invoke("sft", "+peft=qlora", "--cfg", "job", "peft.r=4")
+    config = yaml.safe_load(text)
+    assert code == 0 and config["peft"]["r"] == 4 and config["quant"]["method"] == "nf4" and "hydra" not in config
+    code, text = invoke("sft", "--info", "defaults", "+peft=qlora")
+    assert code == 0 and "peft/qlora.yaml -> peft" in text and "quant/nf4.yaml -> quant" in text
+
+
+def test_flags_and_overrides_come_in_any_order() -> None:
+    texts = {invoke(*words)[1] for words in (("sft", "--cfg", "job", "+peft=lora"), ("sft", "+peft=lora", "--cfg", "job"))}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sft", "--cfg", "jobb"), "--cfg: there is no 'jobb' - did you mean 'job'?"),
+        (("sft", "+peftt=qlora"), "unknown key 'peftt' - did you mean 'peft'?"),
+        (("sft", "optim.lrr=1"), "unknown key 'optim.lrr' - did you mean 'optim.lr'?"),
+        (("sft", "peft=qlorra"), "did you mean 'qlora'?"),
+        (("sft", "--config-dir", "/nowhere"), "--config-dir: /nowhere is no directory"),
+        (("run", "python_exper"), "python_expert"),
+        (("run",), "give a recipe: python_expert"),
+    ],
+)
+def test_bad_words_are_one_line_and_exit_2(words: tuple[str, ...], message: str) -> None:
+    done = subprocess.run([BIN / "posttrain", *words], capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: ")
+
+
+def test_an_unknown_command_or_flag_is_refused() -> None:
+    assert invoke("sftt")[0] == 2
+    assert invoke("sft", "--bogus")[0] == 2
+
+
+def test_own_config_groups_shadow_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    shipped = yaml.safe_load(invoke("sft", "--cfg", "job")[1])["optim"]
+    (tmp_path / "optim" / "adamw.yaml").write_text(yaml.safe_dump({**shipped, "lr": 0.125}))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "short.yaml").write_text("# @package _global_\ntrain:\n  max_steps: 3\n")
+    code, text = invoke("sft", "--config-dir", str(tmp_path), "--cfg", "job", "experiment=short")
+    config = yaml.safe_load(text)
+    assert code == 0 and config["optim"]["lr"] == 0.125 and config["train"]["max_steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_command_and_the_function_do_the_same(tmp_path: Path) -> None:
+    """`posttrain sft ...` in a process of its own leaves the very weights that `posttrain.run` leaves."""
+    import posttrain
+
+    words = ["model=tiny", "+peft=lora", "train.max_steps=2", "train.batch_size=2", "data.max_rows=20", "data.eval_rows=2"]
+    done = subprocess.run(
+        [BIN / "posttrain", "sft", *words, f"run.dir={tmp_path}/a"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "a" / "adapter") in done.stdout.replace("\n", "")
+    manifest = posttrain.run("sft", *words, f"run.dir={tmp_path}/b")
+    there = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    name = "adapter/adapter_model.safetensors"
+    assert there["files"][name] == manifest["files"][name]
+    assert manifest == json.loads((tmp_path / "b" / "manifest.json").read_text())
