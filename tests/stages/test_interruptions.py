@@ -1,7 +1,6 @@
 """Kills, signals and second starts, through the command line: the run that goes on is the run that was asked for."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
