@@ -44,7 +44,7 @@ def test_the_learning_rate_follows_stage_and_method() -> None:
 def test_every_option_of_every_group_composes(stage: str, group: str, option: str) -> None:
     words = [f"{group}={option}"]
     words += ["data.path=x.jsonl"] if option == "file" else []
-    words += ["peft=lora"] if option == "nf4" else []
+    words += ["peft=lora"] if option in ("nf4", "int8") else []
     assert compose_run(stage, words)["stage"] == stage
 
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from posttrain.config.schema import Lora
 from posttrain.errors import UserError
-from posttrain.models.adapters import add_adapter
+from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM, count_numbers, load_causal, load_tokenizer
 from posttrain.models.quantize import nf4
+
+LORA = Lora(method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0)
 
 
 @pytest.fixture
@@ -41,14 +44,14 @@ def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
     model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
     assert count_numbers(model)[1] == expected
     lora = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128)) // 2  # r (in + out) a matrix
-    assert count_numbers(add_adapter(model, 4, 8.0, 0.0, "all-linear", "float32")) == (lora, expected + lora)
+    assert count_numbers(add_method(model, LORA)) == (lora, expected + lora)
 
 
 def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
     from posttrain.batch import PackedBatch, Segment
 
     model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
-    lm = PackedLM(add_adapter(model, 4, 8.0, 0.0, "all-linear", "float32"), "documents")
+    lm = PackedLM(add_method(model, LORA), "documents")
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     batch = PackedBatch(
         tokens, torch.tensor([[0, 1, 2, 0, 1]]), (Segment(0, 3), Segment(3, 5)), torch.tensor([0, 1, 3]),

@@ -13,8 +13,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
+from posttrain.config.schema import Lora
 from posttrain.data.packing import Order
-from posttrain.models.adapters import add_adapter
+from posttrain.models.adapters import add_method
 from posttrain.models.builtin import builtin_directory
 from posttrain.train.loop import seed_step
 
@@ -73,7 +74,9 @@ def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -
     tokenizer.chat_template = TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     seed_step(SEED, 0, 0)  # as a run of ours does before it makes an adapter
-    model = add_adapter(model, r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32")
+    model = add_method(
+        model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1)
+    )  # fmt: skip
     order = Order(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = [data[unit] for step in range(STEPS) for unit in order.step(step)]
     job = trainer(

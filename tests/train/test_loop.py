@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from posttrain.config.schema import Lora
 from posttrain.data.examples import Examples, build
 from posttrain.data.packing import Order, pack
 from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
-from posttrain.models.adapters import add_adapter
+from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM
 from posttrain.signals import StopSignal
 from posttrain.train.checkpoint import gather_weights, newest_checkpoint, restore
@@ -38,10 +39,11 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    model = add_adapter(LlamaForCausalLM(config), r=4, alpha=8, dropout=dropout, targets="all-linear", dtype="float32")
+    lora = Lora(method="lora", r=4, alpha=8, dropout=dropout, targets="all-linear", dtype="float32", lr_factor=1)
+    model = add_method(LlamaForCausalLM(config), lora)
     module = PackedLM(model, "documents")
     accelerator = Accelerator(cpu=True)
-    optimizer, _ = make_optimizer("adamw", module.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
+    optimizer, _ = make_optimizer("adamw", module, lambda name: 1.0, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
     module, optimizer = accelerator.prepare(module, optimizer)
     examples = make_examples()
     order = Order(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)

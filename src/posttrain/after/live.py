@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.models.adapters import load_adapter
 from posttrain.models.base import digest, resolve
 from posttrain.models.causal import load_causal, load_tokenizer
-from posttrain.models.quantize import nf4
+from posttrain.models.quantize import quantization
 from posttrain.rundir import checked_weights, read_manifest
 
 
@@ -29,7 +30,7 @@ def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool
     source = resolve(base["path"], base["revision"])
     if digest(source.directory) != base["digest"]:
         raise UserError(f"base: {base['path']} is not what the run was trained on (digests differ); give the run's own base")
-    config = nf4(quant["double_quant"], quant["compute_dtype"], device) if quantized and quant["method"] == "nf4" else None
+    config = quantization(quant, device) if quantized else None
     return load_causal(base["path"], base["revision"], dtype, device, False, config)
 
 
@@ -40,11 +41,9 @@ def load_live(run: Path, device: str = "cpu", dtype: str | None = None, quantize
     """
     manifest = read_manifest(run)
     weights = checked_weights(run, manifest, "run")
-    kind, dtype = manifest["weights"]["kind"], dtype or manifest["dtype"]
+    kind, precision = manifest["weights"]["kind"], dtype or manifest["dtype"]
     tokenizer = load_tokenizer(str(weights), None, False, None)
     if kind == "model":
-        return Live(load_causal(str(weights), None, dtype, device, False, None).eval(), tokenizer, manifest, weights)
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(load_base(manifest, device, dtype, quantized), str(weights))
+        return Live(load_causal(str(weights), None, precision, device, False, None).eval(), tokenizer, manifest, weights)
+    model = load_adapter(load_base(manifest, device, precision, quantized), weights)
     return Live(model.eval(), tokenizer, manifest, weights)

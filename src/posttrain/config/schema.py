@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -26,22 +26,113 @@ class ModelConfig(Strict):
     trust_remote_code: bool
 
 
-class NoPeft(Strict):
+class Method(Strict):
+    """What is trained. saves: weights of the model itself, or an adapter in peft's format. is_sum: the change of a layer is a
+    sum B A, so it can lie on top of another one, and both are one of summed rank."""
+
+    saves: ClassVar[Literal["model", "adapter"]] = "adapter"
+    is_sum: ClassVar[bool] = False
+    lr_factor: Rate
+
+
+class Full(Method):
+    saves = "model"
     method: Literal["none"]
-    lr_factor: Rate
 
 
-class Lora(Strict):
-    method: Literal["lora", "qlora"]
+class Head(Method):
+    saves = "model"
+    method: Literal["head"]
+
+
+class Partial(Method):
+    saves = "model"
+    method: Literal["partial"]
+    layers: Rate  # how many at the top, or below 1 their share
+
+
+class Adapted(Method):
+    """With weights of its own, in a dtype of their own."""
+
+    dtype: Literal["float32", "bfloat16"]
+
+
+class Targeted(Adapted):
+    """On linear layers: all-linear, a list of module names, or a regular expression over full names."""
+
+    targets: str | list[str]
     r: Positive
-    alpha: Rate
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    targets: str | list[str]  # all-linear, a list of module names, or a regular expression
-    dtype: Literal["float32", "bfloat16"]  # of the adapter's own weights
-    lr_factor: Rate
 
 
-PeftConfig = Annotated[NoPeft | Lora, Field(discriminator="method")]
+class Lora(Targeted):
+    is_sum = True
+    method: Literal["lora", "qlora", "rslora", "pissa"]
+    alpha: Rate
+
+
+class LoraPlus(Targeted):
+    is_sum = True
+    method: Literal["loraplus"]
+    alpha: Rate
+    lr_ratio: Rate  # learning rate of B over that of A
+
+
+class Dora(Targeted):
+    method: Literal["dora"]
+    alpha: Rate
+
+
+class AdaLora(Targeted):
+    method: Literal["adalora"]
+    alpha: Rate
+    init_r: Positive  # every layer's rank at the start; r is their mean at the end
+    start: Share  # share of the steps before ranks begin to go
+    end: Share  # share of the steps after they have gone
+    orthogonality: Annotated[float, Field(ge=0)]  # weight of the penalty on P and Q
+
+    @model_validator(mode="after")
+    def _a_time_between(self) -> AdaLora:
+        if self.start + self.end >= 1:
+            raise ValueError(f"peft.start and peft.end are shares of the run and leave none between ({self.start} + {self.end})")
+        if self.r >= self.init_r:
+            raise ValueError(f"peft.r: {self.r} is not below peft.init_r={self.init_r}; ranks only go down")
+        return self
+
+
+class Vera(Targeted):
+    method: Literal["vera"]
+    d_initial: Rate
+    seed: NonNegative  # of the frozen random matrices
+
+
+class Bottleneck(Adapted):
+    method: Literal["adapter"]
+    r: Positive
+    placement: Literal["houlsby", "pfeiffer"]
+
+
+class Prefix(Adapted):
+    method: Literal["prefix"]
+    length: Positive
+
+
+class Ptuning(Adapted):
+    method: Literal["ptuning"]
+    length: Positive
+    hidden: Positive  # width of the prompt encoder
+
+
+class Prompt(Adapted):
+    method: Literal["prompt"]
+    length: Positive
+    init: Literal["vocabulary", "random"]
+
+
+PeftConfig = Annotated[
+    Full | Head | Partial | Lora | LoraPlus | Dora | AdaLora | Vera | Bottleneck | Prefix | Ptuning | Prompt,
+    Field(discriminator="method"),
+]
 
 
 class NoQuant(Strict):
@@ -54,7 +145,16 @@ class Nf4(Strict):
     compute_dtype: Literal["bfloat16", "float16", "float32"]
 
 
-QuantConfig = Annotated[NoQuant | Nf4, Field(discriminator="method")]
+class Int8(Strict):
+    method: Literal["int8"]
+    threshold: Annotated[float, Field(ge=0)]  # inputs with a larger magnitude are multiplied in 16 bit
+
+
+QuantConfig = Annotated[NoQuant | Nf4 | Int8, Field(discriminator="method")]
+
+
+class ChainConfig(Strict):
+    mode: Literal["auto", "stack", "merge", "continue"]
 
 
 class DataConfig(Strict):
@@ -116,6 +216,7 @@ class DpoConfig(Strict):
 
 class LanguageStage(Strict):
     init: str | None
+    chain: ChainConfig
     model: ModelConfig
     peft: PeftConfig
     quant: QuantConfig
@@ -129,10 +230,17 @@ class LanguageStage(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> LanguageStage:
-        if self.quant.method != "none" and self.peft.method == "none":
-            raise ValueError(f"quant={self.quant.method} cannot be trained in full; add +peft=qlora, or say quant=none")
+        if self.quant.method != "none" and (self.peft.saves == "model" or self.peft.method == "pissa"):
+            how = {"none": "in full", "pissa": "by pissa, which writes into the base"}.get(
+                self.peft.method, f"by {self.peft.method}"
+            )
+            raise ValueError(f"quant={self.quant.method} cannot be trained {how}; add +peft=qlora, or say quant=none")
+        if self.quant.method == "int8" and self.peft.method == "dora":
+            raise ValueError("quant=int8 cannot be trained by dora, which has to read the whole weight; say quant=nf4")
         if self.quant.method != "none" and self.train.fsdp:
             raise ValueError(f"train.fsdp does not shard a base in {self.quant.method}; say quant=none, or train.fsdp=false")
+        if self.train.fsdp and not (self.peft.saves == "model" or self.peft.is_sum):
+            raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
         return self
 
 

@@ -37,42 +37,58 @@ def context_mask(prefix: int, length: int, window: int | None, device: torch.dev
     return mask if window is None else mask.triu(prefix - window + 1)
 
 
-def dense_mask(segments: Sequence[Segment], num_tokens: int, window: int | None = None) -> Tensor:
-    """bool [num_tokens, num_tokens], True where the row's token attends to the column's."""
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+def dense_mask(segments: Sequence[Segment], num_tokens: int, window: int | None = None, memory: int = 0) -> Tensor:
+    """bool [num_tokens, memory + num_tokens], True where the row's token attends to the column's.
+
+    The first `memory` columns are what stands before every document.
+    """
+    mask = torch.zeros(num_tokens, memory + num_tokens, dtype=torch.bool)
     for start, stop, prefix_start, prefix_stop in segments:
-        prefix = prefix_stop - prefix_start
-        context = context_mask(prefix, stop - start, window)
-        mask[start:stop, prefix_start:prefix_stop] = context[:, :prefix]
-        mask[start:stop, start:stop] = context[:, prefix:]
+        before = memory + prefix_stop - prefix_start
+        context = context_mask(before, stop - start, window)
+        mask[start:stop, :memory] = context[:, :memory]
+        mask[start:stop, memory + prefix_start : memory + prefix_stop] = context[:, memory:before]
+        mask[start:stop, memory + start : memory + stop] = context[:, before:]
     return mask
 
 
-def flex_mask_mod(segments: Sequence[Segment], window: int | None, device: torch.device) -> Callable[..., Tensor]:
+def flex_mask_mod(
+    segments: Sequence[Segment], window: int | None, device: torch.device, memory: int = 0
+) -> Callable[..., Tensor]:
     """The same relation as `dense_mask`, as FlexAttention asks for it: a function of (batch, head, query, key)."""
     lengths = torch.tensor([s.stop - s.start for s in segments], device=device)
     columns = torch.tensor([tuple(s) for s in segments], device=device).repeat_interleave(lengths, dim=0).unbind(1)
     start, _, prefix_start, prefix_stop = (column.contiguous() for column in columns)
 
-    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, column: Tensor) -> Tensor:
+        key = column - memory
+        remembered = column < memory
         own = (key >= start[query]) & (key <= query)
         shared = (key >= prefix_start[query]) & (key < prefix_stop[query])
         if window is None:
-            return own | shared
-        prefix = prefix_stop[query] - prefix_start[query]
-        to_shared = query - start[query] + prefix - (key - prefix_start[query])
-        return (own & (query - key < window)) | (shared & (to_shared < window))
+            return own | shared | remembered
+        at = query - start[query] + prefix_stop[query] - prefix_start[query]  # place in the document, its prompt included
+        to_shared = at - (key - prefix_start[query])
+        near = remembered & (at - key < window)
+        return (own & (query - key < window)) | (shared & (to_shared < window)) | near
 
     return mask_mod
 
 
 class DocumentMask:
-    """One pack's relation, and the masks made from it: once per pack, not once per layer."""
+    """One pack's relation, and the masks made from it: once per pack, not once per layer.
 
-    def __init__(self, segments: Sequence[Segment], num_tokens: int, device: torch.device) -> None:
+    memory: for every layer keys and values [1, key heads, M, dim] that stand before each document (prefix tuning).
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], num_tokens: int, device: torch.device, memory: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
         if [0, *(s.stop for s in segments)] != [*(s.start for s in segments), num_tokens]:
             raise ValueError("segments must cover the pack's tokens in order")
         self.segments, self.num_tokens, self.device = tuple(segments), num_tokens, device
+        self.memory = tuple(memory)
+        self.size = memory[0][0].shape[2] if memory else 0
         self.windows: list[int | None] = []  # of each attention layer that was run
         self._made: dict[tuple[Any, ...], Any] = {}
 
@@ -82,16 +98,21 @@ class DocumentMask:
         return self._made[key]
 
     def dense(self, window: int | None) -> Tensor:
-        return self._once(("dense", window), lambda: dense_mask(self.segments, self.num_tokens, window).to(self.device))
+        def make() -> Tensor:
+            return dense_mask(self.segments, self.num_tokens, window, self.size).to(self.device)
+
+        return self._once(("dense", window), make)
 
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
         return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
 
     def blocks(self, window: int | None) -> BlockMask:
         n, on_gpu = self.num_tokens, self.device.type == "cuda"
-        mod = flex_mask_mod(self.segments, window, self.device)
+        mod = flex_mask_mod(self.segments, window, self.device, self.size)
         # compiled, no [T, T] mask is ever written out
-        return self._once(("flex", window), lambda: create_block_mask(mod, None, None, n, n, self.device, _compile=on_gpu))
+        return self._once(
+            ("flex", window), lambda: create_block_mask(mod, None, None, n, n + self.size, self.device, _compile=on_gpu)
+        )
 
 
 def _scores_attention(
@@ -128,24 +149,29 @@ def _plain_attention(
 
 
 def _by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
     *, dropout: float, scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """[1, heads, T, dim] -> the same shape, one SDPA call a segment."""
+    """[1, heads, T, dim] -> the same shape, one SDPA call a segment. key, value: with the memory before them."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    remembered = key[:, :, : mask.size], value[:, :, : mask.size]
+    key, value = key[:, :, mask.size :], value[:, :, mask.size :]
     lengths = [s.stop - s.start for s in mask.segments]
     # split, not slices: its backward is one concatenation, where each slice's would fill a whole zero tensor
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     at = {(s.start, s.stop): i for i, s in enumerate(mask.segments)}
     outputs = []
     for i, (segment, length) in enumerate(zip(mask.segments, lengths, strict=True)):
-        k, v, prefix = keys[i], values[i], segment.prefix_stop - segment.prefix_start
-        if prefix:
+        parts, before = [(keys[i], values[i])], mask.size + segment.prefix_stop - segment.prefix_start
+        if before > mask.size:
             shared = at[segment.prefix_start, segment.prefix_stop]
-            k, v = torch.cat([keys[shared], k], dim=2), torch.cat([values[shared], v], dim=2)
-        beyond = window is not None and prefix + length > window
-        context = mask.context(prefix, length, window if beyond else None) if prefix or beyond else None
+            parts.insert(0, (keys[shared], values[shared]))
+        if mask.size:
+            parts.insert(0, remembered)
+        k, v = (torch.cat(both, dim=2) if len(parts) > 1 else both[0] for both in zip(*parts, strict=True))
+        beyond = window is not None and before + length > window
+        context = mask.context(before, length, window if beyond else None) if before or beyond else None
         outputs.append(scaled_dot_product_attention(queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling))
     return torch.cat(outputs, dim=2)
 
@@ -165,6 +191,9 @@ def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if position_bias is not None:
             raise UserError("model.name: attention with a position bias cannot be packed; use another model")
         document_mask.windows.append(sliding_window)
+        if document_mask.memory:
+            remembered: Any = document_mask.memory[module.layer_idx]  # pyright: ignore
+            key, value = (torch.cat([m.to(x), x], dim=2) for m, x in zip(remembered, (key, value), strict=True))
         if how == "dense":
             dense = document_mask.dense(sliding_window)[None, None]
             return _scores_attention(module, query, key, value, dense, dropout=dropout, scaling=scaling, **extra)
@@ -173,7 +202,7 @@ def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return flex_attention_forward(module, query, key, value, blocks, scaling, softcap, s_aux, dropout=dropout)
         if softcap is not None or s_aux is not None:
             raise UserError("model.attention: documents cannot compute this model's softcap or sinks; use dense")
-        output = _by_document(module, query, key, value, document_mask, dropout=dropout, scaling=scaling, window=sliding_window)
+        output = _by_document(query, key, value, document_mask, dropout=dropout, scaling=scaling, window=sliding_window)
         return output.transpose(1, 2).contiguous(), None
 
     return forward

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from transformers.utils import logging
 from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
 from posttrain.models import attention as attentions
+from posttrain.models import prompts
 from posttrain.models.base import Source, resolve
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
@@ -113,12 +116,22 @@ class PackedLM(nn.Module):
     def __init__(self, model: nn.Module, attention: str, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.prompt_kind = prompts.kind_of(model)
         check_packing(self, attention)
         self.causal.set_attn_implementation(attentions.ATTENTION[attention])
         if gradient_checkpointing:
             causal = self.causal  # renamed in transformers 5.2x
             enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+
+    @contextmanager
+    def without_prompt(self) -> Iterator[None]:
+        """Inside, a prompt method's virtual tokens are left out: what the stage was given. All other methods start as that."""
+        kind, self.prompt_kind = self.prompt_kind, ""
+        try:
+            yield
+        finally:
+            self.prompt_kind = kind
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -143,20 +156,33 @@ class PackedLM(nn.Module):
         output: Any = self.causal.get_output_embeddings()
         return head_of(output, self.causal.config.get_text_config())
 
-    def hidden(self, tokens: Tensor, positions: Tensor, mask: attentions.DocumentMask) -> Tensor:
-        """Last hidden states [T, H] of one pack. tokens, positions: int64 [1, T]."""
+    def hidden(self, positions: Tensor, mask: attentions.DocumentMask, **inputs: Tensor) -> Tensor:
+        """Last hidden states [T, H] of one pack. inputs: input_ids int64 [1, T], or inputs_embeds [1, T, H]."""
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
-        none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
         output = self.causal.get_decoder()(
-            input_ids=tokens, attention_mask=none, position_ids=positions, use_cache=False, document_mask=mask
+            **inputs, attention_mask=none, position_ids=positions, use_cache=False, document_mask=mask
         )
         return output.last_hidden_state[0]
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """log p(target | all that its source sees): float32 [N]."""
-        mask = attentions.DocumentMask(batch.segments, batch.num_tokens, batch.tokens.device)
-        hidden = self.hidden(batch.tokens, batch.positions, mask)
-        return token_logprobs(hidden[batch.source], batch.target, self.head)
+        hidden, source = self._read(batch)
+        return token_logprobs(hidden[source], batch.target, self.head)
+
+    def _read(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Last hidden states, and where in them `batch.source` stands: virtual tokens of a prompt method move it."""
+        device, model, kind = batch.tokens.device, self.model, self.prompt_kind
+        if kind == "prompt":
+            virtual = prompts.soft_prompt(model)
+            layout = prompts.insert_virtual(batch.segments, batch.positions, len(virtual))
+            embeddings = self.causal.get_input_embeddings()(batch.tokens)[0]
+            mask = attentions.DocumentMask(layout.segments, layout.positions.shape[1], device)
+            inputs = prompts.embed(layout, embeddings, virtual)
+            return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[batch.source]
+        memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
+        mask = attentions.DocumentMask(batch.segments, batch.num_tokens, device, memory)
+        return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), batch.source
 
 
 @torch.no_grad()
@@ -180,7 +206,7 @@ def check_packing(lm: PackedLM, attention: str) -> None:
     try:
         # flex computes what dense does, but compiles for a while
         causal.set_attn_implementation(attentions.ATTENTION["dense" if attention == "flex" else attention])
-        packed = lm.head.logits(lm.hidden(tokens, positions, mask)).double().log_softmax(-1)
+        packed = lm.head.logits(lm.hidden(positions, mask, input_ids=tokens)).double().log_softmax(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({_first_line(error)})") from error
     finally:

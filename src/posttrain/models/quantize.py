@@ -12,6 +12,13 @@ from transformers import BitsAndBytesConfig
 from posttrain.errors import UserError
 
 
+def quantization(quant: dict[str, Any], device: str) -> BitsAndBytesConfig | None:
+    """What `quant=` (as a plain dict, of a config or a manifest) means for loading; None for none."""
+    if quant["method"] == "nf4":
+        return nf4(quant["double_quant"], quant["compute_dtype"], device)
+    return int8(quant["threshold"]) if quant["method"] == "int8" else None
+
+
 def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConfig:
     """Linear layers of the blocks in 4 bits; embeddings and head stay as they are. UserError where it cannot run."""
     try:
@@ -32,6 +39,11 @@ def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConf
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
     )
+
+
+def int8(threshold: float) -> BitsAndBytesConfig:
+    """Linear layers of the blocks in 8 bits (Dettmers et al. 2022, arXiv 2208.07339); the rest as it is."""
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
 
 
 def keep_as_quantized(model: nn.Module) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,15 @@ from posttrain.data.conversations import Encoder, chat_template, template_hash
 from posttrain.data.packing import Order, silent
 from posttrain.data.prepare import prepare, prepare_set
 from posttrain.errors import UserError
+from posttrain.models.adapters import lr_ratio
 from posttrain.models.causal import load_tokenizer, stop_tokens
+from posttrain.models.export import final_ranks
 from posttrain.rundir import Run
 from posttrain.signals import StopSignal
-from posttrain.stages.build import Built, Inputs, build_model, find_base, save_result
+from posttrain.stages.build import Built, Inputs, build_model, save_result
 from posttrain.stages.measure import EvalSet, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.stages.reference import attach, reference_logps, train_reference
-from posttrain.stages.start import resolve_start
+from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.checkpoint import newest_checkpoint, restore
 from posttrain.train.loop import Loop, Plan
 from posttrain.train.optim import make_optimizer
@@ -61,23 +66,36 @@ class _Stage:
         with self.accelerator.main_process_first():  # the others find data and models in the cache
             inputs = read_inputs(self.cfg, self.accelerator.num_processes)
         _announce(self.cfg, self.run, inputs)
-        built = build_model(self.cfg, inputs.start, inputs.base, self.accelerator.device)
+        tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
+        built = build_model(self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device)
         say(f"training {built.trained:,} of {built.total:,} numbers ({built.trained / built.total:.2%})")
         optim = self.cfg.optim
         optimizer, note = make_optimizer(
-            optim.name, built.module.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            optim.name,
+            built.module,
+            partial(lr_ratio, self.cfg.peft),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
         )
         if note:
             say(note)
         module, optimizer = self.accelerator.prepare(built.module, optimizer)
-        held_out, table = self._reference(module, inputs)
-        tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
+        with self._as_given(built, inputs):
+            held_out, table = self._reference(module, inputs)
         loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
-        start = self._begin(loop, module, optimizer, inputs, held_out)
+        loop.method = built.schedule
+        with self._as_given(built, inputs):
+            start = self._begin(loop, module, optimizer, inputs, held_out)
         loop.fit(start)
         after = self._measure(module, inputs, held_out, identity=None)
         tracker.log(inputs.order.num_steps, after)
         return self._finish(built, inputs, loop.state, after)
+
+    def _as_given(self, built: Built, inputs: Inputs) -> AbstractContextManager[None]:
+        """Before training the model is what the stage was given: without soft tokens that are still random."""
+        return nullcontext() if inputs.start.mode == "continue" else built.module.without_prompt()
 
     def _reference(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
         """Held-out batches, and the table of training references; both before any checkpoint is loaded."""
@@ -147,6 +165,8 @@ class _Stage:
                 f"data.path: the data is not what {self.run.dir} began with; give another run.dir to train on the new rows"
             )
         restore(checkpoint, self.accelerator.unwrap_model(module), _inner(optimizer))
+        if loop.method:
+            loop.method.load(checkpoint.method)
         loop.state = checkpoint.state
         loop.tracker.rewind(checkpoint.step)
         say(f"going on from step {checkpoint.step} of {inputs.order.num_steps} ({checkpoint.path.name})")
@@ -161,7 +181,7 @@ class _Stage:
         """Names a function: base weights, what an adapter adds, and the precision in which both are computed."""
         cfg = self.cfg
         weights = [base or inputs.base.digest, inputs.start.identity if adapter is None else adapter]
-        return _hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.method == "none", cfg.model.attention)
+        return _hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.saves == "model", cfg.model.attention)
 
     def _finish(self, built: Built, inputs: Inputs, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
         result = save_result(self.cfg, self.run, built, self.accelerator, inputs)
@@ -195,14 +215,16 @@ def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
     per_step = train.batch_size * train.grad_accum * world_size
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(data.train))
     order = Order(len(data.train), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    start, base = merged_start(cfg, start, base)
     return Inputs(start, base, tokenizer, encoder.identity, data, sets, order)
 
 
 def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
     """What is about to happen, in the user's words: model, data, and what became of its rows."""
     order, account = inputs.order, inputs.data.account
-    if inputs.start.adapter:
-        say(f"model {inputs.base.name} with the adapter of {cfg.init}")
+    if inputs.start.mode:
+        how = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}[inputs.start.mode]
+        say(f"model {inputs.base.name} with the adapter of {cfg.init}, {how} (chain.mode={inputs.start.mode})")
     else:
         say(f"model {inputs.base.name}")
     say(
@@ -237,6 +259,8 @@ def _manifest(
         "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
         "dtype": str(built.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
+        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
+        "chain": inputs.start.mode,
         "trainable": {"trained": built.trained, "total": built.total},
         "data": [asdict(account) | {"share": 1.0}],
         "held_out": asdict(inputs.data.held_out_account),
@@ -268,7 +292,9 @@ def _show(cfg: LanguageStage, run: Run, manifest: dict[str, Any], page: Path) ->
 
 
 def _accelerator(cfg: LanguageStage, run: Run) -> Accelerator:
-    """With FSDP2 where the config, or accelerate's own, asks for it."""
+    """With FSDP2 where the config, or accelerate's own, asks for it. UserError for a tracker that is not installed."""
+    if cfg.tracker != "none" and find_spec(cfg.tracker) is None:
+        raise UserError(f"tracker: {cfg.tracker} is not installed; pip install 'posttrain[{cfg.tracker}]'")
     fsdp = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap") if cfg.train.fsdp else None
     log_with = None if cfg.tracker == "none" else cfg.tracker
     accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir, fsdp_plugin=fsdp)
@@ -286,7 +312,7 @@ def _precision(cfg: LanguageStage) -> str:
     """Autocast, for accelerate: only where the weights are float32 and the device does bfloat16 faster."""
     if cfg.train.precision != "auto":
         return {"none": "no", "bf16": "bf16"}[cfg.train.precision]
-    full_precision = cfg.model.dtype == "float32" or (cfg.model.dtype == "auto" and cfg.peft.method == "none")
+    full_precision = cfg.model.dtype == "float32" or (cfg.model.dtype == "auto" and cfg.peft.saves == "model")
     return "bf16" if full_precision and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 

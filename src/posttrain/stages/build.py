@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 
-from posttrain.config.schema import LanguageStage, Lora, Nf4
+from posttrain.config.schema import LanguageStage
 from posttrain.data.packing import Order
 from posttrain.data.prepare import Prepared
-from posttrain.errors import RunError, UserError
-from posttrain.models.adapters import add_adapter, add_frozen, export_adapter, merge_into
-from posttrain.models.base import BaseInfo, digest, resolve
+from posttrain.errors import RunError
+from posttrain.models.adalora import RankSchedule
+from posttrain.models.adapters import add_frozen, add_method, continue_adapter, merge_into
+from posttrain.models.base import BaseInfo, digest
 from posttrain.models.causal import PackedLM, count_numbers, load_causal
-from posttrain.models.quantize import nf4
+from posttrain.models.export import export_adapter, remember_start
+from posttrain.models.quantize import quantization
 from posttrain.rundir import Run, sha256
 from posttrain.stages.measure import EvalSet
 from posttrain.stages.start import Start
@@ -47,6 +49,7 @@ class Built:
     trained: int
     total: int
     dtype: torch.dtype
+    schedule: RankSchedule | None
 
 
 @dataclass(frozen=True)
@@ -58,42 +61,37 @@ class Result:
     adapter_digest: str
 
 
-def find_base(start: Start, revision: str | None) -> BaseInfo:
-    """What a stage's start means, and the digest of its weights; fetches files, loads nothing."""
-    source = resolve(start.source, revision)
-    return BaseInfo(start.name, source.path, source.revision, digest(source.directory))
+def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, num_steps: int, device: torch.device) -> Built:
+    """Load, quantize, put the method on it, over the start's adapter where there is one, and wrap.
 
-
-def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, device: torch.device) -> Built:
-    """Load, quantize, put the start's adapter under a new one (or into the weights, for full training), wrap.
-
-    Raises UserError for an adapter of another base, or targets that match nothing.
+    Raises UserError for targets that match nothing, or ranks that do not fit.
     """
-    if start.base_digest and start.base_digest != base.digest:
-        raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
     dtype = _dtype(cfg)
-    quant = cfg.quant
-    config = nf4(quant.double_quant, quant.compute_dtype, str(device)) if isinstance(quant, Nf4) else None
+    config = quantization(cfg.quant.model_dump(), str(device))
     # FSDP moves a layer at a time to its device, and never holds all of them there
     place = "cpu" if cfg.train.fsdp else str(device)
     model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
-    if isinstance(cfg.peft, Lora):
-        p = cfg.peft
-        model = add_adapter(model, p.r, p.alpha, p.dropout, p.targets, p.dtype)
-        if start.adapter:
+    if start.adapter and start.mode == "continue":
+        model = continue_adapter(model, cfg.peft, start.adapter)
+    else:
+        if start.adapter and start.mode == "merge":
+            model = merge_into(model, start.adapter)
+        model = add_method(model, cfg.peft, num_steps)
+        if cfg.peft.method == "pissa":
+            remember_start(model)
+        if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    elif start.adapter:
-        model = merge_into(model, start.adapter)
     attention = cfg.model.attention
     attention = ("flex" if device.type == "cuda" else "documents") if attention == "auto" else attention
     module = PackedLM(model, attention, cfg.train.gradient_checkpointing)
-    return Built(module, *count_numbers(module), getattr(torch, dtype))
+    schedule = RankSchedule(model) if cfg.peft.method == "adalora" else None
+    return Built(module, *count_numbers(module), getattr(torch, dtype), schedule)
 
 
 def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Accelerator, inputs: Inputs) -> Result:
     """Write adapter/ or model/ with its tokenizer, complete or absent. Every process must call it."""
-    kind = "model" if cfg.peft.method == "none" else "adapter"
+    kind = cfg.peft.saves
     final, temporary = run.dir / kind, run.dir / f".{kind}.tmp"
     is_writer = accelerator.is_main_process
     try:
@@ -116,7 +114,7 @@ def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Acceler
 
 
 def _dtype(cfg: LanguageStage) -> str:
-    """A frozen base in 16 bit, weights that are trained in 32, unless the user says otherwise."""
+    """A frozen base in 16 bit, weights that are trained (or that PiSSA writes into) in 32, unless the user says otherwise."""
     if cfg.model.dtype != "auto":
         return cfg.model.dtype
-    return "float32" if cfg.peft.method == "none" else "bfloat16"
+    return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"

@@ -1,19 +1,33 @@
-"""Where a stage begins: a bare model, or what a finished run left."""
+"""Where a stage begins: a bare model, or what a finished run left, and what becomes of that run's adapter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.schema import LanguageStage
 from posttrain.errors import UserError
+from posttrain.models.base import BaseInfo, digest, resolve
+from posttrain.models.merged import merged_directory
 from posttrain.rundir import checked_weights, parent_record, read_manifest
+
+CANNOT_MERGE = {"BOTTLENECK": "bottleneck adapters are not linear", "PREFIX_TUNING": "a prefix is no weight"}
+CANNOT_MERGE |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), "a soft prompt is no weight")
+SAVED_AS = {
+    "dora": "LORA",
+    "vera": "VERA",
+    "adapter": "BOTTLENECK",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+}  # by method, peft's type of what a run of it leaves; sums are all saved as LORA
 
 
 @dataclass(frozen=True)
 class Start:
     """name: the base as people call it. source: the weights to load (a directory, hub id or built-in name). adapter: a
-    finished run's adapter on them, or None.
+    finished run's adapter on them, or None; mode: what becomes of it (stack, merge, continue), or ''.
 
     tokenizer: where the tokenizer comes from. identity: sha256 of what the adapter adds; the base has its own digest.
     """
@@ -22,13 +36,15 @@ class Start:
     source: str
     tokenizer: str
     adapter: Path | None = None
+    mode: str = ""
     base_digest: str | None = None
     identity: str = ""
     parents: list[dict[str, str]] = field(default_factory=list)
 
 
 def resolve_start(cfg: LanguageStage) -> Start:
-    """Raises UserError for an `init` that is no finished run, or whose files are not those its manifest names."""
+    """Raises UserError for an `init` that is no finished run, whose files are not those its manifest names, or whose adapter
+    cannot become what `chain.mode` says."""
     if cfg.init is None:
         return Start(cfg.model.name, cfg.model.name, cfg.model.name)
     directory = Path(cfg.init).expanduser()
@@ -46,5 +62,44 @@ def resolve_start(cfg: LanguageStage) -> Start:
     parents = [parent_record("init", directory.resolve())]
     if manifest["weights"]["kind"] == "model":
         return Start(str(weights), str(weights), str(weights), parents=parents)
+    mode = chain_mode(cfg, json.loads((weights / "adapter_config.json").read_text()))
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return Start(base["name"], base["path"], str(weights), weights, base["digest"], added, parents)
+    return Start(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents)
+
+
+def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
+    """What becomes of an adapter under this stage. parent: its adapter_config.json."""
+    asked, method, kind = cfg.chain.mode, cfg.peft.method, parent["peft_type"]
+    dora = bool(parent.get("use_dora"))
+    stackable = cfg.peft.is_sum and kind == "LORA" and not dora
+    mode = ("stack" if stackable else "merge") if asked == "auto" else asked
+    if mode == "stack" and not stackable:
+        which = f"peft={method}" if not cfg.peft.is_sum else f"init's {'dora' if dora else kind.lower()} adapter"
+        raise UserError(f"chain.mode: stack needs changes that are sums, which {which} is not; say chain.mode=merge")
+    if mode == "continue":
+        wanted = "LORA" if cfg.peft.is_sum else SAVED_AS.get(method)
+        if method in ("pissa", "adalora", "ptuning") or kind != wanted or dora != (method == "dora"):
+            raise UserError(f"chain.mode: peft={method} cannot go on with init's {kind.lower()} adapter; say chain.mode=merge")
+    if mode == "merge" and kind in CANNOT_MERGE:
+        raise UserError(f"init: its adapter cannot be merged ({CANNOT_MERGE[kind]}); say chain.mode=continue with the same peft=")
+    return mode
+
+
+def find_base(start: Start, revision: str | None) -> BaseInfo:
+    """What a stage's start means, and the digest of its weights; fetches files, loads nothing. UserError where a finished
+    run's adapter belongs to other weights."""
+    source = resolve(start.source, revision)
+    base = BaseInfo(start.name, source.path, source.revision, digest(source.directory))
+    if start.base_digest and start.base_digest != base.digest:
+        raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
+    return base
+
+
+def merged_start(cfg: LanguageStage, start: Start, base: BaseInfo) -> tuple[Start, BaseInfo]:
+    """With chain.mode=merge an adapter's base is the merged model, kept in the cache; full training merges in memory."""
+    if start.mode != "merge" or cfg.peft.saves == "model":
+        return start, base
+    assert start.adapter
+    directory = merged_directory(base, start.adapter, start.identity)
+    merged = replace(start, source=str(directory), adapter=None, base_digest=None, identity="")
+    return merged, BaseInfo(f"{base.name} merged with {cfg.init}", str(directory), None, digest(directory))

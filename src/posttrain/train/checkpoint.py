@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, verified when read, and without a pickle.
 
-checkpoints/step-000040/ holds weights.safetensors (what is trained), optimizer.safetensors, and checkpoint.json with the step,
-the run's counters, and size and sha256 of both files. There is no random state in it: every step is seeded from the run's seed
-and its number.
+checkpoints/step-000040/ holds weights.safetensors (what is trained), optimizer.safetensors, method.safetensors (what AdaLoRA
+remembers; empty for others), and checkpoint.json with the step, the run's counters, and size and sha256 of the files. There is no
+random state in it: every step is seeded from the run's seed and its number.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ from posttrain.rundir import sha256
 from posttrain.tensors import whole
 
 RECORD = "checkpoint.json"
-FILES = ("weights.safetensors", "optimizer.safetensors")
+FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
 
 
 @dataclass
 class Checkpoint:
-    """One read back: trainable tensors by name, optimizer state by name, and the counters of the run."""
+    """One read back: trainable tensors, optimizer state and the method's state by name, and the counters of the run."""
 
     path: Path
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    method: dict[str, Tensor]
     state: dict[str, Any]
 
 
 def save_checkpoint(
-    directory: Path, step: int, module: nn.Module, optimizer: Optimizer, state: dict[str, Any], keep: int, is_writer: bool
-) -> None:
+    directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
+    *, keep: int, is_writer: bool,
+) -> None:  # fmt: skip
     """Write step `step` beside, flush, rename; then drop all but the newest `keep`. Every process must call it.
 
     Raises RunError when the disk refuses; the older checkpoints are then untouched.
@@ -57,8 +59,8 @@ def save_checkpoint(
         for leftover in directory.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir()
-        for name, tensors in zip(FILES, (weights, slots), strict=True):
-            save_file(tensors, temporary / name)
+        for name, tensors in zip(FILES, (weights, slots, method), strict=True):
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
             _flush(temporary / name)
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES}
         (temporary / RECORD).write_text(json.dumps({"step": step, "state": state, "files": files}, indent=2))
@@ -99,8 +101,8 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
         if sha256(file) != expected["sha256"]:
             raise ValueError(f"{name} does not match its sha256")
-    weights, slots = (load_file(path / name) for name in FILES)
-    return Checkpoint(path, record["step"], weights, slots, record["state"])
+    weights, slots, method = (load_file(path / name) for name in FILES)
+    return Checkpoint(path, record["step"], weights, slots, method, record["state"])
 
 
 def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:

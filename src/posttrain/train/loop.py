@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +42,18 @@ class Plan:
     schedule: Schedule
     max_grad_norm: float | None
     seed: int
+
+
+class StepMethod(Protocol):
+    """What a method has to do in every optimizer step, and its state for checkpoints."""
+
+    def penalty(self) -> Tensor: ...  # added to the step's mean loss
+
+    def after_step(self, done: int) -> None: ...  # after step number `done` (from 1), before the gradients are cleared
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load(self, state: dict[str, Tensor]) -> None: ...
 
 
 def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -89,6 +101,7 @@ class Loop:
     checkpoints: Path
     stop: StopSignal
     evaluate: Callable[[], dict[str, float]]
+    method: StepMethod | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, start: int) -> None:
@@ -123,17 +136,30 @@ class Loop:
                 share = 1.0 if batch.count else 0.0  # a silent batch
                 self.accelerator.backward(output.total * (scale * share))
             window.add(output.metrics, share)
+        if self.method:
+            self._add_penalty(self.method.penalty())
         clip = self.plan.max_grad_norm or math.inf
         norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
         if not math.isfinite(norm):
             rows = [row for batch in batches for row in batch.rows]
             raise RunError(f"step {step + 1}: loss or gradient is not finite; no step was taken. Rows of the batch: {rows[:32]}")
-        factor = lr_factor(self.plan.schedule, step, self.plan.num_steps, self.plan.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * factor
+            group["lr"] = self._lr(step) * group["lr_ratio"]
         self.optimizer.step()
+        if self.method:
+            self.method.after_step(step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, tokens
+
+    def _lr(self, step: int) -> float:
+        return self.plan.lr * lr_factor(self.plan.schedule, step, self.plan.num_steps, self.plan.warmup_steps)
+
+    def _add_penalty(self, penalty: Tensor) -> None:
+        """To the gradients that all processes have in common by now: it depends on the weights alone."""
+        params = [p for p in self.module.parameters() if p.grad is not None]
+        for p, grad in zip(params, torch.autograd.grad(penalty, params, allow_unused=True), strict=True):
+            if grad is not None and p.grad is not None:
+                p.grad += grad
 
     def _totals(self, batches: list[PackedBatch]) -> tuple[float, int]:
         """Count and tokens of the whole optimizer step, over all processes."""
@@ -144,7 +170,7 @@ class Loop:
 
     def _log(self, step: int, averages: dict[str, float], norm: float, rate: float) -> dict[str, float]:
         values = {"tokens": self.state["tokens"]} | {f"train/{name}": value for name, value in averages.items()}
-        values |= {"train/grad_norm": norm, "train/lr": self.optimizer.param_groups[0]["lr"], "train/tokens_per_second": rate}
+        values |= {"train/grad_norm": norm, "train/lr": self._lr(step - 1), "train/tokens_per_second": rate}
         self.tracker.log(step, values)
         return values
 
@@ -156,7 +182,11 @@ class Loop:
             self.module.train()
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
             writer = self.accelerator.is_main_process
-            save_checkpoint(self.checkpoints, done, self.module, self.optimizer, self.state, plan.keep_checkpoints, writer)
+            method = self.method.state() if self.method else {}
+            save_checkpoint(
+                self.checkpoints, done, self.module, self.optimizer, method, self.state,
+                keep=plan.keep_checkpoints, is_writer=writer,
+            )  # fmt: skip
             self.accelerator.wait_for_everyone()
         if stopping and not last:
             raise Stopped(f"stopped by a signal after step {done} of {plan.num_steps}, saved; the same command goes on")

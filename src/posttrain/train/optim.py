@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,19 +14,20 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[Optimizer, str | None]:
+    name: str, module: nn.Module, lr_ratio: Callable[[str], float],
+    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> tuple[Optimizer, str | None]:  # fmt: skip
     """The optimizer, and a line to show when it is not the one that was asked for.
 
     bitsandbytes' 8-bit and paged optimizers exist on CUDA; elsewhere plain AdamW takes their place. Weight decay spares
-    vectors (norms, biases) as is usual.
+    vectors (norms, biases) as is usual. lr_ratio: parameter name -> its learning rate over the run's, kept in its group.
     """
-    params = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for full_name, p in module.named_parameters():
+        if p.requires_grad:
+            grouped.setdefault((weight_decay if p.ndim >= 2 else 0.0, lr_ratio(full_name)), []).append(p)
+    groups = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in grouped.items()]
+    params = [p for group in grouped.values() for p in group]
     on_cuda = params[0].device.type == "cuda"
     if name == "adamw" or not on_cuda:
         note = None if name == "adamw" else f"optim={name} needs CUDA; plain AdamW takes its place here"
