@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.after.records import show
 from posttrain.errors import RunError, UserError
 from posttrain.sweep import run_sweep
 
@@ -50,7 +51,7 @@ def test_the_page_has_a_heat_map_over_both_axes(serial: tuple[Path, list[dict[st
     page = (folder / "report.html").read_text()
     assert '<table class="heat">' in page and page.count("--heat: ") == 4
     for row in rows:
-        assert f"{row['metrics']['eval/loss']:.3f}" in page
+        assert show("eval/loss", row["metrics"]["eval/loss"]) in page
 
 
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=local", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]])

@@ -140,6 +140,44 @@ def report(
     _end(command)
 
 
+OUT = Annotated[Path, typer.Option("--out", help="A new directory for the result.")]
+
+
+@app.command(rich_help_panel="Chains and results")
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run directory with an adapter.")],
+    out: OUT,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,
+    onto: Annotated[str, typer.Option("--onto", help="auto, or on a quantized base full or dequantized weights.")] = "auto",
+) -> None:
+    """Put a run's adapter into the weights of its full-precision base, and check the result against the live model."""
+    from posttrain.after.merge import merge_run
+
+    _end(lambda: merge_run(run, out, max_kl, onto))
+
+
+@app.command("compose", rich_help_panel="Chains and results")
+def compose_adapters(
+    runs: Annotated[list[str], typer.Argument(help='Run directories, or one sum: "A + B - C", "0.5*A + B".')],
+    out: OUT,
+    weights: Annotated[str | None, typer.Option("--weights", help="One a run, such as 0.5,0.5; without it all are 1.")] = None,
+    learn: Annotated[Path | None, typer.Option("--learn", help="Learn the weights on the rows of this file.")] = None,
+) -> None:
+    """Make one adapter of several: their weighted sum, exactly."""
+
+    def command() -> None:
+        from posttrain.after.blend import compose_runs
+        from posttrain.errors import UserError
+
+        try:
+            numbers = [float(part) for part in weights.split(",")] if weights else None
+        except ValueError:
+            raise UserError(f"--weights: '{weights}' is no list of numbers; write 0.5,0.5") from None
+        compose_runs(runs, out, numbers, learn)
+
+    _end(command)
+
+
 @app.command(rich_help_panel="Before a run")
 def doctor() -> None:
     """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""

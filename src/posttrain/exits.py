@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from posttrain.errors import RunError, Stopped, UserError
 
 def guarded(command: Callable[[], Any]) -> int:
     """Run `command` and return the exit code; what went wrong is one line on standard error, never a traceback."""
+    _quiet_libraries()
     try:
         command()
     except (UserError, RunError, Stopped) as e:
@@ -28,6 +31,13 @@ def guarded(command: Callable[[], Any]) -> int:
         _tell(f"failed: {type(e).__name__}: {first} (POSTTRAIN_DEBUG=1 shows the traceback)")
         return RunError.exit_code
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries say about themselves out of the user's way; their errors stay."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU: an optional kernel for inference is missing
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _tell(line: str) -> None:

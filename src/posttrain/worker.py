@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 import uuid
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def run_config(config: dict[str, Any]) -> dict[str, Any]:
     if run.finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
         return read_manifest(run.dir)
-    _quiet_libraries()
     stage = importlib.import_module(STAGES[config["stage"]])
     try:
         return stage.run(STAGE_CONFIG.validate_python(config), run)
@@ -53,13 +51,6 @@ def _leave_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _quiet_libraries() -> None:
-    """Keep what libraries say about themselves out of the user's way; their errors stay."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU: an optional kernel for inference is missing
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _open_shared(config: dict[str, Any]) -> Run:

@@ -10,11 +10,9 @@ from typing import Any
 from posttrain.config.schema import LanguageStage
 from posttrain.errors import UserError
 from posttrain.models.base import BaseInfo, digest, resolve
-from posttrain.models.merged import merged_directory
+from posttrain.models.merged import UNMERGEABLE, merged_directory
 from posttrain.rundir import checked_weights, parent_record, read_manifest
 
-CANNOT_MERGE = {"BOTTLENECK": "bottleneck adapters are not linear", "PREFIX_TUNING": "a prefix is no weight"}
-CANNOT_MERGE |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), "a soft prompt is no weight")
 SAVED_AS = {
     "dora": "LORA",
     "vera": "VERA",
@@ -80,8 +78,8 @@ def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
         wanted = "LORA" if cfg.peft.is_sum else SAVED_AS.get(method)
         if method in ("pissa", "adalora", "ptuning") or kind != wanted or dora != (method == "dora"):
             raise UserError(f"chain.mode: peft={method} cannot go on with init's {kind.lower()} adapter; say chain.mode=merge")
-    if mode == "merge" and kind in CANNOT_MERGE:
-        raise UserError(f"init: its adapter cannot be merged ({CANNOT_MERGE[kind]}); say chain.mode=continue with the same peft=")
+    if mode == "merge" and kind in UNMERGEABLE:
+        raise UserError(f"init: its adapter cannot be merged ({UNMERGEABLE[kind]}); say chain.mode=continue with the same peft=")
     return mode
 
 
