@@ -140,6 +140,48 @@ def report(
     _end(command)
 
 
+@app.command("eval", rich_help_panel="Chains and results")
+def evaluate(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.path, rows, max_length, tasks.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure results on held-out rows: the run's own, or data.path=FILE; tasks=A,B through lm-eval."""
+
+    def command() -> None:
+        import json
+
+        from posttrain.after.evaluate import evaluate_runs, show_evaluation
+        from posttrain.console import console
+
+        console.stderr = as_json  # progress, apart from the JSON
+        found = evaluate_runs(words)
+        print(json.dumps(found, indent=2)) if as_json else show_evaluation(found)
+
+    _end(command)
+
+
+@app.command("chat", rich_help_panel="Chains and results")
+def talk(
+    runs: Annotated[list[str], typer.Argument(help="A run directory or a model; several runs of one base to switch between.")],
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the distribution.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+) -> None:
+    """Talk with a run's result."""
+
+    def command() -> None:
+        from posttrain.after.chat import chat
+
+        chat(runs, system, prompt, temperature, top_p, max_new_tokens, seed)
+
+    _end(command)
+
+
 OUT = Annotated[Path, typer.Option("--out", help="A new directory for the result.")]
 
 

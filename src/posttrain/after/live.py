@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from posttrain.errors import UserError
 from posttrain.models.adapters import load_adapter
 from posttrain.models.base import digest, resolve
@@ -16,12 +18,14 @@ from posttrain.rundir import checked_weights, read_manifest
 
 @dataclass(frozen=True)
 class Live:
-    """model: of transformers, or peft's around it, in evaluation mode. weights: the run's adapter/ or model/ directory."""
+    """model: of transformers, or peft's around it, in evaluation mode. name: where it came from. source: of the base, for its
+    generation config. digest: of the base's weights, '' for a bare model."""
 
+    name: str
     model: Any
     tokenizer: Any
-    manifest: dict[str, Any]
-    weights: Path
+    source: str
+    digest: str = ""
 
 
 def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool) -> Any:
@@ -34,16 +38,51 @@ def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool
     return load_causal(base["path"], base["revision"], dtype, device, False, config)
 
 
-def load_live(run: Path, device: str = "cpu", dtype: str | None = None, quantized: bool = True) -> Live:
-    """Load the result of the run directory `run`, whose files are checked first.
+def load_live(run: Path | str, device: str = "cpu", dtype: str | None = None, quantized: bool = True) -> Live:
+    """Load a run directory's result, whose files are checked first, or a bare model (a directory, a hub id, a built-in name).
 
-    dtype: None, as it was trained. quantized: with the base in 4 bit where it was trained so; False: in 16 or 32 bit.
+    dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
     """
-    manifest = read_manifest(run)
-    weights = checked_weights(run, manifest, "run")
-    kind, precision = manifest["weights"]["kind"], dtype or manifest["dtype"]
+    directory = Path(run).expanduser()
+    if not (directory / "manifest.json").exists():
+        if directory.is_dir() and not (directory / "config.json").exists():
+            raise UserError(f"{directory} is no finished run (no manifest.json)")
+        model = load_causal(str(run), None, dtype or "bfloat16", device, False, None)
+        return Live(str(run), model.eval(), load_tokenizer(str(run), None, False, None), str(run))
+    manifest = read_manifest(directory)
+    weights = checked_weights(directory, manifest, "run")
+    precision = dtype or manifest["dtype"]
     tokenizer = load_tokenizer(str(weights), None, False, None)
-    if kind == "model":
-        return Live(load_causal(str(weights), None, precision, device, False, None).eval(), tokenizer, manifest, weights)
+    if manifest["weights"]["kind"] == "model":
+        model = load_causal(str(weights), None, precision, device, False, None)
+        return Live(str(run), model.eval(), tokenizer, str(weights))
+    base = manifest["base"]
     model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return Live(model.eval(), tokenizer, manifest, weights)
+    return Live(str(run), model.eval(), tokenizer, base["path"], base["digest"])
+
+
+def load_switchable(runs: list[str], device: str) -> tuple[Live, list[str]]:
+    """The first run's result, with the others' adapters beside it on the same base; and their names, by which `switch` chooses.
+
+    Raises UserError for adapters of another base, and for whole models, which have nothing to switch.
+    """
+    live = load_live(runs[0], device)
+    names = [Path(run).name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        manifest = read_manifest(Path(run))
+        if not live.digest or manifest["weights"]["kind"] == "model" or manifest["base"]["digest"] != live.digest:
+            raise UserError(f"{run} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
+        live.model.load_adapter(str(checked_weights(Path(run), manifest, "run")), name)
+    return live, names
+
+
+def switch(live: Live, names: list[str], name: str) -> None:
+    """Let the adapter called `name` be the one that speaks."""
+    if live.digest:
+        live.model.set_adapter("default" if name == names[0] else name)
+
+
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

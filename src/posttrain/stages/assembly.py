@@ -6,32 +6,31 @@ import hashlib
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
+from posttrain.after.measure import EvalSet, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.after.report import run_page
 from posttrain.batch import PackedBatch
 from posttrain.cache import cache_root
 from posttrain.config.schema import LanguageStage
-from posttrain.console import console, is_main, say
-from posttrain.data.conversations import Encoder, chat_template, template_hash
+from posttrain.console import say
+from posttrain.data.conversations import Encoder, chat_template
 from posttrain.data.packing import Order, silent
 from posttrain.data.prepare import prepare, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.adapters import lr_ratio
 from posttrain.models.causal import load_tokenizer, stop_tokens
-from posttrain.models.export import final_ranks
 from posttrain.rundir import Run
 from posttrain.signals import StopSignal
 from posttrain.stages.build import Built, Inputs, build_model, save_result
-from posttrain.stages.measure import EvalSet, Task, eval_batches, own_metrics, remember, set_metrics
+from posttrain.stages.outcome import manifest_of, show_outcome
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.checkpoint import newest_checkpoint, restore
@@ -192,8 +191,8 @@ class _Stage:
         manifest: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             remember(inputs.sets, after, self._identity(inputs, result.base_digest, result.adapter_digest), cache_root())
-            manifest = self.run.finish(_manifest(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator))
-            _show(self.cfg, self.run, manifest, run_page(self.run.dir))
+            manifest = self.run.finish(manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator))
+            show_outcome(self.run, manifest, run_page(self.run.dir))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return manifest
@@ -239,56 +238,6 @@ def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
         if count:
             say(f"  {count:,} {what}")
     say(f"{order.num_steps} steps of {order.units_per_step} sequences -> {run.dir}")
-
-
-def _manifest(
-    cfg: LanguageStage,
-    built: Built,
-    inputs: Inputs,
-    kind: str,
-    state: dict[str, Any],
-    metrics: dict[str, float],
-    acc: Accelerator,
-) -> dict[str, Any]:
-    start, base, account = inputs.start, inputs.base, inputs.data.account
-    return {
-        "stage": cfg.stage,  # type: ignore[attr-defined]
-        "parents": start.parents,
-        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
-        "weights": {"kind": kind, "path": kind},
-        "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
-        "dtype": str(built.dtype).removeprefix("torch."),
-        "quant": cfg.quant.model_dump(),
-        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
-        "chain": inputs.start.mode,
-        "trainable": {"trained": built.trained, "total": built.total},
-        "data": [asdict(account) | {"share": 1.0}],
-        "held_out": asdict(inputs.data.held_out_account),
-        "steps": inputs.order.num_steps,
-        "tokens": state["tokens"],
-        "seconds": round(state["seconds"], 2),
-        "metrics": metrics,
-        "seed": cfg.train.seed,
-        "device": str(acc.device),
-        "processes": acc.num_processes,
-    }
-
-
-def _show(cfg: LanguageStage, run: Run, manifest: dict[str, Any], page: Path) -> None:
-    """The end of a run as a table: what was measured, before and after."""
-    from rich.table import Table
-
-    metrics = manifest["metrics"]
-    table = Table("held out", "before", "after")
-    for name in sorted(n for n in metrics if f"{n}_before" in metrics):
-        table.add_row(name, f"{metrics[f'{name}_before']:.4f}", f"{metrics[name]:.4f}")
-    if is_main():
-        console.print(table)
-    if "forgetting/percent" in metrics:
-        say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
-    say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
-    say(f"result {run.dir / manifest['weights']['path']}")
-    say(f"report {page}")
 
 
 def _accelerator(cfg: LanguageStage, run: Run) -> Accelerator:

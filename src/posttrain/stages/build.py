@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import Accelerator
 
+from posttrain.after.measure import EvalSet
 from posttrain.config.schema import LanguageStage
 from posttrain.data.packing import Order
 from posttrain.data.prepare import Prepared
@@ -20,7 +21,6 @@ from posttrain.models.causal import PackedLM, count_numbers, load_causal
 from posttrain.models.export import export_adapter, remember_start
 from posttrain.models.quantize import quantization
 from posttrain.rundir import Run, sha256
-from posttrain.stages.measure import EvalSet
 from posttrain.stages.start import Start
 from posttrain.train.loop import seed_step
 

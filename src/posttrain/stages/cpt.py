@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.after.measure import TOKENS
 from posttrain.config.schema import Cpt
 from posttrain.rundir import Run
 from posttrain.stages.assembly import run_stage
-from posttrain.stages.measure import TOKENS
 
 
 def run(cfg: Cpt, run: Run) -> dict[str, Any]:

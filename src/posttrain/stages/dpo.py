@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.after.measure import Task
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.config.schema import Dpo
 from posttrain.data.packing import pack_pairs
@@ -14,7 +15,6 @@ from posttrain.losses.preference import dpo_loss
 from posttrain.losses.tokens import answer_sums
 from posttrain.rundir import Run
 from posttrain.stages.assembly import run_stage
-from posttrain.stages.measure import Task
 
 
 def run(cfg: Dpo, run: Run) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""What a finished run says of itself: its manifest, and the table at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+
+from posttrain.config.schema import LanguageStage
+from posttrain.console import console, is_main, say
+from posttrain.data.conversations import template_hash
+from posttrain.models.export import final_ranks
+from posttrain.rundir import Run
+from posttrain.stages.build import Built, Inputs
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a CUDA device, else the most that this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def manifest_of(
+    cfg: LanguageStage,
+    built: Built,
+    inputs: Inputs,
+    kind: str,
+    state: dict[str, Any],
+    metrics: dict[str, float],
+    acc: Accelerator,
+) -> dict[str, Any]:
+    """What manifest.json says of a run, but for what every manifest has."""
+    start, base, account = inputs.start, inputs.base, inputs.data.account
+    return {
+        "stage": cfg.stage,  # type: ignore[attr-defined]
+        "parents": start.parents,
+        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
+        "weights": {"kind": kind, "path": kind},
+        "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
+        "dtype": str(built.dtype).removeprefix("torch."),
+        "quant": cfg.quant.model_dump(),
+        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
+        "chain": inputs.start.mode,
+        "trainable": {"trained": built.trained, "total": built.total},
+        "data": [asdict(account) | {"share": 1.0}],
+        "held_out": asdict(inputs.data.held_out_account),
+        "steps": inputs.order.num_steps,
+        "tokens": state["tokens"],
+        "seconds": round(state["seconds"], 2),
+        "metrics": metrics,
+        "seed": cfg.train.seed,
+        "device": str(acc.device),
+        "peak_memory_bytes": peak_memory(acc.device),
+        "processes": acc.num_processes,
+    }
+
+
+def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
+    """The end of a run as a table: what was measured, before and after."""
+    metrics = manifest["metrics"]
+    table = Table("held out", "before", "after")
+    for name in sorted(n for n in metrics if f"{n}_before" in metrics):
+        table.add_row(name, f"{metrics[f'{name}_before']:.4f}", f"{metrics[name]:.4f}")
+    if is_main():
+        console.print(table)
+    if "forgetting/percent" in metrics:
+        say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
+    say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
+    say(f"result {run.dir / manifest['weights']['path']}")
+    say(f"report {page}")
