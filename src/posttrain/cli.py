@@ -220,6 +220,31 @@ def compose_adapters(
     _end(command)
 
 
+@app.command("plan", rich_help_panel="Before a run")
+def plan_run(
+    stage: Annotated[str, typer.Argument(help="cpt, sft or dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: this machine.")] = None,
+) -> None:
+    """What a run will cost in memory and time, without loading a weight."""
+
+    def command() -> None:
+        import json
+
+        from posttrain.before.plan import make_plan, parse_memory, show_plan
+        from posttrain.console import console
+        from posttrain.errors import UserError, did_you_mean
+
+        if stage not in STAGES:
+            raise UserError(f"there is no stage '{stage}'{did_you_mean(stage, list(STAGES))} (there are: {', '.join(STAGES)})")
+        console.stderr = as_json
+        plan = make_plan(stage, overrides or [], parse_memory(memory))
+        print(json.dumps(plan, indent=2)) if as_json else show_plan(plan)
+
+    _end(command)
+
+
 @app.command(rich_help_panel="Before a run")
 def doctor() -> None:
     """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""

@@ -1,0 +1,172 @@
+"""How many bytes a run will hold, from a model without weights: counted where it can be, never guessed from a rule of thumb."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from posttrain.batch import Segment
+from posttrain.config import schema
+from posttrain.models.adapters import NEW, add_method
+from posttrain.models.attention import DocumentMask
+from posttrain.models.causal import PackedLM
+from posttrain.models.head import CHUNK_LOGITS
+from posttrain.models.targets import linears
+
+BLOCK, BLOCK_OF_CONSTANTS = 64, 256  # of NF4, and of the second quantization (Dettmers et al. 2023)
+SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def nf4_bytes(numbers: float, double_quant: bool = True) -> tuple[float, float]:
+    """(weights, constants) in bytes: half a byte a number; a float32 a block of 64, or 8 bit and a float32 a block of 256 of
+    those: 0.127 bit a number."""
+    blocks = -(-numbers // BLOCK)
+    return numbers / 2, blocks + 4 * -(-blocks // BLOCK_OF_CONSTANTS) if double_quant else 4 * blocks
+
+
+def adamw_bytes(numbers: float, itemsize: int = 4) -> float:
+    """Full training with AdamW: weights, gradients and two moments."""
+    return 4 * numbers * itemsize
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one device, in bytes; flops: of one forward and backward pass over `tokens` tokens."""
+
+    parts: dict[str, float]
+    activations: float
+    activations_recomputed: float
+    total_numbers: int
+    trained_numbers: int
+    flops: float
+
+
+def meta_model(cfg: Any, config: Any) -> nn.Module:
+    """The model with its method, on the meta device: shapes without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[dtype_of(cfg)]
+    method = cfg.peft
+    if method.method in ("pissa", "dora"):  # their start is computed from the weights; the shapes are LoRA's
+        method = schema.Lora.model_validate({**_without(method), "method": "lora"})
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
+        if cfg.peft.method == "dora":
+            _add_magnitudes(model, getattr(torch, cfg.peft.dtype))
+    return model
+
+
+def dtype_of(cfg: Any) -> str:
+    """The dtype in which the base will be held."""
+    if cfg.model.dtype != "auto":
+        return cfg.model.dtype
+    return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"
+
+
+def _without(method: Any) -> dict[str, Any]:
+    return {key: value for key, value in method.model_dump().items() if key in schema.Lora.model_fields}
+
+
+def _add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:
+    module: Any
+    for module in list(model.modules()):
+        if NEW in getattr(module, "lora_B", {}):
+            module.register_parameter("magnitude", nn.Parameter(torch.empty(module.lora_B[NEW].out_features, dtype=dtype)))
+
+
+def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float) -> Counted:
+    """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath."""
+    model = meta_model(cfg, config)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    linear = {id(p) for module in linears(base).values() for p in (_base(module).weight,)}
+    weights = quantized = constants = adapters = gradients = optimizer = 0.0
+    total = trained = 0
+    own = {id(p) for name, p in base.named_parameters() if not _is_adapter(name)}
+    for p in {id(p): p for p in model.parameters()}.values():
+        numbers, size = p.numel(), p.numel() * p.element_size()
+        total += numbers
+        if p.requires_grad:
+            trained += numbers
+            gradients += size
+            optimizer += moments(cfg.optim.name, numbers, p.element_size())
+        if id(p) not in own:
+            adapters += size
+        elif id(p) in linear and cfg.quant.method == "nf4":
+            in_four, extra = nf4_bytes(numbers, cfg.quant.double_quant)
+            quantized, constants = quantized + in_four, constants + extra
+        elif id(p) in linear and cfg.quant.method == "int8":
+            quantized, constants = quantized + numbers, constants + 4 * p.shape[0]
+        else:
+            weights += size
+    parts = {"weights": weights, "quantized weights": quantized, "quantization constants": constants, "adapters": adapters}
+    parts |= {"frozen adapter": frozen_adapter, "gradients": gradients, "optimizer": optimizer}
+    saved, flops = activations(model, tokens, sequences, recompute=False)
+    recomputed, _ = activations(model, tokens, sequences, recompute=True)
+    parts["logits"] = head_bytes(base.get_output_embeddings().weight, tokens)
+    return Counted(parts, saved, recomputed, total, trained, flops)
+
+
+def head_bytes(weight: Tensor, tokens: int) -> float:
+    """A chunk of logits (in 16 and 32 bit, and their exponentials), and the gradient of every token's log-prob."""
+    vocabulary, hidden = weight.shape
+    return 10.0 * min(CHUNK_LOGITS, tokens * vocabulary) + tokens * hidden * weight.element_size()
+
+
+def moments(optimizer: str, numbers: int, itemsize: int) -> float:
+    """Bytes of AdamW's two moments of one tensor, as `make_optimizer` will have them on this machine."""
+    eight_bit = optimizer in ("adamw_8bit", "paged_adamw_8bit") and torch.cuda.is_available()
+    if eight_bit and numbers >= SMALLEST_IN_8_BIT:
+        return 2 * (numbers + 4 * -(-numbers // BLOCK_OF_CONSTANTS))
+    return 2 * numbers * (4 if eight_bit else itemsize)
+
+
+def activations(model: nn.Module, tokens: int, sequences: int, recompute: bool) -> tuple[float, float]:
+    """Bytes that the backward pass will need, and floating-point operations of forward and backward, of one micro-batch.
+
+    The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
+    layer's input and one layer's inside.
+    """
+    lm = PackedLM(model, "documents")
+    lm.train()
+    kept: dict[int, tuple[Any, int]] = {}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage, storage.nbytes())
+        return tensor
+
+    length = max(1, tokens // sequences)
+    bounds = [*range(0, length * sequences, length), tokens]
+    segments = tuple(Segment(a, b) for a, b in pairwise(bounds))
+    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        hidden = lm.hidden(ids, DocumentMask(segments, tokens, torch.device("meta")), input_ids=ids)
+        forward = counter.get_total_flops()
+        if hidden.requires_grad:
+            hidden.sum().backward()
+    whole = float(sum(size for _, size in kept.values()))
+    head: Any = lm.causal.get_output_embeddings()
+    flops = counter.get_total_flops() + 4.0 * tokens * head.weight.numel()
+    if not recompute:
+        return whole, flops
+    layers = lm.causal.config.get_text_config().num_hidden_layers
+    inputs = float(hidden.numel() * hidden.element_size() * layers)
+    return min(whole, inputs + whole / layers), flops + forward
+
+
+def _base(module: Any) -> Any:
+    return module.base_layer if hasattr(module, "base_layer") else module
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in ("lora_", "vera_", "bottleneck_", "prompt_encoder", "magnitude"))

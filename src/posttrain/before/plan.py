@@ -1,0 +1,245 @@
+"""`posttrain plan`: what a run will cost in memory and time, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from posttrain.before.memory import count, dtype_of
+from posttrain.cache import cache_root
+from posttrain.config.compose import compose_run
+from posttrain.config.schema import STAGE_CONFIG
+from posttrain.console import console, say
+from posttrain.data.conversations import Encoder, chat_template
+from posttrain.data.packing import Order
+from posttrain.data.prepare import prepare
+from posttrain.errors import UserError
+from posttrain.models.base import resolve
+from posttrain.models.causal import load_tokenizer, stop_tokens
+from posttrain.rundir import read_manifest
+
+GB = 1e9
+# Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
+CARDS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "T4": 65e12}
+USED = 0.4
+
+
+def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[str, Any]:
+    """Memory by part, per device, whether it fits, what would make it fit, steps, tokens and time; ready for JSON.
+
+    memory: bytes to fit in; None: this machine's. Raises UserError as the run itself would.
+    """
+    capacity, device = (memory, "the given memory") if memory else capacity_here()
+    plan = _plan(stage, words, capacity)
+    plan |= {"capacity_bytes": capacity, "device": device}
+    plan["changes"] = [] if plan["fits"] else _changes(stage, words, capacity)
+    return plan
+
+
+def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = compose_run(stage, words)
+    cfg = STAGE_CONFIG.validate_python(config)
+    name, frozen = _source(cfg)
+    source = resolve(name, cfg.model.revision, weights=False)
+    data = _data(cfg, name)
+    longest, shards = data["longest"], cfg.train.processes if cfg.train.fsdp else 1
+    tokens = min(cfg.train.batch_size * longest, data["largest_batch"])
+    model = AutoConfig.from_pretrained(source.directory, trust_remote_code=cfg.model.trust_remote_code)
+    found = count(cfg, model, tokens, cfg.train.batch_size, frozen)
+    sharded = ("weights", "adapters", "frozen adapter", "gradients", "optimizer")
+    memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
+    if stage == "dpo":
+        memory["reference"] = 8.0 * data["units"]
+    kept = found.activations_recomputed if cfg.train.gradient_checkpointing else found.activations
+    fixed = sum(memory.values())
+    seconds = _seconds(found.flops / tokens, data["tokens"] / cfg.train.processes, dtype_of(cfg))
+    return {
+        "stage": stage,
+        "model": cfg.model.name,
+        "method": cfg.peft.method,
+        "quant": cfg.quant.method,
+        "total_numbers": found.total_numbers,
+        "trained_numbers": found.trained_numbers,
+        "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},
+        "memory_with_recomputation": round(fixed + found.activations_recomputed),
+        "memory_without_recomputation": round(fixed + found.activations),
+        "total_bytes": round(fixed + kept),
+        "fits": fixed + kept <= capacity,
+        "micro_batch_tokens": tokens,
+        "steps": data["steps"],
+        "tokens": round(data["tokens"]),
+        "tokens_are": data["tokens_are"],
+        "seconds": seconds,
+        "assumptions": _assumptions(cfg, stage, seconds),
+    }
+
+
+def _source(cfg: Any) -> tuple[str, float]:
+    """Where the model's shapes are, and bytes of the adapter that will lie under a new one."""
+    if cfg.init is None:
+        return cfg.model.name, 0.0
+    directory = Path(cfg.init).expanduser()
+    if not (directory / "manifest.json").exists():
+        return cfg.init, 0.0
+    manifest = read_manifest(directory)
+    weights = directory / manifest["weights"]["path"]
+    if manifest["weights"]["kind"] == "model":
+        return str(weights), 0.0
+    stacked = cfg.peft.is_sum and cfg.chain.mode in ("auto", "stack")
+    return manifest["base"]["path"], float((weights / "adapter_model.safetensors").stat().st_size) if stacked else 0.0
+
+
+def _data(cfg: Any, source: str) -> dict[str, Any]:
+    """Steps and tokens: counted where the rows are at hand, else at most."""
+    train = cfg.train
+    per_step = train.batch_size * train.grad_accum * train.processes
+    local = cfg.data.path.startswith("builtin:") or Path(cfg.data.path).expanduser().is_file()
+    if not local:
+        if not train.max_steps:
+            raise UserError(
+                f"train.max_steps: the rows of {cfg.data.path} are not at hand, so give the number of steps to plan for"
+            )
+        units = train.max_steps * per_step
+        upper = {"longest": train.max_length, "largest_batch": train.batch_size * train.max_length, "units": units}
+        return upper | {"steps": train.max_steps, "tokens": units * train.max_length, "tokens_are": "at most"}
+    template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
+    tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
+    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer))
+    examples = prepare(cfg.data, cfg.stage, encoder, train.max_length, cache_root()).train
+    lengths = examples.unit_tokens()
+    total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(examples))
+    order = Order(len(examples), train.batch_size, train.grad_accum, train.processes, train.seed, total)
+    largest = int(sum(sorted(lengths.tolist())[-train.batch_size :]))
+    tokens = sum(int(lengths[unit]) for step in range(min(order.num_steps, 2000)) for unit in order.step(step))
+    tokens = tokens * order.num_steps / min(order.num_steps, 2000)
+    found = {"longest": int(lengths.max()), "largest_batch": largest, "units": len(examples)}
+    return found | {"steps": order.num_steps, "tokens": tokens, "tokens_are": "exact" if order.num_steps <= 2000 else "about"}
+
+
+def _changes(stage: str, words: list[str], capacity: int) -> list[dict[str, Any]]:
+    """The first three single changes, in the order one would try them, with which the run fits; else all that help, together."""
+    tried: list[tuple[int, str]] = []
+    fitting = []
+    best = None
+    for change in _candidates(stage, words):
+        try:
+            plan = _plan(stage, [*words, *change.split()], capacity)
+        except UserError:
+            continue
+        tried.append((plan["total_bytes"], change))
+        if plan["fits"]:
+            fitting.append({"override": change, "total_bytes": plan["total_bytes"], "fits": True})
+        if len(fitting) == 3:
+            break
+    if fitting or not tried:
+        return fitting
+    together = " ".join(change for _, change in tried)
+    best = _plan(stage, [*words, *together.split()], capacity)
+    return [{"override": together, "total_bytes": best["total_bytes"], "fits": best["fits"]}]
+
+
+def _candidates(stage: str, words: list[str]) -> list[str]:
+    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    train, found = cfg.train, []
+    if not train.gradient_checkpointing:
+        found.append("train.gradient_checkpointing=true")
+    if train.batch_size > 1:  # the same run: losses are sums over the whole step
+        found.append(f"train.batch_size=1 train.grad_accum={train.batch_size * train.grad_accum}")
+    if cfg.peft.saves == "model":
+        found.append("peft=lora")
+    if cfg.quant.method == "none":
+        found.append("peft=qlora")
+    found.append(f"train.max_length={max(8, train.max_length // 2)}")
+    if cfg.quant.method == "none" and (cfg.peft.saves == "model" or cfg.peft.is_sum):
+        found.append(f"train.fsdp=true train.processes={max(2, 2 * train.processes)}")
+    return found
+
+
+def capacity_here() -> tuple[int, str]:
+    """Bytes of the first GPU, else of this machine's memory that is free to take."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, properties.name
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = re.search(r"MemAvailable:\s+(\d+) kB", text)
+        return int(free[1] if free else 0) * 1024, "this machine's memory"
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+
+
+def parse_memory(text: str | None) -> int | None:
+    """`48GB`, `23.5GiB` or a number of bytes. Raises UserError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(B|[KMGT]i?B)?\s*", text, flags=re.IGNORECASE)
+    if not found:
+        raise UserError(f"--memory: '{text}' is no size; write 48GB or 24GiB")
+    unit = (found[2] or "B").upper()
+    return int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
+
+
+def _seconds(flops_a_token: float, tokens: float, dtype: str) -> float | None:
+    rate = _rate(dtype)
+    return round(flops_a_token * tokens / rate, 1) if rate else None
+
+
+def _rate(dtype: str) -> float | None:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        peak = next((peak for part, peak in CARDS.items() if part in name), None)
+        return peak * USED if peak else None
+    side = 768
+    a = torch.ones(side, side, dtype=getattr(torch, dtype))
+    _ = a @ a
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.2:
+        _ = a @ a
+        done += 1
+    return 2 * side**3 * done / (time.perf_counter() - began) * 0.7  # the rest of a step is not matrix products
+
+
+def _assumptions(cfg: Any, stage: str, seconds: float | None) -> list[str]:
+    said = ["the largest micro-batch decides on memory; a framework's own workspace (about 1 GB on CUDA) is not in it"]
+    if stage == "dpo":
+        said.append("the reference is a table of log-probs, computed by the model itself before training; no second model")
+    if seconds is None:
+        said.append("no rate is known for this card, so no time is given")
+    else:
+        said.append(
+            f"time is an estimate from {'a measured product of matrices' if not torch.cuda.is_available() else '40 % of peak'}"
+        )
+    if cfg.optim.name != "adamw" and not torch.cuda.is_available():
+        said.append(f"optim={cfg.optim.name} needs CUDA: plain AdamW is counted, as it would run here")
+    return said
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table and some lines."""
+    table = Table("memory of one device", "GB")
+    for part, size in plan["memory"].items():
+        table.add_row(part, f"{size / GB:.3f}")
+    table.add_row("total", f"{plan['total_bytes'] / GB:.3f}", style="bold")
+    say(f"{plan['stage']} of {plan['model']}, peft={plan['method']} quant={plan['quant']}")
+    trained, total = plan["trained_numbers"], plan["total_numbers"]
+    say(f"training {trained:,} of {total:,} numbers ({trained / total:.2%})")
+    console.print(table)
+    verdict = "fits in" if plan["fits"] else "does not fit in"
+    say(f"{verdict} {plan['capacity_bytes'] / GB:.1f} GB ({plan['device']})")
+    say(f"with train.gradient_checkpointing=true: {plan['memory_with_recomputation'] / GB:.3f} GB")
+    for change in plan["changes"]:
+        outcome = "fits" if change["fits"] else "still too much"
+        say(f"  {change['override']}: {change['total_bytes'] / GB:.3f} GB, {outcome}")
+    clock = f", about {plan['seconds'] / 60:.0f} min" if plan["seconds"] else ""
+    say(f"{plan['steps']:,} steps, {plan['tokens_are']} {plan['tokens']:,} tokens{clock}")
+    for line in plan["assumptions"]:
+        say(f"- {line}")
