@@ -113,6 +113,8 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
 
 def continue_adapter(model: PreTrainedModel, method: schema.Method, adapter_dir: Path) -> PeftModel:
     """A finished run's adapter, trained on. Raises UserError where `method` describes another one."""
+    if isinstance(method, schema.Prefix | schema.Prompt):
+        return _continue_prompt(model, method, adapter_dir)
     peft = load_adapter(model, adapter_dir, is_trainable=True)
     config: Any = peft.peft_config[NEW]
     rank = getattr(method, "r", None)
@@ -121,6 +123,18 @@ def continue_adapter(model: PreTrainedModel, method: schema.Method, adapter_dir:
             f"peft.r: the adapter that chain.mode=continue goes on with has rank {config.r}, not {rank}; say peft.r={config.r}"
         )
     _cast(peft, method)
+    return peft
+
+
+def _continue_prompt(model: PreTrainedModel, method: schema.Prefix | schema.Prompt, adapter_dir: Path) -> PeftModel:
+    """peft loads no prompt for training: a new one takes the finished one's numbers."""
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    length = PeftConfig.from_pretrained(str(adapter_dir)).num_virtual_tokens  # pyright: ignore
+    if length != method.length:
+        raise UserError(f"peft.length: init's has {length} virtual tokens, not {method.length}; say peft.length={length}")
+    peft: Any = add_method(model, method)
+    set_peft_model_state_dict(peft, load_peft_weights(str(adapter_dir), device="cpu"), adapter_name=NEW)
     return peft
 
 
