@@ -152,7 +152,7 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
             (gradient,) = torch.autograd.grad(loss, [scales])
             scales.grad = gradient
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             meter.advance(f"loss {losses[-1]:.4f}")
     for handle in handles:
         handle.remove()

@@ -67,22 +67,30 @@ def require_empty(out: Path) -> None:
 
 def _build(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
+    rows = _live_answers(run, manifest, adapter, base_dir, scratch)
+    write_merged(base_dir, adapter, scratch / "full")
+    found = {}
+    for name in ("full", "dequantized"):
+        if (scratch / name).exists():
+            copy_tokenizer(run / manifest["weights"]["path"], scratch / name)
+            found[name] = _compare(scratch, name, manifest["dtype"], rows)
+    return found
+
+
+def _live_answers(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
+    """The rows to compare on, with the live model's log-probs on disk; and the candidate that needs its quantized weights."""
     live = load_live(run)
     rows = held_out_rows(run, live.tokenizer)
     say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
     write_logprobs(live.model, rows, scratch / "live.safetensors")
-    write_merged(base_dir, adapter, scratch / "full")
-    names = ["full"]
     if manifest["quant"]["method"] != "none":
         write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model))
-        names.append("dequantized")
-    del live
-    found = {}
-    for name in names:
-        copy_tokenizer(run / manifest["weights"]["path"], scratch / name)
-        model = load_causal(str(scratch / name), None, manifest["dtype"], "cpu", False, None).eval()
-        found[name] = agreement(scratch / "live.safetensors", model, rows)
-    return found
+    return rows
+
+
+def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreement:
+    model = load_causal(str(scratch / name), None, dtype, "cpu", False, None).eval()
+    return agreement(scratch / "live.safetensors", model, rows)
 
 
 def _dequantizer(model: Any) -> Any:

@@ -191,7 +191,21 @@ def _run_curves(record: Record) -> list[Figure]:
     known = {name for _, names in groups for name in names}
     seen = dict.fromkeys(n.removeprefix("train/") for line in record.history for n in line if n.startswith("train/"))
     groups += [(name.replace("_", " "), (name,)) for name in seen if name not in known]
-    return [figure for title, names in groups if (figure := _curve_figure(title, names, record))]
+    figures = [_curve_figure(title, names, record) for title, names in groups]
+    return [figure for figure in (*figures, _rank_figure(record.manifest or {})) if figure]
+
+
+def _rank_figure(manifest: dict[str, Any]) -> Figure | None:
+    """AdaLoRA's final ranks: a line for each kind of matrix over the layers."""
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for name, rank in manifest.get("peft", {}).get("ranks", {}).items():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append((layer, rank))
+    curves = []
+    for color, (kind, points) in enumerate(kinds.items(), 1):
+        layers, ranks = zip(*sorted(points), strict=True)
+        curves.append(Curve(kind, [float(x) for x in layers], [float(y) for y in ranks], color=color))
+    return line_figure("Ranks that AdaLoRA has kept", curves, x_label="layer")
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:

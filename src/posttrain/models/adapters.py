@@ -46,7 +46,8 @@ def peft_config(model: PreTrainedModel, method: schema.Method, num_steps: int) -
     import peft
 
     if isinstance(method, schema.Prefix):
-        return peft.PrefixTuningConfig(num_virtual_tokens=method.length, task_type=TASK)
+        # zero: random keys and values of the size that peft draws would drown the model's own
+        return peft.PrefixTuningConfig(num_virtual_tokens=method.length, init_weights="zero", task_type=TASK)
     if isinstance(method, schema.Ptuning):
         return peft.PromptEncoderConfig(num_virtual_tokens=method.length, encoder_hidden_size=method.hidden, task_type=TASK)
     if isinstance(method, schema.Prompt):
