@@ -108,6 +108,16 @@ def test_a_runs_page_has_its_numbers(tmp_path):
     assert "Accuracy of pairs" not in page.text
 
 
+def test_ranks_are_drawn_by_layer_and_kind(tmp_path):
+    run = make_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["peft"] = {"method": "adalora", "ranks": {f"layers.{i}.{kind}": i + 1 for i in (0, 1) for kind in ("q", "v")}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    page = run_page(run).read_text()
+    assert "Ranks that AdaLoRA has kept" in page and "from 0 (blank) to 2" in page
+    assert len(re.findall(r"fill: var\(--c1\); opacity: 0\.5", page)) == 2  # rank 1 of 2
+
+
 def test_a_page_loads_and_runs_nothing(tmp_path):
     page = Page(run_page(make_run(tmp_path / "a")))
     assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)

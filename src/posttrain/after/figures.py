@@ -63,6 +63,29 @@ def line_figure(
     return Figure(title, _svg(figure, title), legend if len(drawn) > 1 or drawn[0].strong else [], note)
 
 
+def heat_figure(title: str, rows: dict[str, list[float]], x_label: str, note: str = "") -> Figure | None:
+    """A row of cells for each name, the stronger the higher its value; NaN leaves a gap. None without rows."""
+    if not rows:
+        return None
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    figure, axes = _axes()
+    most = max(value for values in rows.values() for value in values if value == value) or 1.0
+    for y, values in enumerate(rows.values()):
+        for x, value in enumerate(values):
+            if value == value:
+                axes.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color="#0a0b01", alpha=value / most, linewidth=0))
+    axes.set_xlim(-0.6, max(map(len, rows.values())) - 0.4)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.yaxis.set_major_formatter(NullFormatter())
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlabel(x_label)
+    return Figure(title, _svg(figure, title), note=note)
+
+
 def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average over about a twentieth of the values, without a bias at the start."""
     keep = 1 - 1 / max(len(values) / 20, 2)

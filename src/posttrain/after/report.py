@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from posttrain.after.figures import Curve, Figure, line_figure
+from posttrain.after.figures import Curve, Figure, heat_figure, line_figure
 from posttrain.after.page import best_of, metric_grid, overlays, page_link, run_name, write_page
 from posttrain.after.records import (
     Record,
@@ -196,16 +197,14 @@ def _run_curves(record: Record) -> list[Figure]:
 
 
 def _rank_figure(manifest: dict[str, Any]) -> Figure | None:
-    """AdaLoRA's final ranks: a line for each kind of matrix over the layers."""
-    kinds: dict[str, list[tuple[int, int]]] = {}
-    for name, rank in manifest.get("peft", {}).get("ranks", {}).items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append((layer, rank))
-    curves = []
-    for color, (kind, points) in enumerate(kinds.items(), 1):
-        layers, ranks = zip(*sorted(points), strict=True)
-        curves.append(Curve(kind, [float(x) for x in layers], [float(y) for y in ranks], color=color))
-    return line_figure("Ranks that AdaLoRA has kept", curves, x_label="layer")
+    """AdaLoRA's final ranks: a row for each kind of matrix over the layers."""
+    ranks = manifest.get("peft", {}).get("ranks", {})
+    places = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in ranks}
+    rows = {name.rsplit(".", 1)[-1]: [math.nan] * (max(places.values()) + 1) for name in ranks}
+    for name, rank in ranks.items():
+        rows[name.rsplit(".", 1)[-1]][places[name]] = float(rank)
+    note = f"from 0 (blank) to {max(ranks.values())}" if ranks else ""
+    return heat_figure("Ranks that AdaLoRA has kept", rows, "layer", note)
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,9 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
             weights += size
     parts = {"weights": weights, "quantized weights": quantized, "quantization constants": constants, "adapters": adapters}
     parts |= {"frozen adapter": frozen_adapter, "gradients": gradients, "optimizer": optimizer}
-    saved, flops = activations(model, tokens, sequences, recompute=False)
-    recomputed, _ = activations(model, tokens, sequences, recompute=True)
+    kept = activations(model, tokens, sequences)
     parts["logits"] = head_bytes(base.get_output_embeddings().weight, tokens)
-    return Counted(parts, saved, recomputed, total, trained, flops)
+    return Counted(parts, kept.whole, kept.recomputed, total, trained, kept.flops)
 
 
 def head_bytes(weight: Tensor, tokens: int) -> float:
@@ -128,8 +127,16 @@ def moments(optimizer: str, numbers: int, itemsize: int) -> float:
     return 2 * numbers * (4 if eight_bit else itemsize)
 
 
-def activations(model: nn.Module, tokens: int, sequences: int, recompute: bool) -> tuple[float, float]:
-    """Bytes that the backward pass will need, and floating-point operations of forward and backward, of one micro-batch.
+class Activations(NamedTuple):
+    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
+
+    whole: float
+    recomputed: float
+    flops: float
+
+
+def activations(model: nn.Module, tokens: int, sequences: int) -> Activations:
+    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes.
 
     The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
     layer's input and one layer's inside.
@@ -151,17 +158,14 @@ def activations(model: nn.Module, tokens: int, sequences: int, recompute: bool) 
     with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         hidden = lm.hidden(ids, DocumentMask(segments, tokens, torch.device("meta")), input_ids=ids)
-        forward = counter.get_total_flops()
         if hidden.requires_grad:
             hidden.sum().backward()
     whole = float(sum(size for _, size in kept.values()))
     head: Any = lm.causal.get_output_embeddings()
     flops = counter.get_total_flops() + 4.0 * tokens * head.weight.numel()
-    if not recompute:
-        return whole, flops
     layers = lm.causal.config.get_text_config().num_hidden_layers
     inputs = float(hidden.numel() * hidden.element_size() * layers)
-    return min(whole, inputs + whole / layers), flops + forward
+    return Activations(whole, min(whole, inputs + whole / layers), flops)
 
 
 def _base(module: Any) -> Any:

@@ -126,25 +126,34 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
 
 
 def _changes(stage: str, words: list[str], capacity: int) -> list[dict[str, Any]]:
-    """The first three single changes, in the order one would try them, with which the run fits; else all that help, together."""
-    tried: list[tuple[int, str]] = []
-    fitting = []
-    best = None
-    for change in _candidates(stage, words):
-        try:
-            plan = _plan(stage, [*words, *change.split()], capacity)
-        except UserError:
-            continue
-        tried.append((plan["total_bytes"], change))
-        if plan["fits"]:
+    """The first three single changes, in the order one would try them, with which the run fits; else several together."""
+    candidates, fitting = _candidates(stage, words), []
+    for change in candidates:
+        plan = _plan_or_none(stage, [*words, *change.split()], capacity)
+        if plan and plan["fits"]:
             fitting.append({"override": change, "total_bytes": plan["total_bytes"], "fits": True})
         if len(fitting) == 3:
             break
-    if fitting or not tried:
-        return fitting
-    together = " ".join(change for _, change in tried)
-    best = _plan(stage, [*words, *together.split()], capacity)
-    return [{"override": together, "total_bytes": best["total_bytes"], "fits": best["fits"]}]
+    return fitting or _together(stage, words, candidates, capacity)
+
+
+def _together(stage: str, words: list[str], candidates: list[str], capacity: int) -> list[dict[str, Any]]:
+    """One change after another, each kept if it goes with the ones before and saves something, until the run fits."""
+    kept: list[str] = []
+    best: dict[str, Any] = {"total_bytes": math.inf, "fits": False}
+    for change in candidates:
+        plan = _plan_or_none(stage, [*words, *kept, *change.split()], capacity)
+        if plan and plan["total_bytes"] < best["total_bytes"] and not best["fits"]:
+            best, kept = plan, [*kept, *change.split()]
+    return [{"override": " ".join(kept), "total_bytes": best["total_bytes"], "fits": best["fits"]}] if kept else []
+
+
+def _plan_or_none(stage: str, words: list[str], capacity: int) -> dict[str, Any] | None:
+    """None where the settings do not go together."""
+    try:
+        return _plan(stage, words, capacity)
+    except UserError:
+        return None
 
 
 def _candidates(stage: str, words: list[str]) -> list[str]:
