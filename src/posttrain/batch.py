@@ -27,7 +27,8 @@ class PackedBatch:
 
     tokens, positions: int64 [1, T]. source: int64 [N], the index in T whose hidden state predicts `target`
     (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
-    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. rows: number in the source of each example.
+    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T of
+    each answer's last token that counts: its end of turn. rows: number in the source of each example.
     count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights, or pairs).
     """
 
@@ -38,6 +39,7 @@ class PackedBatch:
     target: Tensor
     weight: Tensor
     owner: Tensor
+    ends: Tensor
     num_answers: int
     rows: tuple[int, ...]
     count: float
@@ -48,7 +50,7 @@ class PackedBatch:
         return self.tokens.shape[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        names = ("tokens", "positions", "source", "target", "weight", "owner")
+        names = ("tokens", "positions", "source", "target", "weight", "owner", "ends")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
         return replace(self, **moved, extra=extra)
@@ -59,8 +61,9 @@ class LossOutput:
     """A sum, not a mean: the loop divides once by the `count` of the whole optimizer step.
 
     total: scalar tensor with gradient. metrics: name -> (sum, count), detached; each is averaged as sum / count
-    over everything that was seen since the last logged step.
+    over everything that was seen since the last logged step. rows: name -> a value for each unit, detached; kept in evaluation.
     """
 
     total: Tensor
     metrics: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)

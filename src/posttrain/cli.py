@@ -15,6 +15,11 @@ from posttrain.exits import guarded
 STAGES = {
     "cpt": ("Continued pre-training on documents.", "data.path=corpus.jsonl", "data.path=corpus.jsonl train.max_length=2048"),
     "sft": ("Supervised fine-tuning on conversations.", "data.path=chat.jsonl", "-m peft.r=4,8,16 peft.alpha=16,32"),
+    "rm": (
+        "Reward model on preference pairs.",
+        "init=runs/sft/RUN data.path=pairs.jsonl",
+        "init=runs/sft/RUN rm.centering=0.01",
+    ),
     "dpo": (
         "Direct preference optimisation on pairs.",
         "init=runs/sft/RUN data.path=pairs.jsonl",
@@ -222,7 +227,7 @@ def compose_adapters(
 
 @app.command("plan", rich_help_panel="Before a run")
 def plan_run(
-    stage: Annotated[str, typer.Argument(help="cpt, sft or dpo.")],
+    stage: Annotated[str, typer.Argument(help="cpt, sft, rm or dpo.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: this machine.")] = None,

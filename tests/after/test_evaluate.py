@@ -12,8 +12,9 @@ import torch
 
 import posttrain
 from posttrain.after.chat import Conversation, chat
-from posttrain.after.evaluate import evaluate_runs, wilson
+from posttrain.after.evaluate import evaluate_runs
 from posttrain.after.live import load_live, load_switchable, switch
+from posttrain.after.scores import wilson
 from posttrain.errors import UserError
 
 WORDS = (

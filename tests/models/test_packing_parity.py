@@ -81,7 +81,7 @@ def batch_of(documents: list[list[int]], pairs: list[tuple[int, int, int]]) -> t
     n = len(source)
     batch = PackedBatch(
         torch.tensor([tokens]), torch.tensor([positions]), tuple(segments), torch.tensor(source), torch.tensor(target),
-        torch.ones(n), torch.tensor(owner), len(alone), tuple(range(len(alone))), float(n),
+        torch.ones(n), torch.tensor(owner), torch.zeros(0, dtype=torch.int64), len(alone), tuple(range(len(alone))), float(n),
     )  # fmt: skip
     return batch, alone
 

@@ -43,7 +43,7 @@ def batch() -> PackedBatch:
     n = len(source)
     return PackedBatch(
         torch.tensor([tokens]), torch.tensor([positions]), segments, torch.tensor(source), torch.tensor(target),
-        torch.ones(n), torch.tensor(owner), 4, (0, 1, 2, 3), float(n),
+        torch.ones(n), torch.tensor(owner), torch.zeros(0, dtype=torch.int64), 4, (0, 1, 2, 3), float(n),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     batch = PackedBatch(
         tokens, torch.tensor([[0, 1, 2, 0, 1]]), (Segment(0, 3), Segment(3, 5)), torch.tensor([0, 1, 3]),
-        torch.tensor([6, 7, 9]), torch.ones(3), torch.tensor([0, 0, 1]), 2, (0, 1), 3.0,
+        torch.tensor([6, 7, 9]), torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([2, 4]), 2, (0, 1), 3.0,
     )  # fmt: skip
     lm(batch).sum().backward()
     assert all(bool(p.grad.any()) for n, p in lm.named_parameters() if "lora_B" in n)

@@ -17,6 +17,8 @@ from posttrain.config.schema import Lora
 from posttrain.data.packing import Order
 from posttrain.models.adapters import add_method
 from posttrain.models.builtin import builtin_directory
+from posttrain.models.causal import load_causal
+from posttrain.models.scorer import PackedScorer
 from posttrain.train.loop import seed_step
 
 STEPS, BATCH, ACCUMULATION, SEED, LR = 10, 2, 2, 7, 3e-3
@@ -56,7 +58,8 @@ def ours(stage: str, data: list[dict[str, Any]], folder: Path, *extra: str) -> l
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "template.jinja").write_text(TEMPLATE)
     posttrain.run(
-        stage, "model=tiny", "+peft=lora", "peft.r=4", "peft.alpha=8", f"data.path={folder}/rows.jsonl", "data.eval_share=0",
+        stage, "model=tiny", *([] if "peft=none" in extra else ["+peft=lora", "peft.r=4", "peft.alpha=8"]),
+        f"data.path={folder}/rows.jsonl", "data.eval_share=0",
         f"model.chat_template={folder}/template.jinja", "eval.sets=null", f"train.max_steps={STEPS}", f"train.batch_size={BATCH}",
         f"train.grad_accum={ACCUMULATION}", f"train.seed={SEED}", "train.max_length=256", f"optim.lr={LR}",
         "optim.schedule=constant", "optim.warmup_ratio=0", f"run.dir={folder}/run", *extra,
@@ -87,6 +90,31 @@ def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -
     )
     job.train()
     return [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+
+
+def test_rm(tmp_path: Path) -> None:
+    """In full, on the same head; TRL scores the last token that is not padding, ours the end of turn."""
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    data = rows("dpo")
+    directory, _ = builtin_directory("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = "<|endoftext|>"
+    seed_step(SEED, 0, 0)
+    scorer = PackedScorer(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    model.score.weight.data.copy_(scorer.score.weight)
+    order = Order(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
+    in_order = Dataset.from_list([data[unit] for step in range(STEPS) for unit in order.step(step)])
+    config = RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=0.01, **COMMON)
+    job = RewardTrainer(model=model, args=config, train_dataset=in_order, processing_class=tokenizer)
+    job.train()
+    expected = [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+    found = ours("rm", data, tmp_path, "peft=none")
+    assert abs(expected[-1] - expected[0]) > 0.01, "nothing moved, so nothing was compared"
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_sft(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 import yaml
 from rich.table import Table
 
-from posttrain.after.live import Live, device_here, load_switchable, switch
-from posttrain.after.measure import EvalSet, set_metrics
+from posttrain.after.live import Live, device_here, is_scorer, load_live, load_switchable, scorer, switch
+from posttrain.after.measure import EvalSet, eval_batches, own_metrics, reward_task, set_metrics
+from posttrain.after.scores import wilson
 from posttrain.cache import cache_root
 from posttrain.config.schema import DataConfig
 from posttrain.console import console
@@ -32,6 +32,8 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     tasks of lm-eval. Raises UserError before a model is loaded.
     """
     runs, settings = _sort_words(words)
+    if len(runs) == 1 and is_scorer(runs[0]):
+        return {Path(runs[0]).name: _scored(runs[0], settings)}
     live, names = load_switchable(runs, device_here())
     if "tasks" in settings:
         return {name: _lm_eval(live, names, name, settings) for name in names}
@@ -80,6 +82,23 @@ def _sets(run: str, live: Live, settings: dict[str, str]) -> list[EvalSet]:
     return sets + [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
 
 
+def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
+    """A reward model's figures on the pairs at data.path, or on those that its run has held out."""
+    if "tasks" in settings:
+        raise UserError(f"tasks: {run} is a reward model, which writes nothing")
+    live = load_live(run, device_here())
+    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    config = yaml.safe_load((Path(run).expanduser() / "config.yaml").read_text())
+    rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
+    data = config["data"]
+    if "data.path" in settings:
+        data |= {"path": settings["data.path"], "shape": "auto", "eval_path": None, "eval_share": 0.0, "max_rows": rows}
+    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())
+    examples = prepared.train if "data.path" in settings else prepared.held_out
+    task = reward_task(config["rm"]["centering"])
+    return own_metrics(scorer(live), eval_batches(task, examples), task, torch.device(live.model.device), lambda: None)[0]
+
+
 def _intervals(sets: list[EvalSet], metrics: dict[str, float]) -> dict[str, float]:
     found = {}
     for each in sets:
@@ -87,13 +106,6 @@ def _intervals(sets: list[EvalSet], metrics: dict[str, float]) -> dict[str, floa
             low, high = wilson(metrics[f"{each.name}/accuracy"], len(each.examples))
             found |= {f"{each.name}/accuracy_low": low, f"{each.name}/accuracy_high": high}
     return found
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share among `count` (Wilson 1927)."""
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
 
 
 def _lm_eval(live: Live, names: list[str], name: str, settings: dict[str, str]) -> dict[str, float]:

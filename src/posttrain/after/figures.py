@@ -21,13 +21,14 @@ _VARIABLES = {_INK: "var(--muted)", _GRID: "var(--line)"} | {f"#0a0b{i:02d}": f"
 
 @dataclass(frozen=True)
 class Curve:
-    """color: 0 (muted) or 1..8. smooth: draw the points thinly under their moving average."""
+    """color: 0 (muted) or 1..8. style: points are joined by a thin line, dots are not. smooth: draw the points thinly under
+    their moving average."""
 
     label: str
     x: list[float]
     y: list[float]
     color: int = 1
-    style: Literal["line", "points"] = "line"
+    style: Literal["line", "points", "dots"] = "line"
     smooth: bool = False
     strong: bool = False
 
@@ -109,7 +110,9 @@ def _draw(axes: Any, curve: Curve) -> None:
     color = f"#0a0b{curve.color:02d}"
     x, y = thinned(curve.x), thinned(curve.y)
     width, over = (2.4, 4) if curve.strong else (1.6, 3)
-    if curve.style == "points" or len(x) == 1:
+    if curve.style == "dots":
+        axes.plot(curve.x, curve.y, color=color, linewidth=0, marker="o", markersize=3.5, alpha=0.7)
+    elif curve.style == "points" or len(x) == 1:
         axes.plot(x, y, color=color, linewidth=1.2, marker="o", markersize=5)
     elif curve.smooth and len(x) >= SMOOTH_FROM:
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)

@@ -13,19 +13,21 @@ from posttrain.models.adapters import load_adapter
 from posttrain.models.base import digest, resolve
 from posttrain.models.causal import load_causal, load_tokenizer
 from posttrain.models.quantize import quantization
+from posttrain.models.scorer import PackedScorer
 from posttrain.rundir import checked_weights, read_manifest
 
 
 @dataclass(frozen=True)
 class Live:
     """model: of transformers, or peft's around it, in evaluation mode. name: where it came from. source: of the base, for its
-    generation config. digest: of the base's weights, '' for a bare model."""
+    generation config. weights: the run's own files. digest: of the base's weights, '' for a bare model."""
 
     name: str
     model: Any
     tokenizer: Any
     source: str
     digest: str = ""
+    weights: Path = Path()
 
 
 def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool) -> Any:
@@ -55,10 +57,23 @@ def load_live(run: Path | str, device: str = "cpu", dtype: str | None = None, qu
     tokenizer = load_tokenizer(str(weights), None, False, None)
     if manifest["weights"]["kind"] == "model":
         model = load_causal(str(weights), None, precision, device, False, None)
-        return Live(str(run), model.eval(), tokenizer, str(weights))
+        return Live(str(run), model.eval(), tokenizer, str(weights), weights=weights)
     base = manifest["base"]
     model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return Live(str(run), model.eval(), tokenizer, base["path"], base["digest"])
+    return Live(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights)
+
+
+def is_scorer(run: str | Path) -> bool:
+    """Is it a reward model's run?"""
+    directory = Path(run).expanduser()
+    return (directory / "manifest.json").exists() and read_manifest(directory)["stage"] == "rm"
+
+
+def scorer(live: Live) -> PackedScorer:
+    """A reward model that reads packs, with the head it was saved with."""
+    found = PackedScorer(live.model, "flex" if live.model.device.type == "cuda" else "documents")
+    found.load_head(live.weights)
+    return found.eval()
 
 
 def load_switchable(runs: list[str], device: str) -> tuple[Live, list[str]]:
@@ -66,6 +81,9 @@ def load_switchable(runs: list[str], device: str) -> tuple[Live, list[str]]:
 
     Raises UserError for adapters of another base, and for whole models, which have nothing to switch.
     """
+    for run in runs:
+        if is_scorer(run):
+            raise UserError(f"{run} is a reward model: it scores, and cannot write; give the run that it was made from")
     live = load_live(runs[0], device)
     names = [Path(run).name for run in runs]
     if len(set(names)) < len(names):

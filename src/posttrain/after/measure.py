@@ -6,22 +6,26 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from posttrain.after.scores import score_summary
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.console import Meter
 from posttrain.data.examples import Examples
 from posttrain.data.packing import pack, pack_pairs
-from posttrain.losses.preference import likelihood_preference
+from posttrain.losses.preference import likelihood_preference, reward_loss
 from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.rundir import write_json
 from posttrain.train.loop import Objective, evaluate
 
 EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
+
+
+Rows = dict[str, list[float]]  # name -> a value for each held-out unit
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Task:
     pack: Callable[[Examples, Sequence[int]], PackedBatch]
     objective: Objective
     needs_reference: bool = False  # the objective reads batch.extra["reference"], the answers' log-probs at the start
+    summary: Callable[[dict[str, Tensor]], dict[str, float]] | None = None  # metrics of all held-out units together
+    scores: bool = False  # the model is one that scores answers (models/scorer.py)
 
 
 def _tokens(module: nn.Module, batch: PackedBatch) -> LossOutput:
@@ -41,6 +47,17 @@ def _likelihood(module: nn.Module, batch: PackedBatch) -> LossOutput:
     logps = answer_sums(module(batch), batch.owner, batch.num_answers)
     lengths = answer_sums(torch.ones_like(batch.weight), batch.owner, batch.num_answers)
     return likelihood_preference(logps, lengths)
+
+
+def reward_task(centering: float) -> Task:
+    """Scores of both answers of a pair, and what all held-out pairs say together."""
+
+    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
+        output = reward_loss(module(batch), batch.extra["margin"], centering=centering)
+        lengths = answer_sums(torch.ones_like(batch.weight), batch.owner, batch.num_answers)
+        return replace(output, rows={**output.rows, "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
+
+    return Task(pack_pairs, objective, summary=score_summary, scores=True)
 
 
 TOKENS = Task(pack, _tokens)
@@ -84,11 +101,15 @@ def _by_tokens(examples: Examples) -> Iterator[list[int]]:
 
 def own_metrics(
     module: nn.Module, batches: list[PackedBatch], task: Task, device: torch.device, each: Callable[[], None]
-) -> dict[str, float]:
-    """The stage's own held-out metrics, as eval/loss, eval/accuracy, ...; empty where no row is held out."""
-    found = evaluate(module, batches, task.objective, device, each) if batches else {}
-    named = {f"eval/{name}": value for name, value in found.items()}
-    return named | ({"eval/perplexity": math.exp(found["loss"])} if found and task is TOKENS else {})
+) -> tuple[dict[str, float], Rows]:
+    """The stage's own held-out metrics, as eval/loss, eval/accuracy, ..., and the values of each unit; empty where no row is
+    held out."""
+    if not batches:
+        return {}, {}
+    found, rows = evaluate(module, batches, task.objective, device, each)
+    found |= {"perplexity": math.exp(found["loss"])} if task is TOKENS else {}
+    found |= task.summary(rows) if task.summary else {}
+    return {f"eval/{name}": value for name, value in found.items()}, {name: values.tolist() for name, values in rows.items()}
 
 
 def set_metrics(
@@ -127,7 +148,7 @@ def _measured(
             meter.advance()
             check()
 
-        found = evaluate(module, batches, each.task.objective, device, advance)
+        found, _ = evaluate(module, batches, each.task.objective, device, advance)
     if path:
         _write(path, found)
     return found

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from posttrain.after.figures import Curve, Figure, heat_figure, line_figure
+from posttrain.after.figures import Curve, Figure, line_figure
 from posttrain.after.page import best_of, metric_grid, overlays, page_link, run_name, write_page
 from posttrain.after.records import (
     Record,
@@ -24,6 +23,7 @@ from posttrain.after.records import (
     show,
     summary_columns,
 )
+from posttrain.after.stage_figures import stage_figures
 from posttrain.after.sweep_report import sweep_page
 from posttrain.rundir import flatten
 
@@ -37,6 +37,7 @@ _CURVES = (
     ("Reward margin", ("margin",)),
     ("Implicit rewards", ("reward_chosen", "reward_rejected")),
     ("Log-probability of answers", ("logp_chosen", "logp_rejected")),
+    ("Scores", ("score_chosen", "score_rejected")),
     ("Learning rate", ("lr",)),
     ("Gradient norm, before clipping", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_second",)),
@@ -72,7 +73,7 @@ def run_page(run_dir: Path) -> Path:
         lead=f"{config['model']['name']}, {method}, on {config['data']['path']}",
         tiles=_tiles(record),
         changes=before_and_after(record.metrics),
-        curves=_run_curves(record),
+        curves=_run_curves(record) + stage_figures(record),
         **_data_table(manifest),
         lineage=_lineage(record, page),
         samples=json.loads(samples.read_text()) if samples.exists() else [],
@@ -192,19 +193,7 @@ def _run_curves(record: Record) -> list[Figure]:
     known = {name for _, names in groups for name in names}
     seen = dict.fromkeys(n.removeprefix("train/") for line in record.history for n in line if n.startswith("train/"))
     groups += [(name.replace("_", " "), (name,)) for name in seen if name not in known]
-    figures = [_curve_figure(title, names, record) for title, names in groups]
-    return [figure for figure in (*figures, _rank_figure(record.manifest or {})) if figure]
-
-
-def _rank_figure(manifest: dict[str, Any]) -> Figure | None:
-    """AdaLoRA's final ranks: a row for each kind of matrix over the layers."""
-    ranks = manifest.get("peft", {}).get("ranks", {})
-    places = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in ranks}
-    rows = {name.rsplit(".", 1)[-1]: [math.nan] * (max(places.values()) + 1) for name in ranks}
-    for name, rank in ranks.items():
-        rows[name.rsplit(".", 1)[-1]][places[name]] = float(rank)
-    note = f"from 0 (blank) to {max(ranks.values())}" if ranks else ""
-    return heat_figure("Ranks that AdaLoRA has kept", rows, "layer", note)
+    return [figure for title, names in groups if (figure := _curve_figure(title, names, record))]
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:

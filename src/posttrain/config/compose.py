@@ -27,7 +27,7 @@ from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError, did_you_mean
 
-STAGES = ("cpt", "sft", "dpo")
+STAGES = ("cpt", "sft", "rm", "dpo")
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 
 

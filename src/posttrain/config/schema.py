@@ -214,6 +214,10 @@ class DpoConfig(Strict):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
 
 
+class RmConfig(Strict):
+    centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
+
+
 class LanguageStage(Strict):
     init: str | None
     chain: ChainConfig
@@ -257,5 +261,10 @@ class Dpo(LanguageStage):
     dpo: DpoConfig
 
 
-StageConfig = Annotated[Cpt | Sft | Dpo, Field(discriminator="stage")]
+class Rm(LanguageStage):
+    stage: Literal["rm"]
+    rm: RmConfig
+
+
+StageConfig = Annotated[Cpt | Sft | Rm | Dpo, Field(discriminator="stage")]
 STAGE_CONFIG: TypeAdapter[Any] = TypeAdapter(StageConfig)

@@ -27,6 +27,11 @@ class Encoded:
     weights: list[float]
     borders: int
 
+    @property
+    def last_trained(self) -> int:
+        """Index of the last token that counts, -1 where none does."""
+        return max((k for k, weight in enumerate(self.weights) if weight), default=-1)
+
 
 @dataclass(frozen=True)
 class EncodedPair:
@@ -103,6 +108,37 @@ class Encoder:
         shared = next((k for k in range(limit) if chosen.tokens[k] != rejected.tokens[k]), limit)
         return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared))
 
+    def encode_prompt(self, row: Row, where: str = "") -> list[int]:
+        """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
+        try:
+            if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
+                encoding = self._backend.encode(row["prompt"], add_special_tokens=False)
+                return [*self._start, *encoding.ids]
+            prompt = row.get("messages", row.get("prompt"))
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                raise UserError("nothing stands before the answer, so there is no prompt")
+            text = self._chat_template.render_prompt(messages, row.get("tools"))
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer: eos, and the end of turn of the chat template if there is one."""
+        texts = {self._tokenizer.eos_token, *self._stops} - {None, ""}
+        if self._tokenizer.chat_template:
+            texts |= self._chat_template.ends
+        ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return sorted({found[0] for found in ids if len(found) == 1})
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self._tokenizer, self._stops)
+        return self._template
+
     def _named(self, row: Row, where: str) -> _Source:
         try:
             return self._source(row)
@@ -119,9 +155,7 @@ class Encoder:
     def _conversation(self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0) -> _Source:
         if not messages:
             raise UserError("a conversation needs at least one message")
-        if self._template is None:
-            self._template = ChatTemplate(self._tokenizer, self._stops)
-        return _Source(self._template.render(messages, tools, first), document=False)
+        return _Source(self._chat_template.render(messages, tools, first), document=False)
 
     def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
         if isinstance(prompt, str) and isinstance(answer, str):
@@ -149,7 +183,8 @@ class Encoder:
 
 def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
     """sha256 over vocabulary, merges, special tokens, chat template and stops."""
-    parts = [tokenizer.backend_tokenizer.to_str(), template_hash(tokenizer), str(tokenizer.special_tokens_map), str(stops)]
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}  # nothing is padded
+    parts = [tokenizer.backend_tokenizer.to_str(), template_hash(tokenizer), str(special), str(stops)]
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 

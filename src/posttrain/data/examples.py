@@ -19,7 +19,8 @@ class Examples:
 
     tokens int32 [T] and weights float32 [T] are the sequences end to end; sequence i is offsets[i]:offsets[i+1] and came from
     row rows[i] of the source. Unit u, what a batch counts, is the sequences units[u]:units[u+1]: one conversation or pair, or for
-    documents as many as fit max_length. splits int64 [n, 2], for pairs only: length of the prompt, and of prompt and chosen.
+    documents as many as fit max_length. For pairs only, splits int64 [n, 2]: length of the prompt, and of prompt and chosen;
+    margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say.
     """
 
     tokens: NDArray[np.int32]
@@ -28,6 +29,7 @@ class Examples:
     rows: NDArray[np.int64]
     units: NDArray[np.int64]
     splits: NDArray[np.int64]
+    margins: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.units) - 1
@@ -48,7 +50,11 @@ class Examples:
         return np.diff(self.offsets[self.units])
 
 
-def build(sequences: list[tuple[list[int], list[float], int]], splits: list[tuple[int, int]] | None = None) -> Examples:
+def build(
+    sequences: list[tuple[list[int], list[float], int]],
+    splits: list[tuple[int, int]] | None = None,
+    margins: list[float] | None = None,
+) -> Examples:
     """Lay (tokens, weights, row) end to end, one unit a sequence."""
     lengths = [len(tokens) for tokens, _, _ in sequences]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
@@ -61,6 +67,7 @@ def build(sequences: list[tuple[list[int], list[float], int]], splits: list[tupl
         rows=np.asarray([row for _, _, row in sequences], dtype=np.int64),
         units=np.arange(len(sequences) + 1, dtype=np.int64),
         splits=np.asarray(splits or np.zeros((0, 2)), dtype=np.int64).reshape(-1, 2),
+        margins=np.asarray(margins or [0.0] * len(splits or []), dtype=np.float32),
     )
 
 
@@ -83,7 +90,7 @@ def group(examples: Examples, max_length: int) -> Examples:
     sequences = [(*examples.sequence(i), int(examples.rows[i])) for i in order]
     laid = build(sequences)  # type: ignore[arg-type]
     units = np.concatenate([[0], np.cumsum([len(members) for members in bins])]).astype(np.int64)
-    return Examples(laid.tokens, laid.weights, laid.offsets, laid.rows, units, laid.splits)
+    return Examples(laid.tokens, laid.weights, laid.offsets, laid.rows, units, laid.splits, laid.margins)
 
 
 def save(path: Path, parts: dict[str, Examples], report: dict[str, object]) -> None:

@@ -30,6 +30,8 @@ def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
     positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
     owner = np.repeat(np.arange(len(pieces), dtype=np.int64), lengths)[target_at]
     kept = weights[target_at]
+    ends = starts[1:] - 1
+    ends[owner] = target_at  # of several in one answer the last one stays
     return PackedBatch(
         tokens=torch.from_numpy(tokens)[None],
         positions=torch.from_numpy(positions)[None],
@@ -38,6 +40,7 @@ def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
         target=torch.from_numpy(tokens[target_at]),
         weight=torch.from_numpy(kept),
         owner=torch.from_numpy(owner),
+        ends=torch.from_numpy(ends),
         num_answers=len(pieces),
         rows=tuple(int(examples.rows[i]) for i, _, _ in pieces),
         count=float(kept.sum()),
@@ -56,6 +59,7 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
     target: list[NDArray] = []
     weight: list[NDArray] = []
     owner: list[NDArray] = []
+    ends: list[int] = []
     start = 0
     for k, unit in enumerate(units):
         ids, weights = examples.sequence(unit)
@@ -69,6 +73,7 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
             source.append(np.where(counts == a, start + prompt - 1, start + counts - 1))
             target.append(ids[counts].astype(np.int64))
             weight.append(weights[counts])
+            ends.append(start + int(counts[-1]))
             owner.append(np.full(len(counts), 2 * k + answer, dtype=np.int64))
         tokens.append(ids.astype(np.int64))
         start += len(ids)
@@ -80,9 +85,11 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
         target=torch.from_numpy(np.concatenate(target)),
         weight=torch.from_numpy(np.concatenate(weight)),
         owner=torch.from_numpy(np.concatenate(owner)),
+        ends=torch.tensor(ends),
         num_answers=2 * len(units),
         rows=tuple(int(examples.rows[unit]) for unit in units),
         count=float(len(units)),
+        extra={"margin": torch.from_numpy(examples.margins[list(units)])},
     )
 
 

@@ -107,7 +107,7 @@ def _canonical(rows: Iterable[Row], shape: str, path: str) -> Iterator[Row]:
 def encode(rows: list[Row], stage: str, encoder: Encoder, max_length: int, account: Account) -> Examples:
     """Canonical rows -> examples of one stage; fills in `account`."""
     account.rows = len(rows)
-    build = {"cpt": _documents, "dpo": _pairs}.get(stage, _conversations)
+    build = {"cpt": _documents, "dpo": _pairs, "rm": _scored_pairs, "ppo": _prompts}.get(stage, _conversations)
     found = build(encoder, rows, max_length, account)
     account.tokens = found.num_tokens
     account.trained_tokens = int((found.weights != 0).sum())
@@ -137,15 +137,33 @@ def _conversations(encoder: Encoder, rows: list[Row], max_length: int, account: 
     return store.build(kept)
 
 
-def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
-    kept, splits = [], []
+def _scored_pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+    """As `_pairs`, but an answer ends with its end of turn, where it is scored: what a template puts after it is left out."""
+    return _pairs(encoder, rows, max_length, account, to_the_end=True)
+
+
+def _prompts(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+    """Prompts, up to where the assistant begins to write; those of more than max_length tokens are left out."""
+    kept = []
+    for number, row in rows:
+        tokens = encoder.encode_prompt(row, where=f"{account.source}, row {number}")
+        if len(tokens) <= max_length:
+            kept.append((tokens, [0.0] * len(tokens), number))
+        else:
+            account.untrained += 1
+    return store.build(kept)
+
+
+def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account, to_the_end: bool = False) -> Examples:
+    kept, splits, margins = [], [], []
     for number, row in rows:
         pair = encoder.encode_pair(row, where=f"{account.source}, row {number}")
         room = max_length - len(pair.prompt)
         answers = (pair.chosen, pair.rejected)
         account.truncated += any(len(a.tokens) > room for a in answers)
         account.border_tokens += sum(a.borders for a in answers)
-        cut = [(a.tokens[: max(room, 0)], a.weights[: max(room, 0)]) for a in answers]
+        lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
+        cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
         if not pair.prompt or not all(any(weights) for _, weights in cut):
             account.untrained += 1
             continue
@@ -153,7 +171,8 @@ def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account)
         tokens = [*pair.prompt, *chosen, *rejected]
         kept.append((tokens, [0.0] * len(pair.prompt) + [*w_chosen, *w_rejected], number))
         splits.append((len(pair.prompt), len(pair.prompt) + len(chosen)))
-    return store.build(kept, splits)
+        margins.append(float(row.get("margin", 0.0)))
+    return store.build(kept, splits, margins)
 
 
 def _refuse_untrained(account: Account, allowed: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -23,12 +24,16 @@ STAGE_SHAPES = {  # stage -> kinds of canonical rows that it takes
     "cpt": ("text",),
     "sft": ("messages", "prompt_completion", "text"),
     "dpo": ("pairs",),
+    "rm": ("pairs",),
+    "ppo": ("messages", "prompt_completion", "pairs"),
 }
 _HOME = {"text": "cpt", "messages": "sft", "prompt_completion": "sft", "pairs": "dpo"}
 _NEEDS = {
     "cpt": "a text column",
     "sft": "messages, instruction and output, or prompt and completion",
     "dpo": "prompt, chosen and rejected",
+    "rm": "prompt, chosen and rejected",
+    "ppo": "prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -78,7 +83,7 @@ def check_fits(shape: str, stage: str) -> None:
 
 def to_canonical(row: Row, shape: str, where: str) -> Row:
     """A row of `shape` as one of {"text"}, {"messages"[, "tools"]}, {"prompt", "completion"}, {"prompt", "chosen",
-    "rejected"}.
+    "rejected"[, "margin"]}.
 
     Alpaca's user message is the instruction, then a line feed and the input if there is any. prompt and completion
     that are both text go on as plain text, one after the other without a template, and so do three texts of a pair;
@@ -197,6 +202,16 @@ def _plain(row: Row) -> Row:
 
 
 def _pairs(row: Row) -> Row:
+    """A pair, with the `margin` by which its chosen answer is better where the row has one."""
+    margin = row.get("margin")
+    if margin is None:
+        return _pair(row)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f"margin is {margin!r}, not a finite number")
+    return {**_pair(row), "margin": float(margin)}
+
+
+def _pair(row: Row) -> Row:
     prompt = _pair_prompt(row)
     chosen, rejected = _pair_answer(row, "chosen"), _pair_answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):

@@ -112,6 +112,15 @@ class ChatTemplate:
                     return filled
         raise UserError(f"the chat template rewrites a message, so that its words cannot be told from others; {ADVICE}")
 
+    def render_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+        """A conversation up to where the assistant begins its next turn."""
+        return self._render([_plain(message) for message in messages], tools, prompt=True)[0]
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """Texts that end an assistant turn."""
+        return frozenset(self._ends)
+
     def _source(self, tools: list[Any] | None) -> str:
         return self._tokenizer.get_chat_template(None, tools)
 

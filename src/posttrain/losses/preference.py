@@ -52,6 +52,30 @@ def dpo_loss(
     )
 
 
+def reward_loss(scores: Tensor, margin: Tensor, *, centering: float) -> LossOutput:
+    """Sum over P pairs of the Bradley-Terry loss -log sigma(r_w - r_l - margin) + centering (r_w + r_l)^2.
+
+    scores: float32 [2P], chosen at even and rejected at odd places; margin [P]. (Stiennon et al. 2020, arXiv 2009.01325, eq. 1;
+    the margin of Touvron et al. 2023, arXiv 2307.09288, eq. 2; centering of Eisenstein et al. 2023, arXiv 2312.09244, section 4.)
+    """
+    chosen, rejected = scores[0::2], scores[1::2]
+    total = (-logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2).sum()
+    chosen, rejected = chosen.detach(), rejected.detach()
+    pairs = float(len(chosen))
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return LossOutput(
+        total,
+        {
+            "loss": (total.detach(), pairs),
+            "accuracy": (right.sum(), pairs),
+            "margin": ((chosen - rejected).sum(), pairs),
+            "score_chosen": (chosen.sum(), pairs),
+            "score_rejected": (rejected.sum(), pairs),
+        },
+        {"chosen": chosen, "rejected": rejected},
+    )
+
+
 def likelihood_preference(policy: Tensor, lengths: Tensor) -> LossOutput:
     """Does the model itself find the chosen answer likelier, per token? Needs no reference; nothing to train on.
 

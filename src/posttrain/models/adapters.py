@@ -93,14 +93,35 @@ def lr_ratio(method: schema.Method, name: str) -> float:
 
 def add_frozen(model: PeftModel, adapter_dir: Path) -> None:
     """Put a finished run's adapter, frozen, under the new one: h = W0 x + init(x) + new(x)."""
-    before = torch.get_rng_state()
-    model.load_adapter(str(adapter_dir), INIT, is_trainable=False)
-    torch.set_rng_state(before)  # peft initialises at random what it then loads
+    put_beside(model, adapter_dir, INIT)
     tuner: Any = model.base_model
     tuner.set_adapter([INIT, NEW])
     for name, parameter in model.named_parameters():
         if f".{INIT}." in name:
             parameter.requires_grad_(False)
+
+
+def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
+    """Another adapter, frozen, that speaks only where it is called for by its name. Random numbers stay as they were."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    before = torch.get_rng_state()
+    model.add_adapter(name, _config_of(adapter_dir))
+    torch.set_rng_state(before)  # peft initialises at random what is then loaded
+    set_peft_model_state_dict(model, load_peft_weights(str(adapter_dir), device="cpu"), adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.requires_grad_(False)
+
+
+def _config_of(adapter_dir: Path) -> Any:
+    """A saved adapter's description, of a reward model's without its head: that is no part of the language model."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(adapter_dir))
+    if config.task_type == "SEQ_CLS":
+        config.task_type, config.modules_to_save = TASK, None
+    return config
 
 
 def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> PeftModel:
@@ -109,7 +130,9 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
 
     import posttrain.models.bottleneck  # noqa: F401 (registers it)
 
-    return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable)
+    config = _config_of(adapter_dir)
+    config.inference_mode = not is_trainable
+    return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
 
 
 def continue_adapter(model: PreTrainedModel, method: schema.Method, adapter_dir: Path) -> PeftModel:

@@ -46,6 +46,7 @@ class BottleneckConfig(PeftConfig):
     r: int = field(default=64)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from posttrain.errors import UserError
 from posttrain.models import attention as attentions
 from posttrain.models import prompts
 from posttrain.models.base import Source, resolve
+from posttrain.models.export import export_adapter
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
 from posttrain.tensors import whole
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 # Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
@@ -53,6 +55,9 @@ def load_causal(
     """
     logging.disable_progress_bar()
     source = _trusted(name, revision, trust_remote_code, weights=True)
+    before = logging.get_verbosity()
+    if is_scorer(source.directory):
+        logging.set_verbosity_error()  # its head, which a language model has no place for, is read elsewhere
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
@@ -60,12 +65,21 @@ def load_causal(
         )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({_first_line(error)})") from error
+    finally:
+        logging.set_verbosity(before)
     keep_as_quantized(model)
     # a pad token that is also an end token would otherwise get no gradient in the embedding
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "padding_idx"):
         embedding.padding_idx = None
     return model
+
+
+def is_scorer(directory: Path) -> bool:
+    """Does the directory hold a whole reward model?"""
+    file = directory / "config.json"
+    kinds = json.loads(file.read_text()).get("architectures") if file.is_file() else None
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
 
 
 def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -152,6 +166,10 @@ class PackedLM(nn.Module):
         if is_writer:
             causal.save_pretrained(out_dir, state_dict=state)
 
+    def save_adapter(self, out_dir: Path, base_path: str, is_writer: bool) -> None:
+        """Write the adapter as `export_adapter` does. Every process must call it; one of them writes."""
+        export_adapter(cast("PeftModel", self.model), out_dir, base_path, is_writer)
+
     @property
     def head(self) -> Head:
         output: Any = self.causal.get_output_embeddings()
@@ -168,11 +186,11 @@ class PackedLM(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """log p(target | all that its source sees): float32 [N]."""
-        hidden, source = self._read(batch)
+        hidden, source = self.read(batch, batch.source)
         return token_logprobs(hidden[source], batch.target, self.head)
 
-    def _read(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Last hidden states, and where in them `batch.source` stands: virtual tokens of a prompt method move it."""
+    def read(self, batch: PackedBatch, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Last hidden states [T', H], and where in them `places` of the pack stand: virtual tokens move them."""
         device, model, kind = batch.tokens.device, self.model, self.prompt_kind
         if kind == "prompt":
             virtual = prompts.soft_prompt(model)
@@ -180,10 +198,10 @@ class PackedLM(nn.Module):
             embeddings = self.causal.get_input_embeddings()(batch.tokens)[0]
             mask = attentions.DocumentMask(layout.segments, layout.positions.shape[1], device)
             inputs = prompts.embed(layout, embeddings, virtual)
-            return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[batch.source]
+            return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[places]
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
         mask = attentions.DocumentMask(batch.segments, batch.num_tokens, device, memory)
-        return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), batch.source
+        return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), places
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
-from posttrain.after.measure import EvalSet, Task, eval_batches, own_metrics, remember, set_metrics
+from posttrain.after.measure import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.after.report import run_page
 from posttrain.batch import PackedBatch
 from posttrain.cache import cache_root
@@ -27,7 +27,8 @@ from posttrain.data.prepare import prepare, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.adapters import lr_ratio
 from posttrain.models.causal import load_tokenizer, stop_tokens
-from posttrain.rundir import Run
+from posttrain.models.scorer import padding_apart
+from posttrain.rundir import Run, write_json
 from posttrain.signals import StopSignal
 from posttrain.stages.build import Built, Inputs, build_model, save_result
 from posttrain.stages.outcome import manifest_of, show_outcome
@@ -60,13 +61,16 @@ class _Stage:
     task: Task
     accelerator: Accelerator
     stop: StopSignal
+    rows: Rows = field(default_factory=dict)  # of the newest evaluation
 
     def go(self) -> dict[str, Any]:
         with self.accelerator.main_process_first():  # the others find data and models in the cache
             inputs = read_inputs(self.cfg, self.accelerator.num_processes)
         _announce(self.cfg, self.run, inputs)
         tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
-        built = build_model(self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device)
+        built = build_model(
+            self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device, self.task.scores
+        )
         say(f"training {built.trained:,} of {built.total:,} numbers ({built.trained / built.total:.2%})")
         optim = self.cfg.optim
         optimizer, note = make_optimizer(
@@ -145,7 +149,7 @@ class _Stage:
             tracker=tracker,
             checkpoints=self.run.checkpoints,
             stop=self.stop,
-            evaluate=lambda: own_metrics(module, held_out, self.task, self.accelerator.device, lambda: None),
+            evaluate=lambda: own_metrics(module, held_out, self.task, self.accelerator.device, lambda: None)[0],
         )
 
     def _begin(self, loop: Loop, module: nn.Module, optimizer: Any, inputs: Inputs, held_out: list[PackedBatch]) -> int:
@@ -173,7 +177,7 @@ class _Stage:
 
     def _measure(self, module: nn.Module, inputs: Inputs, held_out: list[PackedBatch], identity: str | None) -> dict[str, float]:
         device = self.accelerator.device
-        own = own_metrics(module, held_out, self.task, device, self.stop.check)
+        own, self.rows = own_metrics(module, held_out, self.task, device, self.stop.check)
         return own | set_metrics(module, inputs.sets, identity, cache_root(), device, self.stop.check)
 
     def _identity(self, inputs: Inputs, base: str | None = None, adapter: str | None = None) -> str:
@@ -183,6 +187,8 @@ class _Stage:
         return _hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.saves == "model", cfg.model.attention)
 
     def _finish(self, built: Built, inputs: Inputs, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
+        if self.task.scores:
+            padding_apart(inputs.tokenizer, inputs.ends)
         result = save_result(self.cfg, self.run, built, self.accelerator, inputs)
         metrics = after | {f"{name}_before": value for name, value in state["before"].items()}
         if "general/loss" in after:
@@ -190,6 +196,8 @@ class _Stage:
             metrics["forgetting/percent"] = 100 * (after["general/loss"] - start) / start
         manifest: dict[str, Any] = {}
         if self.accelerator.is_main_process:
+            if self.rows:
+                write_json(self.run.dir / "held_out.json", self.rows)
             remember(inputs.sets, after, self._identity(inputs, result.base_digest, result.adapter_digest), cache_root())
             manifest = self.run.finish(manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator))
             show_outcome(self.run, manifest, run_page(self.run.dir))
@@ -215,7 +223,7 @@ def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(data.train))
     order = Order(len(data.train), train.batch_size, train.grad_accum, world_size, train.seed, total)
     start, base = merged_start(cfg, start, base)
-    return Inputs(start, base, tokenizer, encoder.identity, data, sets, order)
+    return Inputs(start, base, tokenizer, encoder.identity, encoder.end_tokens(), data, sets, order)
 
 
 def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:

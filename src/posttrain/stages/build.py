@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +18,12 @@ from posttrain.models.adalora import RankSchedule
 from posttrain.models.adapters import add_frozen, add_method, continue_adapter, merge_into
 from posttrain.models.base import BaseInfo, digest
 from posttrain.models.causal import PackedLM, count_numbers, load_causal
-from posttrain.models.export import export_adapter, remember_start
+from posttrain.models.export import remember_start
 from posttrain.models.quantize import quantization
+from posttrain.models.scorer import PackedScorer
 from posttrain.rundir import Run, sha256
 from posttrain.stages.start import Start
 from posttrain.train.loop import seed_step
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Inputs:
     base: BaseInfo
     tokenizer: Any
     tokenizer_hash: str
+    ends: list[int]  # ids of the tokens that end an answer
     data: Prepared
     sets: list[EvalSet]
     order: Order
@@ -61,8 +60,10 @@ class Result:
     adapter_digest: str
 
 
-def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, num_steps: int, device: torch.device) -> Built:
-    """Load, quantize, put the method on it, over the start's adapter where there is one, and wrap.
+def build_model(
+    cfg: LanguageStage, start: Start, base: BaseInfo, num_steps: int, device: torch.device, scores: bool = False
+) -> Built:
+    """Load, quantize, put the method on it, over the start's adapter where there is one, and wrap. scores: as a reward model.
 
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
@@ -84,7 +85,9 @@ def build_model(cfg: LanguageStage, start: Start, base: BaseInfo, num_steps: int
             add_frozen(model, start.adapter)
     attention = cfg.model.attention
     attention = ("flex" if device.type == "cuda" else "documents") if attention == "auto" else attention
-    module = PackedLM(model, attention, cfg.train.gradient_checkpointing)
+    module = (PackedScorer if scores else PackedLM)(model, attention, cfg.train.gradient_checkpointing)
+    if isinstance(module, PackedScorer) and start.scorer:
+        module.load_head(start.scorer)
     schedule = RankSchedule(model) if cfg.peft.method == "adalora" else None
     return Built(module, *count_numbers(module), getattr(torch, dtype), schedule)
 
@@ -98,7 +101,7 @@ def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Acceler
         if is_writer:
             shutil.rmtree(temporary, ignore_errors=True)
         if kind == "adapter":
-            export_adapter(cast("PeftModel", built.module.model), temporary, inputs.base.path, is_writer)
+            built.module.save_adapter(temporary, inputs.base.path, is_writer)
         else:
             built.module.save(temporary, is_writer)
         if is_writer:

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
+from posttrain.after.scores import SUSPICIOUS
 from posttrain.config.schema import LanguageStage
 from posttrain.console import console, is_main, say
 from posttrain.data.conversations import template_hash
@@ -62,6 +63,15 @@ def manifest_of(
     }
 
 
+def _say_of_scores(metrics: dict[str, float]) -> None:
+    """A reward model's accuracy with its interval, and whether it might be counting words."""
+    low, high, r = metrics["eval/accuracy_low"], metrics["eval/accuracy_high"], metrics["eval/length_correlation"]
+    say(f"held-out accuracy {metrics['eval/accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%})")
+    longer = "longer" if r > 0 else "shorter"
+    warning = f": a policy may get reward for {longer} answers alone" if abs(r) >= SUSPICIOUS else ""
+    say(f"score and length of the answer correlate with r = {r:+.2f}{warning}")
+
+
 def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
     """The end of a run as a table: what was measured, before and after."""
     metrics = manifest["metrics"]
@@ -72,6 +82,8 @@ def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
         console.print(table)
     if "forgetting/percent" in metrics:
         say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
+    if "eval/length_correlation" in metrics:
+        _say_of_scores(metrics)
     say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
     say(f"result {run.dir / manifest['weights']['path']}")
     say(f"report {page}")

@@ -27,7 +27,8 @@ class Start:
     """name: the base as people call it. source: the weights to load (a directory, hub id or built-in name). adapter: a
     finished run's adapter on them, or None; mode: what becomes of it (stack, merge, continue), or ''.
 
-    tokenizer: where the tokenizer comes from. identity: sha256 of what the adapter adds; the base has its own digest.
+    tokenizer: where the tokenizer comes from. scorer: where a reward model's head is, if this is one.
+    identity: sha256 of what the adapter adds; the base has its own digest.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Start:
     base_digest: str | None = None
     identity: str = ""
     parents: list[dict[str, str]] = field(default_factory=list)
+    scorer: Path | None = None
 
 
 def resolve_start(cfg: LanguageStage) -> Start:
@@ -57,12 +59,16 @@ def resolve_start(cfg: LanguageStage) -> Start:
         return Start(cfg.init, cfg.init, cfg.init)
     manifest = read_manifest(directory)
     weights = checked_weights(directory, manifest, "init")
+    is_scorer = manifest["stage"] == "rm"
+    if is_scorer and cfg.stage != "rm":  # type: ignore[attr-defined]
+        raise UserError(f"init: {directory} is a reward model, which writes nothing; give the run that it was made from")
+    scorer = weights if is_scorer else None
     parents = [parent_record("init", directory.resolve())]
     if manifest["weights"]["kind"] == "model":
-        return Start(str(weights), str(weights), str(weights), parents=parents)
+        return Start(str(weights), str(weights), str(weights), parents=parents, scorer=scorer)
     mode = chain_mode(cfg, json.loads((weights / "adapter_config.json").read_text()))
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return Start(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents)
+    return Start(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, scorer)
 
 
 def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:

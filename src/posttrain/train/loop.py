@@ -199,18 +199,21 @@ class Loop:
 
 def evaluate(
     module: nn.Module, batches: list[PackedBatch], objective: Objective, device: torch.device, each: Callable[[], None]
-) -> dict[str, float]:
-    """Averages of the objective's metrics over `batches`, without gradients; every process computes all of them.
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Averages of the objective's metrics over `batches`, and its values for each unit, without gradients.
 
-    `each` is called after every batch, and may raise to leave.
+    Every process computes all of them. `each` is called after every batch, and may raise to leave.
     """
     module.eval()
-    found = Averages()
+    found, rows = Averages(), dict[str, list[Tensor]]()
     with torch.no_grad():
         for batch in batches:
-            found.add(objective(module, batch.to(device)).metrics)
+            output = objective(module, batch.to(device))
+            found.add(output.metrics)
+            for name, values in output.rows.items():
+                rows.setdefault(name, []).append(values.cpu())
             each()
-    return found.read()
+    return found.read(), {name: torch.cat(values) for name, values in rows.items()}
 
 
 def seed_step(seed: int, step: int, part: int) -> None:
