@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Post-train a language model: CPT, SFT, DPO, in full, with LoRA or QLoRA, each stage from the one before.",
+    help="Post-train a language model: CPT, SFT, RM, DPO, in full, with LoRA or QLoRA, each stage from the one before.",
     epilog="[bold]Try[/]  posttrain sft model=tiny train.max_steps=5   "
     "[bold]then[/]  posttrain sft +peft=qlora data.path=my.jsonl   [bold]or[/]  posttrain run python_expert",
 )
