@@ -56,6 +56,9 @@ class PackedBatch:
         return replace(self, **moved, extra=extra)
 
 
+Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count)
+
+
 @dataclass
 class LossOutput:
     """A sum, not a mean: the loop divides once by the `count` of the whole optimizer step.
@@ -65,5 +68,5 @@ class LossOutput:
     """
 
     total: Tensor
-    metrics: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)

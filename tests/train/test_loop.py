@@ -16,7 +16,7 @@ from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM
 from posttrain.signals import StopSignal
 from posttrain.train.checkpoint import gather_weights, newest_checkpoint, restore
-from posttrain.train.loop import Loop, Plan
+from posttrain.train.loop import Loop, Plan, Update
 from posttrain.train.optim import make_optimizer
 from posttrain.train.tracking import Tracker
 
@@ -56,7 +56,7 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
         module=module,
         optimizer=optimizer,
         objective=lambda lm, batch: token_loss(lm(batch), batch.weight),
-        source=lambda step: [pack(examples, units) for units in order.micro(step, 0)],
+        source=lambda step: [Update([pack(examples, units) for units in order.micro(step, 0)])],
         plan=plan,
         tracker=tracker,
         checkpoints=folder / "checkpoints",
@@ -94,7 +94,9 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     again.state = checkpoint.state
     resumed = trained(again, checkpoint.step)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-    assert again.state["tokens"] == sum(batch.num_tokens for step in range(STEPS) for batch in drawn(step))
+    assert again.state["tokens"] == sum(
+        batch.num_tokens for step in range(STEPS) for update in drawn(step) for batch in update.batches
+    )
 
 
 def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 1, 4)
     seen: list[float] = []
     loop.optimizer.optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(_norm(loop.module)))  # type: ignore[attr-defined]
-    batches = loop.source(0)
+    batches = [batch for update in loop.source(0) for batch in update.batches]
     loop.module.eval()
     total = sum((token_loss(loop.module(b), b.weight).total for b in batches), torch.zeros(()))
     grads = torch.autograd.grad(total / sum(b.count for b in batches), [p for p in loop.module.parameters() if p.requires_grad])

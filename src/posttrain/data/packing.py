@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,9 +49,29 @@ def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
 
 
 def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
-    """Each pair as prompt + chosen + rejected: both answers see the prompt, neither sees the other.
+    """Each pair as prompt + chosen + rejected. `count` is the number of pairs."""
+    groups = []
+    for unit in units:
+        ids, weights = examples.sequence(unit)
+        prompt, chosen = (int(x) for x in examples.splits[unit])
+        spans = (slice(prompt, chosen), slice(chosen, len(ids)))
+        groups.append(Group(ids[:prompt], [(ids[span], weights[span]) for span in spans], int(examples.rows[unit])))
+    batch = pack_answers(groups)
+    return replace(batch, count=float(len(units)), extra={"margin": torch.from_numpy(examples.margins[list(units)])})
 
-    The first token of either answer is predicted by the prompt's last. `count` is the number of pairs.
+
+class Group(NamedTuple):
+    """A prompt and the answers to it, each with the weights of its tokens, of which one at least is not zero."""
+
+    prompt: NDArray[np.int32]
+    answers: list[tuple[NDArray[np.int32], NDArray[np.float32]]]
+    row: int
+
+
+def pack_answers(groups: Sequence[Group]) -> PackedBatch:
+    """Each prompt once, then its answers: all of them see it, none sees another.
+
+    The first token of an answer is predicted by the prompt's last. `count` is the sum of the weights.
     """
     tokens: list[NDArray] = []
     positions: list[NDArray] = []
@@ -60,36 +81,38 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
     weight: list[NDArray] = []
     owner: list[NDArray] = []
     ends: list[int] = []
-    start = 0
-    for k, unit in enumerate(units):
-        ids, weights = examples.sequence(unit)
-        prompt, chosen_end = (int(x) for x in examples.splits[unit])
-        segments.append(Segment(start, start + prompt))
-        positions.append(np.arange(prompt, dtype=np.int64))
-        for answer, (a, b) in enumerate(((prompt, chosen_end), (chosen_end, len(ids)))):
-            segments.append(Segment(start + a, start + b, start, start + prompt))
-            positions.append(np.arange(prompt, prompt + b - a, dtype=np.int64))
-            counts = a + np.flatnonzero(weights[a:b])
-            source.append(np.where(counts == a, start + prompt - 1, start + counts - 1))
+    at = 0
+    for group in groups:
+        prompt = Segment(at, at + len(group.prompt))
+        segments.append(prompt)
+        tokens.append(group.prompt)
+        positions.append(np.arange(len(group.prompt), dtype=np.int64))
+        at = prompt.stop
+        for ids, weights in group.answers:
+            segments.append(Segment(at, at + len(ids), prompt.start, prompt.stop))
+            tokens.append(ids)
+            positions.append(np.arange(len(group.prompt), len(group.prompt) + len(ids), dtype=np.int64))
+            counts = np.flatnonzero(weights)
+            source.append(np.where(counts == 0, prompt.stop - 1, at + counts - 1))
             target.append(ids[counts].astype(np.int64))
             weight.append(weights[counts])
-            ends.append(start + int(counts[-1]))
-            owner.append(np.full(len(counts), 2 * k + answer, dtype=np.int64))
-        tokens.append(ids.astype(np.int64))
-        start += len(ids)
+            owner.append(np.full(len(counts), len(ends), dtype=np.int64))
+            ends.append(at + int(counts[-1]))
+            at += len(ids)
+    flat = np.concatenate(tokens).astype(np.int64)
+    kept = np.concatenate(weight)
     return PackedBatch(
-        tokens=torch.from_numpy(np.concatenate(tokens))[None],
+        tokens=torch.from_numpy(flat)[None],
         positions=torch.from_numpy(np.concatenate(positions))[None],
         segments=tuple(segments),
         source=torch.from_numpy(np.concatenate(source)),
         target=torch.from_numpy(np.concatenate(target)),
-        weight=torch.from_numpy(np.concatenate(weight)),
+        weight=torch.from_numpy(kept),
         owner=torch.from_numpy(np.concatenate(owner)),
         ends=torch.tensor(ends),
-        num_answers=2 * len(units),
-        rows=tuple(int(examples.rows[unit]) for unit in units),
-        count=float(len(units)),
-        extra={"margin": torch.from_numpy(examples.margins[list(units)])},
+        num_answers=len(ends),
+        rows=tuple(group.row for group in groups),
+        count=float(kept.sum()),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,7 @@ from posttrain.stages.outcome import manifest_of, show_outcome
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.checkpoint import newest_checkpoint, restore
-from posttrain.train.loop import Loop, Plan
+from posttrain.train.loop import Loop, Plan, Update
 from posttrain.train.optim import make_optimizer
 from posttrain.train.tracking import Tracker
 
@@ -117,14 +118,14 @@ class _Stage:
     ) -> Loop:
         cfg, order, rank = self.cfg, inputs.order, self.accelerator.process_index
 
-        def source(step: int) -> list[PackedBatch]:
+        def source(step: int) -> Iterator[Update]:
             batches = []
             for units in order.micro(step, rank):
                 drawn = units or [0]
                 batch = self.task.pack(inputs.data.train, drawn)
                 batch = attach(batch, table[drawn].reshape(-1)) if table is not None else batch
                 batches.append(batch if units else silent(batch))
-            return batches
+            yield Update(batches)
 
         plan = Plan(
             num_steps=order.num_steps,

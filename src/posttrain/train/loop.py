@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.batch import LossOutput, PackedBatch
+from posttrain.batch import LossOutput, Metrics, PackedBatch
 from posttrain.console import Meter
 from posttrain.errors import RunError, Stopped
 from posttrain.signals import StopSignal
@@ -25,12 +25,22 @@ from posttrain.train.optim import Schedule, lr_factor
 from posttrain.train.tracking import Tracker
 
 Objective = Callable[[nn.Module, PackedBatch], LossOutput]
-Source = Callable[[int], list[PackedBatch]]  # optimizer step (from 0) -> this process's micro-batches
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of the optimizer: this process's micro-batches, and figures that were known before, as in `LossOutput`."""
+
+    batches: list[PackedBatch]
+    metrics: Metrics = field(default_factory=dict)
+
+
+Source = Callable[[int], Iterable[Update]]  # step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps."""
+    """When things happen, in steps of the run."""
 
     num_steps: int
     warmup_steps: int
@@ -68,7 +78,7 @@ class Averages:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, tuple[Tensor, float]], share: float = 1.0) -> None:
+    def add(self, metrics: Metrics, share: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
             part = share * total.detach()
             self.sums[name] = self.sums[name] + part if name in self.sums else part
@@ -88,7 +98,7 @@ class Averages:
 
 @dataclass
 class Loop:
-    """Runs optimizer steps `start`..plan.num_steps. `state` holds what a checkpoint keeps beside the weights."""
+    """Runs steps `start`..plan.num_steps. `state` holds what a checkpoint keeps beside the weights."""
 
     name: str
     accelerator: Accelerator
@@ -106,7 +116,6 @@ class Loop:
 
     def fit(self, start: int) -> None:
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
-        self.module.train()
         window, began, window_tokens = Averages(), time.monotonic(), 0
         with Meter(self.name, self.plan.num_steps, start) as meter:
             for step in range(start, self.plan.num_steps):
@@ -125,12 +134,22 @@ class Loop:
                 self._boundary(done)
 
     def _step(self, step: int, window: Averages) -> tuple[float, int]:
-        batches = self.source(step)
+        """All updates of a step: the last one's gradient norm, and how many tokens they took."""
+        norm, tokens, parts = 0.0, 0, 0
+        for update in self.source(step):
+            window.add(update.metrics)
+            norm, seen = self._update(step, parts, update.batches, window)
+            tokens, parts = tokens + seen, parts + len(update.batches)
+        return norm, tokens
+
+    def _update(self, step: int, parts: int, batches: list[PackedBatch], window: Averages) -> tuple[float, int]:
+        """parts: how many micro-batches of the step came before."""
+        self.module.train()
         count, tokens = self._totals(batches)
         scale = self.accelerator.num_processes / count  # processes' gradients are averaged, sums are wanted
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches, parts):
             seed_step(self.plan.seed, step, i * self.accelerator.num_processes + self.accelerator.process_index)
-            last = i == len(batches) - 1
+            last = i == parts + len(batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 output = self.objective(self.module, batch.to(self.accelerator.device))
                 share = 1.0 if batch.count else 0.0  # a silent batch
@@ -179,7 +198,6 @@ class Loop:
         plan, last, stopping = self.plan, done == self.plan.num_steps, self._stop_requested()
         if plan.eval_steps and done % plan.eval_steps == 0 and not last and not stopping:
             self.tracker.log(done, self.evaluate())
-            self.module.train()
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
             writer = self.accelerator.is_main_process
             method = self.method.state() if self.method else {}
@@ -223,4 +241,6 @@ def seed_step(seed: int, step: int, part: int) -> None:
 
 def _note(values: dict[str, float]) -> str:
     note = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:.0f} tok/s"
+    if "train/reward" in values:
+        note += f"  reward {values['train/reward']:.3f}  kl {values['train/kl']:.3f}"
     return note + (f"  accuracy {values['train/accuracy']:.0%}" if "train/accuracy" in values else "")
