@@ -20,6 +20,11 @@ STAGES = {
         "init=runs/sft/RUN data.path=pairs.jsonl",
         "init=runs/sft/RUN rm.centering=0.01",
     ),
+    "ppo": (
+        "Policy optimisation (PPO, GRPO, RLOO) against a reward.",
+        "init=runs/sft/RUN init_reward=runs/rm/RUN",
+        "init=runs/sft/RUN reward.function=my_rewards:short ppo.advantage=grpo ppo.samples=4",
+    ),
     "dpo": (
         "Direct preference optimisation on pairs.",
         "init=runs/sft/RUN data.path=pairs.jsonl",
@@ -43,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Post-train a language model: CPT, SFT, RM, DPO, in full, with LoRA or QLoRA, each stage from the one before.",
+    help="Post-train a language model: CPT, SFT, RM, PPO, DPO, in full, with LoRA or QLoRA, each stage from the one before.",
     epilog="[bold]Try[/]  posttrain sft model=tiny train.max_steps=5   "
     "[bold]then[/]  posttrain sft +peft=qlora data.path=my.jsonl   [bold]or[/]  posttrain run python_expert",
 )

@@ -18,17 +18,17 @@ from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.rundir import write_json
 from posttrain.signals import forward_to
-from posttrain.standing import Standing, made_from, standing_of
+from posttrain.standing import RUN_KEYS, Standing, made_from, standing_of
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step with its final config. parent: the run directory of the step that it starts from."""
+    """A step with its final config. parents: config key -> run directory of the step that it names; init: what it starts from."""
 
     step: Step
     dir: Path
     config: dict[str, Any]
-    parent: Path | None
+    parents: dict[str, Path]
 
     @property
     def record(self) -> Path:
@@ -91,11 +91,26 @@ def _compose(recipe: Recipe) -> list[Planned]:
             config["init"] = step.init
             config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
             config |= {"init": str(parent.dir) if parent else step.init, "run": {"dir": str(directory)}}
+            parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, {n: p.dir for n, p in found.items()})
             validate(config)
         except UserError as e:
             raise UserError(f"step {step.name}: {e}") from None
-        found[step.name] = Planned(step, directory, config, parent.dir if parent else None)
+        found[step.name] = Planned(step, directory, config, parents)
     return list(found.values())
+
+
+def _name_steps(config: dict[str, Any], above: dict[str, Path]) -> dict[str, Path]:
+    """Put the directories of steps above where the config names them as reward models; returns which they are."""
+    found = {}
+    for key in RUN_KEYS[1:]:
+        *sections, last = key.split(".")
+        place = config
+        for section in sections:
+            place = place.get(section, {})
+        if place.get(last) in above:
+            found[key] = above[place[last]]
+            place[last] = str(found[key])
+    return found
 
 
 def _model(parent: Planned, config: dict[str, Any], words: list[str]) -> dict[str, Any]:
@@ -122,10 +137,10 @@ def _again(recipe: Recipe, from_step: str | None, fresh: bool) -> dict[str, str]
 def _preview(planned: list[Planned], again: dict[str, str]) -> list[dict[str, Any]]:
     entries, waiting = [], set()
     for each in planned:
-        if each.parent in waiting:
-            standing = Standing("redo", f"its input {each.step.parent} is to be done first")
+        if late := [directory for directory in each.parents.values() if directory in waiting]:
+            standing = Standing("redo", f"its input {late[0].name.partition('-')[2]} is to be done first")
         else:
-            standing = standing_of(each.dir, each.record, made_from(each.config, each.parent), again.get(each.step.name))
+            standing = standing_of(each.dir, each.record, made_from(each.config, each.parents), again.get(each.step.name))
         if standing.action != "skip":
             waiting.add(each.dir)
         entries.append(each.entry("skipped" if standing.action == "skip" else "to do", standing.why, standing.seconds))
@@ -163,7 +178,7 @@ def _run_all(recipe: Recipe, planned: list[Planned], again: dict[str, str]) -> l
 
 def _run_step(each: Planned, again: str | None, entry: dict[str, Any]) -> None:
     """Skip, resume or run a step; `entry` follows what becomes of it."""
-    parts = made_from(each.config, each.parent)
+    parts = made_from(each.config, each.parents)
     standing = standing_of(each.dir, each.record, parts, again)
     entry |= {"why": standing.why, "seconds": standing.seconds, "status": "skipped"}
     if standing.action == "skip":

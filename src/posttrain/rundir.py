@@ -48,6 +48,11 @@ class Run:
     def finished(self) -> bool:
         return self.manifest.exists()
 
+    def close(self) -> None:
+        """Let other processes have it."""
+        if self.lock:
+            self.lock.release()
+
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write manifest.json, last and atomically: from here on the run is complete."""
         record = {"schema": SCHEMA, **manifest, "config_digest": digest(self.config), "code": code_state()}

@@ -12,6 +12,8 @@ from posttrain.after.records import plain
 from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
 from posttrain.rundir import flatten, read_manifest, sha256
 
+RUN_KEYS = ("init", "init_reward", "reward.gold")  # config keys that name a run
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -22,16 +24,16 @@ class Standing:
     seconds: float = 0.0
 
 
-def made_from(config: dict[str, Any], parent: Path | None) -> dict[str, Any]:
-    """Everything that decides a step's result: its config, the step before (`parent`), and the content of local files.
+def made_from(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any]:
+    """Everything that decides a step's result: its config, the steps before, and the content of local files.
 
-    Where the parent has not run yet its identity is None.
+    parents: config key (init, init_reward, reward.gold) -> run directory of a step. The identity of one that has not run is None.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
-    if parent:
-        del kept["init"]  # where the parent lies does not matter, what it is does
-    parts = {"config": kept, "input": _identity(parent) if parent else None, "files": _local_files(config, parent)}
-    return {"digest": digest(parts), **parts, "input_name": parent.name.partition("-")[2] if parent else ""}
+    flat = {key: value for key, value in flatten(kept).items() if key not in parents}  # where a parent lies does not matter
+    identities = {key: _identity(parent) for key, parent in parents.items()}
+    parts = {"config": flat, "input": identities, "files": _local_files(config, parents)}
+    return {"digest": digest(parts), **parts, "input_name": {key: p.name.partition("-")[2] for key, p in parents.items()}}
 
 
 def standing_of(directory: Path, record: Path, parts: dict[str, Any], again: str | None) -> Standing:
@@ -56,12 +58,13 @@ def standing_of(directory: Path, record: Path, parts: dict[str, Any], again: str
 
 
 def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
-    before, after = flatten(then["config"]), flatten(now["config"])
+    before, after = then["config"], now["config"]
     keys = [key for key in before | after if before.get(key) != after.get(key)]
     said = [f"{key} {plain(before.get(key))} -> {plain(after.get(key))}" for key in keys[:3]]
     said += [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
     said += [f"{path} changed" for path in now["files"] if then["files"].get(path, "") not in ("", now["files"][path])]
-    said += [f"its input {now['input_name']} changed"] if then["input"] != now["input"] else []
+    changed = [now["input_name"][key] for key, identity in now["input"].items() if (then["input"] or {}).get(key) != identity]
+    said += [f"its input {name} changed" for name in changed]
     return ", ".join(said) or "its files changed"
 
 
@@ -77,15 +80,16 @@ def _weights(manifest: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in manifest["files"].items() if name.startswith(prefix)}
 
 
-def _local_files(config: dict[str, Any], parent: Path | None) -> dict[str, str]:
+def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
     """Hashes of the data, template and model that the config names and this disk has."""
     named = [
         config["data"]["path"],
         config["data"]["eval_path"],
         config["model"]["chat_template"],
-        *config["eval"]["sets"].values(),
+        *(config["eval"]["sets"] or {}).values(),
     ]
-    models = [config["model"]["name"]] if parent else [config["model"]["name"], config["init"]]
+    flat = flatten(config)
+    models = [config["model"]["name"], *(flat.get(key) for key in RUN_KEYS if key not in parents)]
     found = {str(name): _content(Path(name).expanduser()) for name in named if name}
     found |= {str(name): _model(Path(name).expanduser()) for name in models if name}
     return {name: value for name, value in found.items() if value}

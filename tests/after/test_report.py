@@ -128,7 +128,9 @@ def test_a_page_loads_and_runs_nothing(tmp_path):
 
 def test_what_comes_from_data_is_text(tmp_path):
     runs = [make_run(tmp_path / str(i) / "onclick=x", data=f"{i}{EVIL}", lr=i) for i in range(2)]
-    (runs[0] / "samples.json").write_text(json.dumps([{"prompt": EVIL, "before": EVIL, "after": EVIL}]))
+    (runs[0] / "samples.json").write_text(
+        json.dumps([{"prompt": EVIL, "answers": [{"step": 0, "label": EVIL, "text": EVIL, "reward": 1.0}]}])
+    )
     rows = [
         {"overrides": {EVIL: str(i)}, "status": "done", "dir": str(d), "metrics": {"eval/loss": 1.0 + i}}
         for i, d in enumerate(runs)

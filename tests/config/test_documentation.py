@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from posttrain.config.compose import compose_run
+from posttrain.config.compose import STAGES, compose_run
 from posttrain.config.paths import root
 from posttrain.rundir import flatten
 
@@ -19,7 +19,8 @@ def test_every_key_is_documented_and_every_documented_key_exists() -> None:
         key for line in table.splitlines() for key in re.findall(r"`([\w.]+)`", line.split("|")[1] if "|" in line else "")
     }
     known = {"stage"}
-    for stage in ("cpt", "sft", "dpo"):
-        known |= set(flatten(compose_run(stage, ["peft=qlora"])))
+    for stage in STAGES:
+        given = ["init_reward=runs/rm/RUN"] if stage == "ppo" else []
+        known |= set(flatten(compose_run(stage, ["peft=qlora", *given])))
     known = {key for key in known if not key.startswith(FREE)} | {"eval.sets"}
     assert documented == known - {"stage"}

@@ -92,7 +92,14 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
     if "data.path" in settings:
-        data |= {"path": settings["data.path"], "shape": "auto", "eval_path": None, "eval_share": 0.0, "max_rows": rows}
+        data |= {
+            "path": settings["data.path"],
+            "shape": "auto",
+            "eval_path": None,
+            "eval_share": 0.0,
+            "skip_rows": 0,
+            "max_rows": rows,
+        }
     prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())
     examples = prepared.train if "data.path" in settings else prepared.held_out
     task = reward_task(config["rm"]["centering"])

@@ -13,7 +13,7 @@ import yaml
 from posttrain.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
-HIGHER_IS_BETTER = ("accuracy", "margin", "gap")
+HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def summary_columns(metrics: list[dict[str, float]]) -> list[str]:
     """The stage's own loss and accuracy, one figure a set (the general one last), and forgetting."""
     names = list(dict.fromkeys(n for found in metrics for n in found if not n.endswith("_before")))
     sets = dict.fromkeys(n.split("/")[0] for n in names if not n.startswith(("eval/", "forgetting/")))
-    columns = [n for n in ("eval/loss", "eval/accuracy") if n in names]
+    columns = [n for n in ("eval/loss", "eval/accuracy", "eval/reward", "eval/kl") if n in names]
     columns += sorted((_headline(each, names) for each in sets), key=lambda name: name.startswith("general/"))
     return columns + [n for n in names if n == "forgetting/percent"]
 
@@ -173,7 +173,7 @@ def _headline(group: str, names: list[str]) -> str:
 def own_result(record: Record) -> Change | None:
     """What the stage was trained for, on its own held-out rows."""
     m = record.metrics
-    name = next((n for n in ("eval/accuracy", "eval/loss") if n in m), None)
+    name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
     return compare(name, m.get(f"{name}_before"), m[name]) if name else None
 
 

@@ -114,7 +114,7 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
     template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
     tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
     encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer))
-    examples = prepare(cfg.data, cfg.stage, encoder, train.max_length, cache_root()).train
+    examples = prepare(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root()).train
     lengths = examples.unit_tokens()
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(examples))
     order = Order(len(examples), train.batch_size, train.grad_accum, train.processes, train.seed, total)

@@ -27,7 +27,7 @@ from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError, did_you_mean
 
-STAGES = ("cpt", "sft", "rm", "dpo")
+STAGES = ("cpt", "sft", "rm", "ppo", "dpo")
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 
 
@@ -174,7 +174,9 @@ def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     # the tags of unions (stage, method) stand in the location, but in no key of the user's
     path: list[str] = []
     tree: Any = config
-    for part in complaint["loc"]:
+    for part in complaint["loc"][
+        complaint["loc"][:1] == (config.get("stage"),) :
+    ]:  # the first is the stage, and a section's name too
         if isinstance(tree, dict) and part in tree:
             path.append(str(part))
             tree = tree[part]

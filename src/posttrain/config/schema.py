@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 
 class Strict(BaseModel):
@@ -166,6 +166,7 @@ class DataConfig(Strict):
     eval_path: str | None  # None: a share of `path`, chosen by a hash of each row's content
     eval_share: Annotated[float, Field(ge=0, lt=1)]
     eval_rows: NonNegative  # at most so many held-out rows
+    skip_rows: NonNegative  # of those to train on, before max_rows are taken
     max_rows: Positive | None
     max_untrained_share: Share  # more rows without a trained token than this share is an error
 
@@ -218,6 +219,46 @@ class RmConfig(Strict):
     centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
 
 
+class PpoConfig(Strict):
+    advantage: Literal["gae", "grpo", "rloo"]
+    samples: Positive  # answers to a prompt
+    gamma: Share
+    lam: Share
+    kl_coef: Annotated[float, Field(ge=0)]  # of the KL to the stage's start, taken off the reward
+    kl_estimator: Literal["k1", "k2", "k3"]
+    target_kl: Rate | None  # nats an answer; kl_coef then follows it
+    kl_rate: Annotated[float, Field(gt=0, lt=1)]
+    clip: Rate
+    value_clip: Rate | None
+    value_coef: Annotated[float, Field(ge=0)]
+    entropy_coef: Annotated[float, Field(ge=0)]
+    whiten: bool
+    epochs: Positive
+    minibatches: Positive
+    stop_kl: Rate | None  # nats a token between the policy that sampled and the one under training
+
+
+class RolloutConfig(Strict):
+    max_new_tokens: Positive
+    temperature: Rate
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative
+    batch_size: Positive
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value or []
+
+
+class RewardConfig(Strict):
+    function: Annotated[list[str], BeforeValidator(_listed)]  # module:name
+    weights: list[float] | None
+    clip: Rate | None
+    whiten: bool
+    missing_end: Annotated[float, Field(ge=0)]
+    gold: str | None  # a reward model's run, or module:name
+
+
 class LanguageStage(Strict):
     init: str | None
     chain: ChainConfig
@@ -231,6 +272,11 @@ class LanguageStage(Strict):
     run: RunConfig
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
     full_lr: Rate  # rate of full training; a PEFT method multiplies it by its lr_factor
+
+    @property
+    def example_length(self) -> int:
+        """Tokens that a row of data may have."""
+        return self.train.max_length
 
     @model_validator(mode="after")
     def _fits_together(self) -> LanguageStage:
@@ -266,5 +312,42 @@ class Rm(LanguageStage):
     rm: RmConfig
 
 
-StageConfig = Annotated[Cpt | Sft | Rm | Dpo, Field(discriminator="stage")]
+class Ppo(LanguageStage):
+    stage: Literal["ppo"]
+    init_reward: str | None
+    ppo: PpoConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+
+    @property
+    def example_length(self) -> int:
+        return self.train.max_length - self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> Ppo:
+        given = bool(self.init_reward) + len(self.reward.function)
+        if not given:
+            raise ValueError("init_reward: nothing gives a reward; give a reward model's run, or reward.function=module:name")
+        if self.reward.weights is not None and len(self.reward.weights) != given:
+            raise ValueError(f"reward.weights: {len(self.reward.weights)} weights for {given} rewards (init_reward comes first)")
+        if self.ppo.advantage != "gae" and self.ppo.samples < 2:
+            raise ValueError(f"ppo.samples: {self.ppo.advantage} compares answers to one prompt; say ppo.samples=4")
+        if self.ppo.minibatches > self.train.grad_accum:
+            raise ValueError(
+                f"ppo.minibatches: a step's train.grad_accum={self.train.grad_accum} micro-batches cannot be dealt into "
+                f"{self.ppo.minibatches}; raise train.grad_accum"
+            )
+        if self.example_length < 1:
+            raise ValueError(
+                f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "
+                f"train.max_length={self.train.max_length}; raise train.max_length"
+            )
+        if self.train.processes > 1 or self.train.fsdp:
+            raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
+        if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
+            raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
+        return self
+
+
+StageConfig = Annotated[Cpt | Sft | Rm | Dpo | Ppo, Field(discriminator="stage")]
 STAGE_CONFIG: TypeAdapter[Any] = TypeAdapter(StageConfig)

@@ -125,6 +125,13 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
 
+    def encode_reference(self, row: Row) -> list[int]:
+        """The words of the answer that the row has, where it has one: of the chosen one in a pair."""
+        answer = row.get("completion", row.get("chosen", row.get("messages")))
+        if isinstance(answer, list):
+            answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
+        return self._backend.encode(answer or "", add_special_tokens=False).ids if isinstance(answer, str) else []
+
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: eos, and the end of turn of the chat template if there is one."""
         texts = {self._tokenizer.eos_token, *self._stops} - {None, ""}

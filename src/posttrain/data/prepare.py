@@ -92,7 +92,8 @@ def _read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str
             train, held_out = rows, read_rows(data.eval_path, subset=data.subset, split=data.split, revision=data.revision)
         else:
             train, held_out = split_rows(rows, data.eval_share)
-    train_rows, held_out_rows = list(islice(train, data.max_rows)), list(islice(held_out, data.eval_rows))
+    last = data.max_rows and data.skip_rows + data.max_rows
+    train_rows, held_out_rows = list(islice(train, data.skip_rows, last)), list(islice(held_out, data.eval_rows))
     if not train_rows:
         raise UserError(f"data.path: {data.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
     shape = recognise(train_rows[0][1]) if data.shape == "auto" else data.shape
@@ -143,15 +144,18 @@ def _scored_pairs(encoder: Encoder, rows: list[Row], max_length: int, account: A
 
 
 def _prompts(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
-    """Prompts, up to where the assistant begins to write; those of more than max_length tokens are left out."""
-    kept = []
+    """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
+    are left out."""
+    kept, splits = [], []
     for number, row in rows:
         tokens = encoder.encode_prompt(row, where=f"{account.source}, row {number}")
         if len(tokens) <= max_length:
-            kept.append((tokens, [0.0] * len(tokens), number))
+            known = encoder.encode_reference(row)
+            kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
+            splits.append((len(tokens), len(tokens) + len(known)))
         else:
             account.untrained += 1
-    return store.build(kept)
+    return store.build(kept, splits)
 
 
 def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account, to_the_end: bool = False) -> Examples:

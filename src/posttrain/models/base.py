@@ -58,6 +58,13 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> Source:
     return Source(name, directory, directory.name, "the hub")
 
 
+def context_length(name: str, revision: str | None) -> int | None:
+    """Tokens that the model of `name` was made for, where its config says so."""
+    config = json.loads((resolve(name, revision, weights=False).directory / "config.json").read_text())
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings", config.get("n_positions"))
+
+
 def digest(directory: Path) -> str:
     """SHA-256 over the hashes of all safetensors files; read anew only when a file's size or time has changed."""
     files = sorted(directory.glob("*.safetensors"))

@@ -184,10 +184,14 @@ class PackedLM(nn.Module):
         )
         return output.last_hidden_state[0]
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """log p(target | all that its source sees): float32 [N]."""
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """log p(target | all that its source sees), of the softmax of logits / temperature: float32 [N]."""
         hidden, source = self.read(batch, batch.source)
-        return token_logprobs(hidden[source], batch.target, self.head)
+        return self.logprobs(hidden[source], batch.target, temperature)
+
+    def logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
+        """[N, H], int64 [N] -> float32 [N]."""
+        return token_logprobs(hidden, target, self.head.at(temperature))
 
     def read(self, batch: PackedBatch, places: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states [T', H], and where in them `places` of the pack stand: virtual tokens move them."""

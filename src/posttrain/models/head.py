@@ -28,6 +28,10 @@ class Head(NamedTuple):
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def at(self, temperature: float) -> Head:
+        """The head whose logits are this one's over `temperature`."""
+        return self._replace(scale=self.scale / temperature, softcap=self.softcap and self.softcap / temperature)
+
 
 def head_of(output: nn.Linear, config: PretrainedConfig) -> Head:
     """A causal model's head as its config describes it: scale as Cohere or Granite write it, softcap as Gemma."""
@@ -58,6 +62,18 @@ def _checkpointed(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
     logp = checkpoint(compute, hidden, head.weight, head.bias, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(logp, Tensor)
     return logp
+
+
+def token_entropies(hidden: Tensor, head: Head) -> Tensor:
+    """Entropy of the next token in nats: [N, H] -> float32 [N]. In chunks, each computed again in the backward."""
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logps = head._replace(weight=weight, bias=bias).logits(hidden).log_softmax(-1)
+        return -(logps.exp() * logps).sum(-1)
+
+    pieces = hidden.split(max(1, CHUNK_LOGITS // head.weight.shape[0]))
+    found = [checkpoint(compute, h, head.weight, head.bias, use_reentrant=False, preserve_rng_state=False) for h in pieces]
+    return torch.cat(found)  # pyright: ignore
 
 
 def _gather(logits: Tensor, target: Tensor) -> Tensor:

@@ -37,10 +37,15 @@ class PackedScorer(PackedLM):
         self.score = nn.Linear(width, 1, bias=False, device=causal.device)
         nn.init.normal_(self.score.weight, std=(width + 1) ** -0.5)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
         """Scores: float32 [num_answers]."""
         hidden, ends = self.read(batch, batch.ends)
         return self.score(hidden[ends].float())[:, 0]
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """What the head says before each target, where only its past is seen: float32 [N]."""
+        hidden, source = self.read(batch, batch.source)
+        return self.score(hidden[source].float())[:, 0]
 
     def save(self, out_dir: Path, is_writer: bool) -> None:
         """A model directory for AutoModelForSequenceClassification. Every process must call it; one of them writes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from torch import nn
 
 from posttrain.after.measure import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.after.report import run_page
-from posttrain.batch import PackedBatch
+from posttrain.batch import LossOutput, PackedBatch
 from posttrain.cache import cache_root
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
@@ -41,20 +41,20 @@ from posttrain.train.optim import make_optimizer
 from posttrain.train.tracking import Tracker
 
 
-def run_stage(cfg: LanguageStage, run: Run, task: Task) -> dict[str, Any]:
-    """Train to the end, or go on where a checkpoint left off; returns the manifest.
+def run_stage(cfg: LanguageStage, run: Run, task: Task, kind: type[StageRun] | None = None) -> dict[str, Any]:
+    """Train to the end, or go on where a checkpoint left off; returns the manifest. kind: what does otherwise than `StageRun`.
 
     All that can be refused is refused before a weight is loaded. Raises UserError, RunError or Stopped.
     """
     stop = StopSignal()
     try:
-        return _Stage(cfg, run, task, _accelerator(cfg, run), stop).go()
+        return (kind or StageRun)(cfg, run, task, _accelerator(cfg, run), stop).go()
     finally:
         stop.restore()
 
 
 @dataclass
-class _Stage:
+class StageRun:
     """One run of one stage: the steps of `go`, and what they share."""
 
     cfg: LanguageStage
@@ -63,20 +63,23 @@ class _Stage:
     accelerator: Accelerator
     stop: StopSignal
     rows: Rows = field(default_factory=dict)  # of the newest evaluation
+    loop: Loop | None = None
 
     def go(self) -> dict[str, Any]:
         with self.accelerator.main_process_first():  # the others find data and models in the cache
             inputs = read_inputs(self.cfg, self.accelerator.num_processes)
+        self.check(inputs)
         _announce(self.cfg, self.run, inputs)
         tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
         built = build_model(
             self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device, self.task.scores
         )
+        whole, built = self.assemble(built, inputs)
         say(f"training {built.trained:,} of {built.total:,} numbers ({built.trained / built.total:.2%})")
         optim = self.cfg.optim
         optimizer, note = make_optimizer(
             optim.name,
-            built.module,
+            whole,
             partial(lr_ratio, self.cfg.peft),
             lr=optim.lr,
             betas=optim.betas,
@@ -85,15 +88,15 @@ class _Stage:
         )
         if note:
             say(note)
-        module, optimizer = self.accelerator.prepare(built.module, optimizer)
+        module, optimizer = self.accelerator.prepare(whole, optimizer)
         with self._as_given(built, inputs):
-            held_out, table = self._reference(module, inputs)
-        loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
+            held_out, table = self.references(module, inputs)
+        self.loop = loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
         loop.method = built.schedule
         with self._as_given(built, inputs):
             start = self._begin(loop, module, optimizer, inputs, held_out)
         loop.fit(start)
-        after = self._measure(module, inputs, held_out, identity=None)
+        after = self._measure(module, inputs, held_out, inputs.order.num_steps, identity=None)
         tracker.log(inputs.order.num_steps, after)
         return self._finish(built, inputs, loop.state, after)
 
@@ -101,7 +104,39 @@ class _Stage:
         """Before training the model is what the stage was given: without soft tokens that are still random."""
         return nullcontext() if inputs.start.mode == "continue" else built.module.without_prompt()
 
-    def _reference(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
+    def check(self, inputs: Inputs) -> None:
+        """Refuse, before a weight is loaded, what this stage cannot do. Raises UserError."""
+
+    def assemble(self, built: Built, inputs: Inputs) -> tuple[nn.Module, Built]:
+        """The module that is trained, around `built.module`, which is what the run leaves."""
+        return built.module, built
+
+    def updates(self, step: int, module: nn.Module, inputs: Inputs, table: Any) -> Iterator[Update]:
+        """What step `step` of the run trains on. table: of the training references, where the task needs them."""
+        batches = []
+        for units in inputs.order.micro(step, self.accelerator.process_index):
+            drawn = units or [0]
+            batch = self.task.pack(inputs.data.train, drawn)
+            batch = attach(batch, table[drawn].reshape(-1)) if table is not None else batch
+            batches.append(batch if units else silent(batch))
+        yield Update(batches)
+
+    def objective(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
+        """The loss of one micro-batch."""
+        return self.task.objective(module, batch)
+
+    def measure(
+        self, module: nn.Module, inputs: Inputs, held_out: list[PackedBatch], done: int, check: Callable[[], None]
+    ) -> dict[str, float]:
+        """The stage's own held-out figures after `done` steps."""
+        found, self.rows = own_metrics(module, held_out, self.task, self.accelerator.device, check)
+        return found
+
+    def remarks(self) -> dict[str, Any]:
+        """What the manifest says of this stage alone."""
+        return {}
+
+    def references(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
         """Held-out batches, and the table of training references; both before any checkpoint is loaded."""
         held_out = eval_batches(self.task, inputs.data.held_out)
         if not self.task.needs_reference:
@@ -116,17 +151,7 @@ class _Stage:
     def _loop(
         self, module: nn.Module, optimizer: Any, inputs: Inputs, held_out: list[PackedBatch], table: Any, tracker: Tracker
     ) -> Loop:
-        cfg, order, rank = self.cfg, inputs.order, self.accelerator.process_index
-
-        def source(step: int) -> Iterator[Update]:
-            batches = []
-            for units in order.micro(step, rank):
-                drawn = units or [0]
-                batch = self.task.pack(inputs.data.train, drawn)
-                batch = attach(batch, table[drawn].reshape(-1)) if table is not None else batch
-                batches.append(batch if units else silent(batch))
-            yield Update(batches)
-
+        cfg, order = self.cfg, inputs.order
         plan = Plan(
             num_steps=order.num_steps,
             warmup_steps=math.ceil(cfg.optim.warmup_ratio * order.num_steps),
@@ -144,13 +169,13 @@ class _Stage:
             accelerator=self.accelerator,
             module=module,
             optimizer=optimizer,
-            objective=self.task.objective,
-            source=source,
+            objective=self.objective,
+            source=lambda step: self.updates(step, module, inputs, table),
             plan=plan,
             tracker=tracker,
             checkpoints=self.run.checkpoints,
             stop=self.stop,
-            evaluate=lambda: own_metrics(module, held_out, self.task, self.accelerator.device, lambda: None)[0],
+            evaluate=lambda done: self.measure(module, inputs, held_out, done, lambda: None),
         )
 
     def _begin(self, loop: Loop, module: nn.Module, optimizer: Any, inputs: Inputs, held_out: list[PackedBatch]) -> int:
@@ -159,7 +184,7 @@ class _Stage:
         for line in damaged:
             say(f"{line}; going on from the newest good one")
         if checkpoint is None:
-            before = self._measure(module, inputs, held_out, self._identity(inputs))
+            before = self._measure(module, inputs, held_out, 0, self._identity(inputs))
             loop.tracker.rewind(-1)
             loop.tracker.log(0, before)
             loop.state = {"before": before, "data": inputs.data.key}
@@ -176,9 +201,11 @@ class _Stage:
         say(f"going on from step {checkpoint.step} of {inputs.order.num_steps} ({checkpoint.path.name})")
         return checkpoint.step
 
-    def _measure(self, module: nn.Module, inputs: Inputs, held_out: list[PackedBatch], identity: str | None) -> dict[str, float]:
+    def _measure(
+        self, module: nn.Module, inputs: Inputs, held_out: list[PackedBatch], done: int, identity: str | None
+    ) -> dict[str, float]:
         device = self.accelerator.device
-        own, self.rows = own_metrics(module, held_out, self.task, device, self.stop.check)
+        own = self.measure(module, inputs, held_out, done, self.stop.check)
         return own | set_metrics(module, inputs.sets, identity, cache_root(), device, self.stop.check)
 
     def _identity(self, inputs: Inputs, base: str | None = None, adapter: str | None = None) -> str:
@@ -200,7 +227,8 @@ class _Stage:
             if self.rows:
                 write_json(self.run.dir / "held_out.json", self.rows)
             remember(inputs.sets, after, self._identity(inputs, result.base_digest, result.adapter_digest), cache_root())
-            manifest = self.run.finish(manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator))
+            said = manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator)
+            manifest = self.run.finish(said | self.remarks())
             show_outcome(self.run, manifest, run_page(self.run.dir))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -215,7 +243,7 @@ def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
     encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer))
     train = cfg.train
-    data = prepare(cfg.data, cfg.stage, encoder, train.max_length, cache_root())  # type: ignore[attr-defined]
+    data = prepare(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
     sets = [
         EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
         for name, path in (cfg.eval.sets or {}).items()
@@ -235,18 +263,21 @@ def _announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
         say(f"model {inputs.base.name} with the adapter of {cfg.init}, {how} (chain.mode={inputs.start.mode})")
     else:
         say(f"model {inputs.base.name}")
+    samples = account.trained_tokens == 0  # the rows are prompts, the stage writes what it trains on
+    counted = "" if samples else f", {account.tokens:,} tokens, {account.trained_tokens:,} trained"
     say(
-        f"data {account.source}: {account.rows:,} rows of shape {account.shape}, {account.tokens:,} tokens, "
-        f"{account.trained_tokens:,} trained; {inputs.data.held_out_account.rows} rows held out"
+        f"data {account.source}: {account.rows:,} rows of shape {account.shape}{counted}; "
+        f"{inputs.data.held_out_account.rows} rows held out"
     )
+    too_long = f"rows left out, their prompts are longer than {cfg.example_length} tokens"
     for count, what in (
-        (account.untrained, "rows left out, no token of theirs would count"),
+        (account.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (account.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
         (account.border_tokens, "tokens lie across a prompt's border and do not count"),
     ):
         if count:
             say(f"  {count:,} {what}")
-    say(f"{order.num_steps} steps of {order.units_per_step} sequences -> {run.dir}")
+    say(f"{order.num_steps} steps of {order.units_per_step} {'prompts' if samples else 'sequences'} -> {run.dir}")
 
 
 def _accelerator(cfg: LanguageStage, run: Run) -> Accelerator:

@@ -83,13 +83,18 @@ def build_model(
             remember_start(model)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    attention = cfg.model.attention
-    attention = ("flex" if device.type == "cuda" else "documents") if attention == "auto" else attention
-    module = (PackedScorer if scores else PackedLM)(model, attention, cfg.train.gradient_checkpointing)
+    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.train.gradient_checkpointing)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     schedule = RankSchedule(model) if cfg.peft.method == "adalora" else None
     return Built(module, *count_numbers(module), getattr(torch, dtype), schedule)
+
+
+def attention_of(cfg: LanguageStage, device: torch.device) -> str:
+    """documents, flex or dense."""
+    if cfg.model.attention != "auto":
+        return cfg.model.attention
+    return "flex" if device.type == "cuda" else "documents"
 
 
 def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Accelerator, inputs: Inputs) -> Result:

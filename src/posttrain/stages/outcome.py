@@ -82,7 +82,7 @@ def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
         console.print(table)
     if "forgetting/percent" in metrics:
         say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
-    if "eval/length_correlation" in metrics:
+    if "eval/accuracy_low" in metrics:
         _say_of_scores(metrics)
     say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
     say(f"result {run.dir / manifest['weights']['path']}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import LanguageStage
+from posttrain.config.schema import LanguageStage, Ppo
 from posttrain.errors import UserError
 from posttrain.models.base import BaseInfo, digest, resolve
 from posttrain.models.merged import UNMERGEABLE, merged_directory
@@ -40,6 +40,29 @@ class Start:
     identity: str = ""
     parents: list[dict[str, str]] = field(default_factory=list)
     scorer: Path | None = None
+
+
+def resolve_reward(cfg: Ppo, run: str, field: str, tokenizer_hash: str) -> Start:
+    """A reward model's run, given in `field`, as where a scorer begins. Raises UserError for anything else, and for one that
+    reads other tokens than the policy writes."""
+    directory = Path(run).expanduser()
+    manifest = read_manifest(directory) if (directory / "manifest.json").exists() else None
+    if not manifest or manifest["stage"] != "rm":
+        what = f"a {manifest['stage']} run" if manifest else "no finished run"
+        raise UserError(f"{field}: {run} is {what}; give what posttrain rm has made")
+    weights = checked_weights(directory, manifest, field)
+    if manifest["tokenizer"]["hash"] != tokenizer_hash:
+        raise UserError(
+            f"{field}: {run} has another tokenizer or chat template than the policy; give one made from the same init"
+        )
+    parents = [parent_record("reward" if field == "init_reward" else "gold", directory.resolve())]
+    if manifest["weights"]["kind"] == "model":
+        return Start(str(weights), str(weights), str(weights), parents=parents, scorer=weights)
+    adapter = json.loads((weights / "adapter_config.json").read_text())
+    stackable = cfg.peft.is_sum and adapter["peft_type"] == "LORA" and not adapter.get("use_dora")
+    base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
+    mode = "stack" if stackable else "merge"
+    return Start(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, weights)
 
 
 def resolve_start(cfg: LanguageStage) -> Start:

@@ -29,7 +29,7 @@ Objective = Callable[[nn.Module, PackedBatch], LossOutput]
 
 @dataclass(frozen=True)
 class Update:
-    """One step of the optimizer: this process's micro-batches, and figures that were known before, as in `LossOutput`."""
+    """One step of the optimizer: this process's micro-batches (none: no step), and figures as in `LossOutput`."""
 
     batches: list[PackedBatch]
     metrics: Metrics = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Loop:
     tracker: Tracker
     checkpoints: Path
     stop: StopSignal
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[int], dict[str, float]]  # after so many steps
     method: StepMethod | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -138,6 +138,8 @@ class Loop:
         norm, tokens, parts = 0.0, 0, 0
         for update in self.source(step):
             window.add(update.metrics)
+            if not update.batches:
+                continue
             norm, seen = self._update(step, parts, update.batches, window)
             tokens, parts = tokens + seen, parts + len(update.batches)
         return norm, tokens
@@ -197,7 +199,7 @@ class Loop:
         """Between two steps: evaluate, save, or leave."""
         plan, last, stopping = self.plan, done == self.plan.num_steps, self._stop_requested()
         if plan.eval_steps and done % plan.eval_steps == 0 and not last and not stopping:
-            self.tracker.log(done, self.evaluate())
+            self.tracker.log(done, self.evaluate(done))
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
             writer = self.accelerator.is_main_process
             method = self.method.state() if self.method else {}

@@ -1,0 +1,103 @@
+"""Answers drawn from a policy, with a key-value cache; only the logits of the newest token ever exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from posttrain.models.causal import PackedLM
+
+
+class Answer(NamedTuple):
+    """tokens: with the end token where `ended`. logps: of each token under the whole softmax at the temperature, before top-k
+    and top-p. entropy: of that softmax, its mean over the tokens, in nats."""
+
+    tokens: list[int]
+    logps: list[float]
+    ended: bool
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """top_k 0 and top_p 1 cut nothing off. at_once: answers that grow together."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    at_once: int
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """float32 [n, V] -> the same with -inf for what top-k and top-p leave out."""
+        cut: Any = LogitsProcessorList()
+        if self.top_k:
+            cut.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            cut.append(TopPLogitsWarper(self.top_p))
+        return cut(None, logits)
+
+
+@torch.no_grad()
+def sample(
+    lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int, sampling: Sampling, ends: Sequence[int]
+) -> list[list[Answer]]:
+    """`samples` answers to each prompt, by torch's global random numbers. Prompts of like length are read together, each once."""
+    lm.eval()
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = max(1, sampling.at_once // samples)
+    found: dict[int, list[Answer]] = {}
+    for start in range(0, len(prompts), size):
+        chosen = by_length[start : start + size]
+        answers = _together(lm, [prompts[i] for i in chosen], samples, sampling, torch.tensor(ends))
+        found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
+    return [found[i] for i in range(len(prompts))]
+
+
+def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling: Sampling, ends: Tensor) -> list[Answer]:
+    device, width = lm.causal.device, max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    decoder: Any = lm.causal.get_decoder()
+    head = lm.head.at(sampling.temperature)
+
+    def read(tokens: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state[:, -1], out.past_key_values
+
+    hidden, cache = read(tokens, (mask.cumsum(1) - 1).clamp(min=0), None)
+    cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
+    hidden, mask = hidden.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    positions = mask.sum(1)
+    growing = torch.arange(len(hidden))  # which answer each row of the batch is
+    alive = torch.ones(len(hidden), dtype=torch.bool)
+    drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
+    for step in range(sampling.max_new_tokens):
+        logps = head.logits(hidden).log_softmax(-1)
+        choice = torch.multinomial(sampling.allowed(logps).softmax(-1), 1)
+        figures = torch.cat([choice, logps.gather(1, choice), -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
+        for row in alive.nonzero()[:, 0].tolist():
+            token, logp, entropy = figures[row].tolist()
+            drawn[int(growing[row])].append((int(token), logp, entropy))
+        alive &= ~torch.isin(choice[:, 0].cpu(), ends)
+        if not alive.any() or step + 1 == sampling.max_new_tokens:
+            break
+        if 4 * int(alive.sum()) <= 3 * len(alive):  # the cache is copied then: not for every answer that ends
+            kept = alive.nonzero()[:, 0]
+            growing, alive, kept = growing[kept], alive[kept], kept.to(device)
+            choice, mask, positions = choice[kept], mask[kept], positions[kept]
+            cache.batch_select_indices(kept)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        hidden, cache = read(choice, positions[:, None], cache)
+        positions = positions + 1
+    return [_answer(steps, ends) for steps in drawn]
+
+
+def _answer(steps: list[tuple[int, float, float]], ends: Tensor) -> Answer:
+    tokens, logps, entropies = (list(column) for column in zip(*steps, strict=True))
+    return Answer(tokens, logps, tokens[-1] in ends.tolist(), sum(entropies) / len(entropies))

@@ -1,0 +1,73 @@
+"""What an answer is worth: a reward model's score, functions of the user's own, or both, weighted."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.config.schema import RewardConfig
+from posttrain.errors import RunError, UserError
+from posttrain.losses.policy import whiten
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of the user's: lists of prompts and answers as text in, as many numbers out."""
+
+    name: str
+    call: Callable[..., Any]
+    takes_references: bool
+
+    def __call__(self, prompts: list[str], answers: list[str], references: list[str]) -> Tensor:
+        """float32 [A]. Raises RunError where the function raises, or gives something else than a finite number for each."""
+        extra = {"references": references} if self.takes_references else {}
+        try:
+            found = [float(value) for value in self.call(prompts, answers, **extra)]
+        except Exception as error:
+            raise RunError(
+                f"reward function {self.name} raised {type(error).__name__}: {error}; the last checkpoint is kept"
+            ) from error
+        if len(found) != len(answers):
+            raise RunError(
+                f"reward function {self.name} gave {len(found)} scores for {len(answers)} answers; it must give one each"
+            )
+        wrong = next((i for i, value in enumerate(found) if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise RunError(
+                f"reward function {self.name} gave {found[wrong]} for {answers[wrong][:60]!r}; the last checkpoint is kept"
+            )
+        return torch.tensor(found)
+
+
+def load_function(name: str, field: str) -> RewardFunction:
+    """`module:name`, looked for where Python looks and in the current directory. Raises UserError, about `field`."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"{field}: '{name}' is no function; write module:name, as in my_rewards:brevity")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+        parameters = inspect.signature(found).parameters
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(f"{field}: '{name}' cannot be had ({type(error).__name__}: {error})") from error
+    return RewardFunction(name, found, "references" in parameters)
+
+
+def combined(scores: Sequence[Tensor], ended: Tensor, cfg: RewardConfig) -> tuple[Tensor, Tensor]:
+    """The weighted sum of several scores [A] each, and what of it is learnt from: whitened, clipped, and less the penalty for
+    an answer without end (ended: bool [A])."""
+    weights = cfg.weights or [1.0] * len(scores)
+    reward = torch.stack([weight * score for weight, score in zip(weights, scores, strict=True)]).sum(0)
+    learnt = whiten(reward) if cfg.whiten else reward
+    learnt = learnt if cfg.clip is None else learnt.clamp(-cfg.clip, cfg.clip)
+    return reward, learnt - cfg.missing_end * (~ended).float()
