@@ -12,7 +12,7 @@ from posttrain.after.records import plain
 from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
 from posttrain.rundir import flatten, read_manifest, sha256
 
-RUN_KEYS = ("init", "init_reward", "reward.gold")  # config keys that name a run
+RUN_KEYS = ("init", "init_reward", "reward.gold", "rm.policy")  # config keys that name a run
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,18 @@ class DpoConfig(Strict):
 
 class RmConfig(Strict):
     centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
+    policy: str | None  # a run whose own answers make the pairs
+    rule: str | None  # module:name, which ranks them
+    samples: Annotated[int, Field(ge=2)]
+    max_new_tokens: Positive
+
+    @model_validator(mode="after")
+    def _together(self) -> RmConfig:
+        if (self.policy is None) != (self.rule is None):
+            raise ValueError(
+                "rm.policy and rm.rule go together: answers of a run, and module:name of the function that ranks them"
+            )
+        return self
 
 
 class PpoConfig(Strict):

@@ -114,23 +114,14 @@ class Encoder:
             if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
                 encoding = self._backend.encode(row["prompt"], add_special_tokens=False)
                 return [*self._start, *encoding.ids]
-            prompt = row.get("messages", row.get("prompt"))
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            if not messages:
-                raise UserError("nothing stands before the answer, so there is no prompt")
-            text = self._chat_template.render_prompt(messages, row.get("tools"))
+            text = self._chat_template.render_prompt(prompt_of(row), row.get("tools"))
             return self._backend.encode(text, add_special_tokens=False).ids
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
 
     def encode_reference(self, row: Row) -> list[int]:
-        """The words of the answer that the row has, where it has one: of the chosen one in a pair."""
-        answer = row.get("completion", row.get("chosen", row.get("messages")))
-        if isinstance(answer, list):
-            answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
-        return self._backend.encode(answer or "", add_special_tokens=False).ids if isinstance(answer, str) else []
+        """The tokens of `reference_of`."""
+        return self._backend.encode(reference_of(row), add_special_tokens=False).ids
 
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: eos, and the end of turn of the chat template if there is one."""
@@ -186,6 +177,25 @@ class Encoder:
         whole = source.rendered.spans[0][0] == 0
         start_weights = [1.0 if whole else 0.0] * len(self._start)
         return Encoded([*self._start, *tokens, end], [*start_weights, *weights, 1.0], borders)
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left."""
+    prompt = row.get("messages", row.get("prompt"))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError("nothing stands before the answer, so there is no prompt")
+    return messages
+
+
+def reference_of(row: Row) -> str:
+    """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
+    answer = row.get("completion", row.get("chosen", row.get("messages")))
+    if isinstance(answer, list):
+        answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
+    return answer if isinstance(answer, str) else ""
 
 
 def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:

@@ -56,7 +56,7 @@ def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cac
     key = _key(marks, data.model_dump(exclude={"path", "eval_path"}), stage, encoder, max_length)
     path = cache / "data" / f"{key}.safetensors"
     if not path.exists():
-        train, held_out, shape = _read_split(data, stage)
+        train, held_out, shape = read_split(data, stage)
         parts, report = {}, {}
         for name, rows in (("train", train), ("held_out", held_out)):
             account = Account(data.path if name == "train" else data.eval_path or data.path, shape, marks[0])
@@ -81,7 +81,8 @@ def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tupl
     return encode(canonical, stage, encoder, max_length, account), {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
 
 
-def _read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str]:
+def read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str]:
+    """Canonical rows to train on, those held out, and their shape. Raises UserError for rows that `stage` does not take."""
     if data.path.startswith("builtin:"):
         name = data.path.removeprefix("builtin:")
         train: Iterable[Row] = enumerate(builtin_rows(name, "train"), 1)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from posttrain.after.measure import reward_task
 from posttrain.config.schema import Rm
-from posttrain.rundir import Run
-from posttrain.stages.assembly import run_stage
+from posttrain.rundir import Run, parent_record
+from posttrain.stages.assembly import StageRun, run_stage
+from posttrain.stages.build import Inputs
+from posttrain.stages.preferences import own_pairs
 
 
 def run(cfg: Rm, run: Run) -> dict[str, Any]:
     """Train to the end, or go on; returns the manifest."""
-    return run_stage(cfg, run, reward_task(cfg.rm.centering))
+    if cfg.rm.policy:
+        cfg = cfg.model_copy(update={"data": own_pairs(cfg, run)})
+    return run_stage(cfg, run, reward_task(cfg.rm.centering), RmRun)
+
+
+class RmRun(StageRun):
+    cfg: Rm  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def check(self, inputs: Inputs) -> None:
+        if self.cfg.rm.policy:
+            inputs.start.parents.append(parent_record("policy", Path(self.cfg.rm.policy).expanduser().resolve()))
