@@ -13,9 +13,10 @@ import torch
 from rich.table import Table
 
 from posttrain.before.memory import count, dtype_of
+from posttrain.before.roles import cache_bytes, role_bytes
 from posttrain.cache import cache_root
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.schema import STAGE_CONFIG, Ppo
 from posttrain.console import console, say
 from posttrain.data.conversations import Encoder, chat_template
 from posttrain.data.packing import Order
@@ -59,9 +60,15 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
     memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
     if stage == "dpo":
         memory["reference"] = 8.0 * data["units"]
+    updates, shared = 1, True
+    if isinstance(cfg, Ppo):
+        memory["key-value cache"] = cache_bytes(cfg, model, 4 if dtype_of(cfg) == "float32" else 2)
+        roles, shared = role_bytes(cfg, found.parts, source.path)
+        memory |= roles
+        updates = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
     kept = found.activations_recomputed if cfg.train.gradient_checkpointing else found.activations
     fixed = sum(memory.values())
-    seconds = _seconds(found.flops / tokens, data["tokens"] / cfg.train.processes, dtype_of(cfg))
+    seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, dtype_of(cfg))
     return {
         "stage": stage,
         "model": cfg.model.name,
@@ -79,7 +86,7 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
         "tokens": round(data["tokens"]),
         "tokens_are": data["tokens_are"],
         "seconds": seconds,
-        "assumptions": _assumptions(cfg, stage, seconds),
+        "assumptions": _assumptions(cfg, stage, seconds, shared),
     }
 
 
@@ -116,6 +123,8 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
     encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer))
     examples = prepare(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root()).train
     lengths = examples.unit_tokens()
+    if isinstance(cfg, Ppo):
+        lengths = examples.splits[:, 0] + cfg.ppo.samples * cfg.rollout.max_new_tokens  # the prompt, and answers at their longest
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(examples))
     order = Order(len(examples), train.batch_size, train.grad_accum, train.processes, train.seed, total)
     largest = int(sum(sorted(lengths.tolist())[-train.batch_size :]))
@@ -217,10 +226,13 @@ def _rate(dtype: str) -> float | None:
     return 2 * side**3 * done / (time.perf_counter() - began) * 0.7  # the rest of a step is not matrix products
 
 
-def _assumptions(cfg: Any, stage: str, seconds: float | None) -> list[str]:
+def _assumptions(cfg: Any, stage: str, seconds: float | None, shared: bool) -> list[str]:
     said = ["the largest micro-batch decides on memory; a framework's own workspace (about 1 GB on CUDA) is not in it"]
     if stage == "dpo":
         said.append("the reference is a table of log-probs, computed by the model itself before training; no second model")
+    if stage == "ppo":
+        base = "policy, reference, value and reward share one base" if shared else "not all roles can share the policy's base"
+        said.append(f"{base}; time is of the updates, the answers' writing comes on top")
     if seconds is None:
         said.append("no rate is known for this card, so no time is given")
     else:
