@@ -272,6 +272,30 @@ def test_a_bandit_reaches_its_known_optimum(advantage: str, tmp_path: Path) -> N
     assert float((found - best).abs().sum() / 2) < 0.05
 
 
+def test_more_prompts_a_step_than_rows(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"say {i}", "completion": "yes"}) for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["data.path=rows.jsonl", "data.eval_share=0", "reward.function=ppo_rules:short", "run.dir=ppo"]
+    assert posttrain.run("ppo", *TINY, *LORA, *words)["steps"] == 2
+
+
+def test_an_answer_without_end_is_scored_as_if_it_had_ended(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward model has only learnt what ends of turn are worth."""
+    seen: list[Any] = []
+    inner = Roles.forward
+
+    def spy(self: Roles, batch: Any, role: Any = "policy", *args: Any, **kwargs: Any) -> torch.Tensor:
+        if role == "reward":
+            seen.append(batch)
+        return inner(self, batch, role, *args, **kwargs)
+
+    monkeypatch.setattr(Roles, "forward", spy)
+    posttrain.run("ppo", *TINY, *LORA, "train.max_steps=1", f"init={runs / 'sft'}", f"init_reward={runs / 'rm'}", "run.dir=ppo")
+    end = AutoTokenizer.from_pretrained(builtin_directory("tiny")[0]).convert_tokens_to_ids("<|im_end|>")
+    ended = [batch.tokens[0, batch.ends].tolist() for batch in seen]
+    assert ended and all(tokens == [end] * len(tokens) for tokens in ended)
+
+
 def test_rewards_are_put_together_in_order() -> None:
     cfg = compose_run("ppo", ["model=tiny", "reward.function=[a:b,c:d]", "reward.weights=[2,-1]", "reward.clip=3"])
     from posttrain.config.schema import STAGE_CONFIG

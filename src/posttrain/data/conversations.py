@@ -124,12 +124,11 @@ class Encoder:
         return self._backend.encode(reference_of(row), add_special_tokens=False).ids
 
     def end_tokens(self) -> list[int]:
-        """Ids of the tokens that end an answer: eos, and the end of turn of the chat template if there is one."""
-        texts = {self._tokenizer.eos_token, *self._stops} - {None, ""}
-        if self._tokenizer.chat_template:
-            texts |= self._chat_template.ends
+        """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos."""
+        texts = sorted(self._chat_template.ends) if self._tokenizer.chat_template else []
+        texts += [text for text in (self._tokenizer.eos_token, *self._stops) if text]
         ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        return sorted({found[0] for found in ids if len(found) == 1})
+        return list(dict.fromkeys(found[0] for found in ids if len(found) == 1))
 
     @property
     def _chat_template(self) -> ChatTemplate:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -155,33 +156,30 @@ class PpoRun(StageRun):
         with self.accelerator.autocast():
             module.speak("policy")
             answers = sample(module.policy, [whole[u][: border[u]] for u in units], samples, self.sampling, inputs.ends)
-        by_unit = dict(zip(range(len(units)), answers, strict=True))
-        packs, at = [], 0
-        for some in micro:
-            groups = []
-            for unit in some:
-                tokens = [torch.tensor(answer.tokens, dtype=torch.int32).numpy() for answer in by_unit[at]]
-                ones = [torch.ones(len(t)).numpy() for t in tokens]
-                prompt = examples.sequence(unit)[0][: border[unit]]
-                groups.append(Group(prompt, list(zip(tokens, ones, strict=True)), int(examples.rows[unit])))
-                at += 1
-            packs.append(pack_answers(groups))
+
+        def packed(end: list[int]) -> list[PackedBatch]:
+            in_turn = iter(answers)  # a small data set's unit can be drawn twice in a step
+            groups = [[_group(examples, unit, border[unit], next(in_turn), end) for unit in some] for some in micro]
+            return [pack_answers(some).to(self.accelerator.device) for some in groups]
+
+        packs = packed([])
         flat = [answer for some in answers for answer in some]
         lengths = torch.tensor([len(answer.tokens) for answer in flat])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        moved = [pack.to(self.accelerator.device) for pack in packs]
         temperature = self.cfg.rollout.temperature
 
         def read(role: str) -> Tensor:
             table = torch.zeros(mask.shape)
-            table[mask] = torch.cat([module(pack, role, temperature).float().cpu() for pack in moved])
+            table[mask] = torch.cat([module(pack, role, temperature).float().cpu() for pack in packs])
             return table
 
         decode = inputs.tokenizer.decode
         prompts = [decode(whole[unit][: border[unit]]) for unit in units for _ in range(samples)]
         known = [decode(whole[unit][border[unit] :]) for unit in units for _ in range(samples)]
         texts = [decode(answer.tokens, skip_special_tokens=True) for answer in flat]
-        scored = {role: torch.cat([module(pack, role).float().cpu() for pack in moved]) for role in self.starts}
+        # scored as if it had ended: a reward model has learnt nothing about any other place
+        whole_answers = packed(inputs.ends[:1]) if self.starts else []
+        scored = {role: torch.cat([module(pack, role).float().cpu() for pack in whole_answers]) for role in self.starts}
         scores = ([scored["reward"]] if "reward" in scored else []) + [f(prompts, texts, known) for f in self.functions]
         gold = self.gold(prompts, texts, known) if self.gold else scored.get("gold")
         return Rollout(prompts, flat, texts, packs, mask, read("policy"), read("reference"), scores, gold)
@@ -196,7 +194,7 @@ class PpoRun(StageRun):
         if ppo.advantage == "gae":
             values = torch.zeros(mask.shape)
             with torch.no_grad():
-                read = [module(pack.to(self.accelerator.device), "value").float().cpu() for pack in rollout.packs]
+                read = [module(pack, "value").float().cpu() for pack in rollout.packs]
             values[mask] = torch.cat(read)
             rewards = -kl_coef * kl
             rewards[torch.arange(len(mask)), rollout.lengths - 1] += learnt
@@ -274,6 +272,13 @@ class PpoRun(StageRun):
             new = {"step": done, "label": label, "text": rollout.texts[i], "reward": round(float(reward[i]), 4)}
             kept[i]["answers"] = [*earlier, new]
         write_json(path, kept)
+
+
+def _group(examples: Examples, unit: int, border: int, answers: list[Answer], end: list[int]) -> Group:
+    """A prompt with its answers, of which each token counts. end: what is put after those that did not end."""
+    tokens = [np.array(answer.tokens + ([] if answer.ended else end), dtype=np.int32) for answer in answers]
+    counts = [(each, np.ones(len(each), dtype=np.float32)) for each in tokens]
+    return Group(examples.sequence(unit)[0][:border], counts, int(examples.rows[unit]))
 
 
 def _figures(rollout: Rollout, reward: Tensor) -> dict[str, float]:
