@@ -163,6 +163,14 @@ def test_continue_keeps_the_start_as_reference(runs: Path, tmp_path: Path) -> No
     assert first["eval/kl"] == 0 and one["train/kl"] == 0 and two["train/kl"] != 0
 
 
+def test_recomputation_runs_under_its_own_role(runs: Path, tmp_path: Path) -> None:
+    words = [*TINY, *LORA, f"init={runs / 'sft'}", f"init_reward={runs / 'rm'}"]
+    for name, checkpointing in (("kept", "false"), ("recomputed", "true")):
+        posttrain.run("ppo", *words, f"train.gradient_checkpointing={checkpointing}", f"run.dir={name}")
+    kept, again = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("kept", "recomputed"))
+    assert all((kept[name] - again[name]).abs().max() < 1e-6 for name in kept)
+
+
 def test_killed_and_resumed_is_bit_identical(runs: Path, tmp_path: Path) -> None:
     words = [*TINY, *LORA, "train.max_steps=6", "train.save_steps=1", "ppo.target_kl=1.0", f"init={runs / 'sft'}",
              f"init_reward={runs / 'rm'}"]  # fmt: skip
