@@ -43,7 +43,7 @@ def test_a_policy_needs_a_rule_and_must_write(tmp_path: Path) -> None:
 
 HEALTHY = {
     "kl": 1.0, "reward": 0.5, "reward_std": 1.0, "entropy": 2.0, "clip_share": 0.1, "explained_variance": 0.3, "ended": 1.0,
-    "length_correlation": 0.1, "step": 9, "gold": 0.5, "gold_std": 0.2,
+    "length_correlation": 0.1, "step": 9, "answers": 100, "gold": 0.5, "gold_std": 0.2,
 }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ HEALTHY = {
         ({"ended": 0.2}, ["ended"]),
         ({"reward_std": 0.0}, ["flat"]),
         ({"length_correlation": -0.7}, ["length"]),
+        ({"length_correlation": -0.7, "answers": 16}, []),
     ],
 )
 def test_alarms_ring_for_what_they_name(change: dict[str, float], rings: list[str]) -> None:

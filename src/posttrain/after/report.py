@@ -79,7 +79,7 @@ def run_page(run_dir: Path) -> Path:
         lead=f"{config['model']['name']}, {method}, on {config['data']['path']}",
         tiles=_tiles(record),
         changes=before_and_after(record.metrics),
-        curves=_run_curves(record) + stage_figures(record),
+        curves=stage_figures(record) + _run_curves(record),
         **_data_table(manifest),
         lineage=_lineage(record, page),
         alarms=(manifest or {}).get("alarms", []),

@@ -9,7 +9,7 @@ FAR = 20.0  # nats an answer, where the user gave no target
 
 
 def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> dict[str, str]:
-    """Name -> line, of each alarm of a step. found: its figures; first: those of the run's first step."""
+    """Name -> line, of each alarm of a step. found: its figures, `step` and number of `answers`; first: those of the first step."""
     limit = 2 * cfg.target_kl if cfg.target_kl else FAR
     far, risen = found["kl"] > limit, found["reward"] - first["reward"]
     fallen = first["gold"] - found["gold"] if "gold" in found else 0.0
@@ -40,7 +40,7 @@ def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> 
         ),
         (
             "value",
-            found["explained_variance"] < -0.5 and found["step"] > 5,
+            found["explained_variance"] < -0.5 and found["step"] > 5 and found["reward_std"] > 0,
             f"the value model foretells less than a constant would (explained variance {found['explained_variance']:.2f}): "
             "raise ppo.value_coef or optim.lr, or use ppo.advantage=rloo",
         ),
@@ -56,7 +56,7 @@ def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> 
         ),
         (
             "length",
-            abs(found["length_correlation"]) >= SUSPICIOUS,
+            abs(found["length_correlation"]) >= max(SUSPICIOUS, 3 / found["answers"] ** 0.5),  # of few it is chance
             f"reward and length of the answer correlate with r = {found['length_correlation']:+.2f}: "
             "the policy may learn length alone",
         ),

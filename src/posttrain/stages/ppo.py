@@ -129,7 +129,7 @@ class PpoRun(StageRun):
         if cfg.target_kl:
             state["kl_coef"] = losses.adapted(state["kl_coef"], figures["kl"], cfg.target_kl, cfg.kl_rate)
         yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
-        self._watch(step + 1, figures)
+        self._watch(step + 1, figures, len(rollout.answers))
 
     def objective(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
         """Of one part of a lesson: the policy's, or the value model's on the same tokens. Apart, each is done with before the
@@ -246,10 +246,11 @@ class PpoRun(StageRun):
         self.clipped = (0.0, 0.0)
         return state
 
-    def _watch(self, step: int, figures: dict[str, float]) -> None:
+    def _watch(self, step: int, figures: dict[str, float], answers: int) -> None:
         """Say what leaves its healthy range, once until it has come back."""
         clipped, state = self.clipped, self._state()
-        found = {"explained_variance": 0.0, **figures, "clip_share": clipped[0] / max(clipped[1], 1.0), "step": step}
+        found = {"explained_variance": 0.0, **figures, "clip_share": clipped[0] / max(clipped[1], 1.0)}
+        found |= {"step": step, "answers": answers}
         state["first"] = state["first"] or found
         ringing = alarms(found, state["first"], self.cfg.ppo)
         for name, line in ringing.items():
