@@ -9,7 +9,7 @@ FAR = 20.0  # nats an answer, where the user gave no target
 
 
 def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> dict[str, str]:
-    """Name -> line, of each alarm of a step. found: its figures, `step` and number of `answers`; first: those of the first step."""
+    """Name -> line, of each alarm of a step. found: its figures, `step`, number of `answers`; first: of the first step."""
     limit = 2 * cfg.target_kl if cfg.target_kl else FAR
     far, risen = found["kl"] > limit, found["reward"] - first["reward"]
     fallen = first["gold"] - found["gold"] if "gold" in found else 0.0
