@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import posttrain
+from posttrain.after.blend import compose_runs
+from posttrain.after.merge import merge_run
 from posttrain.config.compose import compose_run
 from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError
@@ -32,6 +34,15 @@ def test_a_reward_model_learns_from_the_policys_own_answers(tmp_path: Path) -> N
         chosen, rejected = brevity(["", ""], [pair["chosen"], pair["rejected"]])
         assert chosen > rejected and pair["prompt"][-1]["role"] == "user"
     assert {parent["role"] for parent in found["parents"]} == {"init", "policy"} and "pairs.jsonl" in found["files"]
+
+
+def test_a_reward_model_is_not_merged_into_a_language_model(tmp_path: Path) -> None:
+    posttrain.run("rm", *SMALL, f"run.dir={tmp_path / 'rm'}")
+    with pytest.raises(UserError, match="is a reward model"):
+        merge_run(tmp_path / "rm", tmp_path / "out", 0.1)
+    with pytest.raises(UserError, match="is a reward model"):
+        compose_runs([str(tmp_path / "rm"), str(tmp_path / "rm")], tmp_path / "out", None, None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_policy_needs_a_rule_and_must_write(tmp_path: Path) -> None:

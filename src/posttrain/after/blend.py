@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from posttrain.after.live import load_base
-from posttrain.after.merge import require_empty
+from posttrain.after.merge import refuse_scorer, require_empty
 from posttrain.config.digest import digest
 from posttrain.console import Meter, say
 from posttrain.data.conversations import Encoder
@@ -97,6 +97,7 @@ def _read(run: Path) -> Part:
     manifest = read_manifest(run)
     if manifest["weights"]["kind"] == "model":
         raise UserError(f"{run} is a whole model; only adapters can be composed")
+    refuse_scorer(manifest, run)
     weights = checked_weights(run, manifest, "compose")
     adapter = Adapter(weights, "compose")
     if adapter.kind != "LORA":

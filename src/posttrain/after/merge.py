@@ -33,6 +33,7 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     manifest = read_manifest(run)
     if manifest["weights"]["kind"] == "model":
         raise UserError(f"run: {run} is a whole model already, in {run / manifest['weights']['path']}; there is nothing to merge")
+    refuse_scorer(manifest, run)
     require_empty(out)
     adapter = Adapter(checked_weights(run, manifest, "run"), "run")
     if reason := UNMERGEABLE.get(adapter.kind):
@@ -57,6 +58,15 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
         (Path(scratch) / best).rename(out)
     say(f"merged model {out}")
     return figures
+
+
+def refuse_scorer(manifest: dict[str, Any], run: Path) -> None:
+    """Raises UserError for a reward model: merged as a language model it would lose its head."""
+    if manifest["stage"] == "rm":
+        raise UserError(
+            f"run: {run} is a reward model; peft loads it on AutoModelForSequenceClassification as it is, and "
+            "init_reward= takes it; there is no language model to merge"
+        )
 
 
 def require_empty(out: Path) -> None:
