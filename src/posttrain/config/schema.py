@@ -256,6 +256,8 @@ class RolloutConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: NonNegative
     batch_size: Positive
+    engine: Literal["model", "vllm"]
+    engine_memory: Annotated[float, Field(gt=0, lt=1)]  # vLLM's share of the device
 
 
 def _listed(value: Any) -> Any:
@@ -358,6 +360,12 @@ class Ppo(LanguageStage):
             raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
         if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
             raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
+        if self.rollout.engine == "vllm" and not (
+            self.peft.is_sum and self.peft.method != "pissa" and self.quant.method == "none"
+        ):
+            raise ValueError(
+                "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
+            )
         return self
 
 

@@ -78,6 +78,11 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+def stacked_rank(model: nn.Module) -> int:
+    """The largest rank of what `export_adapter` would write of a LoRA."""
+    return max(len(factors.a) for factors in _sums(model)[1].values())  # type: ignore[arg-type]
+
+
 def final_ranks(model: nn.Module) -> dict[str, int]:
     """How many singular values AdaLoRA has kept in each layer; empty for other methods."""
     layers = lora_layers(model)

@@ -29,6 +29,7 @@ from posttrain.stages.alarms import alarms
 from posttrain.stages.assembly import StageRun, run_stage
 from posttrain.stages.build import Built, Inputs
 from posttrain.stages.casting import cast_roles
+from posttrain.stages.engine import check_engine, start_engine
 from posttrain.stages.rewards import combined, load_function
 from posttrain.stages.start import Start, resolve_reward
 from posttrain.train.loop import Update, seed_step
@@ -86,6 +87,8 @@ class PpoRun(StageRun):
         context = context_length(inputs.base.path, inputs.base.revision)
         if context and cfg.train.max_length > context:
             raise UserError(f"train.max_length: {cfg.train.max_length} is more than the model's context of {context} tokens")
+        if cfg.rollout.engine == "vllm":
+            check_engine()
         self.functions = [load_function(name, "reward.function") for name in cfg.reward.function]
         self.starts: dict[str, Start] = {}
         if cfg.init_reward:
@@ -99,9 +102,13 @@ class PpoRun(StageRun):
         rollout = cfg.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
         self.drift = (0.0, 0.0)
+        self.write = sample
 
     def assemble(self, built: Built, inputs: Inputs) -> tuple[nn.Module, Built]:
-        return cast_roles(self.cfg, built, inputs, self.starts, self.accelerator.device)
+        roles, built = cast_roles(self.cfg, built, inputs, self.starts, self.accelerator.device)
+        if self.cfg.rollout.engine == "vllm":
+            self.write = start_engine(self.cfg, inputs, built).sample
+        return roles, built
 
     def references(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
         return [], None
@@ -155,7 +162,7 @@ class PpoRun(StageRun):
         border = {unit: int(examples.splits[unit, 0]) for unit in units}
         with self.accelerator.autocast():
             module.speak("policy")
-            answers = sample(module.policy, [whole[u][: border[u]] for u in units], samples, self.sampling, inputs.ends)
+            answers = self.write(module.policy, [whole[u][: border[u]] for u in units], samples, self.sampling, inputs.ends)
 
         def packed(end: list[int]) -> list[PackedBatch]:
             in_turn = iter(answers)  # a small data set's unit can be drawn twice in a step
