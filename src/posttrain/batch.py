@@ -1,12 +1,28 @@
-"""The one shape in which tokens reach a model: sequences laid end to end, without padding."""
+"""What a model is given at a time: tokens as sequences laid end to end, without padding; pictures as latents of one shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+class Batch(Protocol):
+    """A micro-batch, as the loop sees it. count: what its sum of losses is divided by, over a whole optimizer step; zero where
+    it counts for nothing. size: how much it is, in the unit of its stage. rows: numbers in the source, for messages."""
+
+    @property
+    def count(self) -> float: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 class Segment(NamedTuple):
@@ -46,7 +62,8 @@ class PackedBatch:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def num_tokens(self) -> int:
+    def size(self) -> int:
+        """T"""
         return self.tokens.shape[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:

@@ -151,7 +151,7 @@ def test_dense_mask_by_hand() -> None:
 @pytest.mark.parametrize("window", [None, 1, 4, 7])
 def test_flex_mask_is_the_dense_mask(window: int | None) -> None:
     batch, _ = batch_of([[5] * 9, [6]], [(8, 5, 7), (1, 1, 2)])
-    n = batch.num_tokens
+    n = batch.size
     mod = flex_mask_mod(batch.segments, window, torch.device("cpu"))
     query, key = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     zero = torch.zeros_like(query)
@@ -160,7 +160,7 @@ def test_flex_mask_is_the_dense_mask(window: int | None) -> None:
 
 def test_flex_blocks_can_be_made() -> None:
     batch, _ = batch_of([[5] * 130, [6] * 140], [])
-    blocks = DocumentMask(batch.segments, batch.num_tokens, torch.device("cpu")).blocks(None)
+    blocks = DocumentMask(batch.segments, batch.size, torch.device("cpu")).blocks(None)
     assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 

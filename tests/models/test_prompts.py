@@ -98,7 +98,7 @@ def test_where_virtual_tokens_go() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_flex_and_dense_masks_agree_with_a_memory(window: int | None) -> None:
-    segments, n, memory = batch().segments, batch().num_tokens, 3
+    segments, n, memory = batch().segments, batch().size, 3
     dense = dense_mask(segments, n, window, memory)
     mod = flex_mask_mod(segments, window, torch.device("cpu"), memory)
     rows, columns = torch.arange(n), torch.arange(n + memory)

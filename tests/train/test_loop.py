@@ -94,9 +94,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     again.state = checkpoint.state
     resumed = trained(again, checkpoint.step)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-    assert again.state["tokens"] == sum(
-        batch.num_tokens for step in range(STEPS) for update in drawn(step) for batch in update.batches
-    )
+    assert again.state["tokens"] == sum(batch.size for step in range(STEPS) for update in drawn(step) for batch in update.batches)
 
 
 def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:

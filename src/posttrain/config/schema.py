@@ -21,6 +21,9 @@ class ModelConfig(Strict):
     name: str  # a hub id, a directory, or one made by the tool: tiny, smollm2
     revision: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]  # auto: bfloat16 if the base is frozen, float32 if it is trained
+
+
+class LanguageModel(ModelConfig):
     attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
@@ -187,7 +190,6 @@ class TrainConfig(Strict):
     epochs: Rate
     batch_size: Positive  # sequences (pairs, packs) a micro-batch, per process
     grad_accum: Positive
-    max_length: Annotated[int, Field(ge=8)]
     seed: NonNegative
     log_steps: Positive
     eval_steps: Positive | None
@@ -197,6 +199,10 @@ class TrainConfig(Strict):
     precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
     processes: Positive
     fsdp: bool
+
+
+class LanguageTrain(TrainConfig):
+    max_length: Annotated[int, Field(ge=8)]
 
 
 class EvalConfig(Strict):
@@ -273,27 +279,19 @@ class RewardConfig(Strict):
     gold: str | None  # a reward model's run, or module:name
 
 
-class LanguageStage(Strict):
+class Stage(Strict):
     init: str | None
-    chain: ChainConfig
     model: ModelConfig
     peft: PeftConfig
     quant: QuantConfig
-    data: DataConfig
     optim: OptimConfig
     train: TrainConfig
-    eval: EvalConfig
     run: RunConfig
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
     full_lr: Rate  # rate of full training; a PEFT method multiplies it by its lr_factor
 
-    @property
-    def example_length(self) -> int:
-        """Tokens that a row of data may have."""
-        return self.train.max_length
-
     @model_validator(mode="after")
-    def _fits_together(self) -> LanguageStage:
+    def _fits_together(self) -> Stage:
         if self.quant.method != "none" and (self.peft.saves == "model" or self.peft.method == "pissa"):
             how = {"none": "in full", "pissa": "by pissa, which writes into the base"}.get(
                 self.peft.method, f"by {self.peft.method}"
@@ -306,6 +304,19 @@ class LanguageStage(Strict):
         if self.train.fsdp and not (self.peft.saves == "model" or self.peft.is_sum):
             raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
         return self
+
+
+class LanguageStage(Stage):
+    model: LanguageModel  # pyright: ignore[reportIncompatibleVariableOverride]
+    train: LanguageTrain  # pyright: ignore[reportIncompatibleVariableOverride]
+    chain: ChainConfig
+    data: DataConfig
+    eval: EvalConfig
+
+    @property
+    def example_length(self) -> int:
+        """Tokens that a row of data may have."""
+        return self.train.max_length
 
 
 class Cpt(LanguageStage):

@@ -204,7 +204,7 @@ class PackedLM(nn.Module):
             inputs = prompts.embed(layout, embeddings, virtual)
             return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[places]
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
-        mask = attentions.DocumentMask(batch.segments, batch.num_tokens, device, memory)
+        mask = attentions.DocumentMask(batch.segments, batch.size, device, memory)
         return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), places
 
 

@@ -39,6 +39,10 @@ class Inputs:
     sets: list[EvalSet]
     order: Order
 
+    @property
+    def key(self) -> str:
+        return self.data.key
+
 
 @dataclass(frozen=True)
 class Built:

@@ -7,9 +7,9 @@ from typing import Any
 from posttrain.after.measure import TOKENS
 from posttrain.config.schema import Cpt
 from posttrain.rundir import Run
-from posttrain.stages.assembly import run_stage
+from posttrain.stages.language import run_language
 
 
 def run(cfg: Cpt, run: Run) -> dict[str, Any]:
     """Train to the end, or go on; returns the manifest."""
-    return run_stage(cfg, run, TOKENS)
+    return run_language(cfg, run, TOKENS)

@@ -14,7 +14,7 @@ from posttrain.data.packing import pack_pairs
 from posttrain.losses.preference import dpo_loss
 from posttrain.losses.tokens import answer_sums
 from posttrain.rundir import Run
-from posttrain.stages.assembly import run_stage
+from posttrain.stages.language import run_language
 
 
 def run(cfg: Dpo, run: Run) -> dict[str, Any]:
@@ -33,4 +33,4 @@ def run(cfg: Dpo, run: Run) -> dict[str, Any]:
             label_smoothing=options.label_smoothing,
         )
 
-    return run_stage(cfg, run, Task(pack_pairs, objective, needs_reference=True))
+    return run_language(cfg, run, Task(pack_pairs, objective, needs_reference=True))

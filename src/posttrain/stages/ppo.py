@@ -26,10 +26,10 @@ from posttrain.models.base import context_length
 from posttrain.models.sampling import Answer, Sampling, sample
 from posttrain.rundir import Run, write_json
 from posttrain.stages.alarms import alarms
-from posttrain.stages.assembly import StageRun, run_stage
 from posttrain.stages.build import Built, Inputs
 from posttrain.stages.casting import cast_roles
 from posttrain.stages.engine import check_engine, start_engine
+from posttrain.stages.language import LanguageRun, run_language
 from posttrain.stages.rewards import combined, load_function
 from posttrain.stages.start import Start, resolve_reward
 from posttrain.train.loop import Update, seed_step
@@ -40,7 +40,7 @@ SHOWN = 8  # held-out prompts whose answers are kept for the page
 
 def run(cfg: Ppo, run: Run) -> dict[str, Any]:
     """Train to the end, or go on; returns the manifest."""
-    return run_stage(cfg, run, TOKENS, PpoRun)
+    return run_language(cfg, run, TOKENS, PpoRun)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Rollout:
         return table[self.mask].split([len(pack.target) for pack in self.packs])
 
 
-class PpoRun(StageRun):
+class PpoRun(LanguageRun):
     cfg: Ppo  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def check(self, inputs: Inputs) -> None:
@@ -128,7 +128,7 @@ class PpoRun(StageRun):
             batches = [batch for part in groups[i] for batch in part]
             self.drift = (0.0, 0.0)
             yield Update(batches)
-            tokens, updates = tokens + sum(batch.num_tokens for batch in batches), updates + 1
+            tokens, updates = tokens + sum(batch.size for batch in batches), updates + 1
             if cfg.stop_kl is not None and self.drift[0] > cfg.stop_kl * self.drift[1]:
                 break
         figures["update_tokens_per_second"] = tokens / (time.monotonic() - began)

@@ -8,8 +8,8 @@ from typing import Any
 from posttrain.after.measure import reward_task
 from posttrain.config.schema import Rm
 from posttrain.rundir import Run, parent_record
-from posttrain.stages.assembly import StageRun, run_stage
 from posttrain.stages.build import Inputs
+from posttrain.stages.language import LanguageRun, run_language
 from posttrain.stages.preferences import own_pairs
 
 
@@ -17,10 +17,10 @@ def run(cfg: Rm, run: Run) -> dict[str, Any]:
     """Train to the end, or go on; returns the manifest."""
     if cfg.rm.policy:
         cfg = cfg.model_copy(update={"data": own_pairs(cfg, run)})
-    return run_stage(cfg, run, reward_task(cfg.rm.centering), RmRun)
+    return run_language(cfg, run, reward_task(cfg.rm.centering), RmRun)
 
 
-class RmRun(StageRun):
+class RmRun(LanguageRun):
     cfg: Rm  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def check(self, inputs: Inputs) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.batch import LossOutput, Metrics, PackedBatch
+from posttrain.batch import Batch, LossOutput, Metrics
 from posttrain.console import Meter
 from posttrain.errors import RunError, Stopped
 from posttrain.signals import StopSignal
@@ -24,18 +24,21 @@ from posttrain.train.checkpoint import save_checkpoint
 from posttrain.train.optim import Schedule, lr_factor
 from posttrain.train.tracking import Tracker
 
-Objective = Callable[[nn.Module, PackedBatch], LossOutput]
+B = TypeVar("B", bound=Batch)
+Objective = Callable[[nn.Module, B], LossOutput]
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(Generic[B]):
     """One step of the optimizer: this process's micro-batches (none: no step), and figures as in `LossOutput`."""
 
-    batches: list[PackedBatch]
+    batches: list[B]
     metrics: Metrics = field(default_factory=dict)
 
 
-Source = Callable[[int], Iterable[Update]]  # step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds
+Source = Callable[
+    [int], Iterable[Update[B]]
+]  # step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,21 @@ class Averages:
 
 
 @dataclass
-class Loop:
+class Loop(Generic[B]):
     """Runs steps `start`..plan.num_steps. `state` holds what a checkpoint keeps beside the weights."""
 
     name: str
     accelerator: Accelerator
     module: nn.Module
     optimizer: Optimizer
-    objective: Objective
-    source: Source
+    objective: Objective[B]
+    source: Source[B]
     plan: Plan
     tracker: Tracker
     checkpoints: Path
     stop: StopSignal
     evaluate: Callable[[int], dict[str, float]]  # after so many steps
+    unit: str = "tokens"  # what the size of a batch counts
     method: StepMethod | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -122,13 +126,13 @@ class Loop:
                 stepped = time.monotonic()
                 norm, tokens = self._step(step, window)
                 done = step + 1
-                self.state["tokens"] = self.state.get("tokens", 0) + tokens
+                self.state[self.unit] = self.state.get(self.unit, 0) + tokens
                 self.state["seconds"] = self.state.get("seconds", 0.0) + time.monotonic() - stepped
                 window_tokens += tokens
                 if done % self.plan.log_steps == 0 or done == self.plan.num_steps:
                     values = self._log(done, window.read(self.accelerator), norm, window_tokens / (time.monotonic() - began))
                     began, window_tokens = time.monotonic(), 0
-                    meter.advance(_note(values))
+                    meter.advance(_note(values, self.unit))
                 else:
                     meter.advance()
                 self._boundary(done)
@@ -144,7 +148,7 @@ class Loop:
             tokens, parts = tokens + seen, parts + len(update.batches)
         return norm, tokens
 
-    def _update(self, step: int, parts: int, batches: list[PackedBatch], window: Averages) -> tuple[float, int]:
+    def _update(self, step: int, parts: int, batches: list[B], window: Averages) -> tuple[float, int]:
         """parts: how many micro-batches of the step came before."""
         self.module.train()
         count, tokens = self._totals(batches)
@@ -182,16 +186,16 @@ class Loop:
             if grad is not None and p.grad is not None:
                 p.grad += grad
 
-    def _totals(self, batches: list[PackedBatch]) -> tuple[float, int]:
+    def _totals(self, batches: list[B]) -> tuple[float, int]:
         """Count and tokens of the whole optimizer step, over all processes."""
-        own = [sum(b.count for b in batches), float(sum(b.num_tokens for b in batches if b.count))]
+        own = [sum(b.count for b in batches), float(sum(b.size for b in batches if b.count))]
         if self.accelerator.num_processes > 1:
             own = total_over(self.accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
         return own[0], int(own[1])
 
     def _log(self, step: int, averages: dict[str, float], norm: float, rate: float) -> dict[str, float]:
-        values = {"tokens": self.state["tokens"]} | {f"train/{name}": value for name, value in averages.items()}
-        values |= {"train/grad_norm": norm, "train/lr": self._lr(step - 1), "train/tokens_per_second": rate}
+        values = {self.unit: self.state[self.unit]} | {f"train/{name}": value for name, value in averages.items()}
+        values |= {"train/grad_norm": norm, "train/lr": self._lr(step - 1), f"train/{self.unit}_per_second": rate}
         self.tracker.log(step, values)
         return values
 
@@ -218,7 +222,7 @@ class Loop:
 
 
 def evaluate(
-    module: nn.Module, batches: list[PackedBatch], objective: Objective, device: torch.device, each: Callable[[], None]
+    module: nn.Module, batches: list[B], objective: Objective[B], device: torch.device, each: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Averages of the objective's metrics over `batches`, and its values for each unit, without gradients.
 
@@ -241,8 +245,9 @@ def seed_step(seed: int, step: int, part: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 8191 + part)
 
 
-def _note(values: dict[str, float]) -> str:
-    note = f"loss {values['train/loss']:.4f}  {values['train/tokens_per_second']:.0f} tok/s"
+def _note(values: dict[str, float], unit: str) -> str:
+    rate = values[f"train/{unit}_per_second"]
+    note = f"loss {values['train/loss']:.4f}  {rate:.3g} {unit}/s"
     if "train/reward" in values:
         note += f"  reward {values['train/reward']:.3f}  kl {values['train/kl']:.3f}"
     return note + (f"  accuracy {values['train/accuracy']:.0%}" if "train/accuracy" in values else "")
