@@ -16,12 +16,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from posttrain.config.digest import digest
+from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
 from posttrain.errors import UserError
 
 SCHEMA = 1
 MIN_FREE_BYTES = 64 * 2**20
-_NOT_PART_OF_A_RUN = ("run", "tracker")  # what a second start may change without being another run
 
 
 @dataclass
@@ -73,11 +72,12 @@ def open_run(config: dict[str, Any]) -> Run:
         lock.acquire()
         run = Run(directory, config, lock)
         if (directory / "config.yaml").exists():
-            _refuse_other_config(run)
+            if _allowed_changes(run):
+                write_config(run)
         elif any(p.name not in (".lock", "job.log") for p in directory.iterdir()):
             raise UserError(f"run.dir: {directory} holds other files and no run; give a new or empty directory")
         else:
-            write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_config(run)
         free = shutil.disk_usage(directory).free
     except Timeout:
         raise UserError(f"run.dir: another process is at work in {directory}; wait for it or give another run.dir") from None
@@ -99,15 +99,44 @@ def choose_dir(config: dict[str, Any]) -> Path:
     return parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{short}"
 
 
-def _refuse_other_config(run: Run) -> None:
-    stored = yaml.safe_load((run.dir / "config.yaml").read_text())
-    then, now = flatten(stored), flatten(run.config)
+def write_config(run: Run) -> None:
+    write_text(run.dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
+
+
+def _allowed_changes(run: Run) -> list[str]:
+    """Lines on what is not as this directory's config.yaml has it; UserError where the user has not allowed that."""
+    try:
+        stored = yaml.safe_load((run.dir / "config.yaml").read_text())
+    except (ValueError, yaml.YAMLError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"run.dir: {run.dir / 'config.yaml'} cannot be read ({reason}); give another run.dir") from None
+    then, now = (identity_of(config) if isinstance(config, dict) else {} for config in (stored, run.config))
+    return compare(then, now, allowed(run.config), f"{run.dir} belongs to another config")
+
+
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+    """By key, every setting that makes a run itself."""
+    return {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_PART_OF_A_RUN}
+
+
+def allowed(config: dict[str, Any]) -> list[str]:
+    """The keys that resume.allow names."""
+    keys = config["resume"]["allow"]
+    return [keys] if isinstance(keys, str) else list(keys or [])
+
+
+def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: str) -> list[str]:
+    """A line for each key that has changed. Raises UserError unless `allow` has it, or a section of it."""
     changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
-    changed = [key for key in changed if key.split(".")[0] not in _NOT_PART_OF_A_RUN]
-    if changed:
-        said = "; ".join(f"{k} was {then.get(k)}, is now {now.get(k)}" for k in changed[:3])
-        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-        raise UserError(f"run.dir: {run.dir} belongs to another config: {said}{more}; give another run.dir or the same settings")
+    lines = [f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed]
+    refused = [line for key, line in zip(changed, lines, strict=True) if not any(f"{key}.".startswith(f"{a}.") for a in allow)]
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        allow_it = f"resume.allow={refused[0].split()[0]}"
+        raise UserError(
+            f"run.dir: {whose}: {'; '.join(refused[:3])}{more}; give another run.dir, the same settings, or {allow_it}"
+        )
+    return lines
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -162,6 +191,19 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): sha256(p) for p in wanted}
 
 
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
+
+
 def write_text(path: Path, text: str) -> None:
     """Complete or absent: beside, flushed, renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -170,6 +212,7 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

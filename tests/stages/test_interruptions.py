@@ -111,4 +111,4 @@ def test_changed_rows_are_refused_on_resume(tmp_path: Path) -> None:
     child.wait()
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 41)
     again = subprocess.run(words, capture_output=True, text=True)
-    assert again.returncode == 2 and "the data is not what" in again.stderr
+    assert again.returncode == 2 and "data.content was" in again.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-NOT_PART_OF_A_RUN = ("run", "tracker")  # what may differ between two starts of the same run
+NOT_PART_OF_A_RUN = ("run", "tracker", "resume")  # what may differ between two starts of the same run
 
 
 def digest(config: BaseModel | dict[str, Any]) -> str:

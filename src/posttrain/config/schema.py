@@ -7,6 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value or []
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -213,6 +217,11 @@ class EvalConfig(Strict):
 
 class RunConfig(Strict):
     dir: str | None
+    stop_after: Positive | None  # steps of one start
+
+
+class ResumeConfig(Strict):
+    allow: Annotated[list[str], BeforeValidator(_listed)]  # keys that may change between two starts of a run
 
 
 class DpoConfig(Strict):
@@ -266,10 +275,6 @@ class RolloutConfig(Strict):
     engine_memory: Annotated[float, Field(gt=0, lt=1)]  # vLLM's share of the device
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value or []
-
-
 class RewardConfig(Strict):
     function: Annotated[list[str], BeforeValidator(_listed)]  # module:name
     weights: list[float] | None
@@ -287,6 +292,7 @@ class Stage(Strict):
     optim: OptimConfig
     train: TrainConfig
     run: RunConfig
+    resume: ResumeConfig
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
     full_lr: Rate  # rate of full training; a PEFT method multiplies it by its lr_factor
 

@@ -23,10 +23,10 @@ from posttrain.console import say
 from posttrain.data.packing import Order
 from posttrain.errors import UserError
 from posttrain.models.adapters import lr_ratio
-from posttrain.rundir import Run
+from posttrain.rundir import Run, allowed, code_state, compare, identity_of, library_versions
 from posttrain.signals import StopSignal
 from posttrain.stages.outcome import show_outcome
-from posttrain.train.checkpoint import newest_checkpoint, restore
+from posttrain.train.checkpoint import Checkpoint, newest_checkpoint
 from posttrain.train.loop import Loop, Plan, StepMethod, Update
 from posttrain.train.optim import make_optimizer
 from posttrain.train.tracking import Tracker
@@ -83,11 +83,13 @@ class StageRun(Generic[In, B]):
 
     def __post_init__(self) -> None:
         self.loop: Loop[B] | None = None
+        self.state: dict[str, Any] = {}  # what a checkpoint keeps beside the weights
 
     def go(self) -> dict[str, Any]:
         with self.accelerator.main_process_first():  # the others find data and models in the cache
             inputs = self.read()
         self.check(inputs)
+        checkpoint = self._newest(inputs)
         self.announce(inputs)
         tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
         whole, built = self.build(inputs)
@@ -110,7 +112,7 @@ class StageRun(Generic[In, B]):
         self.loop = loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
         loop.method = built.schedule
         with self.as_given(built, inputs):
-            start = self._begin(loop, module, optimizer, inputs, held_out)
+            start = self._begin(loop, checkpoint, module, inputs, held_out)
         loop.fit(start)
         after = self._measure(module, inputs, held_out, inputs.order.num_steps, trained=True)
         tracker.log(inputs.order.num_steps, after)
@@ -122,6 +124,10 @@ class StageRun(Generic[In, B]):
 
     def check(self, inputs: In) -> None:
         """Refuse, before a weight is loaded, what this stage cannot do. Raises UserError."""
+
+    def identity(self, inputs: In) -> dict[str, Any]:
+        """What makes the run itself beside its config, by the key under which `resume.allow` lets it change."""
+        return {"data.content": inputs.key, "train.processes": self.accelerator.num_processes}
 
     def announce(self, inputs: In) -> None:
         """Say what is about to happen, in the user's words."""
@@ -187,29 +193,46 @@ class StageRun(Generic[In, B]):
             tracker=tracker,
             checkpoints=self.run.checkpoints,
             stop=self.stop,
+            stop_after=cfg.run.stop_after,
             unit=self.unit,
             evaluate=lambda done: self.measure(module, inputs, held_out, done, lambda: None),
         )
 
-    def _begin(self, loop: Loop[B], module: nn.Module, optimizer: Any, inputs: In, held_out: list[B]) -> int:
-        """The step to go on from. A fresh run is measured first; a resumed one is put back as it was."""
+    def _newest(self, inputs: In) -> Checkpoint | None:
+        """The checkpoint to go on from, verified, before a weight of the base is loaded. Raises UserError where none is whole, or
+        it is of another run than this one and `resume.allow` does not name the difference."""
         checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
         for line in damaged:
             say(f"{line}; going on from the newest good one")
+        identity = identity_of(self.run.config) | self.identity(inputs)
+        if checkpoint is None:
+            self.state = {"identity": identity, "made_with": self._made_with(), "changes": []}
+            return None
+        self.state = state = checkpoint.state
+        lines = compare(state["identity"], identity, allowed(self.run.config), f"{checkpoint.path} is of another run")
+        for name, value in self._made_with().items():
+            if (before := state["made_with"].get(name)) != value:
+                lines.append(f"{name} was {before}, is now {value}: the rest may not be bit-identical")
+        for line in lines:
+            say(f"from step {checkpoint.step} {line}")
+        state["changes"] += [{"step": checkpoint.step, "change": line} for line in lines]
+        state |= {"identity": identity, "made_with": self._made_with()}
+        return checkpoint
+
+    def _made_with(self) -> dict[str, str]:
+        commit = code_state()["commit"]
+        return library_versions() | {"device": str(self.accelerator.device)} | ({"code": commit} if commit else {})
+
+    def _begin(self, loop: Loop[B], checkpoint: Checkpoint | None, module: nn.Module, inputs: In, held_out: list[B]) -> int:
+        """The step to go on from. A fresh run is measured first; a resumed one is put back as it was."""
+        loop.state = self.state
         if checkpoint is None:
             before = self._measure(module, inputs, held_out, 0, trained=False)
             loop.tracker.rewind(-1)
             loop.tracker.log(0, before)
-            loop.state = {"before": before, "data": inputs.key}
+            loop.state["before"] = before
             return 0
-        if checkpoint.state["data"] != inputs.key:
-            raise UserError(
-                f"data.path: the data is not what {self.run.dir} began with; give another run.dir to train on the new rows"
-            )
-        restore(checkpoint, self.accelerator.unwrap_model(module), _inner(optimizer))
-        if loop.method:
-            loop.method.load(checkpoint.method)
-        loop.state = checkpoint.state
+        loop.restore(checkpoint)
         loop.tracker.rewind(checkpoint.step)
         say(f"going on from step {checkpoint.step} of {inputs.order.num_steps} ({checkpoint.path.name})")
         return checkpoint.step
@@ -222,7 +245,7 @@ class StageRun(Generic[In, B]):
         said = self.save(built, inputs, state, after)
         manifest: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            manifest = self.run.finish(said | self.remarks())
+            manifest = self.run.finish(said | {"changes": state["changes"]} | self.remarks())
             show_outcome(self.run, manifest, run_page(self.run.dir))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -257,8 +280,3 @@ def _precision(cfg: Stage) -> str:
 def content_hash(*parts: Any) -> str:
     """A name for what can be written as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -48,6 +48,14 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
     def read(self) -> Inputs:
         return read_inputs(self.cfg, self.accelerator.num_processes)
 
+    def identity(self, inputs: Inputs) -> dict[str, Any]:
+        start = inputs.start
+        return super().identity(inputs) | {
+            "model.weights": inputs.base.digest,
+            "init.weights": start.identity,
+            "init.parents": [parent["digest"] for parent in start.parents],
+        }
+
     def announce(self, inputs: Inputs) -> None:
         announce(self.cfg, self.run, inputs)
 

@@ -1,98 +1,137 @@
 """Checkpoints: complete or absent, verified when read, and without a pickle.
 
 checkpoints/step-000040/ holds weights.safetensors (what is trained), optimizer.safetensors, method.safetensors (what AdaLoRA
-remembers; empty for others), and checkpoint.json with the step, the run's counters, and size and sha256 of the files. There is no
-random state in it: every step is seeded from the run's seed and its number.
+remembers; empty for others), and checkpoint.json with the step, the run's counters, size and sha256 of the files, and a sha256 of
+itself. There is no random state in it: every step is seeded from the run's seed and its number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from posttrain.errors import RunError, UserError
-from posttrain.rundir import sha256
+from posttrain.rundir import flush, free_bytes, sha256
 from posttrain.tensors import whole
 
 RECORD = "checkpoint.json"
 FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
+_NAME = re.compile(r"step-(\d{6,})")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """One read back: trainable tensors, optimizer state and the method's state by name, and the counters of the run."""
+    """A whole one on disk. state: the counters of the run."""
 
     path: Path
     step: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    method: dict[str, Tensor]
     state: dict[str, Any]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[0])
+
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[1])
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[2])
 
 
 def save_checkpoint(
     directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
     *, keep: int, is_writer: bool,
 ) -> None:  # fmt: skip
-    """Write step `step` beside, flush, rename; then drop all but the newest `keep`. Every process must call it.
+    """Write step `step` beside, flush, read back, rename; then drop all older ones but the newest `keep`. Every process must
+    call it.
 
-    Raises RunError when the disk refuses; the older checkpoints are then untouched.
+    Raises RunError for numbers that are not finite, and when the disk refuses; the older checkpoints are then untouched.
     """
-    weights, slots = gather_weights(module), _gather_optimizer(module, optimizer)
+    parts: dict[str, dict[str, Tensor]] = dict(
+        zip(FILES, (gather_weights(module), _gather_optimizer(module, optimizer), method), strict=True)
+    )
     if not is_writer:
         return
     final = directory / f"step-{step:06d}"
     temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"
+    if broken := next((name for part in parts.values() for name, value in part.items() if not _is_finite(value)), None):
+        raise RunError(f"after step {step} {broken} is not finite; it is not saved, earlier checkpoints are kept")
     try:
         directory.mkdir(exist_ok=True)
         for leftover in directory.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
+        _check_space(directory, sum(value.nbytes for part in parts.values() for value in part.values()))
         temporary.mkdir()
-        for name, tensors in zip(FILES, (weights, slots, method), strict=True):
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-            _flush(temporary / name)
-        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES}
-        (temporary / RECORD).write_text(json.dumps({"step": step, "state": state, "files": files}, indent=2))
-        _flush(temporary / RECORD)
+        _write(temporary, step, parts, state)
         shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one of the same step
         os.rename(temporary, final)
-        _flush(directory)
+        flush(directory)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} could not be written to {directory}: {e}; earlier ones are kept") from None
-    for old in _by_age(directory)[keep:]:
-        shutil.rmtree(old)
+    # what is newer was damaged, or this run would have gone on from it
+    for old in [path for path in _newest_first(directory) if _step_of(path) <= step][keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """All files of a checkpoint, each flushed and compared with what it was to hold. Raises OSError."""
+    for name, tensors in parts.items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, directory / name)
+        flush(directory / name)
+        with safe_open(directory / name, framework="pt") as found:
+            if any(not torch.equal(found.get_tensor(key), value) for key, value in tensors.items()):
+                raise OSError(f"{name} does not hold what was written; is the disk sound?")
+    files = {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in parts}
+    text = json.dumps({"files": files, "state": state, "step": step}, indent=2, sort_keys=True)
+    (directory / RECORD).write_text(json.dumps({"sha256": _sha256_of(text), **json.loads(text)}, indent=2))
+    flush(directory / RECORD)
+    flush(directory)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = free_bytes(directory)
+    if free < needed:
+        raise OSError(f"it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free")
 
 
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not.
+    """The newest checkpoint that is whole, and a line for each newer one that is not. No tensor is read yet.
 
     Raises UserError when checkpoints are there and none of them is whole.
     """
     damaged = []
-    for path in _by_age(directory):
+    for path in _newest_first(directory):
         try:
-            return _read(path), damaged
-        except (OSError, ValueError, KeyError, SafetensorError) as e:
+            return _verified(path), damaged
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             damaged.append(f"checkpoint {path.name} is damaged ({e})")
     if damaged:
         raise UserError(f"run.dir: no usable checkpoint in {directory}: {'; '.join(damaged)}; remove {directory} to start over")
     return None, []
 
 
-def _read(path: Path) -> Checkpoint:
+def _verified(path: Path) -> Checkpoint:
     record = json.loads((path / RECORD).read_text())
+    if record.pop("sha256", None) != _sha256_of(json.dumps(record, indent=2, sort_keys=True)):
+        raise ValueError(f"{RECORD} does not match its sha256")
+    if path.name != f"step-{record['step']:06d}":
+        raise ValueError(f"{RECORD} is of step {record['step']}")
     for name in FILES:
         expected, file = record["files"][name], path / name
         if not file.exists():
@@ -101,18 +140,19 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
         if sha256(file) != expected["sha256"]:
             raise ValueError(f"{name} does not match its sha256")
-    weights, slots, method = (load_file(path / name) for name in FILES)
-    return Checkpoint(path, record["step"], weights, slots, method, record["state"])
+    return Checkpoint(path, record["step"], record["state"])
 
 
 def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights and optimizer state back, exactly. Raises UserError when the names do not match the model's."""
-    params = trainable(module)
-    if missing := sorted(set(params) ^ set(checkpoint.weights)):
-        raise UserError(f"run.dir: {checkpoint.path} does not fit this model: {missing[0]} (and {len(missing) - 1} more) differ")
+    """Put weights and optimizer state back, exactly. Raises UserError when they do not fit the model's."""
+    params, weights, kept = trainable(module), checkpoint.weights, checkpoint.optimizer
+    wrong = sorted(set(params) ^ set(weights)) or [n for n, p in params.items() if weights[n].shape != p.shape]
+    wrong = wrong or sorted({key.rpartition("|")[0] for key in kept} - set(params))
+    if wrong:
+        raise UserError(f"run.dir: {checkpoint.path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more) differ")
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(_like(checkpoint.weights[name], p))
+            p.copy_(_like(weights[name], p))
     names = {id(p): name for name, p in params.items()}
     for number, grouped in enumerate(optimizer.param_groups):
         for position, p in enumerate(grouped["params"]):
@@ -120,8 +160,8 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> 
                 optimizer.init_state(grouped, p, number, position)  # type: ignore[attr-defined]
             slots = optimizer.state[p]
             prefix = names[id(p)] + "|"
-            for key in (k for k in checkpoint.optimizer if k.startswith(prefix)):
-                slot, value = key.removeprefix(prefix), checkpoint.optimizer[key]
+            for key in (k for k in kept if k.startswith(prefix)):
+                slot, value = key.removeprefix(prefix), kept[key]
                 if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
                     slots[slot].copy_(value)
                 elif isinstance(slots.get(slot), int):
@@ -153,14 +193,17 @@ def _like(value: Tensor, p: Tensor) -> Tensor:
     return value.to(p.device)
 
 
-def _by_age(directory: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(directory.glob("step-*"), reverse=True)
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name)), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -20,7 +20,7 @@ from posttrain.console import Meter
 from posttrain.errors import RunError, Stopped
 from posttrain.signals import StopSignal
 from posttrain.tensors import whole
-from posttrain.train.checkpoint import save_checkpoint
+from posttrain.train.checkpoint import Checkpoint, restore, save_checkpoint
 from posttrain.train.optim import Schedule, lr_factor
 from posttrain.train.tracking import Tracker
 
@@ -114,12 +114,14 @@ class Loop(Generic[B]):
     checkpoints: Path
     stop: StopSignal
     evaluate: Callable[[int], dict[str, float]]  # after so many steps
+    stop_after: int | None = None  # steps of this start
     unit: str = "tokens"  # what the size of a batch counts
     method: StepMethod | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, start: int) -> None:
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
+        self._last = start + self.stop_after if self.stop_after else None
         window, began, window_tokens = Averages(), time.monotonic(), 0
         with Meter(self.name, self.plan.num_steps, start) as meter:
             for step in range(start, self.plan.num_steps):
@@ -136,6 +138,13 @@ class Loop(Generic[B]):
                 else:
                     meter.advance()
                 self._boundary(done)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
+        restore(checkpoint, self.accelerator.unwrap_model(self.module), optimizer)
+        if self.method:
+            self.method.load(checkpoint.method)
 
     def _step(self, step: int, window: Averages) -> tuple[float, int]:
         """All updates of a step: the last one's gradient norm, and how many tokens they took."""
@@ -201,7 +210,8 @@ class Loop(Generic[B]):
 
     def _boundary(self, done: int) -> None:
         """Between two steps: evaluate, save, or leave."""
-        plan, last, stopping = self.plan, done == self.plan.num_steps, self._stop_requested()
+        plan, last = self.plan, done == self.plan.num_steps
+        stopping = self._stop_requested() or done == self._last
         if plan.eval_steps and done % plan.eval_steps == 0 and not last and not stopping:
             self.tracker.log(done, self.evaluate(done))
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
@@ -213,7 +223,8 @@ class Loop(Generic[B]):
             )  # fmt: skip
             self.accelerator.wait_for_everyone()
         if stopping and not last:
-            raise Stopped(f"stopped by a signal after step {done} of {plan.num_steps}, saved; the same command goes on")
+            why = "as run.stop_after says" if done == self._last else "by a signal"
+            raise Stopped(f"stopped {why} after step {done} of {plan.num_steps}, saved; the same command goes on")
 
     def _stop_requested(self) -> bool:
         if self.accelerator.num_processes == 1:
