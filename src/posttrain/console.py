@@ -24,9 +24,10 @@ def say(line: str) -> None:
 
 
 class Meter:
-    """Progress of one phase: a bar with rate and ETA on a terminal, now and then a line elsewhere."""
+    """Progress of one phase: a bar with rate and ETA on a terminal, now and then a line elsewhere. total: None where it is not
+    known."""
 
-    def __init__(self, what: str, total: int, start: int = 0) -> None:
+    def __init__(self, what: str, total: int | None, start: int = 0) -> None:
         self.what, self.total, self.done, self.start = what, total, start, start
         self.began = self.spoke = time.monotonic()
         self.bar: Progress | None = None
@@ -44,9 +45,9 @@ class Meter:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, note: str = "") -> None:
-        """One unit of the phase is done; `note` is shown beside the bar."""
-        self.done += 1
+    def advance(self, note: str = "", by: int = 1) -> None:
+        """`by` units of the phase are done; `note` is shown beside the bar."""
+        self.done += by
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=note)
             return
@@ -54,6 +55,9 @@ class Meter:
         if is_main() and (self.done == self.total or now - self.spoke >= QUIET_SECONDS):
             self.spoke = now
             spent = now - self.began
+            if self.total is None:
+                say("  ".join(filter(None, (f"{self.what} {self.done:,}", note, f"in {_clock(spent)}"))))
+                return
             left = spent / (self.done - self.start) * (self.total - self.done)
             clock = f"eta {_clock(left)}" if self.done < self.total else f"in {_clock(spent)}"
             say("  ".join(filter(None, (f"{self.what} {self.done}/{self.total}", note, clock))))

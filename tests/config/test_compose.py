@@ -4,14 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config.compose import compose_run, expand, show
+from posttrain.config.compose import compose_run, expand, show, validate
 from posttrain.config.digest import digest
 from posttrain.config.paths import root
+from posttrain.config.schema import MixedSource
+from posttrain.data.choice import sources_of
 from posttrain.errors import UserError
 
 STAGES = ("cpt", "sft", "dpo")
 GROUPS = ("model", "peft", "quant", "data", "optim", "train", "experiment")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((root("configs") / group).glob("*.yaml"))]
+
+
+MIX = ["data=mix", "data.sources.a.path=a.jsonl", "data.sources.a.share=0.3", "data.sources.b.path=b.jsonl"]
 
 
 @pytest.mark.parametrize("form", ["+peft=qlora", "peft=qlora", "++peft=qlora"])
@@ -44,6 +49,7 @@ def test_the_learning_rate_follows_stage_and_method() -> None:
 def test_every_option_of_every_group_composes(stage: str, group: str, option: str) -> None:
     words = [f"{group}={option}"]
     words += ["data.path=x.jsonl"] if option == "file" else []
+    words += ["data.sources.a.path=x.jsonl", "data.sources.a.share=1"] if option == "mix" else []
     words += ["peft=lora"] if option in ("nf4", "int8") else []
     assert compose_run(stage, words)["stage"] == stage
 
@@ -63,6 +69,12 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
         (["train.max_steps=2.5"], "train.max_steps: "),
         (["train.max_steps=0"], "train.max_steps: "),
         (["optim.schedule=cosin"], "optim.schedule: "),
+        (["data=mix"], "data.sources: there is none; give data.sources.NAME.path=..."),
+        ([*MIX, "data.sources.b.share=0.5"], "data.sources: the shares sum to 0.8; they are shares of all tokens"),
+        ([*MIX, "data.sources.b.shar=0.5"], "unknown key 'data.sources.b.shar' - did you mean 'share'?"),
+        ([*MIX, "data.sources.b.split=x"], "data.sources.b.share has no value; give data.sources.b.share=..."),
+        ([*MIX, "data.sources.b.share=0.7", "data.alpha=0.5"], "data.alpha: every one of data.sources has a share"),
+        (["data.alpha=1.5"], "data.alpha: input should be"),
         (["data=file"], "data.path has no value; give data.path=..."),
         (["nonsense"], "'nonsense' is no override: write key=value"),
         (["data.path=[a"], "is no override"),
@@ -77,6 +89,21 @@ def test_a_mistake_is_one_line_that_names_it(words: list[str], said: str) -> Non
 @pytest.mark.parametrize("path", ["a=b.jsonl", "with space.jsonl", "org/set:train[:1%]", "it's.jsonl", "s3://b/k?x=1", "ü.jsonl"])
 def test_odd_paths_need_no_quotes(path: str) -> None:
     assert compose_run("sft", [f"data.path={path}"])["data"]["path"] == path
+
+
+def test_a_source_says_what_it_does_not_say_otherwise() -> None:
+    words = [*MIX, "data.sources.b.share=0.7", "data.sources.b.split=test", "data.max_rows=5"]
+    data = validate(compose_run("sft", words)).data
+    a, b = sources_of(data).values()
+    assert (a.path, a.split, a.shape, a.max_rows) == ("a.jsonl", "train", "auto", None)
+    assert isinstance(b, MixedSource)
+    assert (b.path, b.split, b.share) == ("b.jsonl", "test", 0.7)
+    half = validate(compose_run("cpt", ["data.alpha=0.4", "data.general.path=g.txt"])).data
+    assert [(name, source.path) for name, source in sources_of(half).items()] == [
+        ("domain", "builtin:reference"),
+        ("general", "g.txt"),
+    ]
+    assert list(sources_of(validate(compose_run("cpt", ["data.alpha=1"])).data)) == ["data"]
 
 
 def test_a_users_directory_adds_and_shadows(tmp_path: Path) -> None:

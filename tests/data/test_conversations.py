@@ -116,9 +116,9 @@ def test_encode_many_equals_one_at_a_time_and_names_the_row(chatml):
         (9, {"prompt": "Q:", "completion": " A"}),
     ]
     encoder = Encoder(chatml)
-    assert encoder.encode_many(rows, "a.jsonl") == [encoder.encode(row) for _, row in rows]
+    assert encoder.encode_many(rows, "a.jsonl, row {}".format) == [encoder.encode(row) for _, row in rows]
     with pytest.raises(UserError, match=r"^a\.jsonl, row 12: a conversation needs"):
-        encoder.encode_many([(12, {"messages": []})], "a.jsonl")
+        encoder.encode_many([(12, {"messages": []})], "a.jsonl, row {}".format)
 
 
 def test_pair_splits_at_the_generation_prompt(chatml):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from posttrain.batch import Segment
-from posttrain.data.examples import build, group, load, save
+from posttrain.data.examples import Store, build, group, join, load
 from posttrain.data.packing import Order, pack, pack_pairs
 
 CONVERSATIONS = build([([5, 6, 7, 8], [0, 0, 1, 1], 1), ([9, 10], [0, 1], 2), ([11, 12, 13], [1, 0, 0.5], 3)])
@@ -52,15 +52,26 @@ def test_group_fills_units_without_cutting() -> None:
 
 
 def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    save(tmp_path / "x.safetensors", {"train": CONVERSATIONS}, {"rows": 3})
-    parts, report = load(tmp_path / "x.safetensors")
-    assert report == {"rows": 3}
-    for name, value in vars(CONVERSATIONS).items():
-        assert np.array_equal(getattr(parts["train"], name), value), name
+    pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5])
+    store = Store(tmp_path / "x")
+    for piece in (CONVERSATIONS, CONVERSATIONS):
+        store.add("train", piece)
+    store.add("held_out", pairs)
+    store.close({"rows": 3})
+    parts, report = load(tmp_path / "x")
+    assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]
+    for name in vars(pairs):
+        assert np.array_equal(getattr(parts["held_out"], name), getattr(pairs, name)), name
+    # piece after piece is as all at once, and as joined without a copy
+    for twice in (parts["train"], join([CONVERSATIONS, CONVERSATIONS])):
+        assert twice.num_tokens == 18 and len(twice) == 6
+        assert [twice.sequence(i)[0].tolist() for i in range(6)] == 2 * [CONVERSATIONS.sequence(i)[0].tolist() for i in range(3)]
+        assert [list(twice.sequences(u)) for u in range(6)] == [[i] for i in range(6)]
+        assert pack(twice, [3, 5]).tokens.tolist() == [[5, 6, 7, 8, 11, 12, 13]]
 
 
 def order(batch_size: int, grad_accum: int, world_size: int = 1, total: int = 20) -> Order:
-    return Order(10, batch_size, grad_accum, world_size, seed=3, total_units=total)
+    return Order.shuffled(10, batch_size, grad_accum, world_size, seed=3, total_units=total)
 
 
 def test_every_epoch_draws_every_unit_once() -> None:

@@ -53,7 +53,7 @@ def examples(**extra: Any) -> tuple[Any, Encoder]:
     tokenizer = AutoTokenizer.from_pretrained(builtin_directory("tiny")[0])
     encoder = Encoder(tokenizer)
     data = DataConfig.model_validate({**compose_run("rm", list(TINY))["data"], **extra})
-    return prepare(data, "rm", encoder, 512, cache_root()), encoder
+    return prepare(data, "rm", encoder, 512, cache_root())[0], encoder
 
 
 def test_loss_by_hand() -> None:

@@ -80,7 +80,7 @@ def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -
     model = add_method(
         model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1)
     )  # fmt: skip
-    order = Order(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
+    order = Order.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = [data[unit] for step in range(STEPS) for unit in order.step(step)]
     job = trainer(
         model=model,
@@ -106,7 +106,7 @@ def test_rm(tmp_path: Path) -> None:
     scorer = PackedScorer(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
     model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
     model.score.weight.data.copy_(scorer.score.weight)
-    order = Order(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
+    order = Order.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = Dataset.from_list([data[unit] for step in range(STEPS) for unit in order.step(step)])
     config = RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=0.01, **COMMON)
     job = RewardTrainer(model=model, args=config, train_dataset=in_order, processing_class=tokenizer)

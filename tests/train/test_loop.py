@@ -46,7 +46,7 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
     optimizer, _ = make_optimizer("adamw", module, lambda name: 1.0, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01)
     module, optimizer = accelerator.prepare(module, optimizer)
     examples = make_examples()
-    order = Order(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)
+    order = Order.shuffled(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)
     plan = Plan(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder / "metrics.jsonl", accelerator, "none", {})

@@ -18,7 +18,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.console import say
 from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples
-from posttrain.data.prepare import prepare, prepare_set
+from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
 
 ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary
@@ -41,7 +41,7 @@ def held_out_rows(run: Path, tokenizer: Any) -> list[Tensor]:
     config = yaml.safe_load((run / "config.yaml").read_text())
     try:
         data = DataConfig.model_validate(config["data"])
-        sources.append(prepare(data, config["stage"], encoder, config["train"]["max_length"], cache_root()).held_out)
+        sources.append(held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root()))
     except (UserError, ValidationError) as error:
         say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")
     return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources))]

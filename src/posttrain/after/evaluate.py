@@ -16,7 +16,7 @@ from posttrain.cache import cache_root
 from posttrain.config.schema import DataConfig
 from posttrain.console import console
 from posttrain.data.conversations import Encoder
-from posttrain.data.prepare import prepare, prepare_set
+from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.causal import PackedLM, stop_tokens
 
@@ -75,7 +75,7 @@ def _sets(run: str, live: Live, settings: dict[str, str]) -> list[EvalSet]:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
     config = yaml.safe_load(file.read_text())
     data = DataConfig.model_validate(config["data"])
-    own = prepare(data, config["stage"], encoder, config["train"]["max_length"], cache_root()).held_out
+    own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
     sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
     wanted = config["eval"]
     named = (wanted["sets"] or {}).items()
@@ -94,13 +94,15 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "data.path" in settings:
         data |= {
             "path": settings["data.path"],
+            "sources": None,
+            "alpha": None,
             "shape": "auto",
             "eval_path": None,
             "eval_share": 0.0,
             "skip_rows": 0,
             "max_rows": rows,
         }
-    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())
+    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())[0]
     examples = prepared.train if "data.path" in settings else prepared.held_out
     task = reward_task(config["rm"]["centering"])
     return own_metrics(scorer(live), eval_batches(task, examples), task, torch.device(live.model.device), lambda: None)[0]

@@ -78,7 +78,7 @@ class EvalSet:
 
     def fingerprint(self) -> str:
         content = (self.examples.tokens, self.examples.weights, self.examples.offsets, self.examples.splits)
-        return hashlib.sha256(b"".join(a.tobytes() for a in content) + self.kind.encode()).hexdigest()
+        return hashlib.sha256(b"".join(a[:].tobytes() for a in content) + self.kind.encode()).hexdigest()
 
 
 def eval_batches(task: Task, examples: Examples) -> list[PackedBatch]:

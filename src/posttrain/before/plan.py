@@ -18,9 +18,10 @@ from posttrain.cache import cache_root
 from posttrain.config.compose import compose_run
 from posttrain.config.schema import STAGE_CONFIG, Ppo
 from posttrain.console import console, say
+from posttrain.data.choice import replays, sources_of
 from posttrain.data.conversations import Encoder, chat_template
-from posttrain.data.packing import Order
-from posttrain.data.prepare import prepare
+from posttrain.data.mixture import make_order, read_mixture
+from posttrain.data.sources import is_local
 from posttrain.errors import UserError
 from posttrain.models.base import resolve
 from posttrain.models.causal import load_tokenizer, stop_tokens
@@ -109,7 +110,7 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
     """Steps and tokens: counted where the rows are at hand, else at most."""
     train = cfg.train
     per_step = train.batch_size * train.grad_accum * train.processes
-    local = cfg.data.path.startswith("builtin:") or Path(cfg.data.path).expanduser().is_file()
+    local = not replays(cfg.data) and all(is_local(source.path) for source in sources_of(cfg.data).values())
     if not local:
         if not train.max_steps:
             raise UserError(
@@ -121,12 +122,12 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
     template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
     tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
     encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer))
-    examples = prepare(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root()).train
+    data = read_mixture(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())
+    examples = data.train
     lengths = examples.unit_tokens()
     if isinstance(cfg, Ppo):
         lengths = examples.splits[:, 0] + cfg.ppo.samples * cfg.rollout.max_new_tokens  # the prompt, and answers at their longest
-    total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(examples))
-    order = Order(len(examples), train.batch_size, train.grad_accum, train.processes, train.seed, total)
+    order = make_order(data, cfg.data, train, train.processes)
     largest = int(sum(sorted(lengths.tolist())[-train.batch_size :]))
     tokens = sum(int(lengths[unit]) for step in range(min(order.num_steps, 2000)) for unit in order.step(step))
     tokens = tokens * order.num_steps / min(order.num_steps, 2000)

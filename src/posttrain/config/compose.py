@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.schema import STAGE_CONFIG, MixedSource
 from posttrain.errors import UserError, did_you_mean
 
 STAGES = ("cpt", "sft", "rm", "ppo", "dpo")
+NAMED_BY_USER = ("data.sources.", "data.general.", "eval.sets.")  # keys below these need no + before them
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 
 
@@ -111,7 +112,7 @@ def _normal(hydra: Hydra, known: dict[str, str | None], line: str) -> str:
     assert override is not None
     group = override.key_or_group
     if not hydra.config_loader.get_group_options(group):
-        return line
+        return f"++{line.lstrip('+')}" if group.startswith(NAMED_BY_USER) and not override.is_delete() else line
     if override.is_delete():
         return f"{group}=none"
     value = line.split("=", 1)[1]
@@ -170,7 +171,8 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 
 def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
-    complaint = error.errors()[0]
+    complaints = error.errors()
+    complaint = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
     # the tags of unions (stage, method) stand in the location, but in no key of the user's
     path: list[str] = []
     tree: Any = config
@@ -185,7 +187,10 @@ def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     key = ".".join(path)
     if complaint["type"] == "extra_forbidden":
         siblings = [name for name in _parent(config, path) if name != path[-1]]
+        siblings = list(MixedSource.model_fields) if key.startswith(NAMED_BY_USER) else siblings
         return f"unknown key '{key}'{did_you_mean(path[-1], siblings)} (there are: {', '.join(siblings)})"
+    if complaint["type"] == "missing":
+        return f"{key} has no value; give {key}=..."
     message = complaint["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if complaint["type"] == "value_error":

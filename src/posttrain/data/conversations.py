@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,9 @@ class Encoder:
         """Encode a canonical row of any shape."""
         return self.encode_pair(row) if "chosen" in row else self._encode([self._source(row)])[0]
 
-    def encode_many(self, rows: Iterable[tuple[int, Row]], source: str) -> list[Encoded]:
-        """Encode rows other than pairs, each with its number, all at once; errors start with source and number."""
-        return self._encode([self._named(row, f"{source}, row {number}") for number, row in rows])
+    def encode_many(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[Encoded]:
+        """Encode rows other than pairs, each with its number, all at once; errors start with `where` of the number."""
+        return self._encode([self._named(row, number, where) for number, row in rows])
 
     def encode_text(self, row: Row) -> Encoded:
         """A document: every token counts, the end of the document too."""
@@ -136,11 +136,11 @@ class Encoder:
             self._template = ChatTemplate(self._tokenizer, self._stops)
         return self._template
 
-    def _named(self, row: Row, where: str) -> _Source:
+    def _named(self, row: Row, number: int, where: Callable[[int], str]) -> _Source:
         try:
             return self._source(row)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where(number)}: {error}") from error
 
     def _source(self, row: Row) -> _Source:
         if "messages" in row:

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
+
+_DTYPES = {
+    "tokens": np.int32,
+    "weights": np.float32,
+    "offsets": np.int64,
+    "rows": np.int64,
+    "units": np.int64,
+    "splits": np.int64,
+    "margins": np.float32,
+}
+
+
+class Joined:
+    """Arrays end to end without a copy: read by slices, none of which crosses a border."""
+
+    def __init__(self, arrays: list[NDArray]) -> None:
+        self._arrays = arrays
+        self._starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, span: slice) -> NDArray:
+        which = int(np.searchsorted(self._starts, span.start, side="right")) - 1
+        start = int(self._starts[which])
+        return self._arrays[which][span.start - start : span.stop - start]
 
 
 @dataclass(frozen=True)
@@ -23,8 +50,8 @@ class Examples:
     margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say.
     """
 
-    tokens: NDArray[np.int32]
-    weights: NDArray[np.float32]
+    tokens: NDArray[np.int32] | Joined
+    weights: NDArray[np.float32] | Joined
     offsets: NDArray[np.int64]
     rows: NDArray[np.int64]
     units: NDArray[np.int64]
@@ -93,21 +120,76 @@ def group(examples: Examples, max_length: int) -> Examples:
     return Examples(laid.tokens, laid.weights, laid.offsets, laid.rows, units, laid.splits, laid.margins)
 
 
-def save(path: Path, parts: dict[str, Examples], report: dict[str, object]) -> None:
-    """Write all parts into one safetensors file, complete or absent."""
-    arrays = {f"{part}.{name}": value for part, ex in parts.items() for name, value in vars(ex).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, temporary, metadata={"report": json.dumps(report)})
-    os.replace(temporary, path)
+def join(parts: list[Examples]) -> Examples:
+    """The sequences and units of all parts, one after the other; tokens and weights stay where they are."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = np.cumsum([0, *(part.num_tokens for part in parts)])
+    sequences = np.cumsum([0, *(len(part.rows) for part in parts)])
+    return Examples(
+        tokens=Joined([np.asarray(part.tokens) for part in parts]),
+        weights=Joined([np.asarray(part.weights) for part in parts]),
+        offsets=_ends([part.offsets + start for part, start in zip(parts, tokens, strict=False)]),
+        rows=np.concatenate([part.rows for part in parts]),
+        units=_ends([part.units + start for part, start in zip(parts, sequences, strict=False)]),
+        splits=np.concatenate([part.splits for part in parts]),
+        margins=np.concatenate([part.margins for part in parts]),
+    )
 
 
-def load(path: Path) -> tuple[dict[str, Examples], dict[str, object]]:
-    """Read what `save` wrote."""
-    parts: dict[str, dict[str, NDArray]] = {}
-    with safe_open(path, framework="numpy") as f:
-        report = json.loads(f.metadata()["report"])
-        for key in f.keys():  # noqa: SIM118 (safe_open is no dict)
-            part, name = key.split(".")
-            parts.setdefault(part, {})[name] = f.get_tensor(key)
-    return {part: Examples(**arrays) for part, arrays in parts.items()}, report
+def _ends(borders: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Borders that begin where the ones before end."""
+    return np.concatenate([borders[0], *(more[1:] for more in borders[1:])])
+
+
+class Store:
+    """Writes examples piece by piece into a directory, complete or absent: an array a file, of which memory holds one piece."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._counts: dict[str, dict[str, int]] = {}
+
+    def add(self, part: str, piece: Examples) -> None:
+        """To the end of `part` (train, held_out)."""
+        counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0})
+        shifted = {"offsets": piece.offsets[1:] + counts["tokens"], "units": piece.units[1:] + counts["rows"]}
+        for name in _DTYPES:
+            value = np.asarray(shifted.get(name, getattr(piece, name)), dtype=_DTYPES[name])
+            with (self._temporary / f"{part}.{name}").open("ab") as file:
+                value.tofile(file)
+        counts["tokens"] += piece.num_tokens
+        counts["rows"] += len(piece.rows)
+        counts["units"] += len(piece)
+
+    def close(self, report: dict[str, object]) -> None:
+        """Put the directory in its place; report: what JSON can hold."""
+        (self._temporary / "report.json").write_text(json.dumps({"report": report, "counts": self._counts}))
+        if not self._path.exists():
+            with suppress(OSError):  # another process was quicker, with the same content
+                self._temporary.rename(self._path)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Read what a Store wrote: tokens and weights stay on the disk until they are looked at."""
+    found = json.loads((path / "report.json").read_text())
+    parts = {}
+    for part, counts in found["counts"].items():
+        arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights")) for name in _DTYPES}
+        if len(arrays["tokens"]) != counts["tokens"] or len(arrays["rows"]) != counts["rows"]:
+            raise ValueError(f"{path}: {part} is not as long as it was written")
+        for name in ("offsets", "units"):
+            arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
+        arrays["splits"] = arrays["splits"].reshape(-1, 2)
+        parts[part] = Examples(**arrays)
+    return parts, found["report"]
+
+
+def _mapped(path: Path, lazily: bool) -> NDArray:
+    dtype = _DTYPES[path.suffix.removeprefix(".")]
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r") if lazily else np.fromfile(path, dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -124,24 +123,29 @@ def silent(batch: PackedBatch) -> PackedBatch:
     return replace(batch, count=0.0)
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(num_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_units)
+def permutation(size: int, *seeds: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seeds).permutation(size)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which units step `s` of a run draws: a pure function of the seed, so resuming needs no state.
+    """Which units step `s` of a run draws: all is known beforehand, so resuming needs no state.
 
-    Every epoch is a fresh permutation; a run of `total_units` ends with a smaller step where the batch does not divide it.
+    drawn: int64, the units of the whole run in turn; a run ends with a smaller step where the batch does not divide them.
     """
 
-    num_units: int
+    drawn: NDArray[np.int64]
     batch_size: int
     grad_accum: int
     world_size: int
-    seed: int
-    total_units: int
+
+    @classmethod
+    def shuffled(
+        cls, num_units: int, batch_size: int, grad_accum: int, world_size: int, seed: int, total_units: int
+    ) -> Order:  # fmt: skip
+        """`total_units` draws from `num_units`, every pass a fresh permutation."""
+        passes = [permutation(num_units, seed, epoch) for epoch in range(-(-total_units // num_units))]
+        return cls(np.concatenate(passes)[:total_units], batch_size, grad_accum, world_size)
 
     @property
     def units_per_step(self) -> int:
@@ -149,16 +153,18 @@ class Order:
 
     @property
     def num_steps(self) -> int:
-        return -(-self.total_units // self.units_per_step)
+        return -(-len(self.drawn) // self.units_per_step)
 
     def step(self, step: int) -> list[int]:
         """All units of optimizer step `step` (from 0), over all micro-batches and processes."""
-        start = step * self.units_per_step
-        stop = min(start + self.units_per_step, self.total_units)
-        return [int(_epoch_order(self.num_units, self.seed, i // self.num_units)[i % self.num_units]) for i in range(start, stop)]
+        return self.drawn[step * self.units_per_step : (step + 1) * self.units_per_step].tolist()
 
     def micro(self, step: int, rank: int) -> list[list[int]]:
         """The units of each micro-batch of one process; an empty list where others still have units and it has none."""
         units, size, world = self.step(step), self.batch_size, self.world_size
         used = [m for m in range(self.grad_accum) if m * world * size < len(units)]
         return [units[(m * world + rank) * size : (m * world + rank + 1) * size] for m in used]
+
+    def first_seen(self) -> list[int]:
+        """The steps that draw a unit which no step before has drawn."""
+        return sorted({int(i) // self.units_per_step for i in np.unique(self.drawn, return_index=True)[1]})

@@ -5,68 +5,168 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import DataConfig
+from posttrain.config.schema import DataConfig, Source
+from posttrain.console import Meter
 from posttrain.data import examples as store
 from posttrain.data.builtin import builtin_rows
+from posttrain.data.choice import sources_of
 from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples
+from posttrain.data.parallel import in_order
 from posttrain.data.shapes import check_fits, recognise, to_canonical
-from posttrain.data.sources import fingerprint, read_rows, split_rows
+from posttrain.data.sources import Row, fingerprint, read_rows, row_name, split_rows
 from posttrain.errors import UserError
 
-Row = tuple[int, dict[str, Any]]  # number in the source, canonical row
+Canonical = tuple[int, dict[str, Any]]  # number in the source, canonical row
+PIECE = 1024  # rows that are tokenised, and for documents packed, together
+NAMED = 20  # rows of each kind that an account names
 
 
 @dataclass
 class Account:
-    """What became of a source's rows; goes into the manifest."""
+    """What became of a source's rows; goes into the manifest. places: the first rows that were cut, left out or skipped."""
 
     source: str
     shape: str
     fingerprint: str
     rows: int = 0
     tokens: int = 0
+    bytes: int = 0  # of the rows' texts
     trained_tokens: int = 0
     truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
     untrained: int = 0  # rows left out because no token of theirs would count
     border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
+    skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def where(self, number: int) -> str:
+        return row_name(self.source, number)
+
+    def note(self, what: str, place: str) -> None:
+        """Count a row as truncated, untrained or skipped."""
+        setattr(self, what, getattr(self, what) + 1)
+        self.places[what] = [*self.places.get(what, []), place][:NAMED]
+
+    def add(self, other: Account) -> None:
+        """Count another piece of the same source."""
+        for name, value in asdict(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for what, found in other.places.items():
+            self.places[what] = [*self.places.get(what, []), *found][:NAMED]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Part:
+    """One source, tokenised. key names all of it: rows, split, tokenizer, options, code."""
+
+    name: str
     train: Examples
     held_out: Examples
     account: Account
     held_out_account: Account
-    key: str  # names all of it: rows, split, tokenizer, options, code
+    key: str
 
 
-def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Prepared:
-    """Read, check, split and tokenise `data` for `stage`, or read it back from the cache.
+@dataclass(frozen=True)
+class Piece:
+    """What turns rows of one source into examples; sent to other processes as it is."""
+
+    source: str
+    shape: str
+    stage: str
+    encoder: Encoder
+    max_length: int
+    skips: bool  # rows with a mistake are counted, not an end
+
+    def examples(self, rows: list[Row]) -> tuple[Examples, Account]:
+        account = Account(self.source, self.shape, "")
+        sound = list(sound_rows(rows, self.shape, account, self.skips))
+        try:
+            found, counted = self._encoded(sound)
+        except UserError:
+            if not self.skips:
+                raise
+            found, counted = self._encoded([row for row in sound if self._encodes(row, account)])
+        account.add(counted)
+        return found, account
+
+    def _encoded(self, rows: list[Canonical]) -> tuple[Examples, Account]:
+        account = Account(self.source, self.shape, "")
+        return encode(rows, self.stage, self.encoder, self.max_length, account), account
+
+    def _encodes(self, row: Canonical, account: Account) -> bool:
+        try:
+            self._encoded([row])
+        except UserError as error:
+            account.note("skipped", str(error))
+            return False
+        return True
+
+
+def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> list[Part]:
+    """Read, check, split and tokenise every source of `data` for `stage`, or read it back from the cache.
 
     Raises UserError for anything wrong with the data, naming file and row.
     """
-    marks = [fingerprint(data.path, data.subset, data.split, data.revision)]
-    marks += [fingerprint(data.eval_path, data.subset, data.split, data.revision)] if data.eval_path else []
-    key = _key(marks, data.model_dump(exclude={"path", "eval_path"}), stage, encoder, max_length)
-    path = cache / "data" / f"{key}.safetensors"
-    if not path.exists():
-        train, held_out, shape = read_split(data, stage)
-        parts, report = {}, {}
-        for name, rows in (("train", train), ("held_out", held_out)):
-            account = Account(data.path if name == "train" else data.eval_path or data.path, shape, marks[0])
-            parts[name] = encode(rows, stage, encoder, max_length, account)
-            report[name] = asdict(account)
-        _refuse_untrained(Account(**report["train"]), data.max_untrained_share)
-        store.save(path, parts, report)
+    return [
+        prepare_source(name, source, data, stage, encoder, max_length, cache, first=not i)
+        for i, (name, source) in enumerate(sources_of(data).items())
+    ]
+
+
+def held_out_of(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Examples:
+    """The rows that a run of `data` holds out."""
+    name, source = next(iter(sources_of(data).items()))
+    return prepare_source(name, source, data, stage, encoder, max_length, cache, first=True).held_out
+
+
+def prepare_source(
+    name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path, first: bool
+) -> Part:
+    """One source. first: the one with data.eval_path."""
+    eval_path = data.eval_path if first else None
+    marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
+    options = source.model_dump(include=set(Source.model_fields) - {"path"})
+    options |= data.model_dump(include={"eval_share", "eval_rows", "max_untrained_share", "on_error"})
+    key = _key(marks, options, stage, encoder, max_length)
+    path = cache / "data" / key
+    if not (path / "report.json").exists():
+        _tokenise(name, source, data, stage, encoder, max_length, path, marks[0], eval_path)
     parts, report = store.load(path)
-    accounts = {name: Account(**fields) for name, fields in report.items()}  # type: ignore[arg-type]
-    return Prepared(parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
+    accounts = {part: Account(**fields) for part, fields in report.items()}
+    return Part(name, parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
+
+
+def _tokenise(
+    name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, path: Path, mark: str,
+    eval_path: str | None,
+) -> None:  # fmt: skip
+    split = Split(source, data, stage, eval_path)
+    out, shape = store.Store(path), split.shape
+    work = Piece(source.path, shape, stage, encoder, max_length, data.on_error == "skip")
+    account, held_account = Account(source.path, shape, mark), Account(eval_path or source.path, shape, mark)
+    with Meter(f"reading {name}", None) as meter:
+        for found, counted in in_order(work.examples, _pieces(split.train)):
+            out.add("train", found)
+            account.add(counted)
+            meter.advance(f"{account.tokens:,} tokens", by=counted.rows)
+    found, counted = Piece(held_account.source, shape, stage, encoder, max_length, work.skips).examples(split.held_out())
+    out.add("held_out", found)
+    held_account.add(counted)
+    _refuse_untrained(account, data.max_untrained_share)
+    out.close({"train": asdict(account), "held_out": asdict(held_account)})
+
+
+def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while piece := list(islice(rows, PIECE)):
+        yield piece
 
 
 def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tuple[Examples, str]:
@@ -74,51 +174,103 @@ def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tupl
     found = builtin_rows(path.removeprefix("builtin:"), "eval") if path.startswith("builtin:") else None
     raw = enumerate(found, 1) if found is not None else read_rows(path)
     chosen = list(islice(raw, rows))
-    kind = recognise(chosen[0][1])
+    first = chosen[0][1]
+    assert isinstance(first, dict)  # read_rows has raised what is wrong with it
+    kind = recognise(first)
     stage = {"text": "cpt", "pairs": "dpo"}.get(kind, "sft")
-    canonical = [(n, to_canonical(row, kind, where=f"{path}, row {n}")) for n, row in chosen]
-    account = Account(path, kind, "")
-    return encode(canonical, stage, encoder, max_length, account), {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
+    examples, _ = Piece(path, kind, stage, encoder, max_length, skips=False).examples(chosen)
+    return examples, {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
 
 
-def read_split(data: DataConfig, stage: str) -> tuple[list[Row], list[Row], str]:
-    """Canonical rows to train on, those held out, and their shape. Raises UserError for rows that `stage` does not take."""
-    if data.path.startswith("builtin:"):
-        name = data.path.removeprefix("builtin:")
-        train: Iterable[Row] = enumerate(builtin_rows(name, "train"), 1)
-        held_out: Iterable[Row] = enumerate(builtin_rows(name, "eval"), 1)
-    else:
-        rows = read_rows(data.path, subset=data.subset, split=data.split, revision=data.revision)
-        if data.eval_path:
-            train, held_out = rows, read_rows(data.eval_path, subset=data.subset, split=data.split, revision=data.revision)
-        else:
-            train, held_out = split_rows(rows, data.eval_share)
-    last = data.max_rows and data.skip_rows + data.max_rows
-    train_rows, held_out_rows = list(islice(train, data.skip_rows, last)), list(islice(held_out, data.eval_rows))
-    if not train_rows:
-        raise UserError(f"data.path: {data.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
-    shape = recognise(train_rows[0][1]) if data.shape == "auto" else data.shape
-    check_fits(shape, stage)
-    return list(_canonical(train_rows, shape, data.path)), list(_canonical(held_out_rows, shape, data.path)), shape
+class Split:
+    """The rows of a source that are trained on, each as it is needed, those held out, and the shape of both."""
+
+    def __init__(self, source: Source, data: DataConfig, stage: str, eval_path: str | None = None) -> None:
+        """Raises UserError for a shape that `stage` does not take."""
+        self._most, self._held = data.eval_rows, list[Row]()
+        read = partial(read_rows, subset=source.subset, revision=source.revision, sound=False)
+        apart = eval_path or source.path.startswith("builtin:")
+        self._marked = split_rows(read(source.path, split=source.split), 0.0 if apart else data.eval_share)
+        if apart:
+            other = read(eval_path, split=source.split) if eval_path else read(source.path, split="eval")
+            self._held = list(islice(other, self._most))
+        self._last = source.max_rows and source.skip_rows + source.max_rows
+        train = islice(self._not_held(), source.skip_rows, self._last)
+        before = list(_until_sound(train, data.on_error == "skip"))
+        first = before[-1][1] if before else None
+        if not isinstance(first, dict):
+            raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
+        self.shape = source.shape if source.shape != "auto" else recognise(first)
+        check_fits(self.shape, stage)
+        self.train: Iterator[Row] = chain(before, train)
+
+    def held_out(self) -> list[Row]:
+        """At most data.eval_rows; call it when `train` has been read as far as it will be."""
+        for _ in self._not_held() if len(self._held) < self._most else ():
+            if len(self._held) >= self._most:
+                break
+        return self._held
+
+    def _not_held(self) -> Iterator[Row]:
+        for held, row in self._marked:
+            if not held:
+                yield row
+            elif len(self._held) < self._most:
+                self._held.append(row)
 
 
-def _canonical(rows: Iterable[Row], shape: str, path: str) -> Iterator[Row]:
-    return ((n, to_canonical(row, shape, where=f"{path}, row {n}")) for n, row in rows)
+def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
+    """Up to the first row that can be read. Raises what is wrong with an earlier one, unless such rows are skipped."""
+    for item in rows:
+        if isinstance(item[1], UserError) and not skips:
+            raise item[1]
+        yield item
+        if not isinstance(item[1], UserError):
+            return
 
 
-def encode(rows: list[Row], stage: str, encoder: Encoder, max_length: int, account: Account) -> Examples:
+def canonical_rows(data: DataConfig, stage: str) -> list[Canonical]:
+    """All rows to train on of the first source, as `stage` takes them. Raises UserError for rows that it does not take."""
+    source = next(iter(sources_of(data).values()))
+    split = Split(source, data, stage)
+    return list(sound_rows(split.train, split.shape, Account(source.path, split.shape, ""), data.on_error == "skip"))
+
+
+def sound_rows(rows: Iterable[Row], shape: str, account: Account, skips: bool) -> Iterator[Canonical]:
+    """Canonical rows; one with a mistake in it raises UserError, or with `skips` is counted in the account."""
+    for number, row in rows:
+        try:
+            if isinstance(row, UserError):
+                raise row
+            yield number, to_canonical(row, shape, where=account.where(number))
+        except UserError as error:
+            if not skips:
+                raise
+            account.note("skipped", str(error))
+
+
+def encode(rows: list[Canonical], stage: str, encoder: Encoder, max_length: int, account: Account) -> Examples:
     """Canonical rows -> examples of one stage; fills in `account`."""
     account.rows = len(rows)
+    account.bytes = sum(_letters(row) for _, row in rows)
     build = {"cpt": _documents, "dpo": _pairs, "rm": _scored_pairs, "ppo": _prompts}.get(stage, _conversations)
     found = build(encoder, rows, max_length, account)
     account.tokens = found.num_tokens
-    account.trained_tokens = int((found.weights != 0).sum())
+    account.trained_tokens = int((found.weights[:] != 0).sum())  # pyright: ignore[reportCallIssue, reportArgumentType]
     return found
 
 
-def _documents(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+def _letters(value: Any) -> int:
+    """Bytes of all texts in a row; of letters beyond ASCII about so many."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_letters, values))
+
+
+def _documents(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account) -> Examples:
     pieces = []
-    for (number, _), item in zip(rows, encoder.encode_many(rows, account.source), strict=True):
+    for (number, _), item in zip(rows, encoder.encode_many(rows, account.where), strict=True):
         for start in range(0, len(item.tokens), max_length):
             stop = start + max_length
             if len(item.tokens[start:stop]) > 1:  # a lone token predicts nothing and is predicted by nothing
@@ -126,51 +278,53 @@ def _documents(encoder: Encoder, rows: list[Row], max_length: int, account: Acco
     return store.group(store.build(pieces), max_length)
 
 
-def _conversations(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account) -> Examples:
     kept = []
-    for (number, _), item in zip(rows, encoder.encode_many(rows, account.source), strict=True):
-        account.truncated += len(item.tokens) > max_length
+    for (number, _), item in zip(rows, encoder.encode_many(rows, account.where), strict=True):
+        if len(item.tokens) > max_length:
+            account.note("truncated", account.where(number))
         account.border_tokens += item.borders
         tokens, weights = item.tokens[:max_length], item.weights[:max_length]
         if any(weights[1:]):
             kept.append((tokens, weights, number))
         else:
-            account.untrained += 1
+            account.note("untrained", account.where(number))
     return store.build(kept)
 
 
-def _scored_pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+def _scored_pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account) -> Examples:
     """As `_pairs`, but an answer ends with its end of turn, where it is scored: what a template puts after it is left out."""
     return _pairs(encoder, rows, max_length, account, to_the_end=True)
 
 
-def _prompts(encoder: Encoder, rows: list[Row], max_length: int, account: Account) -> Examples:
+def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account) -> Examples:
     """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
     are left out."""
     kept, splits = [], []
     for number, row in rows:
-        tokens = encoder.encode_prompt(row, where=f"{account.source}, row {number}")
+        tokens = encoder.encode_prompt(row, where=account.where(number))
         if len(tokens) <= max_length:
             known = encoder.encode_reference(row)
             kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
             splits.append((len(tokens), len(tokens) + len(known)))
         else:
-            account.untrained += 1
+            account.note("untrained", account.where(number))
     return store.build(kept, splits)
 
 
-def _pairs(encoder: Encoder, rows: list[Row], max_length: int, account: Account, to_the_end: bool = False) -> Examples:
+def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account, to_the_end: bool = False) -> Examples:
     kept, splits, margins = [], [], []
     for number, row in rows:
-        pair = encoder.encode_pair(row, where=f"{account.source}, row {number}")
+        pair = encoder.encode_pair(row, where=account.where(number))
         room = max_length - len(pair.prompt)
         answers = (pair.chosen, pair.rejected)
-        account.truncated += any(len(a.tokens) > room for a in answers)
+        if any(len(a.tokens) > room for a in answers):
+            account.note("truncated", account.where(number))
         account.border_tokens += sum(a.borders for a in answers)
         lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
         cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
         if not pair.prompt or not all(any(weights) for _, weights in cut):
-            account.untrained += 1
+            account.note("untrained", account.where(number))
             continue
         (chosen, w_chosen), (rejected, w_rejected) = cut
         tokens = [*pair.prompt, *chosen, *rejected]

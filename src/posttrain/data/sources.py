@@ -1,55 +1,79 @@
-"""Raw rows from files, the hub and the built-in sets, and which of them are held out."""
+"""Raw rows of a source: files, directories of them, the hub and the built-in sets; and which rows are held out."""
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import tee
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.builtin import PARTS, builtin_rows
+from posttrain.data.files import COMPRESSIONS, KNOWN, READERS, Row, file_rows, kind_of
 from posttrain.errors import UserError, did_you_mean
 
-Row = tuple[int, dict[str, Any]]  # number in the source from 1, columns
+__all__ = ["Row", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_CONVERSATION_COLUMNS = ("messages", "conversations", "prompt")
 _CONTENT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
-_LONGEST_CELL = 2**31 - 1  # csv's own limit of 128 KiB is less than many a document
+_FILE = 2**40  # rows of the second file of a source are numbered from here, and so on
+SAMPLED_FROM = 2**32  # bytes: of a larger file so many samples stand for the whole
+_SAMPLES, _SAMPLE = 64, 2**16
 
 
-def read_rows(path: str, *, subset: str | None = None, split: str = "train", revision: str | None = None) -> Iterator[Row]:
-    """Rows of a local file, of a hub data set (`org/name`) or of `builtin:NAME`, numbered from 1.
+def read_rows(
+    path: str, *, subset: str | None = None, split: str = "train", revision: str | None = None, sound: bool = True
+) -> Iterator[Row]:
+    """Rows of a file, of all files of a directory or a pattern (`data/*.jsonl.gz`), of a directory that datasets has saved, of
+    a hub data set (`org/name`) or of `builtin:NAME`, read as they are needed.
 
-    The number is that of the line in JSONL, else of the record. Files are told by their extension: .jsonl, .ndjson,
-    .json (a list of objects, an object with one such list, or JSONL), .csv and .tsv with a header, .parquet. .txt is
-    text: with blank lines in it, a document is what stands between them; without any, each line is a document. .md
-    and .rst are one document. subset, split and revision are the hub's; split also names the part of a built-in set.
+    They are numbered from 1, by line in JSONL, else by record; `row_name` says where a number is. Files are told by their
+    extension: .jsonl, .ndjson, .json (a list of objects, an object with one such list, or JSONL), .csv and .tsv with a header,
+    .parquet, .arrow. .txt is text: with blank lines in it, a document is what stands between them; without any, each line is a
+    document. .md and .rst are one document. Behind any of them may stand .gz, .bz2, .xz or .zst. subset, split and revision
+    are the hub's; split also names the part of a built-in or saved set.
 
-    Raises UserError, naming file and line, for whatever cannot be read.
+    sound: raise for a row that cannot be read; else it comes as the UserError that says why. Raises UserError, naming file and
+    line, for a file that cannot be read at all.
     """
+    for number, row in _rows(path, subset, split, revision):
+        if sound and isinstance(row, UserError):
+            raise row
+        yield number, row
+
+
+def _rows(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Row]:
     if path.startswith(_BUILTIN):
         yield from enumerate(builtin_rows(path.removeprefix(_BUILTIN), split), 1)
     elif _is_hub_id(path):
         yield from _hub(path, subset, split, revision)
+    elif _is_saved(path):
+        yield from _saved(path, split)
     else:
-        yield from _file_rows(_local_file(path), path)
+        for i, file in enumerate(files_of(path)):
+            yield from ((i * _FILE + number, row) for number, row in file_rows(Path(file).expanduser(), file))
 
 
-def split_rows(rows: Iterable[Row], eval_share: float) -> tuple[Iterator[Row], Iterator[Row]]:
-    """(train, held out), both lazy: a row is held out if a hash of its content, in [0, 1), is below `eval_share`.
+def row_name(path: str, number: int) -> str:
+    """Where row `number` of a source is, as messages say it."""
+    several = is_local(path) and not _is_saved(path) and not path.startswith(_BUILTIN)
+    return f"{files_of(path)[number // _FILE] if several else path}, row {number % _FILE}"
+
+
+def is_local(path: str) -> bool:
+    """False for what is on the hub."""
+    return path.startswith(_BUILTIN) or not _is_hub_id(path)
+
+
+def split_rows(rows: Iterable[Row], eval_share: float) -> Iterator[tuple[bool, Row]]:
+    """Each row with whether it is held out: that is if a hash of its content, in [0, 1), is below `eval_share`.
 
     So a row keeps its side when the data grows or is shuffled, and duplicates of it are on the same side.
     """
-    marked = (((place(row) < eval_share), (number, row)) for number, row in rows)
-    train, held_out = tee(marked)
-    return (item for held, item in train if not held), (item for held, item in held_out if held)
+    return ((isinstance(row, dict) and eval_share > 0 and place(row) < eval_share, (number, row)) for number, row in rows)
 
 
 def place(row: dict[str, Any]) -> float:
@@ -59,153 +83,87 @@ def place(row: dict[str, Any]) -> float:
 
 
 def fingerprint(path: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> str:
-    """What identifies the data: sha256 of a file's bytes or a built-in set's rows; a hub id with its revision."""
+    """What identifies the data: sha256 of a file's bytes, of all files' or of a built-in set's rows; a hub id with its
+    revision. Of a file above SAMPLED_FROM bytes its size and samples all over it stand for the whole."""
     if path.startswith(_BUILTIN):
         name = path.removeprefix(_BUILTIN)
         rows = [builtin_rows(name, part) for part in PARTS[name]] if name in PARTS else builtin_rows(name, "eval")
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     if _is_hub_id(path):
         return f"hub:{path}@{revision or 'main'}:{subset or ''}:{split}"
-    with _opening(path), _local_file(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    directory = Path(path).expanduser()
+    files = sorted(str(p) for p in directory.rglob("*") if p.is_file()) if _is_saved(path) else files_of(path)
+    found = [_of_file(file) for file in files]
+    return found[0] if len(found) == 1 else hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _is_hub_id(path: str) -> bool:
-    return bool(_HUB_ID.fullmatch(path)) and Path(path).suffix.lower() not in _READERS and not Path(path).exists()
-
-
-def _local_file(path: str) -> Path:
-    """The file, checked to exist and to be of a kind that is read."""
-    file = Path(path).expanduser()
-    known = ", ".join(_READERS)
-    if file.is_dir():
-        inside = sorted(p.name for p in file.iterdir() if p.suffix.lower() in _READERS)
-        raise UserError(f"{path}: is a directory; name one file in it, " + (f"such as {inside[0]}" if inside else known))
-    if not file.exists():
-        beside = [p.name for p in file.parent.iterdir() if p.is_file()] if file.parent.is_dir() else []
-        near = did_you_mean(file.name, beside)
-        raise UserError(f"{path}: no such file" + (near or "; give a file, a hub id org/name or builtin:NAME"))
-    if file.suffix.lower() not in _READERS:
-        raise UserError(f"{path}: unknown extension '{file.suffix}'; read are {known}")
-    return file
-
-
-def _file_rows(file: Path, name: str) -> Iterator[Row]:
-    empty = True
-    with _opening(name):
-        for number, row in _READERS[file.suffix.lower()](file, name):
-            if not isinstance(row, dict):
-                raise UserError(f"{name}, row {number}: is {_kind(row)}, not an object with columns")
-            empty = False
-            yield number, row
-    if empty:
-        raise UserError(f"{name}: is empty; give a file with at least one row")
-
-
-@contextmanager
-def _opening(name: str) -> Iterator[None]:
-    """Turns what the operating system says about a file (no permission, disk error) into a UserError."""
+def _of_file(name: str) -> str:
+    file = Path(name).expanduser()
     try:
-        yield
+        with file.open("rb") as raw:
+            size = file.stat().st_size
+            if size <= SAMPLED_FROM:
+                return hashlib.file_digest(raw, "sha256").hexdigest()
+            found = hashlib.sha256(str(size).encode())
+            for i in range(_SAMPLES):
+                raw.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+                found.update(raw.read(_SAMPLE))
+            return f"samples:{found.hexdigest()}"
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
-def _kind(value: object) -> str:
-    names = {
-        type(None): "null",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), type(value).__name__)
+def files_of(path: str) -> list[str]:
+    """The file, or all of a directory or a pattern, in order; each checked to exist and to be of a kind that is read."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [_known(path)]
+    if place.is_dir():
+        inside = sorted(str(p) for p in place.rglob("*") if p.is_file() and KNOWN.fullmatch(p.name) and p.name[0] != ".")
+        if not inside:
+            raise UserError(f"{path}: is a directory without a file that is read ({', '.join(READERS)})")
+        return inside
+    if glob.has_magic(path):
+        found = sorted(p for p in glob.glob(str(place), recursive=True) if Path(p).is_file())
+        if not found:
+            raise UserError(f"{path}: no file is of this pattern")
+        return [_known(p) for p in found]
+    beside = [p.name for p in place.parent.iterdir() if p.is_file()] if place.parent.is_dir() else []
+    near = did_you_mean(place.name, beside)
+    raise UserError(f"{path}: no such file" + (near or "; give a file, a directory, a hub id org/name or builtin:NAME"))
 
 
-def _lines(file: Path, name: str) -> Iterator[tuple[int, str]]:
-    """Lines with their ends, numbered from 1; only a line feed ends a line."""
-    with file.open("rb") as raw:
-        for number, line in enumerate(raw, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                wrong = f"byte 0x{line[error.start]:02x} at place {error.start + 1} of the line"
-                raise UserError(f"{name}, line {number}: not UTF-8 ({wrong}); save the file as UTF-8") from error
+def _known(path: str) -> str:
+    if not kind_of(Path(path))[0]:
+        known = f"{', '.join(READERS)}, all but .parquet and .arrow also with {', '.join(COMPRESSIONS)} behind"
+        raise UserError(f"{path}: unknown extension '{Path(path).suffix}'; read are {known}")
+    return path
 
 
-def _whole(file: Path, name: str) -> str:
-    return "".join(line for _, line in _lines(file, name))
+def _is_hub_id(path: str) -> bool:
+    return bool(_HUB_ID.fullmatch(path)) and not KNOWN.fullmatch(path) and not Path(path).exists()
 
 
-def _jsonl(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(file, name):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{name}, line {number}: not valid JSON ({error})") from error
+def _is_saved(path: str) -> bool:
+    """Is it a directory that datasets' save_to_disk has made?"""
+    directory = Path(path).expanduser()
+    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _json(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    text = _whole(file, name)
-    if not text.strip():
-        return
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}: column {error.colno})") from error
-        yield from _jsonl(file, name)
-        return
-    if isinstance(value, dict):
-        lists = [v for k, v in value.items() if isinstance(v, list) and k not in _CONVERSATION_COLUMNS]
-        value = lists[0] if len(lists) == 1 else [value]
-    yield from enumerate(value if isinstance(value, list) else [value], 1)
-
-
-def _separated(delimiter: str) -> Callable[[Path, str], Iterator[tuple[int, Any]]]:
-    def read(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-        csv.field_size_limit(_LONGEST_CELL)
-        reader = csv.DictReader((line for _, line in _lines(file, name)), delimiter=delimiter, strict=True)
-        try:
-            for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    cells = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None) or [])
-                    header = len(reader.fieldnames or [])
-                    raise UserError(f"{name}, line {reader.line_num}: has {cells} cells where the header has {header}")
-                yield number, row
-        except csv.Error as error:
-            raise UserError(f"{name}, line {reader.line_num + 1}: not valid CSV ({error})") from error
-
-    return read
-
-
-def _parquet(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    if not file.stat().st_size:
-        return
-    import pyarrow
-    from pyarrow import parquet
+def _saved(path: str, split: str) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
 
     try:
-        with parquet.ParquetFile(file) as table:
-            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from enumerate(rows, 1)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not valid Parquet ({str(error).splitlines()[0]})") from error
-
-
-def _text(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    text = _whole(file, name).replace("\r\n", "\n").strip()
-    documents = re.split(r"\n[^\S\n]*\n\s*", text)
-    if len(documents) == 1:
-        documents = text.split("\n")
-    yield from ((number, {"text": document}) for number, document in enumerate(filter(None, documents), 1))
-
-
-def _document(file: Path, name: str) -> Iterator[tuple[int, Any]]:
-    if text := _whole(file, name).strip():
-        yield 1, {"text": text}
+        found = load_from_disk(str(Path(path).expanduser()))
+    except Exception as error:  # a damaged directory: any kind may come out of it
+        raise UserError(f"{path}: cannot be read as a saved data set ({' '.join(str(error).split())[:200]})") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise UserError(f"data.split: {path} has no split '{split}' (there are: {', '.join(map(str, found))})")
+        found = found[split]
+    if not len(found):
+        raise UserError(f"{path}: is empty; give a data set with at least one row")
+    yield from enumerate(map(dict, found), 1)
 
 
 def _hub(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Row]:
@@ -232,16 +190,3 @@ def _hub_trouble(path: str, subset: str | None, split: str, revision: str | None
     if "config" in said.lower():
         return f"data.subset: {path} has no subset '{subset}' ({said})"
     return f"data.path: cannot load {path} from the hub ({type(error).__name__}: {said}); give a local file"
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-    ".txt": _text,
-    ".md": _document,
-    ".rst": _document,
-}

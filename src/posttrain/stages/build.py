@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from posttrain.after.measure import EvalSet
 from posttrain.config.schema import LanguageStage
+from posttrain.data.mixture import Mixture
 from posttrain.data.packing import Order
-from posttrain.data.prepare import Prepared
 from posttrain.errors import RunError
 from posttrain.models.adalora import RankSchedule
 from posttrain.models.adapters import add_frozen, add_method, continue_adapter, merge_into
@@ -35,7 +35,7 @@ class Inputs:
     tokenizer: Any
     tokenizer_hash: str
     ends: list[int]  # ids of the tokens that end an answer
-    data: Prepared
+    data: Mixture
     sets: list[EvalSet]
     order: Order
 
@@ -123,6 +123,11 @@ def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Acceler
     if kind == "adapter":
         return Result(kind, inputs.base.digest, sha256(final / "adapter_model.safetensors"))
     return Result(kind, digest(final), "")
+
+
+def frozen_dtype(cfg: LanguageStage) -> str:
+    """Of a model that is only read."""
+    return "bfloat16" if cfg.model.dtype == "auto" else cfg.model.dtype
 
 
 def _dtype(cfg: LanguageStage) -> str:

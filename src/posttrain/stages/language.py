@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from posttrain.after.measure import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.cache import cache_root
 from posttrain.config.schema import LanguageStage
-from posttrain.console import say
+from posttrain.data.choice import replayed, replays
 from posttrain.data.conversations import Encoder, chat_template
-from posttrain.data.packing import Order, silent
-from posttrain.data.prepare import prepare, prepare_set
+from posttrain.data.mixture import make_order, read_mixture
+from posttrain.data.packing import silent
+from posttrain.data.prepare import prepare_set
 from posttrain.models.causal import load_tokenizer, stop_tokens
+from posttrain.models.replay import Replay
 from posttrain.models.scorer import padding_apart
-from posttrain.rundir import Run, write_json
+from posttrain.rundir import Run, write_json, write_text
+from posttrain.stages.announce import announce
 from posttrain.stages.assembly import StageRun, content_hash, run_stage
-from posttrain.stages.build import Built, Inputs, build_model, save_result
+from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, save_result
 from posttrain.stages.outcome import manifest_of
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
@@ -46,7 +50,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
     rows: Rows = field(default_factory=dict)  # of the newest evaluation
 
     def read(self) -> Inputs:
-        return read_inputs(self.cfg, self.accelerator.num_processes)
+        return read_inputs(self.cfg, self.run.dir, self.accelerator, self.stop.check)
 
     def identity(self, inputs: Inputs) -> dict[str, Any]:
         start = inputs.start
@@ -57,7 +61,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         }
 
     def announce(self, inputs: Inputs) -> None:
-        announce(self.cfg, self.run, inputs)
+        announce(self.cfg, self.run.dir, inputs)
 
     def build(self, inputs: Inputs) -> tuple[nn.Module, Built]:
         built = build_model(
@@ -91,7 +95,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         if not self.task.needs_reference:
             return held_out, None
         device, order = self.accelerator.device, inputs.order
-        layout = [order.batch_size, order.grad_accum, order.world_size, order.seed, min(order.total_units, order.num_units)]
+        layout = [order.batch_size, order.grad_accum, order.world_size, [order.step(step) for step in order.first_seen()]]
         key = content_hash(self._identity(inputs), inputs.data.key, layout, str(device))
         path = cache_root() / "reference" / f"{key}.safetensors"
         table = train_reference(module, inputs.data.train, order, self.accelerator, path, self.stop.check)
@@ -128,46 +132,30 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         return manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator)
 
 
-def read_inputs(cfg: LanguageStage, world_size: int) -> Inputs:
+def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, check: Callable[[], None]) -> Inputs:
     """Base, tokenizer and tokenised data: everything a mistake of the user can be in."""
     start, model = resolve_start(cfg), cfg.model
     base = find_base(start, model.revision)
     template = chat_template(model.chat_template) if model.chat_template else None
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
     encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer))
-    train = cfg.train
-    data = prepare(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
+    sources = cfg.data
+    if replays(sources):
+        replay = Replay(start.source, base.revision, base.digest, tokenizer, encoder.end_tokens(), sources.replay)
+        written = replay.write(cache_root(), frozen_dtype(cfg), accelerator.device, model.trust_remote_code, check)
+        sources = replayed(sources, str(_copied(written, directory / "self_replay.jsonl")))
+    data = read_mixture(sources, cfg.stage, encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
     sets = [
         EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
         for name, path in (cfg.eval.sets or {}).items()
     ]
-    per_step = train.batch_size * train.grad_accum * world_size
-    total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(data.train))
-    order = Order(len(data.train), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    order = make_order(data, sources, cfg.train, accelerator.num_processes)
     start, base = merged_start(cfg, start, base)
     return Inputs(start, base, tokenizer, encoder.identity, encoder.end_tokens(), data, sets, order)
 
 
-def announce(cfg: LanguageStage, run: Run, inputs: Inputs) -> None:
-    """What is about to happen, in the user's words: model, data, and what became of its rows."""
-    order, account = inputs.order, inputs.data.account
-    if inputs.start.mode:
-        how = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}[inputs.start.mode]
-        say(f"model {inputs.base.name} with the adapter of {cfg.init}, {how} (chain.mode={inputs.start.mode})")
-    else:
-        say(f"model {inputs.base.name}")
-    samples = account.trained_tokens == 0  # the rows are prompts, the stage writes what it trains on
-    counted = "" if samples else f", {account.tokens:,} tokens, {account.trained_tokens:,} trained"
-    say(
-        f"data {account.source}: {account.rows:,} rows of shape {account.shape}{counted}; "
-        f"{inputs.data.held_out_account.rows} rows held out"
-    )
-    too_long = f"rows left out, their prompts are longer than {cfg.example_length} tokens"
-    for count, what in (
-        (account.untrained, too_long if samples else "rows left out, no token of theirs would count"),
-        (account.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
-        (account.border_tokens, "tokens lie across a prompt's border and do not count"),
-    ):
-        if count:
-            say(f"  {count:,} {what}")
-    say(f"{order.num_steps} steps of {order.units_per_step} {'prompts' if samples else 'sequences'} -> {run.dir}")
+def _copied(file: Path, to: Path) -> Path:
+    """A copy, made once; the run's own, so that its manifest lists it."""
+    if not to.exists():
+        write_text(to, file.read_text())
+    return to

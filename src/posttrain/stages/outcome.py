@@ -38,7 +38,7 @@ def manifest_of(
     acc: Accelerator,
 ) -> dict[str, Any]:
     """What manifest.json says of a run, but for what every manifest has."""
-    start, base, account = inputs.start, inputs.base, inputs.data.account
+    start, base = inputs.start, inputs.base
     return {
         "stage": cfg.stage,  # type: ignore[attr-defined]
         "parents": start.parents,
@@ -50,7 +50,7 @@ def manifest_of(
         "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
         "chain": inputs.start.mode,
         "trainable": {"trained": built.trained, "total": built.total},
-        "data": [asdict(account) | {"share": 1.0}],
+        "data": inputs.data.record(inputs.order),
         "held_out": asdict(inputs.data.held_out_account),
         "steps": inputs.order.num_steps,
         "tokens": state["tokens"],

@@ -11,7 +11,7 @@ from posttrain.after.live import device_here, load_live
 from posttrain.config.schema import DataConfig, Rm
 from posttrain.console import Meter, say
 from posttrain.data.conversations import Encoder, prompt_of, reference_of
-from posttrain.data.prepare import read_split
+from posttrain.data.prepare import canonical_rows
 from posttrain.errors import UserError
 from posttrain.models.causal import PackedLM, stop_tokens
 from posttrain.models.sampling import Sampling, sample
@@ -43,7 +43,7 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
     encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
     sampling = Sampling(cfg.rm.max_new_tokens, 1.0, 1.0, 0, AT_ONCE)
     room = cfg.train.max_length - cfg.rm.max_new_tokens
-    rows = [(row, encoder.encode_prompt(row)) for _, row in read_split(cfg.data, "ppo")[0]]
+    rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, "ppo")]
     rows = [(row, tokens) for row, tokens in rows if len(tokens) <= room]
     lm = PackedLM(live.model, "flex" if live.model.device.type == "cuda" else "documents")
     found, ties = [], 0

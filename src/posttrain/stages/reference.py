@@ -43,9 +43,9 @@ def train_reference(
     if path.exists():
         return load_file(path)["reference"]
     table = torch.full((len(examples), 2), float("nan"))
-    first_epoch = min(order.num_steps, -(-order.num_units // order.units_per_step))
-    with Meter("reference", first_epoch) as meter:
-        for step in range(first_epoch):
+    steps = order.first_seen()
+    with Meter("reference", len(steps)) as meter:
+        for step in steps:
             for units in order.micro(step, accelerator.process_index):
                 # with nothing of its own a process still takes part: under FSDP the others wait for it
                 found = reference_logps(module, pack_pairs(examples, units or [0]), accelerator.device).view(-1, 2)[: len(units)]

@@ -1,0 +1,354 @@
+"""Rows of one file, read as they are needed, whatever its kind and compression; a bad row is told apart from a bad file."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from posttrain.errors import UserError
+
+Row = tuple[int, dict[str, Any] | UserError]  # number in the source from 1; columns, or what is wrong with this row alone
+Found = Iterator[tuple[int, Any]]
+
+LONGEST_LINE = 16 * 2**20  # bytes: what is longer is no row but a broken file
+LARGEST_RATIO = 200  # of bytes that come out of a compressed file; text gives 3 to 20
+LOOKED_AT = 2**20  # letters of a text file in which a blank line decides what a document is
+CONVERSATION_COLUMNS = ("messages", "conversations", "prompt")
+_BLOCK = 2**20
+
+
+def file_rows(file: Path, name: str) -> Iterator[Row]:
+    """Rows of a local file that exists and whose kind is known. Raises UserError for a file that cannot be read on."""
+    empty, (kind, compression) = True, kind_of(file)
+    with _reading(name):
+        for number, row in READERS[kind](file, name, compression):
+            if not isinstance(row, dict | UserError):
+                row = UserError(f"{name}, row {number}: is {_kind(row)}, not an object with columns")
+            empty = False
+            yield number, row
+    if empty:
+        raise UserError(f"{name}: is empty; give a file with at least one row")
+
+
+def kind_of(file: Path) -> tuple[str, str]:
+    """(.jsonl, .gz) of rows.jsonl.gz: the kind, empty where it is not known, and the compression, empty where there is none."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    kind = suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
+    return (kind, packed) if not packed or kind not in _WHOLE else ("", packed)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turns what the operating system or a decompressor says about a file into a UserError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{name}: not a whole compressed file ({error}); compress it again") from error
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _kind(value: object) -> str:
+    names = {
+        type(None): "null",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _zstd(file: Path) -> IO[bytes]:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+def _blocks(file: Path, name: str, compression: str) -> Iterator[bytes]:
+    """The file's bytes, decompressed. Raises UserError for one that grows without an end."""
+    size, total = file.stat().st_size, 0
+    with COMPRESSIONS[compression](file) if compression else file.open("rb") as raw:
+        while block := raw.read(_BLOCK):
+            total += len(block)
+            if compression and total > max(LARGEST_RATIO * size, 4 * LONGEST_LINE):
+                raise UserError(
+                    f"{name}: holds more than {LARGEST_RATIO} times its size, as a decompression bomb does; unpack it"
+                )
+            yield block
+
+
+def _byte_lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, bytes | UserError]]:
+    """Lines with their ends, numbered from 1; only a line feed ends a line. One that is too long is an error of its own."""
+    number, rest, skipping = 1, b"", False
+    for block in _blocks(file, name, compression):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if not skipping:
+                yield number, line + b"\n" if len(line) <= LONGEST_LINE else _too_long(name, number)
+            number, skipping = number + 1, False
+        if len(rest) > LONGEST_LINE or skipping:
+            if not skipping:
+                yield number, _too_long(name, number)
+            rest, skipping = b"", True
+    if rest and not skipping:
+        yield number, rest
+
+
+def _too_long(name: str, number: int) -> UserError:
+    return UserError(f"{name}, line {number}: is longer than {LONGEST_LINE // 2**20} MB; break the row up")
+
+
+def _lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, str | UserError]]:
+    for number, line in _byte_lines(file, name, compression):
+        if isinstance(line, UserError):
+            yield number, line
+            continue
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            wrong = f"byte 0x{line[error.start]:02x} at place {error.start + 1} of the line"
+            yield number, UserError(f"{name}, line {number}: not UTF-8 ({wrong}); save the file as UTF-8")
+
+
+def _sound(lines: Iterator[tuple[int, str | UserError]]) -> Iterator[str]:
+    for _, line in lines:
+        if isinstance(line, UserError):
+            raise line
+        yield line
+
+
+def _parsed(line: str, name: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return UserError(f"{name}, line {number}: not valid JSON that can be read (nested too deep)")
+    except ValueError as error:
+        return UserError(f"{name}, line {number}: not valid JSON ({error})")
+
+
+def _jsonl(file: Path, name: str, compression: str) -> Found:
+    for number, line in _lines(file, name, compression):
+        if isinstance(line, UserError):
+            yield number, line
+        elif line.strip():
+            yield number, _parsed(line, name, number)
+
+
+def _json(file: Path, name: str, compression: str) -> Found:
+    """A list is read element by element; an object whole, unless each line is one: then it is JSONL."""
+    first = [line for _, (_, line) in zip(range(2), _lines(file, name, compression), strict=False)]
+    opening = first[0].lstrip() if first and isinstance(first[0], str) else ""
+    if opening.startswith("["):
+        yield from _Elements(file, name, compression)
+        return
+    if len(first) == 2 and not isinstance(_parsed(opening or "?", name, 1), UserError):
+        yield from _jsonl(file, name, compression)
+        return
+    text = "".join(_sound(_lines(file, name, compression)))
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{name}: not valid JSON that can be read (nested too deep)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}: column {error.colno})") from error
+    if isinstance(value, dict):
+        lists = [v for k, v in value.items() if isinstance(v, list) and k not in CONVERSATION_COLUMNS]
+        value = lists[0] if len(lists) == 1 else [value]
+    yield from enumerate(value if isinstance(value, list) else [value], 1)
+
+
+class _Elements:
+    """The elements of a JSON list, of which only one is in memory."""
+
+    def __init__(self, file: Path, name: str, compression: str) -> None:
+        self.name, self.line, self.text, self.at, self.ended = name, 1, "", 0, False
+        self.blocks = _blocks(file, name, compression)
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def __iter__(self) -> Found:
+        number, separator = 1, "["
+        while self._next_letter() == separator:
+            self.at += 1
+            if number == 1 and self._next_letter() == "]":
+                return
+            yield number, self._element()
+            number, separator = number + 1, ","
+        if self._next_letter() != "]":
+            raise self._wrong("expecting ',' or ']'", self.at)
+
+    def _more(self) -> bool:
+        """Read on; what is done with goes. False at the end of the file."""
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        before = len(self.text)
+        while not self.ended and len(self.text) < max(2 * before, _BLOCK):
+            block = next(self.blocks, b"")
+            self.ended = not block
+            try:
+                self.text += self.decoder.decode(block, final=self.ended)
+            except UnicodeDecodeError as error:
+                line = self.line + self.text.count("\n") + block.count(b"\n", 0, error.start)
+                raise UserError(f"{self.name}, line {line}: not UTF-8; save the file as UTF-8") from error
+        return len(self.text) > before
+
+    def _next_letter(self) -> str:
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def _element(self) -> Any:
+        while True:
+            self._next_letter()
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more():
+                    self.at = end
+                    return value
+            except RecursionError:
+                raise UserError(f"{self.name}, line {self.line}: not valid JSON that can be read (nested too deep)") from None
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at > LONGEST_LINE or not self._more():
+                    raise self._wrong(error.msg, error.pos) from error
+
+    def _wrong(self, what: str, at: int) -> UserError:
+        line = self.line + self.text.count("\n", 0, at)
+        column = at - (self.text.rfind("\n", 0, at) + 1) + 1
+        return UserError(f"{self.name}, line {line}: not valid JSON ({what}: column {column})")
+
+
+def _separated(delimiter: str) -> Callable[[Path, str, str], Found]:
+    def read(file: Path, name: str, compression: str) -> Found:
+        csv.field_size_limit(LONGEST_LINE)  # csv's own limit of 128 KiB is less than many a document
+        reader = csv.DictReader(_sound(_lines(file, name, compression)), delimiter=delimiter, strict=True)
+        try:
+            for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    cells = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None) or [])
+                    header = len(reader.fieldnames or [])
+                    said = f"{name}, line {reader.line_num}: has {cells} cells where the header has {header}"
+                    yield number, UserError(said)
+                else:
+                    yield number, row
+        except csv.Error as error:
+            raise UserError(f"{name}, line {reader.line_num + 1}: not valid CSV ({error})") from error
+
+    return read
+
+
+def _parquet(file: Path, name: str, _: str) -> Found:
+    from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        with parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=1024)
+
+    return _columnar(file, name, batches, "Parquet")
+
+
+def _arrow(file: Path, name: str, _: str) -> Found:
+    """Arrow's stream, which datasets writes, or its file format."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                yield from pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(source)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+    return _columnar(file, name, batches, "Arrow")
+
+
+def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> Found:
+    if not file.stat().st_size:
+        return
+    import pyarrow
+
+    try:
+        yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{name}: not valid {kind} ({str(error).splitlines()[0]})") from error
+
+
+def _text(file: Path, name: str, compression: str) -> Found:
+    """With a blank line within the first LOOKED_AT letters a document is what stands between them, else each line is one."""
+    return (_paragraphs if _is_parted(file, name, compression) else _each_line)(file, name, compression)
+
+
+def _is_parted(file: Path, name: str, compression: str) -> bool:
+    looked, words, gap = 0, False, False
+    for _, line in _lines(file, name, compression):
+        if isinstance(line, UserError) or line.strip():
+            if gap:
+                return True
+            words = True
+        gap = words and not isinstance(line, UserError) and not line.strip()
+        looked += len(line) if isinstance(line, str) else 0
+        if looked > LOOKED_AT:
+            break
+    return False
+
+
+def _each_line(file: Path, name: str, compression: str) -> Found:
+    number = 0
+    for _, line in _lines(file, name, compression):
+        if isinstance(line, UserError) or line.strip():
+            number += 1
+            yield number, line if isinstance(line, UserError) else {"text": line.rstrip("\r\n")}
+
+
+def _paragraphs(file: Path, name: str, compression: str) -> Found:
+    number, lines, wrong = 1, list[str](), list[UserError]()
+    for _, line in chain(_lines(file, name, compression), [(0, "")]):
+        if isinstance(line, UserError):
+            wrong.append(line)
+        elif line.strip():
+            lines.append(line.replace("\r\n", "\n"))
+        elif lines or wrong:
+            yield number, wrong[0] if wrong else {"text": "".join(lines).strip()}
+            number, lines, wrong = number + 1, [], []
+
+
+def _document(file: Path, name: str, compression: str) -> Found:
+    if text := "".join(_sound(_lines(file, name, compression))).strip():
+        yield 1, {"text": text}
+
+
+READERS: dict[str, Callable[[Path, str, str], Found]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".txt": _text,
+    ".md": _document,
+    ".rst": _document,
+}
+_WHOLE = (".parquet", ".arrow")  # compressed within, read at any place
+KNOWN = re.compile(rf".*({'|'.join(map(re.escape, READERS))})({'|'.join(map(re.escape, COMPRESSIONS))})?", re.IGNORECASE)

@@ -1,0 +1,164 @@
+"""Several sources as one: whose units a run draws when, by shares of tokens, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.schema import DataConfig, TrainConfig
+from posttrain.data.conversations import Encoder
+from posttrain.data.examples import Examples, join
+from posttrain.data.packing import Order, permutation
+from posttrain.data.prepare import Account, Part, prepare
+
+# data.alpha=auto by the bytes of domain text, straight lines over the logarithm between these (SPEC: below 1 GB 0.1 to 0.3, to
+# 10 GB 0.3 to 0.5, above 0.5 to 0.8)
+_AUTO_ALPHA = ((1e7, 0.1), (1e9, 0.3), (1e10, 0.5), (1e11, 0.8))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Tokenised sources and the share of tokens that each is to have. Units are numbered through, source after source."""
+
+    parts: list[Part]
+    shares: list[float]
+
+    @cached_property
+    def train(self) -> Examples:
+        return join([part.train for part in self.parts])
+
+    @property
+    def held_out(self) -> Examples:
+        """Of the first source."""
+        return self.parts[0].held_out
+
+    @property
+    def account(self) -> Account:
+        return self.parts[0].account
+
+    @property
+    def held_out_account(self) -> Account:
+        return self.parts[0].held_out_account
+
+    @property
+    def key(self) -> str:
+        """Names all rows and shares."""
+        if len(self.parts) == 1:
+            return self.parts[0].key
+        parts = [[part.key for part in self.parts], self.shares]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @property
+    def sizes(self) -> list[NDArray[np.int64]]:
+        """Tokens of each unit, by source."""
+        return [part.train.unit_tokens() for part in self.parts]
+
+    def record(self, order: Order) -> list[dict[str, Any]]:
+        """For the manifest: each source with the share asked and seen, how often it was gone through, and its share in each
+        epoch, which is one pass over the first source."""
+        found = seen(order.drawn, self.sizes)
+        asked = zip(self.parts, self.shares, found, strict=True)
+        return [{"name": p.name, **vars(p.account), "share": share, **figures} for p, share, figures in asked]
+
+
+def read_mixture(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Mixture:
+    """Raises UserError for anything wrong with the data, naming file and row."""
+    parts = prepare(data, stage, encoder, max_length, cache)
+    if data.sources:
+        return Mixture(parts, [source.share for source in data.sources.values()])
+    if len(parts) == 1:
+        return Mixture(parts, [1.0])
+    alpha = data.alpha if isinstance(data.alpha, float) else auto_alpha(parts[0].account.bytes)
+    return Mixture(parts, [alpha, 1 - alpha])
+
+
+def auto_alpha(size: float) -> float:
+    """Share of the domain's tokens, from the bytes of its text (Gururangan et al. 2020 and after; SPEC's guide)."""
+    sizes, alphas = zip(*_AUTO_ALPHA, strict=True)
+    return round(float(np.interp(math.log10(max(size, 1)), np.log10(sizes), alphas)), 3)
+
+
+def make_order(mixture: Mixture, data: DataConfig, train: TrainConfig, world_size: int) -> Order:
+    """The units of the whole run. train.epochs are passes over the first source; train.max_steps wins over them."""
+    per_step = train.batch_size * train.grad_accum * world_size
+    sizes = mixture.sizes
+    total = train.max_steps * per_step if train.max_steps else None
+    passes = None if total else math.ceil(train.epochs * len(sizes[0]))
+    drawn = draw(sizes, mixture.shares, train.seed, total, passes, data.exhausted)
+    return Order(drawn, train.batch_size, train.grad_accum, world_size)
+
+
+def draw(
+    sizes: Sequence[NDArray[np.int64]],
+    shares: Sequence[float],
+    seed: int,
+    total: int | None,
+    of_first: int | None,
+    exhausted: Literal["repeat", "stop"],
+) -> NDArray[np.int64]:
+    """int64: `total` units, or as many as there are up to draw `of_first` of the first source; fewer where a source ends.
+
+    Each time the source is next that is furthest behind its share of the tokens so far, so that no share is ever off by more
+    than a unit or two; within a source every pass is a fresh permutation.
+    """
+    starts = np.cumsum([0, *map(len, sizes)])
+    queues = [_Queue(number, len(size), seed) for number, size in enumerate(sizes)]
+    drawn: list[int] = []
+    behind = [0.0] * len(sizes)  # tokens that a source lacks
+    while len(drawn) != total and queues[0].taken != of_first:
+        which = max(range(len(sizes)), key=lambda s: (behind[s], shares[s]))
+        if exhausted == "stop" and queues[which].taken == len(sizes[which]):
+            break
+        unit = queues[which].next()
+        size = int(sizes[which][unit])
+        behind = [b + share * size for b, share in zip(behind, shares, strict=True)]
+        behind[which] -= size
+        drawn.append(int(starts[which]) + unit)
+    return np.asarray(drawn, dtype=np.int64)
+
+
+class _Queue:
+    """The units of one source in the order of their drawing, pass after pass."""
+
+    def __init__(self, number: int, size: int, seed: int) -> None:
+        self.number, self.size, self.seed, self.taken = number, size, seed, 0
+        self.units: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def next(self) -> int:
+        if self.taken % self.size == 0:
+            others = [self.number] if self.number else []  # the first source is drawn as if it were alone
+            self.units = permutation(self.size, self.seed, self.taken // self.size, *others)
+        self.taken += 1
+        return int(self.units[(self.taken - 1) % self.size])
+
+
+def seen(drawn: NDArray[np.int64], sizes: Sequence[NDArray[np.int64]]) -> list[dict[str, Any]]:
+    """By source: tokens_seen, share_seen, passes (units drawn over units there are), and share_by_epoch."""
+    starts = np.cumsum([0, *map(len, sizes)])
+    source = np.searchsorted(starts, drawn, side="right") - 1
+    tokens = np.concatenate(sizes)[drawn]
+    before = np.concatenate([[0], np.cumsum(source == 0)[:-1]]) if len(drawn) else np.zeros(0)
+    epoch = np.where(source == 0, before, np.maximum(before - 1, 0)) // len(sizes[0])
+    whole = np.bincount(epoch, tokens) if len(drawn) else np.zeros(0)
+    found = []
+    for s in range(len(sizes)):
+        own = np.where(source == s, tokens, 0)
+        by_epoch = np.bincount(epoch, own, len(whole)) / np.maximum(whole, 1) if len(drawn) else np.zeros(0)
+        found.append(
+            {
+                "tokens_seen": int(own.sum()),
+                "share_seen": round(float(own.sum() / max(tokens.sum(), 1)), 6),
+                "passes": round(int((source == s).sum()) / max(len(sizes[s]), 1), 4),
+                "share_by_epoch": [round(float(share), 6) for share in by_epoch],
+            }
+        )
+    return found

@@ -1,0 +1,78 @@
+"""Shares of tokens, exact to a batch at every moment; passes, ends and the report of a mixture."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from posttrain.data.mixture import auto_alpha, draw, seen
+from posttrain.data.packing import Order
+
+RNG = np.random.default_rng(0)
+SIZES = [RNG.integers(1, 900, 300), RNG.integers(1, 400, 500), RNG.integers(300, 1000, 40)]
+SHARES = [0.3, 0.5, 0.2]
+STARTS = np.cumsum([0, *map(len, SIZES)])
+
+
+def by_source(drawn: np.ndarray) -> list[np.ndarray]:
+    return [drawn[(drawn >= a) & (drawn < b)] - a for a, b in itertools.pairwise(STARTS)]
+
+
+def test_shares_of_tokens_hold_to_a_unit_at_every_moment() -> None:
+    drawn = draw(SIZES, SHARES, 7, 2000, None, "repeat")
+    assert len(drawn) == 2000
+    tokens = np.concatenate(SIZES)[drawn]
+    source = np.searchsorted(STARTS, drawn, side="right") - 1
+    for s, share in enumerate(SHARES):
+        off = np.cumsum(np.where(source == s, tokens, 0)) - share * np.cumsum(tokens)
+        assert np.abs(off).max() <= 1000  # the largest unit; a batch holds several
+    # rows are not shares: the sources' units differ in length
+    assert abs((source == 0).mean() - 0.3) > 0.03
+
+
+def test_the_same_seed_gives_the_same_draws_and_a_longer_run_begins_as_a_shorter_one() -> None:
+    long, short = (draw(SIZES, SHARES, 7, n, None, "repeat") for n in (900, 400))
+    assert np.array_equal(long[:400], short)
+    assert not np.array_equal(draw(SIZES, SHARES, 8, 400, None, "repeat"), short)
+
+
+def test_every_pass_of_every_source_draws_every_unit_once() -> None:
+    for s, units in enumerate(by_source(draw(SIZES, SHARES, 7, 3000, None, "repeat"))):
+        for start in range(0, len(units) - len(SIZES[s]) + 1, len(SIZES[s])):
+            assert sorted(units[start : start + len(SIZES[s])]) == list(range(len(SIZES[s])))
+
+
+def test_epochs_are_passes_over_the_first_source() -> None:
+    drawn = draw(SIZES, SHARES, 7, None, 600, "repeat")
+    assert len(by_source(drawn)[0]) == 600
+    found = seen(drawn, SIZES)
+    assert found[0]["passes"] == 2.0 and len(found[0]["share_by_epoch"]) == 2
+    for figures, share in zip(found, SHARES, strict=True):
+        assert figures["share_seen"] == pytest.approx(share, abs=0.005)
+        assert figures["share_by_epoch"] == pytest.approx([share, share], abs=0.01)
+    assert sum(figures["tokens_seen"] for figures in found) == np.concatenate(SIZES)[drawn].sum()
+
+
+def test_a_source_that_ends_can_end_the_run() -> None:
+    drawn = draw(SIZES, SHARES, 7, 3000, None, "stop")
+    assert [len(units) for units in by_source(drawn)][2] == 40  # the third is short of tokens first
+    assert all(len(set(units)) == len(units) for units in by_source(drawn))
+    assert len(draw(SIZES[:1], [1.0], 7, 1000, None, "stop")) == 300
+    assert draw(SIZES[:1], [1.0], 7, 650, None, "repeat").tolist() == Order.shuffled(300, 4, 1, 1, 7, 650).drawn.tolist()
+
+
+def test_processes_share_the_draws_of_a_step() -> None:
+    drawn = draw(SIZES, SHARES, 7, 500, None, "repeat")
+    one, two = Order(drawn, 8, 2, 1), Order(drawn, 4, 2, 2)
+    for step in range(one.num_steps):
+        both = [unit for m in zip(*(two.micro(step, rank) for rank in (0, 1)), strict=True) for units in m for unit in units]
+        assert both == [unit for units in one.micro(step, 0) for unit in units] == drawn[step * 16 : step * 16 + 16].tolist()
+
+
+def test_steps_that_draw_something_new() -> None:
+    assert Order(np.array([0, 1, 1, 0, 2, 0]), 2, 1, 1).first_seen() == [0, 2]
+
+
+@pytest.mark.parametrize(("size", "alpha"), [(1e3, 0.1), (1e9, 0.3), (10**9.5, 0.4), (1e10, 0.5), (1e11, 0.8), (1e13, 0.8)])
+def test_auto_alpha(size: float, alpha: float) -> None:
+    assert auto_alpha(size) == pytest.approx(alpha, abs=1e-3)
