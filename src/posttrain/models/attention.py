@@ -153,8 +153,7 @@ def _by_document(
     *, dropout: float, scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
     """[1, heads, T, dim] -> the same shape, one SDPA call a segment. key, value: with the memory before them."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    grouped = query.shape[1] != key.shape[1]
     remembered = key[:, :, : mask.size], value[:, :, : mask.size]
     key, value = key[:, :, mask.size :], value[:, :, mask.size :]
     lengths = [s.stop - s.start for s in mask.segments]
@@ -172,7 +171,11 @@ def _by_document(
         k, v = (torch.cat(both, dim=2) if len(parts) > 1 else both[0] for both in zip(*parts, strict=True))
         beyond = window is not None and before + length > window
         context = mask.context(before, length, window if beyond else None) if before or beyond else None
-        outputs.append(scaled_dot_product_attention(queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling))
+        outputs.append(
+            scaled_dot_product_attention(
+                queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling, enable_gqa=grouped
+            )
+        )
     return torch.cat(outputs, dim=2)
 
 

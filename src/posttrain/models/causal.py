@@ -19,6 +19,7 @@ from posttrain.models import attention as attentions
 from posttrain.models import prompts
 from posttrain.models.base import Source, resolve
 from posttrain.models.export import export_adapter
+from posttrain.models.fused import fuse
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
 from posttrain.tensors import whole
@@ -131,6 +132,7 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model = model
         self.prompt_kind = prompts.kind_of(model)
+        fuse(model)
         if self.causal.device.type != "meta":  # without weights there is nothing to compare
             check_packing(self, attention)
         self.causal.set_attn_implementation(attentions.ATTENTION[attention])
