@@ -171,12 +171,37 @@ def _by_document(
         k, v = (torch.cat(both, dim=2) if len(parts) > 1 else both[0] for both in zip(*parts, strict=True))
         beyond = window is not None and before + length > window
         context = mask.context(before, length, window if beyond else None) if before or beyond else None
+        if query.is_meta:
+            outputs.append(_Counted.apply(queries[i], k, v))
+            continue
         outputs.append(
             scaled_dot_product_attention(
                 queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(outputs, dim=2)
+
+
+class _Counted(torch.autograd.Function):
+    """Attention without numbers, for a plan: keeps what the flash kernels keep and does as many products as they, where the meta
+    device would write out all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], device="meta"))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        wide, long = query.shape, key.shape[2]
+        scores = query.new_empty(*wide[:3], long)
+        for _ in range(2):  # scores once more, and their gradient
+            torch.matmul(query, query.new_empty(*wide[:2], wide[3], long))
+        for _ in range(2):  # gradients of key and value
+            torch.matmul(scores.transpose(2, 3), query)
+        return torch.matmul(scores, query.new_empty(*wide[:2], long, wide[3])), torch.empty_like(key), torch.empty_like(value)
 
 
 def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

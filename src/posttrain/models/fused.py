@@ -78,7 +78,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _is_plain(layer: Any, x: Tensor) -> bool:
     """Will this call be `_LoraLinear`, of `x`? Not with frozen weights that train, another format, dropout, DoRA, or autocast."""
     names = _speaking(layer)
-    if not names or layer.merged or torch.is_autocast_enabled(x.device.type):
+    if not names or layer.merged or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
         return False
     if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names):
         return False
