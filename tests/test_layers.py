@@ -11,7 +11,7 @@ ALLOWED = {part: BOTTOM | {part} for part in ("models", "data", "losses", "train
 ALLOWED["stages"] = BOTTOM | {"stages", "models", "data", "losses", "train", "after"}
 ALLOWED |= {part: BOTTOM | {part, "models", "data", "losses", "train"} for part in ("after", "before")}
 ALLOWED |= dict.fromkeys(BOTTOM, BOTTOM)
-STAGE_MODULES = {"cpt", "sft", "rm", "ppo", "dpo"}
+STAGE_MODULES = {"cpt", "sft", "rm", "ppo", "dpo", "dreambooth"}
 
 
 def imports() -> list[tuple[str, str]]:

@@ -43,8 +43,8 @@ class PackedBatch:
 
     tokens, positions: int64 [1, T]. source: int64 [N], the index in T whose hidden state predicts `target`
     (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
-    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T of
-    each answer's last token that counts: its end of turn. rows: number in the source of each example.
+    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T
+    of each answer's last token that counts: its end of turn. rows: number in the source of each example.
     count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights, or pairs).
     """
 
@@ -71,6 +71,50 @@ class PackedBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
         return replace(self, **moved, extra=extra)
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """n pictures of one shape, those of the individual first, with all that is random about their step.
+
+    Their latents' posterior, mean and std [n, c, h, w], or, where nothing is cached, pixels [n, 3, H, W] in -1..1. draw,
+    noise: float32 [n, c, h, w]; offset: [n, c, 1, 1]. level: int64 [n], how much noise. caption: int64 [n], into the module's
+    table. sizes: float32 [n, 6], original height and width, crop's top and left, height and width. mask: [n, 1, h, w], what
+    counts, or None for all.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+    pixels: Tensor | None
+    draw: Tensor
+    noise: Tensor
+    offset: Tensor
+    level: Tensor
+    caption: Tensor
+    sizes: Tensor
+    mask: Tensor | None
+    num_instance: int
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Pictures, in parts of one shape each. count: how many are of the individual; size: how many there are."""
+
+    parts: tuple[ImagePart, ...]
+    rows: tuple[int, ...]
+    count: float
+
+    @property
+    def size(self) -> int:
+        return sum(len(part.level) for part in self.parts)
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        return replace(self, parts=tuple(_moved(part, device) for part in self.parts))
+
+
+def _moved(part: ImagePart, device: torch.device | str) -> ImagePart:
+    tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+    return replace(part, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count)

@@ -12,6 +12,7 @@ from posttrain.after.records import plain
 from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
 from posttrain.rundir import flatten, read_manifest, sha256
 
+FILE_KEYS = ("data.path", "data.eval_path", "model.chat_template", "data.instance_dir", "data.class_dir", "data.mask")
 RUN_KEYS = ("init", "init_reward", "reward.gold", "rm.policy")  # config keys that name a run
 
 
@@ -27,7 +28,8 @@ class Standing:
 def made_from(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any]:
     """Everything that decides a step's result: its config, the steps before, and the content of local files.
 
-    parents: config key (init, init_reward, reward.gold) -> run directory of a step. The identity of one that has not run is None.
+    parents: config key (init, init_reward, reward.gold) -> run directory of a step. The identity of one that has not run is
+    None.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
     flat = {key: value for key, value in flatten(kept).items() if key not in parents}  # where a parent lies does not matter
@@ -82,13 +84,8 @@ def _weights(manifest: dict[str, Any]) -> dict[str, str]:
 
 def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
     """Hashes of the data, template and model that the config names and this disk has."""
-    named = [
-        config["data"]["path"],
-        config["data"]["eval_path"],
-        config["model"]["chat_template"],
-        *(config["eval"]["sets"] or {}).values(),
-    ]
     flat = flatten(config)
+    named = [*(flat.get(key) for key in FILE_KEYS), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
     models = [config["model"]["name"], *(flat.get(key) for key in RUN_KEYS if key not in parents)]
     found = {str(name): _content(Path(name).expanduser()) for name in named if name}
     found |= {str(name): _model(Path(name).expanduser()) for name in models if name}

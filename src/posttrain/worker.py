@@ -22,7 +22,7 @@ from posttrain.errors import RunError, Stopped, UserError
 from posttrain.exits import guarded
 from posttrain.rundir import Run, open_run, read_manifest
 
-STAGES = {name: f"posttrain.stages.{name}" for name in ("cpt", "sft", "rm", "ppo", "dpo")}
+STAGES = {name: f"posttrain.stages.{name}" for name in ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")}
 
 
 def run_config(config: dict[str, Any]) -> dict[str, Any]:

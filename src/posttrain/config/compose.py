@@ -27,9 +27,11 @@ from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG, MixedSource
 from posttrain.errors import UserError, did_you_mean
 
-STAGES = ("cpt", "sft", "rm", "ppo", "dpo")
 NAMED_BY_USER = ("data.sources.", "data.general.", "eval.sets.")  # keys below these need no + before them
+STAGES = ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")
+LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
 
 
 def compose(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
@@ -216,7 +218,10 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
     stored = Path(config["init"] or "").expanduser() / "config.yaml"
     if not config["init"] or not stored.is_file():
         return config
-    parent = yaml.safe_load(stored.read_text())["model"]
+    whole = yaml.safe_load(stored.read_text())
+    parent = whole["model"]
+    if "dreambooth" in (whole["stage"], config["stage"]) and whole["stage"] != config["stage"]:
+        raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")
     said = any(line.lstrip("+").startswith(("model=", "model.name=")) for line in overrides)
     if said and config["model"]["name"] != parent["name"]:
         raise UserError(

@@ -443,5 +443,83 @@ class Ppo(LanguageStage):
         return self
 
 
-StageConfig = Annotated[Cpt | Sft | Rm | Dpo | Ppo, Field(discriminator="stage")]
+class ImageData(Strict):
+    instance_dir: str | None
+    instance_prompt: str | None
+    class_prompt: str | None
+    class_dir: str | None
+    token: str | None
+    captions: Literal["prompt", "files", "metadata"]
+    size: Annotated[int, Field(ge=8)] | None
+    buckets: bool
+    crops: Positive
+    flip: bool
+    background: str
+    mask: str | None  # alpha, or a directory
+    corrupt: Literal["stop", "skip"]
+    cache: bool
+
+
+class PriorConfig(Strict):
+    weight: Annotated[float, Field(ge=0)]
+    images: Positive
+    inference_steps: Positive
+    guidance: Annotated[float, Field(ge=0)] | None
+    batch_size: Positive
+
+
+class DreamboothConfig(Strict):
+    text_encoder: bool
+    levels: Literal["auto", "uniform", "logit_normal"]
+    min_snr: Rate | None
+    noise_offset: Annotated[float, Field(ge=0)]
+
+
+class SampleConfig(Strict):
+    images: NonNegative
+    prompts: Annotated[list[str], BeforeValidator(_listed)]
+    unrelated: Annotated[list[str], BeforeValidator(_listed)]
+    inference_steps: Positive
+    guidance: Annotated[float, Field(ge=0)] | None
+    batch_size: Positive
+
+
+class DriftConfig(Strict):
+    images: NonNegative
+    levels: Positive
+    clip: str | None
+    dino: str | None
+
+
+class Dreambooth(Stage):
+    stage: Literal["dreambooth"]
+    data: ImageData
+    prior: PriorConfig
+    dreambooth: DreamboothConfig
+    sample: SampleConfig
+    eval: DriftConfig
+    lora_lr: Rate
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> Dreambooth:
+        data, method = self.data, self.peft.method
+        if data.instance_dir is None:
+            raise ValueError("data.instance_dir: nothing to learn from; give a folder with 3 to 10 pictures of the individual")
+        if data.instance_prompt is None and data.captions == "prompt":
+            raise ValueError('data.instance_prompt: say what the pictures show, with a rare word of its own: "a sks dog"')
+        if self.prior.weight > 0 and not data.class_prompt:
+            raise ValueError(
+                f'data.class_prompt: prior.weight={self.prior.weight:g} needs one, such as "a dog"; '
+                "give it, or say prior.weight=0"
+            )
+        if method in ("head", "partial", "adapter", "prefix", "ptuning", "prompt"):
+            raise ValueError(f"peft: {method} is a method of language models; use +peft=lora, a variant of it, or full training")
+        if self.quant.method == "int8":
+            raise ValueError("quant=int8 is of language models; say quant=nf4")
+        if self.train.fsdp:
+            raise ValueError("train.fsdp shards language models; say train.fsdp=false")
+        return self
+
+
+StageConfig = Annotated[Cpt | Sft | Rm | Dpo | Ppo | Dreambooth, Field(discriminator="stage")]
 STAGE_CONFIG: TypeAdapter[Any] = TypeAdapter(StageConfig)

@@ -67,10 +67,10 @@ def context_length(name: str, revision: str | None) -> int | None:
 
 def digest(directory: Path) -> str:
     """SHA-256 over the hashes of all safetensors files; read anew only when a file's size or time has changed."""
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))  # a pipeline has one a part
     if not files:
         raise UserError(f"model.name: {directory} holds no safetensors file; convert the model with save_pretrained")
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
     cached = cache_root() / "digests" / key
     if cached.is_file():
@@ -78,7 +78,7 @@ def digest(directory: Path) -> str:
     whole = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:
-            whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{path.relative_to(directory)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     cached.parent.mkdir(parents=True, exist_ok=True)
     scratch = cached.with_suffix(f".{os.getpid()}")
     scratch.write_text(whole.hexdigest())

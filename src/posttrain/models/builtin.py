@@ -54,16 +54,20 @@ ally ness
 
 
 def builtin_directory(name: str) -> tuple[Path, str]:
-    """The directory of a built-in model and where it came from. It is made at the first call, whole or not at all."""
-    directory = cache_root() / "models" / f"{name}-v1"
+    """The directory of a built-in model and where it came from."""
+    return made_once(cache_root() / "models" / f"{name}-v1", BUILTIN[name])
+
+
+def made_once(directory: Path, make: Callable[[Path], str]) -> tuple[Path, str]:
+    """`directory`, which `make` fills at the first call, whole or not at all, and what it said of the content's origin."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     note = directory / "source.json"
     with FileLock(str(directory) + ".lock"):
         if not note.exists():
             shutil.rmtree(directory, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-                made = Path(scratch) / name
-                origin = BUILTIN[name](made)
+                made = Path(scratch) / directory.name
+                origin = make(made)
                 (made / note.name).write_text(json.dumps({"origin": origin}))
                 made.rename(directory)
     return directory, json.loads(note.read_text())["origin"]

@@ -1,0 +1,82 @@
+"""Which diffusion pipeline a name means, and how one is loaded."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from posttrain.cache import cache_root
+from posttrain.errors import UserError, did_you_mean
+from posttrain.models.base import BaseInfo, digest
+from posttrain.models.builtin import made_once
+from posttrain.models.diffusion import FAMILIES, diffusers
+from posttrain.models.tiny_diffusion import TINY, make_tiny
+
+INDEX = "model_index.json"
+FILES = [INDEX, *(f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model"))]
+VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*/openvino*", "*/flax*"]
+LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that neither training nor our samples need
+
+
+def find_pipeline(name: str, revision: str | None) -> BaseInfo:
+    """Fetches files, loads nothing. Raises UserError, naming model.name, for what is no diffusion pipeline of a known
+    family."""
+    directory, path, revision = _locate(name, revision)
+    index = directory / INDEX
+    if not index.is_file():
+        what = "a model, but no diffusion pipeline" if (directory / "config.json").is_file() else "no diffusion pipeline"
+        raise UserError(f"model.name: '{name}' is {what} (it has no {INDEX}); give one such as sd15, sdxl, sd3, flux or tiny")
+    found = pipeline_class(directory)
+    if found not in FAMILIES:
+        raise UserError(f"model.name: '{name}' is a {found}, which cannot be trained here (there are: {', '.join(FAMILIES)})")
+    return BaseInfo(name, path, revision, digest(directory))
+
+
+def pipeline_class(directory: Path) -> str:
+    return str(json.loads((directory / INDEX).read_text()).get("_class_name"))
+
+
+def pipeline_directory(base: BaseInfo) -> Path:
+    """Where the files of a base are."""
+    return _locate(base.path, base.revision)[0]
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
+    if name in TINY:
+        made, _ = made_once(cache_root() / "pipelines" / f"{name}-v1", partial(make_tiny, name))
+        return made, str(made), None
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory.resolve(), str(directory.resolve()), None
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
+    except Exception as error:  # the hub's client has no common class for its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        hint = did_you_mean(name, sorted(TINY)) or f"; made by the tool: {', '.join(sorted(TINY))}"
+        raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
+    return directory, name, directory.name  # a snapshot's directory is named after its commit
+
+
+def load_pipeline(base: BaseInfo, dtype: torch.dtype, device: torch.device) -> Any:
+    """The pipeline, frozen, without what training does not need; its autoencoder always in float32, where it overflows
+    least."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    directory = pipeline_directory(base)
+    index = json.loads((directory / INDEX).read_text())
+    absent = {name: None for name in LEFT_OUT if name in index} | {"requires_safety_checker": False}
+    absent = {name: value for name, value in absent.items() if name in index}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        directory, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **absent
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe.to(device)
