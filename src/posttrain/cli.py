@@ -30,6 +30,11 @@ STAGES = {
         "init=runs/sft/RUN data.path=pairs.jsonl",
         "init=runs/sft/RUN dpo.beta=0.05",
     ),
+    "dreambooth": (
+        "A text-to-image model learns one individual from a few pictures.",
+        "data.instance_dir=photos/ data.instance_prompt='a sks dog' data.class_prompt='a dog'",
+        "data.instance_dir=photos/ data.instance_prompt='a sks dog' prior.weight=0",
+    ),
 }
 SETTINGS = (
     ("model=smollm2", "or tiny, llama3, qwen3, ...; model.name=ORG/NAME or a directory"),

@@ -9,6 +9,10 @@ from posttrain.config.paths import root
 from posttrain.rundir import flatten
 
 PAGE = root("configs").parent / "docs" / "configuration.md"
+GIVEN = {  # what a stage cannot do without
+    "ppo": ["init_reward=runs/rm/RUN"],
+    "dreambooth": ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"],
+}
 FREE = ("eval.sets.",)  # names that the user chooses
 
 
@@ -20,7 +24,7 @@ def test_every_key_is_documented_and_every_documented_key_exists() -> None:
     }
     known = {"stage"}
     for stage in STAGES:
-        given = ["init_reward=runs/rm/RUN"] if stage == "ppo" else []
+        given = GIVEN.get(stage, [])
         known |= set(flatten(compose_run(stage, ["peft=qlora", *given])))
     known = {key for key in known if not key.startswith(FREE)} | {"eval.sets"}
     assert documented == known - {"stage"}

@@ -13,7 +13,7 @@ import yaml
 from posttrain.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
-HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold")
+HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "clip_i", "clip_t", "dino")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,12 @@ def own_result(record: Record) -> Change | None:
     m = record.metrics
     name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
     return compare(name, m.get(f"{name}_before"), m[name]) if name else None
+
+
+def amount(manifest: dict[str, Any]) -> tuple[int, str]:
+    """How much a run trained on, and in what."""
+    unit = "images" if "images" in manifest else "tokens"
+    return manifest[unit], unit
 
 
 def plain(value: Any) -> str:

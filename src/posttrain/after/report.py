@@ -11,8 +11,10 @@ import yaml
 
 from posttrain.after.figures import Curve, Figure, line_figure
 from posttrain.after.page import best_of, metric_grid, overlays, page_link, run_name, write_page
+from posttrain.after.pictures import sample_grids
 from posttrain.after.records import (
     Record,
+    amount,
     before_and_after,
     chain_table,
     compare,
@@ -33,6 +35,7 @@ __all__ = ["compare_page", "recipe_page", "run_page", "sweep_page"]
 # Title, and the metrics drawn together: train/<name> as lines, eval/<name> as dots.
 _CURVES = (
     ("Loss", ("loss",)),
+    ("Loss on pictures of the individual and of the prior", ("loss_instance", "loss_prior")),
     ("Accuracy of pairs", ("accuracy",)),
     ("Reward margin", ("margin",)),
     ("Implicit rewards", ("reward_chosen", "reward_rejected")),
@@ -47,9 +50,12 @@ _CURVES = (
     ("Learning rate", ("lr",)),
     ("Gradient norm, before clipping", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_second",)),
+    ("Images per second", ("images_per_second",)),
 )
 _COUNTS = (
     "rows",
+    "pictures",
+    "views",
     "tokens",
     "trained_tokens",
     "share",
@@ -76,7 +82,7 @@ def run_page(run_dir: Path) -> Path:
         kicker=f"{config['stage']} run",
         heading=run_name(run_dir),
         state="done" if manifest else "running",
-        lead=f"{config['model']['name']}, {method}, on {config['data']['path']}",
+        lead=f"{config['model']['name']}, {method}, on {config['data'].get('path') or config['data']['instance_dir']}",
         tiles=_tiles(record),
         changes=before_and_after(record.metrics),
         curves=stage_figures(record) + _run_curves(record),
@@ -84,6 +90,7 @@ def run_page(run_dir: Path) -> Path:
         lineage=_lineage(record, page),
         alarms=(manifest or {}).get("alarms", []),
         samples=json.loads(samples.read_text()) if samples.exists() else [],
+        pictures=sample_grids(run_dir),
         particulars=_particulars(record),
         config=yaml.safe_dump(config, sort_keys=False),
     )
@@ -127,13 +134,14 @@ def compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     runs = []
     for record, cells in zip(records, grid, strict=True):
         done = record.manifest or {"tokens": 0, "seconds": 0.0}
+        size, unit = amount(done)
         runs.append(
             {
                 "name": _long_name(record),
                 "href": page_link(record.dir, path),
                 "stage": record.config["stage"],
                 "cells": cells,
-                "tokens": f"{done['tokens']:,}",
+                "size": f"{size:,} {unit}",
                 "time": duration(done["seconds"]),
             }
         )
@@ -178,11 +186,12 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         more = f"of {planned} steps" if planned else "steps so far"
         return [*tiles, {"what": "progress", "start": "", "value": f"{last['step']:,}", "more": more, "verdict": ""}]
     trained, total = manifest["trainable"]["trained"], manifest["trainable"]["total"]
-    rate = manifest["tokens"] / manifest["seconds"] if manifest["seconds"] else 0.0
+    size, unit = amount(manifest)
+    rate = size / manifest["seconds"] if manifest["seconds"] else 0.0
     for what, value, more in (
         ("trained numbers", _short(trained), f"{trained / total:.2%} of {_short(total)}"),
-        ("tokens", f"{manifest['tokens']:,}", f"in {manifest['steps']:,} steps"),
-        ("training time", duration(manifest["seconds"]), f"{rate:,.0f} tokens/s on {manifest['device']}"),
+        (unit, f"{size:,}", f"in {manifest['steps']:,} steps"),
+        ("training time", duration(manifest["seconds"]), f"{rate:,.3g} {unit}/s on {manifest['device']}"),
     ):
         tiles.append({"what": what, "start": "", "value": value, "more": more, "verdict": ""})
     return tiles
@@ -220,7 +229,8 @@ def _loss_figure(title: str, record: Record) -> Figure | None:
 def _data_table(manifest: dict[str, Any] | None) -> dict[str, Any]:
     if manifest is None:
         return {"data": [], "data_columns": []}
-    sources = [("train", source) for source in manifest["data"]] + [("held out", manifest["held_out"])]
+    sources = [("train", source) for source in manifest["data"]]
+    sources += [("held out", manifest["held_out"])] if "held_out" in manifest else []
     columns = [c for c in _COUNTS if any(c in source for _, source in sources)]
     rows = [
         {
@@ -277,7 +287,7 @@ def _step(step: dict[str, Any], record: Record | None, path: Path) -> dict[str, 
         **{key: step[key] for key in ("name", "stage", "status", "why")},
         "href": page_link(Path(step["dir"]), path),
         "steps": f"{done['steps']:,}" if done else "",
-        "tokens": f"{done['tokens']:,}" if done else "",
+        "size": "{:,} {}".format(*amount(done)) if done else "",
         "time": duration(seconds) if seconds else "",
         "own": own_result(record) if record and done else None,
     }

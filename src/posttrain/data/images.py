@@ -142,6 +142,11 @@ def read_view(view: View, background: Background) -> tuple[Tensor, Tensor]:
     return pixels, torch.from_numpy(layers[1].astype(np.float32) / 255)[None]
 
 
+def as_image(pixels: Tensor) -> Image.Image:
+    """The picture of a view's pixels [3, height, width]."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
 def read_mask(path: Path, view: View) -> Tensor:
     """A picture of what counts (white) and what does not (black), cropped as the view is: float32 [1, height, width] in
     0..1."""

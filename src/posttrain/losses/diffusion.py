@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.batch import LossOutput
+from posttrain.batch import LossOutput, Metrics
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -72,6 +72,16 @@ def denoising_loss(
         if len(losses):
             metrics[name] = (losses.sum().detach(), float(len(losses)))
     return LossOutput(total, metrics, {"loss": each.detach()})
+
+
+def added(outputs: list[LossOutput]) -> LossOutput:
+    """Of several parts of one batch, the sum."""
+    metrics: Metrics = {}
+    for output in outputs:
+        for name, (total, count) in output.metrics.items():
+            before = metrics.get(name)
+            metrics[name] = (before[0] + total, before[1] + count) if before else (total, count)
+    return LossOutput(torch.stack([output.total for output in outputs]).sum(), metrics)
 
 
 def _like(values: Tensor, latents: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ NEW, INIT = "default", "init"  # peft's names of the trained adapter and of the 
 TASK = "CAUSAL_LM"
 
 
-def add_method(model: PreTrainedModel, method: schema.Method, num_steps: int = 1) -> nn.Module:
-    """The model with what `method` trains, and all else frozen. num_steps: of the whole run, for a method with a schedule.
+def add_method(model: Any, method: schema.Method, num_steps: int = 1, task: str | None = TASK) -> nn.Module:
+    """The model with what `method` trains, and all else frozen. num_steps: of the whole run, for a method with a schedule. task:
+    peft's name of what the model does; None for what is no language model.
 
     A LoRA's change is zero at the start. Raises UserError for targets that match nothing and ranks that do not fit.
     """
@@ -34,14 +35,14 @@ def add_method(model: PreTrainedModel, method: schema.Method, num_steps: int = 1
         return train_head(model)
     if isinstance(method, schema.Partial):
         return train_top(model, method.layers)
-    peft = get_peft_model(model, peft_config(model, method, num_steps), adapter_name=NEW)
+    peft = get_peft_model(model, peft_config(model, method, num_steps, task), adapter_name=NEW)
     if isinstance(method, schema.Prompt) and method.init == "vocabulary":
         _start_from_words(peft)
     _cast(peft, method)
     return peft
 
 
-def peft_config(model: PreTrainedModel, method: schema.Method, num_steps: int) -> Any:
+def peft_config(model: Any, method: schema.Method, num_steps: int, task: str | None = TASK) -> Any:
     """peft's own description of `method`."""
     import peft
 
@@ -58,15 +59,15 @@ def peft_config(model: PreTrainedModel, method: schema.Method, num_steps: int) -
         layers = output_projections(model, method.placement)
         return BottleneckConfig(r=method.r, target_modules=suffixes(layers, model), task_type=TASK)
     assert isinstance(method, schema.Targeted)
-    return _targeted_config(model, method, num_steps)
+    return _targeted_config(model, method, num_steps, task)
 
 
-def _targeted_config(model: PreTrainedModel, method: schema.Targeted, num_steps: int) -> Any:
+def _targeted_config(model: Any, method: schema.Targeted, num_steps: int, task: str | None) -> Any:
     import peft
 
     layers = matched(model, method.targets)
     common: dict[str, Any] = {
-        "target_modules": suffixes(layers, model), "task_type": TASK, "fan_in_fan_out": is_transposed(layers)
+        "target_modules": suffixes(layers, model), "task_type": task, "fan_in_fan_out": is_transposed(layers)
     }  # fmt: skip
     if isinstance(method, schema.Vera):
         return peft.VeraConfig(

@@ -35,7 +35,7 @@ def export_adapter(model: PeftModel, out_dir: Path, base_path: str, is_writer: b
     """
     config: Any = model.peft_config[NEW]
     if config.peft_type in ("LORA", "ADALORA") and not getattr(config, "use_dora", False):
-        scale, layers = _sums(model)
+        scale, layers = sums(model)
         if is_writer:
             write_lora(layers, scale, out_dir, base_path, model.get_base_model(), config.fan_in_fan_out)
     elif is_writer:
@@ -80,7 +80,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 def stacked_rank(model: nn.Module) -> int:
     """The largest rank of what `export_adapter` would write of a LoRA."""
-    return max(len(factors.a) for factors in _sums(model)[1].values())  # type: ignore[arg-type]
+    return max(len(factors.a) for factors in sums(model)[1].values())  # type: ignore[arg-type]
 
 
 def final_ranks(model: nn.Module) -> dict[str, int]:
@@ -98,7 +98,8 @@ def remember_start(model: nn.Module) -> None:
             )
 
 
-def _sums(model: PeftModel) -> tuple[float, dict[str, Factors]]:
+def sums(model: PeftModel) -> tuple[float, dict[str, Factors]]:
+    """A scale, and each layer's change over it, where changes are sums."""
     layers = lora_layers(model)
     adaptive = model.peft_config[NEW].peft_type == "ADALORA"
     scale = 1.0 if adaptive else next(layer.scaling[NEW] for layer in layers.values() if NEW in layer.scaling)

@@ -62,12 +62,32 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
     return directory, name, directory.name  # a snapshot's directory is named after its commit
 
 
-def load_pipeline(base: BaseInfo, dtype: torch.dtype, device: torch.device) -> Any:
+def native_size(directory: Path) -> tuple[int, int]:
+    """Pixels a side that a pipeline was made for, and what every side must be a multiple of."""
+    index = json.loads((directory / INDEX).read_text())
+    denoiser = FAMILIES[index["_class_name"]].denoiser
+    config = json.loads((directory / denoiser / "config.json").read_text())
+    vae = json.loads((directory / "vae" / "config.json").read_text())
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    halvings = len(config["block_out_channels"]) - 1 if denoiser == "unet" else 1
+    side = config.get("sample_size") or vae["sample_size"] // scale  # Flux's transformer was made for no size of its own
+    return side * scale, scale * 2**halvings
+
+
+def _quiet() -> None:
+    """No bars, and no word about image processors that nothing here uses."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging
+
+    for each in (diffusers_logging, logging):
+        each.disable_progress_bar()
+        each.set_verbosity_error()
+
+
+def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
     """The pipeline, frozen, without what training does not need; its autoencoder always in float32, where it overflows
     least."""
-    from diffusers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    _quiet()
     directory = pipeline_directory(base)
     index = json.loads((directory / INDEX).read_text())
     absent = {name: None for name in LEFT_OUT if name in index} | {"requires_safety_checker": False}
@@ -79,4 +99,4 @@ def load_pipeline(base: BaseInfo, dtype: torch.dtype, device: torch.device) -> A
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-    return pipe.to(device)
+    return pipe

@@ -41,6 +41,28 @@ def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConf
     )
 
 
+def quantize_blocks(model: nn.Module, quant: dict[str, Any], device: str) -> None:
+    """The linear layers of a denoiser's blocks in NF4, in place; what lies before and after them stays. UserError as for
+    `nf4`."""
+    config = nf4(quant["double_quant"], quant["compute_dtype"], device)
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or "block" not in name:
+            continue
+        kept = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": "nf4"}
+        layer = Linear4bit(
+            module.in_features, module.out_features, module.bias is not None, config.bnb_4bit_compute_dtype, device="meta", **kept
+        )
+        layer.weight = Params4bit(module.weight.detach(), requires_grad=False, **kept)
+        layer.bias = module.bias
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    model.to(device)  # which is when bitsandbytes does it
+    model.is_loaded_in_4bit = True  # pyright: ignore (peft asks for it)
+    keep_as_quantized(model)
+
+
 def int8(threshold: float) -> BitsAndBytesConfig:
     """Linear layers of the blocks in 8 bits (Dettmers et al. 2022, arXiv 2208.07339); the rest as it is."""
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)

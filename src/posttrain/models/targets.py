@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def matched(model: PreTrainedModel, targets: str | list[str]) -> dict[str, nn.Module]:
+def matched(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Module]:
     """The linear layers that `targets` (all-linear, names, or a regular expression) means. UserError where it means none."""
     there = linears(model)
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in there}))
@@ -53,7 +50,7 @@ def suffixes(chosen: dict[str, Any], model: nn.Module) -> list[str]:
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """What an adapter can go on: the linear layers (quantized ones too), but for the output head."""
-    head = model.get_output_embeddings()  # pyright: ignore
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
     found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in n}
     return {n.removesuffix(".base_layer"): m for n, m in found.items() if m is not head}
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
+from posttrain.after.records import amount
 from posttrain.after.scores import SUSPICIOUS
 from posttrain.config.schema import LanguageStage
 from posttrain.console import console, is_main, say
@@ -84,6 +85,7 @@ def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
         say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
     if "eval/accuracy_low" in metrics:
         _say_of_scores(metrics)
-    say(f"{manifest['tokens']:,} tokens in {manifest['seconds']:.0f} s")
+    size, unit = amount(manifest)
+    say(f"{size:,} {unit} in {manifest['seconds']:.0f} s")
     say(f"result {run.dir / manifest['weights']['path']}")
     say(f"report {page}")
