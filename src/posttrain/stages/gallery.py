@@ -79,7 +79,7 @@ def read_images(cfg: Dreambooth, world_size: int) -> ImageInputs:
         _check_masks(Path(data.mask).expanduser(), instance)
     per_step = train.batch_size * train.grad_accum * world_size
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(views))
-    order = Order(len(views), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    order = Order.shuffled(len(views), train.batch_size, train.grad_accum, world_size, train.seed, total)
     key = content_hash(fingerprint(views), fingerprint(class_views))
     return ImageInputs(
         base, parents, framing, (red, green, blue), instance, views, class_views, token, left_out, order, key
@@ -168,9 +168,9 @@ class Gallery:
         self.prior = self._pictures(prior, None)
         self.probes = {name: self._pictures(views, None) for name, views in probes.items()}
         if prior:
-            self.prior_order = Order(
+            self.prior_order = Order.shuffled(
                 len(prior), inputs.order.batch_size, inputs.order.grad_accum, inputs.order.world_size, cfg.train.seed + 1,
-                inputs.order.total_units,
+                len(inputs.order.drawn),
             )  # fmt: skip
 
     def prompts(self) -> list[tuple[str, str]]:
