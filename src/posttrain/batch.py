@@ -24,6 +24,13 @@ class Batch(Protocol):
 
     def to(self, device: torch.device | str) -> Self: ...
 
+    def halves(self) -> tuple[Self, ...]:
+        """Two batches of half the examples each, whose counts add up to this one's; itself alone where there is only one."""
+        ...
+
+
+PER = {"margin": "example", "reference": "answer"}  # what a value of PackedBatch.extra is of; all others are of a prediction
+
 
 class Segment(NamedTuple):
     """Tokens `start:stop` of a pack attend causally to themselves and to all of `prefix_start:prefix_stop`.
@@ -65,6 +72,35 @@ class PackedBatch:
     def size(self) -> int:
         """T"""
         return self.tokens.shape[1]
+
+    def halves(self) -> tuple[PackedBatch, ...]:
+        """Cut between two examples: an example is a document, or a prompt with its answers."""
+        heads = [segment for segment in self.segments if segment.prefix_start == segment.prefix_stop]
+        if len(heads) < 2:
+            return (self,)
+        half, cut = len(heads) // 2, heads[len(heads) // 2].start
+        return self._part(0, half, 0, cut), self._part(half, len(heads), cut, self.size)
+
+    def _part(self, first: int, last: int, start: int, stop: int) -> PackedBatch:
+        """Examples first:last, which are tokens start:stop."""
+        predicted = (self.source >= start) & (self.source < stop)
+        answered = (self.ends >= start) & (self.ends < stop)
+        of = {"example": slice(first, last), "answer": answered, "prediction": predicted}
+        inside = [segment for segment in self.segments if start <= segment.start < stop]
+        return PackedBatch(
+            tokens=self.tokens[:, start:stop],
+            positions=self.positions[:, start:stop],
+            segments=tuple(Segment(*(max(0, place - start) for place in segment)) for segment in inside),
+            source=self.source[predicted] - start,
+            target=self.target[predicted],
+            weight=self.weight[predicted],
+            owner=self.owner[predicted] - int((self.ends < start).sum()),
+            ends=self.ends[answered] - start,
+            num_answers=int(answered.sum()),
+            rows=self.rows[first:last],
+            count=self.count * (last - first) / len(self.rows),
+            extra={name: value[of[PER.get(name, "prediction")]] for name, value in self.extra.items()},
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         names = ("tokens", "positions", "source", "target", "weight", "owner", "ends")

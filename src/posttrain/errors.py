@@ -13,8 +13,11 @@ class RunError(Exception):
     exit_code = 1
 
 
-class Stopped(Exception):
-    """A signal ended the run at a step boundary after saving; the same command goes on. Exit code 75."""
+class Stopped(BaseException):
+    """A signal ended the run at a step boundary after saving; the same command goes on. Exit code 75.
+
+    Like KeyboardInterrupt it is no Exception: nobody who handles errors should take it for one.
+    """
 
     exit_code = 75
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, obeyed at the next step boundary."""
+"""Signals that ask a run to stop: obeyed at once where there is nothing to save, else at the next step boundary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 be
 
 
 class StopSignal:
-    """Installs handlers. The first signal sets `requested`; a second one ends the process at once.
+    """Installs handlers. The first signal sets `requested`, or raises Stopped inside of `at_once`; a second one ends the process.
 
     Repeats within a second count as the first: Ctrl-C reaches a child both from the terminal and from its launcher.
     """
@@ -24,6 +24,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self.since = 0.0
+        self.leaves = False
         self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -31,15 +32,39 @@ class StopSignal:
             os._exit(Stopped.exit_code)
         if not self.requested:
             self.requested, self.since = True, time.monotonic()
+            if self.leaves:
+                self.check()
 
     def check(self) -> None:
         """Leave a phase that has nothing of its own to save. Raises Stopped."""
         if self.requested:
             raise Stopped("stopped by a signal between steps; the same command goes on")
 
+    @contextmanager
+    def at_once(self, allowed: bool = True) -> Iterator[None]:
+        """Within it a signal raises Stopped wherever it finds us. allowed: not where other processes would wait for this one."""
+        self.leaves, before = allowed, self.leaves
+        try:
+            yield
+        finally:
+            self.leaves = before
+        if allowed:
+            self.check()  # what a callback has swallowed
+
     def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Within it a signal raises Stopped, until somebody installs handlers of his own."""
+    stop = StopSignal()
+    try:
+        with stop.at_once():
+            yield
+    finally:
+        stop.restore()
 
 
 @contextmanager

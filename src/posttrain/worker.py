@@ -21,6 +21,8 @@ from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.exits import guarded
 from posttrain.rundir import Run, open_run, read_manifest
+from posttrain.signals import leaving_at_once
+from posttrain.trouble import named
 
 STAGES = {name: f"posttrain.stages.{name}" for name in ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")}
 
@@ -33,6 +35,11 @@ def run_config(config: dict[str, Any]) -> dict[str, Any]:
     launched = "WORLD_SIZE" in os.environ
     if config["train"]["processes"] > 1 and not launched:
         return _launch(config)
+    with leaving_at_once():
+        return _run(config, launched)
+
+
+def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
     run = _open_shared(config) if launched and int(os.environ["WORLD_SIZE"]) > 1 else open_run(config)
     if run.finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
@@ -43,6 +50,10 @@ def run_config(config: dict[str, Any]) -> dict[str, Any]:
     except Stopped:
         _leave_group()
         raise
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise named(error, config, run.dir) or error from None
     finally:
         run.close()
 
@@ -112,7 +123,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
     return read_manifest(run.dir)
 
 
-def _meaning(code: int, count: int) -> Exception:
+def _meaning(code: int, count: int) -> BaseException:
     """What the first of `count` processes to end with `code` has said itself."""
     if code == Stopped.exit_code:
         return Stopped("stopped by a signal; the same command goes on")

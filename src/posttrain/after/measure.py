@@ -20,7 +20,8 @@ from posttrain.data.packing import pack, pack_pairs
 from posttrain.losses.preference import likelihood_preference, reward_loss
 from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.rundir import write_json
-from posttrain.train.loop import Objective, evaluate
+from posttrain.train.loop import evaluate
+from posttrain.train.parts import Objective
 
 EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
 

@@ -137,21 +137,21 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
 
 def _changes(stage: str, words: list[str], capacity: int) -> list[dict[str, Any]]:
     """The first three single changes, in the order one would try them, with which the run fits; else several together."""
-    candidates, fitting = _candidates(stage, words), []
-    for change in candidates:
+    tries, fitting = candidates(STAGE_CONFIG.validate_python(compose_run(stage, words))), []
+    for change in tries:
         plan = _plan_or_none(stage, [*words, *change.split()], capacity)
         if plan and plan["fits"]:
             fitting.append({"override": change, "total_bytes": plan["total_bytes"], "fits": True})
         if len(fitting) == 3:
             break
-    return fitting or _together(stage, words, candidates, capacity)
+    return fitting or _together(stage, words, tries, capacity)
 
 
-def _together(stage: str, words: list[str], candidates: list[str], capacity: int) -> list[dict[str, Any]]:
+def _together(stage: str, words: list[str], tries: list[str], capacity: int) -> list[dict[str, Any]]:
     """One change after another, each kept if it goes with the ones before and saves something, until the run fits."""
     kept: list[str] = []
     best: dict[str, Any] = {"total_bytes": math.inf, "fits": False}
-    for change in candidates:
+    for change in tries:
         plan = _plan_or_none(stage, [*words, *kept, *change.split()], capacity)
         if plan and plan["total_bytes"] < best["total_bytes"] and not best["fits"]:
             best, kept = plan, [*kept, *change.split()]
@@ -166,8 +166,8 @@ def _plan_or_none(stage: str, words: list[str], capacity: int) -> dict[str, Any]
         return None
 
 
-def _candidates(stage: str, words: list[str]) -> list[str]:
-    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+def candidates(cfg: Any) -> list[str]:
+    """Overrides that save memory, in the order one would try them."""
     train, found = cfg.train, []
     if not train.gradient_checkpointing:
         found.append("train.gradient_checkpointing=true")

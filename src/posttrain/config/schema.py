@@ -256,6 +256,9 @@ class TrainConfig(Strict):
     eval_steps: Positive | None
     save_steps: Positive | None
     keep_checkpoints: Positive
+    skip_nonfinite: NonNegative
+    spike_mads: Rate | None
+    spike_steps: Annotated[int, Field(ge=8)]
     gradient_checkpointing: bool
     precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
     processes: Positive

@@ -26,9 +26,11 @@ from posttrain.models.adapters import lr_ratio
 from posttrain.rundir import Run, allowed, code_state, compare, identity_of, library_versions
 from posttrain.signals import StopSignal
 from posttrain.stages.outcome import show_outcome
-from posttrain.train.checkpoint import Checkpoint, newest_checkpoint
-from posttrain.train.loop import Loop, Plan, StepMethod, Update
+from posttrain.train.checkpoint import Checkpoint, check_room, newest_checkpoint
+from posttrain.train.guard import Limits
+from posttrain.train.loop import Loop
 from posttrain.train.optim import make_optimizer
+from posttrain.train.parts import Plan, StepMethod, Update
 from posttrain.train.tracking import Tracker
 
 
@@ -86,6 +88,16 @@ class StageRun(Generic[In, B]):
         self.state: dict[str, Any] = {}  # what a checkpoint keeps beside the weights
 
     def go(self) -> dict[str, Any]:
+        with self.stop.at_once(self.accelerator.num_processes == 1):
+            loop, start, built, inputs, held_out = self._prepare()
+        loop.fit(start)
+        with self.stop.at_once(self.accelerator.num_processes == 1):
+            after = self._measure(loop.module, inputs, held_out, inputs.order.num_steps, trained=True)
+            loop.tracker.log(inputs.order.num_steps, after)
+        return self._finish(built, inputs, loop.state, after)
+
+    def _prepare(self) -> tuple[Loop[B], int, Any, In, list[B]]:
+        """Everything before the first step, of which nothing is lost by leaving."""
         with self.accelerator.main_process_first():  # the others find data and models in the cache
             inputs = self.read()
         self.check(inputs)
@@ -106,6 +118,7 @@ class StageRun(Generic[In, B]):
         )
         if note:
             say(note)
+        check_room(self.run.checkpoints, whole, optim.name)
         module, optimizer = self.accelerator.prepare(whole, optimizer)
         with self.as_given(built, inputs):
             held_out, table = self.references(module, inputs)
@@ -113,10 +126,7 @@ class StageRun(Generic[In, B]):
         loop.method = built.schedule
         with self.as_given(built, inputs):
             start = self._begin(loop, checkpoint, module, inputs, held_out)
-        loop.fit(start)
-        after = self._measure(module, inputs, held_out, inputs.order.num_steps, trained=True)
-        tracker.log(inputs.order.num_steps, after)
-        return self._finish(built, inputs, loop.state, after)
+        return loop, start, built, inputs, held_out
 
     def read(self) -> In:
         """Base and data: everything a mistake of the user can be in. Raises UserError."""
@@ -194,6 +204,7 @@ class StageRun(Generic[In, B]):
             checkpoints=self.run.checkpoints,
             stop=self.stop,
             stop_after=cfg.run.stop_after,
+            limits=Limits(cfg.train.skip_nonfinite, cfg.train.spike_mads, cfg.train.spike_steps),
             unit=self.unit,
             evaluate=lambda done: self.measure(module, inputs, held_out, done, lambda: None),
         )
@@ -241,11 +252,15 @@ class StageRun(Generic[In, B]):
         own = self.measure(module, inputs, held_out, done, self.stop.check)
         return own | self.measure_more(module, inputs, trained)
 
+    def _told(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest says of what did not go as planned."""
+        return {name: state.get(name, []) for name in ("changes", "left_out", "halved")}
+
     def _finish(self, built: Any, inputs: In, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
         said = self.save(built, inputs, state, after)
         manifest: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            manifest = self.run.finish(said | {"changes": state["changes"]} | self.remarks())
+            manifest = self.run.finish(said | self._told(state) | self.remarks())
             show_outcome(self.run, manifest, run_page(self.run.dir))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -30,7 +30,7 @@ from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, sav
 from posttrain.stages.outcome import manifest_of
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
-from posttrain.train.loop import Update
+from posttrain.train.parts import Update
 
 
 def run_language(cfg: LanguageStage, run: Run, task: Task, kind: type[LanguageRun] | None = None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from posttrain.stages.engine import check_engine, start_engine
 from posttrain.stages.language import LanguageRun, run_language
 from posttrain.stages.rewards import combined, load_function
 from posttrain.stages.start import Start, resolve_reward
-from posttrain.train.loop import Update, seed_step
+from posttrain.train.loop import seed_step
+from posttrain.train.parts import Update
 
 ROLLOUT = 8000  # the part of a step's random numbers that sampling uses; training takes those from 0
 SHOWN = 8  # held-out prompts whose answers are kept for the page

@@ -29,6 +29,7 @@ from posttrain.tensors import whole
 
 RECORD = "checkpoint.json"
 FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -68,6 +69,8 @@ def save_checkpoint(
     if not is_writer:
         return
     final = directory / f"step-{step:06d}"
+    if _is_whole(final):  # the very same, from before a stop that came before the next step
+        return
     temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"
     if broken := next((name for part in parts.values() for name, value in part.items() if not _is_finite(value)), None):
         raise RunError(f"after step {step} {broken} is not finite; it is not saved, earlier checkpoints are kept")
@@ -104,6 +107,18 @@ def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], stat
     flush(directory)
 
 
+def check_room(directory: Path, module: nn.Module, optimizer: str) -> None:
+    """Raises UserError unless two checkpoints of this module fit: the last good one stays while the next is written."""
+    moments = 2 if "8bit" in optimizer and torch.cuda.is_available() else 8  # AdamW's two, bytes a number
+    size = sum(p.nbytes + moments * p.numel() for p in trainable(module).values())
+    free = free_bytes(directory.parent)
+    if free < 2 * size:
+        raise UserError(
+            f"run.dir: two checkpoints of {size / 2**20:.0f} MiB do not fit in the {free / 2**20:.0f} MiB that are free under "
+            f"{directory.parent}; free some or give another run.dir"
+        )
+
+
 def _check_space(directory: Path, needed: int) -> None:
     free = free_bytes(directory)
     if free < needed:
@@ -119,11 +134,18 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _newest_first(directory):
         try:
             return _verified(path), damaged
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except _DAMAGE as e:
             damaged.append(f"checkpoint {path.name} is damaged ({e})")
     if damaged:
         raise UserError(f"run.dir: no usable checkpoint in {directory}: {'; '.join(damaged)}; remove {directory} to start over")
     return None, []
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_verified(path))
+    except _DAMAGE:
+        return False
 
 
 def _verified(path: Path) -> Checkpoint:

@@ -2,101 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.batch import Batch, LossOutput, Metrics
-from posttrain.console import Meter
-from posttrain.errors import RunError, Stopped
+from posttrain.batch import Metrics
+from posttrain.console import Meter, say
+from posttrain.errors import Stopped
+from posttrain.rundir import write_json
 from posttrain.signals import StopSignal
 from posttrain.tensors import whole
-from posttrain.train.checkpoint import Checkpoint, restore, save_checkpoint
-from posttrain.train.optim import Schedule, lr_factor
+from posttrain.train.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
+from posttrain.train.guard import LEFT_OUT, Limits, Spike, halved, is_out_of_memory, judge, not_finite
+from posttrain.train.optim import lr_factor
+from posttrain.train.parts import Averages, B, Objective, Plan, Source, StepMethod, total_over
 from posttrain.train.tracking import Tracker
-
-B = TypeVar("B", bound=Batch)
-Objective = Callable[[nn.Module, B], LossOutput]
-
-
-@dataclass(frozen=True)
-class Update(Generic[B]):
-    """One step of the optimizer: this process's micro-batches (none: no step), and figures as in `LossOutput`."""
-
-    batches: list[B]
-    metrics: Metrics = field(default_factory=dict)
-
-
-Source = Callable[
-    [int], Iterable[Update[B]]
-]  # step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When things happen, in steps of the run."""
-
-    num_steps: int
-    warmup_steps: int
-    log_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    keep_checkpoints: int
-    lr: float
-    schedule: Schedule
-    max_grad_norm: float | None
-    seed: int
-
-
-class StepMethod(Protocol):
-    """What a method has to do in every optimizer step, and its state for checkpoints."""
-
-    def penalty(self) -> Tensor: ...  # added to the step's mean loss
-
-    def after_step(self, done: int) -> None: ...  # after step number `done` (from 1), before the gradients are cleared
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load(self, state: dict[str, Tensor]) -> None: ...
-
-
-def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum of `values` over all processes."""
-    return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
-
-
-class Averages:
-    """Sums and counts by name, on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
-
-    def add(self, metrics: Metrics, share: float = 1.0) -> None:
-        for name, (total, count) in metrics.items():
-            part = share * total.detach()
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
-            self.counts[name] = self.counts.get(name, 0.0) + share * count
-
-    def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """Averages, over all processes when an accelerator is given; everything starts anew."""
-        names = sorted(self.sums)
-        device = self.sums[names[0]].device if names else torch.device("cpu")
-        totals = torch.stack([self.sums[n].float() for n in names] + [torch.tensor(self.counts[n], device=device) for n in names])
-        if accelerator is not None and accelerator.num_processes > 1:
-            totals = total_over(accelerator, totals)
-        values = totals.tolist()
-        self.sums, self.counts = {}, {}
-        return {n: values[i] / max(values[i + len(names)], 1e-12) for i, n in enumerate(names)}
 
 
 @dataclass
@@ -117,22 +50,29 @@ class Loop(Generic[B]):
     stop_after: int | None = None  # steps of this start
     unit: str = "tokens"  # what the size of a batch counts
     method: StepMethod | None = None
+    limits: Limits = field(default_factory=Limits)
     state: dict[str, Any] = field(default_factory=dict)
+    window: Averages = field(default_factory=Averages)  # since the last logged step
 
     def fit(self, start: int) -> None:
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
         self._last = start + self.stop_after if self.stop_after else None
-        window, began, window_tokens = Averages(), time.monotonic(), 0
+        self.window.load(self.state.pop("window", {}))
+        if self.state.pop("owed", False):
+            self._evaluate(start)
+        if self.limits.spike_mads is not None and not start:
+            self._save(start)  # what the first spike can go back to
+        began, window_tokens = time.monotonic(), 0
         with Meter(self.name, self.plan.num_steps, start) as meter:
             for step in range(start, self.plan.num_steps):
                 stepped = time.monotonic()
-                norm, tokens = self._step(step, window)
+                norm, tokens = self._step(step)
                 done = step + 1
                 self.state[self.unit] = self.state.get(self.unit, 0) + tokens
                 self.state["seconds"] = self.state.get("seconds", 0.0) + time.monotonic() - stepped
                 window_tokens += tokens
                 if done % self.plan.log_steps == 0 or done == self.plan.num_steps:
-                    values = self._log(done, window.read(self.accelerator), norm, window_tokens / (time.monotonic() - began))
+                    values = self._log(done, self.window.read(self.accelerator), norm, window_tokens / (time.monotonic() - began))
                     began, window_tokens = time.monotonic(), 0
                     meter.advance(_note(values, self.unit))
                 else:
@@ -146,44 +86,123 @@ class Loop(Generic[B]):
         if self.method:
             self.method.load(checkpoint.method)
 
-    def _step(self, step: int, window: Averages) -> tuple[float, int]:
+    def _step(self, step: int) -> tuple[float, int]:
         """All updates of a step: the last one's gradient norm, and how many tokens they took."""
         norm, tokens, parts = 0.0, 0, 0
-        for update in self.source(step):
-            window.add(update.metrics)
-            if not update.batches:
-                continue
-            norm, seen = self._update(step, parts, update.batches, window)
-            tokens, parts = tokens + seen, parts + len(update.batches)
+        try:
+            with self.stop.at_once(self.accelerator.num_processes == 1):  # a rollout can be long, and is made again
+                updates = iter(self.source(step))
+                update = next(updates, None)
+        except Stopped:
+            self._save(step)
+            raise Stopped(
+                f"stopped by a signal after step {step} of {self.plan.num_steps}, saved; the same command goes on"
+            ) from None
+        try:
+            while update is not None:
+                self.window.add(update.metrics)
+                if update.batches:
+                    norm, seen, parts = self._update(step, parts, update.batches)
+                    tokens += seen
+                update = next(updates, None)
+        except Spike as spike:
+            self._go_back(spike)
         return norm, tokens
 
-    def _update(self, step: int, parts: int, batches: list[B], window: Averages) -> tuple[float, int]:
-        """parts: how many micro-batches of the step came before."""
+    def _update(self, step: int, parts: int, batches: list[B]) -> tuple[float, int, int]:
+        """parts: how many micro-batches of the step came before. Returns gradient norm, tokens, and parts after it."""
         self.module.train()
         count, tokens = self._totals(batches)
-        scale = self.accelerator.num_processes / count  # processes' gradients are averaged, sums are wanted
+        rows = [row for batch in batches for row in batch.rows]
+        self._remember(rows)
+        loss, metrics, parts = self._gradients(step, parts, batches, count)
+        if self.method:
+            self._add_penalty(self.method.penalty())
+        clip = self.plan.max_grad_norm or math.inf
+        norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
+        if self._is_fit(step + 1, self._summed(loss), norm, rows):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._lr(step) * group["lr_ratio"]
+            self.optimizer.step()
+            for each, share in metrics:
+                self.window.add(each, share)
+            if self.method:
+                self.method.after_step(step + 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, tokens, parts
+
+    def _gradients(
+        self, step: int, parts: int, batches: list[B], count: float
+    ) -> tuple[Tensor, list[tuple[Metrics, float]], int]:
+        """Of the whole update, in micro-batches that memory has room for; with this process's part of the mean loss."""
+        for _ in self.state.setdefault("halved", []):
+            batches = halved(batches)
+        while True:
+            try:
+                return self._backward(step, parts, batches, count)
+            except Exception as error:
+                smaller = halved(batches)
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1 or len(smaller) == len(batches):
+                    raise
+            # outside of the handler, where nothing holds what the failed pass has kept
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            batches = smaller
+            self.state["halved"].append(step + 1)
+            times = 2 ** len(self.state["halved"])
+            say(f"step {step + 1}: out of memory; from here on micro-batches are 1/{times} as large, and {times} times as many")
+
+    def _backward(self, step: int, parts: int, batches: list[B], count: float) -> tuple[Tensor, list[tuple[Metrics, float]], int]:
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        scale = processes / count  # processes' gradients are averaged, sums are wanted
+        total, metrics = torch.zeros((), device=self.accelerator.device), []
         for i, batch in enumerate(batches, parts):
-            seed_step(self.plan.seed, step, i * self.accelerator.num_processes + self.accelerator.process_index)
+            seed_step(self.plan.seed, step, i * processes + rank)
             last = i == parts + len(batches) - 1
             with self.accelerator.no_sync(self.module) if not last else nullcontext():
                 output = self.objective(self.module, batch.to(self.accelerator.device))
                 share = 1.0 if batch.count else 0.0  # a silent batch
                 self.accelerator.backward(output.total * (scale * share))
-            window.add(output.metrics, share)
-        if self.method:
-            self._add_penalty(self.method.penalty())
-        clip = self.plan.max_grad_norm or math.inf
-        norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
-        if not math.isfinite(norm):
-            rows = [row for batch in batches for row in batch.rows]
-            raise RunError(f"step {step + 1}: loss or gradient is not finite; no step was taken. Rows of the batch: {rows[:32]}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step) * group["lr_ratio"]
-        self.optimizer.step()
-        if self.method:
-            self.method.after_step(step + 1)
+            total += output.total.detach() * (share / count)
+            metrics.append((output.metrics, share))
+        return total, metrics, parts + len(batches)
+
+    def _summed(self, loss: Tensor) -> float:
+        return float(total_over(self.accelerator, loss) if self.accelerator.num_processes > 1 else loss)
+
+    def _is_fit(self, step: int, loss: float, norm: float, rows: list[int]) -> bool:
+        """May the update be taken? Raises Spike, or RunError where no more may be left out."""
+        entry = judge(self.limits, self.state, step, loss, norm, rows)
+        if entry is None:
+            return True
+        before = sum(each["why"] == entry["why"] for each in self.state.get("left_out", []))
+        self._write_down(entry)
+        if before >= self.limits.skip_nonfinite:
+            raise not_finite(entry, self.limits)
+        say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
+        return False
+
+    def _write_down(self, entry: dict[str, Any]) -> None:
+        if self.accelerator.num_processes > 1:
+            entry = entry | {"rows": gather_object(entry["rows"])}
+        self.state.setdefault("left_out", []).append(entry)
+        if self.accelerator.is_main_process:
+            write_json(self.checkpoints.parent / LEFT_OUT, self.state["left_out"])
+
+    def _go_back(self, spike: Spike) -> None:
+        """To the last checkpoint's weights, without the data since: they are what led here."""
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, tokens
+        checkpoint, _ = newest_checkpoint(self.checkpoints)
+        assert checkpoint  # one was saved at the start
+        self.restore(checkpoint)
+        self._write_down(spike.entry | {"back_to": checkpoint.step})
+        say(f"step {spike.entry['step']}: {spike}; back to the weights of step {checkpoint.step}, without the batches since")
+
+    def _remember(self, rows: list[int]) -> None:
+        """All rows that were ever drawn, as one hash: two runs with the same one have seen the same data in the same order."""
+        said = f"{self.state.get('drawn', '')} {rows}"
+        self.state["drawn"] = hashlib.sha256(said.encode()).hexdigest()
 
     def _lr(self, step: int) -> float:
         return self.plan.lr * lr_factor(self.plan.schedule, step, self.plan.num_steps, self.plan.warmup_steps)
@@ -212,19 +231,31 @@ class Loop(Generic[B]):
         """Between two steps: evaluate, save, or leave."""
         plan, last = self.plan, done == self.plan.num_steps
         stopping = self._stop_requested() or done == self._last
-        if plan.eval_steps and done % plan.eval_steps == 0 and not last and not stopping:
-            self.tracker.log(done, self.evaluate(done))
+        if plan.eval_steps and done % plan.eval_steps == 0 and not last:
+            try:
+                self.state["owed"] = True
+                if not stopping:
+                    self._evaluate(done)
+                    del self.state["owed"]
+            except Stopped:
+                stopping = True
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
-            writer = self.accelerator.is_main_process
-            method = self.method.state() if self.method else {}
-            save_checkpoint(
-                self.checkpoints, done, self.module, self.optimizer, method, self.state,
-                keep=plan.keep_checkpoints, is_writer=writer,
-            )  # fmt: skip
-            self.accelerator.wait_for_everyone()
+            self._save(done)
         if stopping and not last:
             why = "as run.stop_after says" if done == self._last else "by a signal"
             raise Stopped(f"stopped {why} after step {done} of {plan.num_steps}, saved; the same command goes on")
+
+    def _evaluate(self, done: int) -> None:
+        with self.stop.at_once(self.accelerator.num_processes == 1):
+            self.tracker.log(done, self.evaluate(done))
+
+    def _save(self, done: int) -> None:
+        method = self.method.state() if self.method else {}
+        save_checkpoint(
+            self.checkpoints, done, self.module, self.optimizer, method, self.state | {"window": self.window.state()},
+            keep=self.plan.keep_checkpoints, is_writer=self.accelerator.is_main_process,
+        )  # fmt: skip
+        self.accelerator.wait_for_everyone()
 
     def _stop_requested(self) -> bool:
         if self.accelerator.num_processes == 1:
@@ -253,12 +284,15 @@ def evaluate(
 
 def seed_step(seed: int, step: int, part: int) -> None:
     """All randomness of a step is a function of the run's seed and the step's number: there is no state to save or lose."""
-    torch.manual_seed((seed * 1_000_003 + step) * 8191 + part)
+    number = (seed * 1_000_003 + step) * 8191 + part
+    torch.manual_seed(number)
+    random.seed(number)  # nothing of ours draws from these two; a reward function may
+    np.random.seed(number % 2**32)
 
 
 def _note(values: dict[str, float], unit: str) -> str:
     rate = values[f"train/{unit}_per_second"]
-    note = f"loss {values['train/loss']:.4f}  {rate:.3g} {unit}/s"
+    note = f"loss {values.get('train/loss', math.nan):.4f}  {rate:.3g} {unit}/s"
     if "train/reward" in values:
         note += f"  reward {values['train/reward']:.3f}  kl {values['train/kl']:.3f}"
     return note + (f"  accuracy {values['train/accuracy']:.0%}" if "train/accuracy" in values else "")
