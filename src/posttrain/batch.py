@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -144,8 +145,25 @@ class ImageBatch:
     def size(self) -> int:
         return sum(len(part.level) for part in self.parts)
 
+    def halves(self) -> tuple[ImageBatch, ...]:
+        """Picture by picture: the total is a sum over all of them."""
+        if self.size < 2:
+            return (self,)
+        ends = [0, *accumulate(len(part.level) for part in self.parts)]
+        found = []
+        for start, stop in ((0, self.size // 2), (self.size // 2, self.size)):
+            spans = [(max(0, start - end), min(len(part.level), stop - end)) for part, end in zip(self.parts, ends, strict=False)]
+            parts = tuple(_cut(part, *span) for part, span in zip(self.parts, spans, strict=True) if span[0] < span[1])
+            found.append(replace(self, parts=parts, count=self.count * (stop - start) / self.size))
+        return tuple(found)
+
     def to(self, device: torch.device | str) -> ImageBatch:
         return replace(self, parts=tuple(_moved(part, device) for part in self.parts))
+
+
+def _cut(part: ImagePart, start: int, stop: int) -> ImagePart:
+    tensors = {name: value[start:stop] for name, value in vars(part).items() if isinstance(value, Tensor)}
+    return replace(part, **tensors, num_instance=min(max(0, part.num_instance - start), stop - start))
 
 
 def _moved(part: ImagePart, device: torch.device | str) -> ImagePart:

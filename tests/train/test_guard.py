@@ -13,7 +13,7 @@ import torch
 from tests.train.test_loop import make_examples, make_loop, trained
 from torch import Tensor, nn
 
-from posttrain.batch import LossOutput, PackedBatch
+from posttrain.batch import ImageBatch, ImagePart, LossOutput, PackedBatch
 from posttrain.data.examples import build
 from posttrain.data.packing import Group, pack, pack_answers, pack_pairs
 from posttrain.errors import RunError, Stopped
@@ -271,3 +271,20 @@ def test_halves_of_pairs_keep_answers_with_their_prompts() -> None:
     assert [part for half in (first, second) for part in by_example(half)] == by_example(whole)
     group = Group(rows[0][0][:2], [(torch.tensor([5, 6]).numpy(), torch.ones(2).numpy())], 0)  # type: ignore[arg-type]
     assert len(pack_answers([group]).halves()) == 1
+
+
+def test_halves_of_pictures_add_up() -> None:
+    """Two shapes: three pictures of which two are of the individual, and two of the prior."""
+
+    def part(n: int, side: int, num_instance: int, first: int) -> ImagePart:
+        latents, ones = torch.randn(n, 4, side, side), torch.ones(n, 4, 1, 1)
+        number = torch.arange(first, first + n)
+        return ImagePart(latents, None, None, latents, latents, ones, number, number, torch.ones(n, 6), None, num_instance)
+
+    whole = ImageBatch((part(3, 8, 2, 0), part(2, 4, 0, 3)), (7, 9), 2.0)
+    first, second = whole.halves()
+    assert [each.level.tolist() for half in (first, second) for each in half.parts] == [[0, 1], [2], [3, 4]]
+    assert [each.num_instance for half in (first, second) for each in half.parts] == [2, 0, 0]
+    assert torch.equal(torch.cat([first.parts[0].noise, second.parts[0].noise]), whole.parts[0].noise)
+    assert first.count + second.count == 2.0 and first.count and second.count
+    assert len(replace(whole, parts=(part(1, 8, 1, 0),)).halves()) == 1

@@ -21,7 +21,7 @@ from posttrain.stages.drawings import Painter
 from posttrain.stages.gallery import Gallery, ImageInputs, announce, read_images
 from posttrain.stages.personal import Personal, build_personal, save_personal
 from posttrain.stages.probes import Probes
-from posttrain.train.loop import Update
+from posttrain.train.parts import Update
 
 PRIOR, PLACES = 1, 8191  # which kind of picture, and how many of them a step may have
 
