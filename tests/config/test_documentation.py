@@ -13,7 +13,7 @@ GIVEN = {  # what a stage cannot do without
     "ppo": ["init_reward=runs/rm/RUN"],
     "dreambooth": ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"],
 }
-FREE = ("eval.sets.",)  # names that the user chooses
+FREE = ("eval.sets.", "data.sources.", "data.columns.")  # names that the user chooses
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")

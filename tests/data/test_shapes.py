@@ -27,9 +27,9 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
         ({"messages": [Q | {"name": None}, A | {"weight": 0}]}, "messages", {"messages": [Q, A | {"weight": 0}]}),
         ({"system": "s", "conversations": [HUMAN, GPT]}, "sharegpt", {"messages": [S, Q, A]}),
         (
-            {"conversations": [{"from": "observation", "value": "o"}, {"from": "chatgpt", "value": "a"}]},
+            {"conversations": [HUMAN, {"from": "chatgpt", "value": "a"}, {"from": "observation", "value": "o"}, GPT]},
             "sharegpt",
-            {"messages": [{"role": "tool", "content": "o"}, A]},
+            {"messages": [Q, A, {"role": "tool", "content": "o"}, A]},
         ),
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", {"messages": [Q, A]}),
         ({"instruction": "q", "input": None, "output": "a"}, "alpaca", {"messages": [Q, A]}),

@@ -26,6 +26,7 @@ from posttrain.train.parts import Objective
 EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
 
 
+ANSWER = "answer"  # the set of held-out rows in which only what stands behind the reasoning counts
 Rows = dict[str, list[float]]  # name -> a value for each held-out unit
 
 
@@ -124,6 +125,9 @@ def set_metrics(
     for each in sets:
         found = _measured(module, each, identity, cache, device, check)
         named |= {f"{each.name}/{name}": value for name, value in found.items()}
+        if each.name == ANSWER:
+            counted = float((each.examples.weights[:] != 0).sum())
+            named[f"{ANSWER}/logp"] = -found["loss"] * counted / len(each.examples)  # of a whole answer
         if each.kind == "text":
             named[f"{each.name}/perplexity"] = math.exp(found["loss"])
     return named
@@ -132,7 +136,7 @@ def set_metrics(
 def remember(sets: list[EvalSet], metrics: dict[str, float], identity: str, cache: Path) -> None:
     """Keep what was measured on the weights called `identity`: the next stage starts from them."""
     for each in sets:
-        names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith("perplexity")]
+        names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith(("perplexity", "/logp"))]
         _write(_path(each, identity, cache), {n.split("/", 1)[1]: metrics[n] for n in names})
 
 

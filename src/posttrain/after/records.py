@@ -13,7 +13,7 @@ import yaml
 from posttrain.errors import UserError
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
-HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "clip_i", "clip_t", "dino")
+HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "logp", "clip_i", "clip_t", "dino")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from posttrain.data.choice import replays, sources_of
 from posttrain.data.conversations import Encoder, chat_template
 from posttrain.data.mixture import make_order, read_mixture
 from posttrain.data.sources import is_local
+from posttrain.data.weights import weighing_of
 from posttrain.errors import UserError
 from posttrain.models.base import resolve
 from posttrain.models.causal import load_tokenizer, stop_tokens
@@ -121,7 +122,7 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
         return upper | {"steps": train.max_steps, "tokens": units * train.max_length, "tokens_are": "at most"}
     template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
     tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
-    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer))
+    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer), weighing_of(cfg))
     data = read_mixture(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())
     examples = data.train
     lengths = examples.unit_tokens()

@@ -27,7 +27,7 @@ from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG, MixedSource
 from posttrain.errors import UserError, did_you_mean
 
-NAMED_BY_USER = ("data.sources.", "data.general.", "eval.sets.")  # keys below these need no + before them
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
 STAGES = ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -189,7 +189,7 @@ def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     key = ".".join(path)
     if complaint["type"] == "extra_forbidden":
         siblings = [name for name in _parent(config, path) if name != path[-1]]
-        siblings = list(MixedSource.model_fields) if key.startswith(NAMED_BY_USER) else siblings
+        siblings = list(MixedSource.model_fields) if key.startswith(NAMED_BY_USER[:2]) else siblings
         return f"unknown key '{key}'{did_you_mean(path[-1], siblings)} (there are: {', '.join(siblings)})"
     if complaint["type"] == "missing":
         return f"{key} has no value; give {key}=..."

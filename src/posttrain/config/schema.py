@@ -182,6 +182,9 @@ class Source(Strict):
     subset: str | None  # configuration of a hub data set
     split: str
     revision: str | None
+    columns: dict[str, str] | None  # a name that a shape knows -> the data's own
+    quality: Literal["filter", "weight"] | None  # what the column of that name is for
+    quality_top: Annotated[float, Field(gt=0, le=1)]  # share of the rows that a filter keeps, the best
     skip_rows: NonNegative  # of those to train on, before max_rows are taken
     max_rows: Positive | None
 
@@ -290,6 +293,24 @@ class DpoConfig(Strict):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class CotConfig(Strict):
+    marker: str | None  # ends the reasoning of an answer: </think>, ####
+    reasoning_weight: Weight
+    answer_weight: Weight
+
+
+class WeightsConfig(Strict):
+    """Of an answer's tokens in the loss."""
+
+    tool_calls: Weight
+    earlier_turns: Weight  # of the assistant's turns but the last
+    gamma: Weight  # an answer of n tokens counts exp(-gamma max(0, n - l_max)) of itself
+    l_max: Positive
+
+
 class RmConfig(Strict):
     centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
     policy: str | None  # a run whose own answers make the pairs
@@ -391,6 +412,14 @@ class Cpt(LanguageStage):
 
 class Sft(LanguageStage):
     stage: Literal["sft"]
+    cot: CotConfig
+    weights: WeightsConfig
+
+    @model_validator(mode="after")
+    def _marked(self) -> Sft:
+        if self.cot.marker is None and self.cot.reasoning_weight != self.cot.answer_weight:
+            raise ValueError("cot.marker: give the text that ends the reasoning, such as cot.marker='</think>' or ####")
+        return self
 
 
 class Dpo(LanguageStage):

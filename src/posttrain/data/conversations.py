@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.data.skeletons import Message, Rendered, Span
 from posttrain.data.templates import ChatTemplate, chat_template, template_hash
+from posttrain.data.weights import PLAIN, Factor, Weighing, row_weight, weigh
 from posttrain.errors import UserError
 
 __all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"]
@@ -48,20 +49,23 @@ class _Source:
 
     rendered: Rendered
     document: bool
+    factors: list[Factor]
+    weight: float  # of the row
 
 
 class Encoder:
     """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
 
-    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate). identity: a hash of all
-    that decides which tokens and weights come out.
+    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate). weighing: how much which
+    trained tokens count. identity: a hash of all else that decides which tokens and weights come out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), weighing: Weighing = PLAIN) -> None:
         if not tokenizer.is_fast:
             raise UserError("model.name: its tokenizer has no tokenizer.json, which exact loss masks need (offsets)")
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
+        self.weighing = weighing
         self._template: ChatTemplate | None = None
         # Of the same tokens, but the offsets cover all of the text: a post-processor may trim white space off them.
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -71,6 +75,12 @@ class Encoder:
         self.identity = _identity(tokenizer, self._stops)
         added = tokenizer("x")["input_ids"]
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+    def weighing_as(self, weighing: Weighing) -> Encoder:
+        """The same tokens, weighed otherwise."""
+        other = copy.copy(self)
+        other.weighing = weighing
+        return other
 
     def encode(self, row: Row) -> Encoded | EncodedPair:
         """Encode a canonical row of any shape."""
@@ -90,7 +100,7 @@ class Encoder:
 
     def encode_completion(self, prompt: str, completion: str) -> Encoded:
         """Plain text without template; the completion and the end of the document count."""
-        return self._encode([_continuation(prompt, completion)])[0]
+        return self._encode([self._continuation(prompt, completion, 1.0)])[0]
 
     def encode_pair(self, row: Row, where: str = "") -> EncodedPair:
         """Encode prompt, chosen and rejected: all three texts, or a list of messages and two answers.
@@ -143,20 +153,29 @@ class Encoder:
             raise UserError(f"{where(number)}: {error}") from error
 
     def _source(self, row: Row) -> _Source:
+        weight = row_weight(row)
         if "messages" in row:
-            return self._conversation(row["messages"], row.get("tools"))
+            return self._conversation(row["messages"], row.get("tools"), weight=weight)
         if "completion" in row:
-            return _continuation(row["prompt"], row["completion"])
-        return _continuation("", row["text"])
+            return self._continuation(row["prompt"], row["completion"], weight)
+        return _document("", row["text"], [], weight)
 
-    def _conversation(self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0) -> _Source:
+    def _conversation(
+        self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0, weight: float = 1.0
+    ) -> _Source:  # fmt: skip
         if not messages:
             raise UserError("a conversation needs at least one message")
-        return _Source(self._chat_template.render(messages, tools, first), document=False)
+        rendered = self._chat_template.render(messages, tools, first)
+        turns = [message for message in messages[first:] if message["role"] == "assistant"]
+        return _Source(rendered, False, self.weighing.factors(rendered, turns), weight)
+
+    def _continuation(self, prompt: str, completion: str, weight: float) -> _Source:
+        rendered = Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+        return _document(prompt, completion, self.weighing.factors(rendered, [{"content": completion}]), weight)
 
     def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
         if isinstance(prompt, str) and isinstance(answer, str):
-            return _continuation(prompt, answer)
+            return _document(prompt, answer, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         return self._conversation([*before, *after], None, first=len(before))
@@ -168,14 +187,20 @@ class Encoder:
 
     def _weigh(self, tokens: list[int], offsets: list[Span], source: _Source) -> Encoded:
         weights, borders = _weights(offsets, source.rendered.spans)
+        end_weight = 1.0
+        if source.factors or self.weighing.gamma:
+            weigh(weights, offsets, source.rendered.spans, source.factors, self.weighing)
+            end_weight = weights[-1] if weights else 1.0  # the end counts as what it ends
+        if source.weight != 1:
+            weights, end_weight = [source.weight * weight for weight in weights], source.weight * end_weight
         if not source.document:
             return Encoded(tokens, weights, borders)
         end = self._tokenizer.eos_token_id
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
         whole = source.rendered.spans[0][0] == 0
-        start_weights = [1.0 if whole else 0.0] * len(self._start)
-        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, 1.0], borders)
+        start_weights = [source.weight if whole else 0.0] * len(self._start)
+        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders)
 
 
 def prompt_of(row: Row) -> list[Message]:
@@ -204,9 +229,9 @@ def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 
-def _continuation(prompt: str, text: str) -> _Source:
+def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Source:
     whole = prompt + text
-    return _Source(Rendered(whole, [(len(prompt), len(whole))]), document=True)
+    return _Source(Rendered(whole, [(len(prompt), len(whole))]), True, factors, weight)
 
 
 def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:

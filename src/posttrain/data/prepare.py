@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +24,8 @@ from posttrain.data.examples import Examples
 from posttrain.data.parallel import in_order
 from posttrain.data.shapes import check_fits, recognise, to_canonical
 from posttrain.data.sources import Row, fingerprint, read_rows, row_name, split_rows
-from posttrain.errors import UserError
+from posttrain.data.weights import row_weight
+from posttrain.errors import UserError, did_you_mean
 
 Canonical = tuple[int, dict[str, Any]]  # number in the source, canonical row
 PIECE = 1024  # rows that are tokenised, and for documents packed, together
@@ -42,6 +46,7 @@ class Account:
     truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
     untrained: int = 0  # rows left out because no token of theirs would count
     border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
+    filtered: int = 0  # rows left out for their quality
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     places: dict[str, list[str]] = field(default_factory=dict)
 
@@ -127,6 +132,15 @@ def held_out_of(data: DataConfig, stage: str, encoder: Encoder, max_length: int,
     return prepare_source(name, source, data, stage, encoder, max_length, cache, first=True).held_out
 
 
+def held_out_rows(data: DataConfig, stage: str, encoder: Encoder, max_length: int) -> Examples:
+    """The same, tokenised anew: for another weighing."""
+    source = next(iter(sources_of(data).values()))
+    split = Split(source, data, stage, data.eval_path)
+    deque(split.train, maxlen=0)  # past what is trained on, as far as that goes
+    where = data.eval_path or source.path
+    return Piece(where, split.shape, stage, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
+
+
 def prepare_source(
     name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path, first: bool
 ) -> Part:
@@ -160,6 +174,7 @@ def _tokenise(
     found, counted = Piece(held_account.source, shape, stage, encoder, max_length, work.skips).examples(split.held_out())
     out.add("held_out", found)
     held_account.add(counted)
+    account.filtered = split.filtered
     _refuse_untrained(account, data.max_untrained_share)
     out.close({"train": asdict(account), "held_out": asdict(held_account)})
 
@@ -188,14 +203,16 @@ class Split:
     def __init__(self, source: Source, data: DataConfig, stage: str, eval_path: str | None = None) -> None:
         """Raises UserError for a shape that `stage` does not take."""
         self._most, self._held = data.eval_rows, list[Row]()
-        read = partial(read_rows, subset=source.subset, revision=source.revision, sound=False)
+        self.filtered = 0  # rows left out for their quality, so far
+        read = partial(_read, source)
         apart = eval_path or source.path.startswith("builtin:")
         self._marked = split_rows(read(source.path, split=source.split), 0.0 if apart else data.eval_share)
         if apart:
             other = read(eval_path, split=source.split) if eval_path else read(source.path, split="eval")
             self._held = list(islice(other, self._most))
         self._last = source.max_rows and source.skip_rows + source.max_rows
-        train = islice(self._not_held(), source.skip_rows, self._last)
+        best = self._not_held() if source.quality != "filter" else self._best(_read(source, source.path, source.split), source)
+        train = islice(best, source.skip_rows, self._last)
         before = list(_until_sound(train, data.on_error == "skip"))
         first = before[-1][1] if before else None
         if not isinstance(first, dict):
@@ -211,12 +228,55 @@ class Split:
                 break
         return self._held
 
+    def _best(self, again: Iterator[Row], source: Source) -> Iterator[Row]:
+        """The share data.quality_top of the rows, by their `quality`: the file is gone through once before."""
+        qualities = sorted((quality_of(row) for _, row in again if isinstance(row, dict)), reverse=True)
+        least = qualities[max(1, round(source.quality_top * len(qualities))) - 1] if qualities else 0.0
+        for number, row in self._not_held():
+            if isinstance(row, UserError) or quality_of(row) >= least:
+                yield number, row
+            else:
+                self.filtered += 1
+
     def _not_held(self) -> Iterator[Row]:
         for held, row in self._marked:
             if not held:
                 yield row
             elif len(self._held) < self._most:
                 self._held.append(row)
+
+
+def _read(source: Source, path: str, split: str) -> Iterator[Row]:
+    """Rows under the names that shapes know, with data.quality=weight as their weight; one that cannot be read is an error."""
+    for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, sound=False):
+        try:
+            yield number, _renamed(row, source) if isinstance(row, dict) else row
+        except UserError as error:
+            yield number, UserError(f"{row_name(path, number)}: {error}")
+
+
+def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    for name, theirs in (source.columns or {}).items():
+        if theirs not in row:
+            raise UserError(f"has no {theirs}, which data.columns.{name} names{did_you_mean(theirs, list(row))}")
+    named = {name: row[theirs] for name, theirs in (source.columns or {}).items()}
+    if named:
+        row = {k: v for k, v in row.items() if k not in named.values()} | named
+    if source.quality:
+        quality = quality_of(row)
+        row = {**row, "weight": quality * row_weight(row)} if source.quality == "weight" else row
+    return row
+
+
+def quality_of(row: dict[str, Any]) -> float:
+    """Raises UserError where the column is not a number from 0 on."""
+    value = row.get("quality")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"quality is {value!r}, not a number from 0 on; data.columns.quality=NAME names another column")
+    return float(value)
 
 
 def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
@@ -280,6 +340,9 @@ def _documents(encoder: Encoder, rows: list[Canonical], max_length: int, account
 
 def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account) -> Examples:
     kept = []
+    for number, row in rows:
+        if "messages" in row and all(message["role"] != "assistant" for message in row["messages"]):
+            raise UserError(f"{account.where(number)}: has no assistant's turn, so there is nothing to learn; drop the row")
     for (number, _), item in zip(rows, encoder.encode_many(rows, account.where), strict=True):
         if len(item.tokens) > max_length:
             account.note("truncated", account.where(number))
@@ -345,5 +408,5 @@ def _refuse_untrained(account: Account, allowed: float) -> None:
 def _key(marks: list[str], options: dict[str, Any], stage: str, encoder: Encoder, max_length: int) -> str:
     """Content, options, tokenizer, and this package's own code: whatever could change a token or a weight."""
     code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
-    parts = [marks, options, stage, encoder.identity, max_length, code]
+    parts = [marks, options, stage, encoder.identity, asdict(encoder.weighing), max_length, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -93,7 +93,8 @@ def to_canonical(row: Row, shape: str, where: str) -> Row:
     Raises UserError, which starts with `where`, for a malformed row.
     """
     try:
-        return _CANONICAL[shape](row)
+        canonical = _CANONICAL[shape](row)
+        return canonical if row.get("weight") is None else {**canonical, "weight": row["weight"]}
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -163,6 +164,7 @@ def _conversation(row: Row) -> Row:
         raise UserError(f"has no messages or conversations; its columns are {', '.join(map(str, row)) or 'none'}")
     found = _messages(row[name], name)
     whole = found if found[0]["role"] == "system" else [*_system(row), *found]
+    _check_order(whole, name)
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -170,6 +172,21 @@ def _conversation(row: Row) -> Row:
         except json.JSONDecodeError as error:
             raise UserError(f"tools is not valid JSON ({error})") from error
     return {"messages": whole, "tools": tools} if tools else {"messages": whole}
+
+
+def _check_order(messages: list[Message], name: str) -> None:
+    """A system message only at the beginning, then the user, and no two turns of one side without the other's between."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] in ("system", "developer") else roles
+    before = ""
+    for k, role in enumerate(turns, len(roles) - len(turns)):
+        if role in ("system", "developer"):
+            raise UserError(f"{name}[{k}] is a {role} message, which stands at the beginning only")
+        if role == before and role != "tool":
+            raise UserError(f"{name}[{k}] is the {role}'s turn a second time; join the two, or drop the row")
+        if not before and role != "user":
+            raise UserError(f"{name}[{k}] is the {role}'s, where a conversation begins with the user's")
+        before = role
 
 
 def _instruction(row: Row) -> str:

@@ -34,6 +34,7 @@ def _say_of_source(cfg: LanguageStage, account: Account, held_out: str) -> None:
     say(f"data {account.source}: {account.rows:,} rows of shape {account.shape}{counted}{held_out}")
     too_long = f"rows left out, their prompts are longer than {cfg.example_length} tokens"
     for count, what in (
+        (account.filtered, "rows left out, of less quality"),
         (account.skipped, f"rows skipped, the first: {(account.places.get('skipped') or [''])[0]}"),
         (account.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (account.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),

@@ -14,12 +14,13 @@ from torch import nn
 from posttrain.after.measure import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.cache import cache_root
-from posttrain.config.schema import LanguageStage
+from posttrain.config.schema import DataConfig, LanguageStage
 from posttrain.data.choice import replayed, replays
 from posttrain.data.conversations import Encoder, chat_template
 from posttrain.data.mixture import make_order, read_mixture
 from posttrain.data.packing import silent
-from posttrain.data.prepare import prepare_set
+from posttrain.data.prepare import held_out_rows, prepare_set
+from posttrain.data.weights import PLAIN, weighing_of
 from posttrain.models.causal import load_tokenizer, stop_tokens
 from posttrain.models.replay import Replay
 from posttrain.models.scorer import padding_apart
@@ -138,7 +139,7 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
     base = find_base(start, model.revision)
     template = chat_template(model.chat_template) if model.chat_template else None
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
-    encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer))
+    encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer), weighing_of(cfg))
     sources = cfg.data
     if replays(sources):
         replay = Replay(start.source, base.revision, base.digest, tokenizer, encoder.end_tokens(), sources.replay)
@@ -149,9 +150,19 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
         EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
         for name, path in (cfg.eval.sets or {}).items()
     ]
+    if encoder.weighing.marker:
+        sets += _spans(sources, cfg, encoder)
     order = make_order(data, sources, cfg.train, accelerator.num_processes)
     start, base = merged_start(cfg, start, base)
     return Inputs(start, base, tokenizer, encoder.identity, encoder.end_tokens(), data, sets, order)
+
+
+def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalSet]:
+    """The held-out rows with answers alone counting, for log p(answer | prompt, reasoning), and with all tokens alike."""
+    kinds = {"answer": encoder.weighing.of_answers, "plain": PLAIN}
+    rows = {name: encoder.weighing_as(weighing) for name, weighing in kinds.items()}
+    found = {name: held_out_rows(data, "sft", encoder, cfg.example_length) for name, encoder in rows.items()}
+    return [EvalSet(name, examples, "conversation") for name, examples in found.items() if len(examples)]
 
 
 def _copied(file: Path, to: Path) -> Path:

@@ -1,0 +1,126 @@
+"""Weights of tokens by span, turn, length and row, by hand on a real tokenizer."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config.compose import compose_run, validate
+from posttrain.data.conversations import Encoded, Encoder
+from posttrain.data.prepare import prepare
+from posttrain.data.templates import CHATML
+from posttrain.data.weights import PLAIN, Weighing
+from posttrain.errors import UserError
+
+COT = replace(PLAIN, marker="####", reasoning=0.25, answer=2.0)
+CALL = {
+    "role": "assistant",
+    "content": "I look.",
+    "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {}}}],
+}
+TOOLS = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- for c in m.tool_calls or [] -%}<call>{{ c.function.name }}</call>{%- endfor -%}"
+    "<|im_end|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="module")
+def encoder_of(make_tokenizer: Any) -> Any:
+    def make(weighing: Weighing, template: str = CHATML) -> Encoder:
+        return Encoder(make_tokenizer(template, ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>"), (), weighing)
+
+    return make
+
+
+def texts_by_weight(encoder: Encoder, found: Encoded) -> dict[float, str]:
+    by_weight: dict[float, list[int]] = {}
+    for token, weight in zip(found.tokens, found.weights, strict=True):
+        by_weight.setdefault(weight, []).append(token)
+    return {weight: encoder._tokenizer.decode(tokens) for weight, tokens in by_weight.items()}
+
+
+def turns(*answers: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for answer in answers:
+        said = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+        found += [{"role": "user", "content": "Go on."}, said]
+    return found
+
+
+def test_reasoning_and_answer(encoder_of: Any) -> None:
+    encoder = encoder_of(COT)
+    found = texts_by_weight(encoder, encoder.encode({"messages": turns("one and one is two. #### 2")}))
+    assert found[0.25] == "one and one is two. ####"
+    assert found[2.0].strip() == "2<|im_end|>"  # the end of turn counts as the answer it ends
+    assert "assistant" in found[0.0]
+
+
+def test_weight_1_is_plain(encoder_of: Any) -> None:
+    row = {"messages": turns("a #### b", "c #### d")}
+    assert encoder_of(replace(COT, reasoning=1.0, answer=1.0)).encode(row) == encoder_of(PLAIN).encode(row)
+
+
+def test_without_a_marker_all_is_answer_and_the_last_marker_decides(encoder_of: Any) -> None:
+    encoder = encoder_of(COT)
+    assert 0.25 not in encoder.encode({"messages": turns("just an answer")}).weights
+    assert texts_by_weight(encoder, encoder.encode({"messages": turns("a #### b #### c")}))[0.25] == "a #### b ####"
+
+
+def test_turns_and_their_own_weights(encoder_of: Any) -> None:
+    encoder = encoder_of(replace(PLAIN, earlier_turns=0.5))
+    messages = turns("first", {"role": "assistant", "content": "second", "weight": 0}, "third")
+    found = texts_by_weight(encoder, encoder.encode({"messages": messages}))
+    assert (found[0.5], found[1.0]) == ("first<|im_end|>", "third<|im_end|>")
+    assert "second" in found[0.0]
+
+
+def test_tool_calls(encoder_of: Any) -> None:
+    encoder = encoder_of(replace(PLAIN, tool_calls=3.0), TOOLS)
+    found = texts_by_weight(encoder, encoder.encode({"messages": turns(CALL)}))
+    assert found[3.0] == "<call>find</call><|im_end|>" and found[1.0].strip() == "I look."
+
+
+def test_length_control_by_hand(encoder_of: Any) -> None:
+    plain = encoder_of(PLAIN).encode({"messages": turns("a", "a rather long answer, of many more tokens than the other one")})
+    encoder = encoder_of(replace(PLAIN, gamma=0.1, l_max=4))
+    found = encoder.encode({"messages": turns("a", "a rather long answer, of many more tokens than the other one")})
+    lengths = [2, sum(plain.weights) - 2]  # "a" and its end of turn
+    expected = {1.0, math.exp(-0.1 * (lengths[1] - 4))}
+    assert sorted({w for w in found.weights if w}) == pytest.approx(sorted(expected))
+    assert sum(w != 0 for w in found.weights) == sum(lengths)
+
+
+def test_rows_have_a_weight(encoder_of: Any) -> None:
+    encoder = encoder_of(COT)
+    assert set(encoder.encode({"text": "a b c", "weight": 0.5}).weights) == {0.5}
+    assert set(encoder.encode({"prompt": "a", "completion": "b #### c", "weight": 2}).weights) == {0.0, 0.5, 4.0}
+    with pytest.raises(UserError, match="weight is -1, not a number from 0 on"):
+        encoder.encode({"text": "a", "weight": -1})
+
+
+def prepared(tmp_path: Path, encoder: Encoder, rows: list[dict[str, Any]], *words: str) -> Any:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", *words])
+    return prepare(validate(config).data, "sft", encoder, 64, tmp_path / "cache")[0]
+
+
+def test_quality_filters_or_weighs(tmp_path: Path, encoder_of: Any) -> None:
+    rows = [{"q": f"q{i}", "completion": f"a{i}", "score": i / 10} for i in range(10)]
+    words = ["data.columns.prompt=q", "data.columns.quality=score"]
+    best = prepared(tmp_path, encoder_of(PLAIN), rows, *words, "data.quality=filter", "data.quality_top=0.3")
+    assert best.train.rows.tolist() == [8, 9, 10] and (best.account.rows, best.account.filtered) == (3, 7)
+    weighed = prepared(tmp_path, encoder_of(PLAIN), rows, *words, "data.quality=weight")
+    found = {int(row): weighed.train.sequence(i)[1].max() for i, row in enumerate(weighed.train.rows)}
+    assert found == {i + 1: pytest.approx(i / 10) for i in range(1, 10)}  # the first counts for nothing, and is left out
+    assert weighed.account.untrained == 1
+    with pytest.raises(UserError, match=r"row 3: quality is nan, not a number"):
+        prepared(tmp_path, encoder_of(PLAIN), [*rows[:2], {**rows[2], "score": float("nan")}], *words, "data.quality=filter")
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path, encoder_of: Any) -> None:
+    with pytest.raises(UserError, match=r"row 1: has no quest, which data\.columns\.prompt names - did you mean 'question'"):
+        prepared(tmp_path, encoder_of(PLAIN), [{"question": "q", "answer": "a"}], "data.columns.prompt=quest")
