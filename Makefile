@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo check test bench clean
+.PHONY: help setup demo check test torture bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ check: setup ## format, lint, types, fast tests
 
 test: setup ## all tests
 	$(BIN)/pytest -q -n 2
+
+torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
+	$(BIN)/python tests/torture.py --count 200
 
 bench: setup ## SFT and DPO side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py

@@ -1,0 +1,20 @@
+"""A few rounds of `make torture`: a kill at any moment, within a save too, does not change what a run leaves."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "torture.py"
+
+
+@pytest.mark.slow
+def test_runs_that_were_killed_are_bit_identical() -> None:
+    words = [sys.executable, str(SCRIPT), "--count", "10", "--seed", "3", "--stages", "sft,ppo"]
+    found = subprocess.run(words, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    kills = re.search(r"seed 3: (\d+) kills, (\d+) of them within a save", found.stdout)
+    assert kills and int(kills[1]) >= 10 and int(kills[2]) >= 1
+    assert "each ended bit-identical" in found.stdout
