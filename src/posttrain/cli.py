@@ -249,15 +249,46 @@ def plan_run(
 
         from posttrain.before.plan import make_plan, parse_memory, show_plan
         from posttrain.console import console
-        from posttrain.errors import UserError, did_you_mean
 
-        if stage not in STAGES:
-            raise UserError(f"there is no stage '{stage}'{did_you_mean(stage, list(STAGES))} (there are: {', '.join(STAGES)})")
+        _require_stage(stage)
         console.stderr = as_json
         plan = make_plan(stage, overrides or [], parse_memory(memory))
         print(json.dumps(plan, indent=2)) if as_json else show_plan(plan)
 
     _end(command)
+
+
+@app.command("preview", rich_help_panel="Before a run")
+def preview_run(
+    stage: Annotated[str, typer.Argument(help="cpt, sft, rm, ppo or dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each source that are looked at.")] = 1000,
+    everything: Annotated[bool, typer.Option("--all", help="Look at every row.")] = False,
+    units: Annotated[int, typer.Option("--units", min=1, help="Packs, conversations or pairs of the first step to show.")] = 3,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 2 where something is wrong.")] = False,
+    page: Annotated[Path | None, typer.Option("--page", help="Where the page goes; default runs/preview-STAGE.html.")] = None,
+) -> None:
+    """What the model will see: tokens by their weight, packs, lengths, and rows that are wrong. Loads no weights."""
+
+    def command() -> None:
+        from posttrain.before.preview import make_preview
+        from posttrain.before.preview_page import preview_page, show_preview
+        from posttrain.errors import UserError
+
+        _require_stage(stage)
+        preview = make_preview(stage, overrides or [], None if everything else rows, units)
+        show_preview(preview, preview_page(preview, page or Path("runs") / f"preview-{stage}.html"))
+        if strict and preview.mistakes:
+            raise UserError(f"--strict: {'; '.join(preview.mistakes)}"[:500])
+
+    _end(command)
+
+
+def _require_stage(name: str) -> None:
+    from posttrain.errors import UserError, did_you_mean
+
+    if name not in STAGES:
+        raise UserError(f"there is no stage '{name}'{did_you_mean(name, list(STAGES))} (there are: {', '.join(STAGES)})")
 
 
 @app.command(rich_help_panel="Before a run")

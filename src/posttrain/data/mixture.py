@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig, TrainConfig
+from posttrain.data.choice import sources_of
 from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples, join
 from posttrain.data.packing import Order, permutation
@@ -73,12 +74,17 @@ class Mixture:
 def read_mixture(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Mixture:
     """Raises UserError for anything wrong with the data, naming file and row."""
     parts = prepare(data, stage, encoder, max_length, cache)
+    return Mixture(parts, shares_of(data, parts))
+
+
+def shares_of(data: DataConfig, parts: list[Part]) -> list[float]:
+    """What is asked of each source. parts: the first of them, by whose size data.alpha=auto goes."""
     if data.sources:
-        return Mixture(parts, [source.share for source in data.sources.values()])
-    if len(parts) == 1:
-        return Mixture(parts, [1.0])
+        return [source.share for source in data.sources.values()]
+    if len(sources_of(data)) == 1:
+        return [1.0]
     alpha = data.alpha if isinstance(data.alpha, float) else auto_alpha(parts[0].account.bytes)
-    return Mixture(parts, [alpha, 1 - alpha])
+    return [alpha, 1 - alpha]
 
 
 def auto_alpha(size: float) -> float:

@@ -221,6 +221,10 @@ class Split:
         check_fits(self.shape, stage)
         self.train: Iterator[Row] = chain(before, train)
 
+    @property
+    def held_so_far(self) -> list[Row]:
+        return self._held
+
     def held_out(self) -> list[Row]:
         """At most data.eval_rows; call it when `train` has been read as far as it will be."""
         for _ in self._not_held() if len(self._held) < self._most else ():
