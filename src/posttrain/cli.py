@@ -197,6 +197,27 @@ def talk(
     _end(command)
 
 
+@app.command("sample", rich_help_panel="Chains and results")
+def draw_samples(
+    runs: Annotated[list[str], typer.Argument(help="DreamBooth runs, or pipelines; each draws every prompt.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("samples"),
+    images: Annotated[int, typer.Option("--images", min=1, help="Of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the sampler.")] = 25,
+    guidance: Annotated[float | None, typer.Option("--guidance", min=0.0, help="Default: as is usual for the model.")] = None,
+    size: Annotated[int | None, typer.Option("--size", min=8, help="Pixels a side; default: as it was trained.")] = None,
+) -> None:
+    """Draw pictures with DreamBooth runs: adapters of one base take turns, by their runs' names."""
+
+    def command() -> None:
+        from posttrain.after.pipelines import sample
+
+        sample(runs, prompt, out, images, seed, steps, guidance, size)
+
+    _end(command)
+
+
 OUT = Annotated[Path, typer.Option("--out", help="A new directory for the result.")]
 
 

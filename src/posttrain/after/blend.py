@@ -21,6 +21,7 @@ from torch import Tensor
 
 from posttrain.after.live import load_base
 from posttrain.after.merge import refuse_scorer, require_empty
+from posttrain.after.pipelines import compose_pipelines, is_pipeline_run
 from posttrain.config.digest import digest
 from posttrain.console import Meter, say
 from posttrain.data.conversations import Encoder
@@ -59,6 +60,10 @@ def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn
     if learn and (weights or factors != [1.0] * len(runs)):
         raise UserError("--learn: the weights are to be learned, so give none")
     require_empty(out)
+    if any(is_pipeline_run(run) for run in runs):
+        if learn:
+            raise UserError("--learn: weights of diffusion models' adapters are not learned; give --weights")
+        return compose_pipelines(runs, factors, out)
     parts = [_read(run) for run in runs]
     _require_one_base(parts)
     if learn:

@@ -52,6 +52,8 @@ def load_live(run: Path | str, device: str = "cpu", dtype: str | None = None, qu
         model = load_causal(str(run), None, dtype or "bfloat16", device, False, None)
         return Live(str(run), model.eval(), load_tokenizer(str(run), None, False, None), str(run))
     manifest = read_manifest(directory)
+    if "pipeline" in manifest:
+        raise UserError(f"{directory} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
     weights = checked_weights(directory, manifest, "run")
     precision = dtype or manifest["dtype"]
     tokenizer = load_tokenizer(str(weights), None, False, None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posttrain.after.agreement import Agreement, agreement, held_out_rows, write_logprobs
 from posttrain.after.live import load_live
+from posttrain.after.pipelines import is_pipeline_run, merge_pipeline
 from posttrain.console import console, say
 from posttrain.errors import RunError, UserError
 from posttrain.models.base import resolve
@@ -30,6 +31,9 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. Raises UserError for what
     cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
     """
+    if is_pipeline_run(run):
+        require_empty(out)
+        return merge_pipeline(run, out)
     manifest = read_manifest(run)
     if manifest["weights"]["kind"] == "model":
         raise UserError(f"run: {run} is a whole model already, in {run / manifest['weights']['path']}; there is nothing to merge")

@@ -91,11 +91,11 @@ def _unet(text_width: int, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def clip_text(width: int = 32, layers: int = 2, projected: bool = False) -> Any:
-    """A random CLIP text encoder for `clip_tokenizer`."""
+def clip_text(width: int = 32, layers: int = 2, projected: bool = False, tokenizer: Any = None) -> Any:
+    """A random CLIP text encoder for a `clip_tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = clip_tokenizer()
+    tokenizer = tokenizer or clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, projection_dim=width,
@@ -112,7 +112,7 @@ def _t5_encoder(width: int) -> Any:
     )
 
 
-def clip_tokenizer(words: tuple[str, ...] = ()) -> Any:
+def clip_tokenizer(words: tuple[str, ...] = (), max_length: int = 77) -> Any:
     """CLIP's byte-pair encoding over letters and digits; each of `words` (lower case) is one token beside them."""
     from transformers import CLIPTokenizer
 
@@ -128,7 +128,9 @@ def clip_tokenizer(words: tuple[str, ...] = ()) -> Any:
                 vocab.append("".join(merge))
             parts = ["".join(merge), *parts[2:]]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(vocab))}, merges=merges, model_max_length=77)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(vocab))}, merges=merges, model_max_length=max_length
+    )
 
 
 def t5_tokenizer() -> Any:
