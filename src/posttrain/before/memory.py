@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from posttrain.batch import Segment
-from posttrain.config import schema
+from posttrain.models.activations import activations, same_shapes
 from posttrain.models.adapters import NEW, add_method
-from posttrain.models.attention import DocumentMask
-from posttrain.models.causal import PackedLM
-from posttrain.models.head import CHUNK_LOGITS
+from posttrain.models.head import chunk_logits
 from posttrain.models.targets import linears
 
 BLOCK, BLOCK_OF_CONSTANTS = 64, 256  # of NF4, and of the second quantization (Dettmers et al. 2023)
@@ -54,11 +48,8 @@ def meta_model(cfg: Any, config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[dtype_of(cfg)]
-    method = cfg.peft
-    if method.method in ("pissa", "dora"):  # their start is computed from the weights; the shapes are LoRA's
-        method = schema.Lora.model_validate({**_without(method), "method": "lora"})
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
+        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(cfg.peft), 1000)
         if cfg.peft.method == "dora":
             _add_magnitudes(model, getattr(torch, cfg.peft.dtype))
     return model
@@ -69,10 +60,6 @@ def dtype_of(cfg: Any) -> str:
     if cfg.model.dtype != "auto":
         return cfg.model.dtype
     return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"
-
-
-def _without(method: Any) -> dict[str, Any]:
-    return {key: value for key, value in method.model_dump().items() if key in schema.Lora.model_fields}
 
 
 def _add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:
@@ -116,7 +103,8 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
 def head_bytes(weight: Tensor, tokens: int) -> float:
     """A chunk of logits (in 16 and 32 bit, and their exponentials), and the gradient of every token's log-prob."""
     vocabulary, hidden = weight.shape
-    return 10.0 * min(CHUNK_LOGITS, tokens * vocabulary) + tokens * hidden * weight.element_size()
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    return 10.0 * min(chunk_logits(here), tokens * vocabulary) + tokens * hidden * weight.element_size()
 
 
 def moments(optimizer: str, numbers: int, itemsize: int) -> float:
@@ -125,47 +113,6 @@ def moments(optimizer: str, numbers: int, itemsize: int) -> float:
     if eight_bit and numbers >= SMALLEST_IN_8_BIT:
         return 2 * (numbers + 4 * -(-numbers // BLOCK_OF_CONSTANTS))
     return 2 * numbers * (4 if eight_bit else itemsize)
-
-
-class Activations(NamedTuple):
-    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
-
-    whole: float
-    recomputed: float
-    flops: float
-
-
-def activations(model: nn.Module, tokens: int, sequences: int) -> Activations:
-    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes.
-
-    The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
-    layer's input and one layer's inside.
-    """
-    lm = PackedLM(model, "documents")
-    lm.train()
-    kept: dict[int, tuple[Any, int]] = {}
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = (storage, storage.nbytes())
-        return tensor
-
-    length = max(1, tokens // sequences)
-    bounds = [*range(0, length * sequences, length), tokens]
-    segments = tuple(Segment(a, b) for a, b in pairwise(bounds))
-    with torch.device("meta"), saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as counter:
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
-        hidden = lm.hidden(ids, DocumentMask(segments, tokens, torch.device("meta")), input_ids=ids)
-        if hidden.requires_grad:
-            hidden.sum().backward()
-    whole = float(sum(size for _, size in kept.values()))
-    head: Any = lm.causal.get_output_embeddings()
-    flops = counter.get_total_flops() + 4.0 * tokens * head.weight.numel()
-    layers = lm.causal.config.get_text_config().num_hidden_layers
-    inputs = float(hidden.numel() * hidden.element_size() * layers)
-    return Activations(whole, min(whole, inputs + whole / layers), flops)
 
 
 def _base(module: Any) -> Any:

@@ -68,8 +68,10 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
         roles, shared = role_bytes(cfg, found.parts, source.path)
         memory |= roles
         updates = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
-    kept = found.activations_recomputed if cfg.train.gradient_checkpointing else found.activations
-    fixed = sum(memory.values())
+    fixed, recomputes = sum(memory.values()), cfg.train.gradient_checkpointing
+    kept = found.activations_recomputed if recomputes is True else found.activations
+    if recomputes == "auto":  # as many layers as it takes, whose share of both figures this is
+        kept = max(min(kept, capacity - fixed), found.activations_recomputed)
     seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, dtype_of(cfg))
     return {
         "stage": stage,
@@ -170,7 +172,7 @@ def _plan_or_none(stage: str, words: list[str], capacity: int) -> dict[str, Any]
 def candidates(cfg: Any) -> list[str]:
     """Overrides that save memory, in the order one would try them."""
     train, found = cfg.train, []
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing not in (True, "auto"):
         found.append("train.gradient_checkpointing=true")
     if train.batch_size > 1:  # the same run: losses are sums over the whole step
         found.append(f"train.batch_size=1 train.grad_accum={train.batch_size * train.grad_accum}")
@@ -258,7 +260,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     console.print(table)
     verdict = "fits in" if plan["fits"] else "does not fit in"
     say(f"{verdict} {plan['capacity_bytes'] / GB:.1f} GB ({plan['device']})")
-    say(f"with train.gradient_checkpointing=true: {plan['memory_with_recomputation'] / GB:.3f} GB")
+    say(f"with all layers recomputed (train.gradient_checkpointing=true): {plan['memory_with_recomputation'] / GB:.3f} GB")
     for change in plan["changes"]:
         outcome = "fits" if change["fits"] else "still too much"
         say(f"  {change['override']}: {change['total_bytes'] / GB:.3f} GB, {outcome}")

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, model_validator
 
 from posttrain.config.paths import root
 
@@ -262,7 +262,7 @@ class TrainConfig(Strict):
     skip_nonfinite: NonNegative
     spike_mads: Rate | None
     spike_steps: Annotated[int, Field(ge=8)]
-    gradient_checkpointing: bool
+    gradient_checkpointing: Literal["auto"] | StrictBool | Positive  # auto: as many layers as memory asks for
     precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
     processes: Positive
     fsdp: bool

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from posttrain.batch import PackedBatch, Segment
@@ -128,7 +129,7 @@ class PackedLM(nn.Module):
     attention: documents | flex | dense. Raises UserError for a model that documents would leak through.
     """
 
-    def __init__(self, model: nn.Module, attention: str, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: nn.Module, attention: str) -> None:
         super().__init__()
         self.model = model
         self.prompt_kind = prompts.kind_of(model)
@@ -136,10 +137,19 @@ class PackedLM(nn.Module):
         if self.causal.device.type != "meta":  # without weights there is nothing to compare
             check_packing(self, attention)
         self.causal.set_attn_implementation(attentions.ATTENTION[attention])
-        if gradient_checkpointing:
-            causal = self.causal  # renamed in transformers 5.2x
-            enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+
+    @property
+    def num_layers(self) -> int:
+        return self.causal.config.get_text_config().num_hidden_layers
+
+    def recompute(self, layers: int) -> None:
+        """Keep of the first `layers` layers their inputs alone; the backward computes the rest of them again."""
+        causal = self.causal  # renamed in transformers 5.2x
+        enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        found = [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in found[layers:]:
+            layer.gradient_checkpointing = False
 
     @contextmanager
     def without_prompt(self) -> Iterator[None]:

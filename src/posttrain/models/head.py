@@ -10,7 +10,10 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-CHUNK_LOGITS = 2**24  # logits in memory at a time
+
+def chunk_logits(device: str) -> int:
+    """Logits in memory at a time: on a GPU enough rows that reading the head's weight for them is not what takes the time."""
+    return 2**27 if device == "cuda" else 2**22
 
 
 class Head(NamedTuple):
@@ -27,6 +30,11 @@ class Head(NamedTuple):
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def chunk(self) -> int:
+        """Rows of logits to have at a time."""
+        return max(1, chunk_logits(self.weight.device.type) // self.weight.shape[0])
 
     def at(self, temperature: float) -> Head:
         """The head whose logits are this one's over `temperature`."""
@@ -46,7 +54,7 @@ def token_logprobs(hidden: Tensor, target: Tensor, head: Head, chunk: int | None
     At most `chunk` rows of logits exist at a time. With a frozen head their gradient is formed in the forward, so the
     backward needs no logits; with a trainable one each chunk is computed again in the backward.
     """
-    chunk = chunk or max(1, CHUNK_LOGITS // head.weight.shape[0])
+    chunk = chunk or head.chunk
     trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if not (trains and torch.is_grad_enabled()):
         return _FrozenHead.apply(hidden, target, head, chunk)
@@ -71,7 +79,7 @@ def token_entropies(hidden: Tensor, head: Head) -> Tensor:
         logps = head._replace(weight=weight, bias=bias).logits(hidden).log_softmax(-1)
         return -(logps.exp() * logps).sum(-1)
 
-    pieces = hidden.split(max(1, CHUNK_LOGITS // head.weight.shape[0]))
+    pieces = hidden.split(head.chunk)
     found = [checkpoint(compute, h, head.weight, head.bias, use_reentrant=False, preserve_rng_state=False) for h in pieces]
     return torch.cat(found)  # pyright: ignore
 

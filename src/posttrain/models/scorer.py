@@ -26,8 +26,8 @@ class PackedScorer(PackedLM):
     Saved as transformers' AutoModelForSequenceClassification with one label. The language model's own head stays unused.
     """
 
-    def __init__(self, model: nn.Module, attention: str, gradient_checkpointing: bool = False) -> None:
-        super().__init__(model, attention, gradient_checkpointing)
+    def __init__(self, model: nn.Module, attention: str) -> None:
+        super().__init__(model, attention)
         causal = self.causal
         output: Any = causal.get_output_embeddings()
         words: Any = causal.get_input_embeddings()
@@ -35,7 +35,8 @@ class PackedScorer(PackedLM):
             output.weight.requires_grad_(False)
         width = causal.config.get_text_config().hidden_size
         self.score = nn.Linear(width, 1, bias=False, device=causal.device)
-        nn.init.normal_(self.score.weight, std=(width + 1) ** -0.5)
+        # at random it would begin with an opinion on every pair, which a small set takes its whole length to unlearn
+        nn.init.zeros_(self.score.weight)
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
         """Scores: float32 [num_answers]."""

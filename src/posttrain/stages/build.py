@@ -87,7 +87,7 @@ def build_model(
             remember_start(model)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.train.gradient_checkpointing)
+    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device))
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     schedule = RankSchedule(model) if cfg.peft.method == "adalora" else None

@@ -29,6 +29,7 @@ from posttrain.stages.announce import announce
 from posttrain.stages.assembly import StageRun, content_hash, run_stage
 from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, save_result
 from posttrain.stages.outcome import manifest_of
+from posttrain.stages.recompute import spare_memory
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.parts import Update
@@ -68,7 +69,9 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         built = build_model(
             self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device, self.task.scores
         )
-        return self.assemble(built, inputs)
+        module, built = self.assemble(built, inputs)
+        spare_memory(self.cfg, module, built, inputs, self.accelerator.device)
+        return module, built
 
     def assemble(self, built: Built, inputs: Inputs) -> tuple[nn.Module, Built]:
         """The module that is trained, around `built.module`, which is what the run leaves."""

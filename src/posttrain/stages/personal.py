@@ -79,7 +79,7 @@ def build_personal(cfg: Dreambooth, gallery: Gallery, num_steps: int) -> Persona
     """
     options = cfg.dreambooth
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
-    parts = trained_parts(gallery.pipe, cfg.peft, options.text_encoder, num_steps, cfg.train.gradient_checkpointing)
+    parts = trained_parts(gallery.pipe, cfg.peft, options.text_encoder, num_steps, cfg.train.gradient_checkpointing is True)
     encoded = cfg.data.cache and not options.text_encoder
     if encoded:
         for name in text_encoders(gallery.pipe):
