@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import posttrain.child
 import posttrain.config.compose
-from posttrain import pipeline
 from posttrain.config.paths import root
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.pipeline import run_recipe
@@ -72,7 +72,7 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(pipeline, "worker_command", lambda file: [sys.executable, str(tmp_path / "worker.py"), file])
+    monkeypatch.setattr(posttrain.child, "worker_command", lambda file: [sys.executable, str(tmp_path / "worker.py"), file])
     monkeypatch.setattr(posttrain.config.compose, "compose", _compose)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     return tmp_path / "small.yaml"

@@ -256,6 +256,39 @@ def compose_adapters(
     _end(command)
 
 
+@app.command("reproduce", rich_help_panel="Chains and results")
+def rebuild(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where the new run goes; default: beside it, as NAME-again.")] = None,
+) -> None:
+    """Rebuild a run from what it says of itself, and see whether the result agrees."""
+
+    def command() -> None:
+        from posttrain.after.reproduce import reproduce
+
+        reproduce(run, out)
+
+    _end(command)
+
+
+@app.command("verify-resume", rich_help_panel="Before a run")
+def verify(
+    stage: Annotated[str, typer.Argument(help=", ".join(STAGES))],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="How many, with a stop half-way.")] = 6,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Does a stop change anything? A few steps of your own config, straight through and stopped half-way."""
+
+    def command() -> None:
+        from posttrain.before.verify_resume import verify_resume
+
+        _require_stage(stage)
+        verify_resume(stage, overrides or [], steps, config_dir)
+
+    _end(command)
+
+
 @app.command("plan", rich_help_panel="Before a run")
 def plan_run(
     stage: Annotated[str, typer.Argument(help="cpt, sft, rm or dpo.")],

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
+from posttrain.child import run_child
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.rundir import write_json
-from posttrain.signals import forward_to
 from posttrain.standing import RUN_KEYS, Standing, made_from, standing_of
 
 
@@ -65,10 +61,6 @@ def run_recipe(
         return _run_all(recipe, planned, again)
 
 
-def worker_command(config_file: str) -> list[str]:
-    return [sys.executable, "-m", "posttrain.worker", config_file]
-
-
 def _list_recipes(list_only: bool) -> list[dict[str, Any]]:
     names = recipe_names()
     if not list_only:
@@ -90,7 +82,7 @@ def _compose(recipe: Recipe) -> list[Planned]:
             config = compose(step.stage, words)
             config["init"] = step.init
             config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
-            config |= {"init": str(parent.dir) if parent else step.init, "run": {"dir": str(directory)}}
+            config |= {"init": str(parent.dir) if parent else step.init, "run": config["run"] | {"dir": str(directory)}}
             parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, {n: p.dir for n, p in found.items()})
             validate(config)
         except UserError as e:
@@ -212,14 +204,9 @@ def _move_aside(directory: Path) -> Path:
 
 def _run_child(each: Planned) -> None:
     """Raises what the process's exit code means; the process has said more itself."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
-        yaml.safe_dump(each.config, f, sort_keys=False)
-        f.flush()
-        child = subprocess.Popen(worker_command(f.name))
-        with forward_to(child) as stop:
-            code = child.wait()
     name = each.step.name
-    if code == Stopped.exit_code or (stop.requested and code <= 0):
+    code = run_child(each.config, f"step {name}")
+    if code == Stopped.exit_code:
         raise Stopped(f"in step {name}; the same command goes on")
     if code == UserError.exit_code:
         raise UserError(f"step {name} was refused, its own message is above")

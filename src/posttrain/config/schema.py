@@ -281,6 +281,7 @@ class EvalConfig(Strict):
 class RunConfig(Strict):
     dir: str | None
     stop_after: Positive | None  # steps of one start
+    reproduces: str | None
 
 
 class ResumeConfig(Strict):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from posttrain.console import say
 from posttrain.data.packing import Order
 from posttrain.errors import UserError
 from posttrain.models.adapters import lr_ratio
-from posttrain.rundir import Run, allowed, code_state, compare, identity_of, library_versions
+from posttrain.rundir import Run, allowed, code_state, compare, identity_of, library_versions, read_manifest
 from posttrain.signals import StopSignal
 from posttrain.stages.outcome import show_outcome
 from posttrain.train.checkpoint import Checkpoint, check_room, newest_checkpoint
@@ -218,6 +219,8 @@ class StageRun(Generic[In, B]):
         identity = identity_of(self.run.config) | self.identity(inputs)
         if checkpoint is None:
             self.state = {"identity": identity, "made_with": self._made_with(), "changes": []}
+            if self.cfg.run.reproduces:
+                self._say_what_differs(Path(self.cfg.run.reproduces))
             return None
         self.state = state = checkpoint.state
         lines = compare(state["identity"], identity, allowed(self.run.config), f"{checkpoint.path} is of another run")
@@ -229,6 +232,15 @@ class StageRun(Generic[In, B]):
         state["changes"] += [{"step": checkpoint.step, "change": line} for line in lines]
         state |= {"identity": identity, "made_with": self._made_with()}
         return checkpoint
+
+    def _say_what_differs(self, other: Path) -> None:
+        """From a finished run that this one rebuilds."""
+        manifest = read_manifest(other)
+        then = manifest["identity"] | manifest["made_with"]
+        now = self.state["identity"] | self.state["made_with"]
+        lines = compare(then, now, sorted(then | now), str(other))
+        for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:
+            say(line)
 
     def _made_with(self) -> dict[str, str]:
         commit = code_state()["commit"]
@@ -254,7 +266,11 @@ class StageRun(Generic[In, B]):
 
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of what did not go as planned."""
-        return {name: state.get(name, []) for name in ("changes", "left_out", "halved")}
+        told = {"changes": "changes", "batches_left_out": "left_out", "halved": "halved"}
+        return {name: state.get(key, []) for name, key in told.items()} | {
+            "identity": state["identity"],
+            "made_with": state["made_with"],
+        }
 
     def _finish(self, built: Any, inputs: In, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
         said = self.save(built, inputs, state, after)

@@ -1,0 +1,45 @@
+"""`posttrain reproduce`: rebuild a run from what it says of itself, and see whether the result agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from posttrain.child import run_child
+from posttrain.config.digest import digest
+from posttrain.console import say
+from posttrain.errors import RunError, UserError
+from posttrain.rundir import read_manifest
+from posttrain.train.compare import Agreement, compare_runs
+
+
+def reproduce(run: Path, out: Path | None) -> list[Agreement]:
+    """Run `run`'s config again, in `out` (default: beside it); the new run says first what differs today.
+
+    Raises UserError for what is no finished run, RunError where the result does not agree.
+    """
+    manifest, stored = read_manifest(run), run / "config.yaml"
+    try:
+        config = yaml.safe_load(stored.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{stored} cannot be read: {str(e).splitlines()[0]}") from None
+    if not isinstance(config, dict) or digest(config) != manifest.get("config_digest"):
+        raise UserError(f"{stored} is not the config that the manifest was written for; it cannot be rebuilt from it")
+    place = out or run.resolve().with_name(f"{run.resolve().name}-again")
+    if manifest.get("changes"):
+        said = "; ".join(f"{each['change']} from step {each['step']}" for each in manifest["changes"])
+        say(f"its settings changed on the way ({said}); the new run has the last ones throughout")
+    config["run"] = {**config["run"], "dir": str(place), "stop_after": None, "reproduces": str(run.resolve())}
+    code = run_child(config, f"the run in {place}")
+    if code == UserError.exit_code:
+        raise UserError("the message is above")
+    if code:
+        raise RunError(f"the run in {place} failed (exit {code}), its own message is above; the same command goes on")
+    found = compare_runs(run, place)
+    for each in found:
+        say(f"{each.part:<12}{each.text}")
+    if wrong := [each.part for each in found if not each.same]:
+        raise RunError(f"{place} does not agree with {run}: {', '.join(wrong)}")
+    say(f"{place} is {run} again, bit for bit")
+    return found
