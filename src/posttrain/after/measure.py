@@ -85,14 +85,15 @@ class EvalSet:
 
 def eval_batches(task: Task, examples: Examples) -> list[PackedBatch]:
     """All units in order, as many to a batch as fit EVAL_TOKENS."""
-    return [task.pack(examples, units) for units in _by_tokens(examples)]
+    return [task.pack(examples, units) for units in by_tokens(examples, EVAL_TOKENS)]
 
 
-def _by_tokens(examples: Examples) -> Iterator[list[int]]:
+def by_tokens(examples: Examples, most: int) -> Iterator[list[int]]:
+    """Units in order, as many together as have at most so many tokens."""
     units: list[int] = []
     total = 0
     for unit, size in enumerate(examples.unit_tokens().tolist()):
-        if units and total + size > EVAL_TOKENS:
+        if units and total + size > most:
             yield units
             units, total = [], 0
         units.append(unit)

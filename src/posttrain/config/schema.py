@@ -297,6 +297,30 @@ class DpoConfig(Strict):
 Weight = Annotated[float, Field(ge=0)]
 
 
+class EwcConfig(Strict):
+    lam: Weight = Field(alias="lambda")  # of the pull to the start; 0: none
+    importance: Literal["fisher", "l2"]  # how much each weight mattered, or all alike
+    path: str  # general text, or self: text that the base model writes
+    rows: Positive
+    max_length: Annotated[int, Field(ge=8)]
+
+
+class CurriculumConfig(Strict):
+    by: Literal["length", "perplexity"] | None
+    beta_start: float
+    beta_end: float
+
+
+def _percent(value: Any) -> Any:
+    return value.removesuffix("%").strip() if isinstance(value, str) else value
+
+
+class ForgettingConfig(Strict):
+    budget: Annotated[float | None, BeforeValidator(_percent)]  # percent of the general loss, as 5 or 5%
+    action: Literal["warn", "stop"]
+    weight: Weight  # of forgetting, in nats, beside the domain's loss, when a sweep over data.alpha chooses
+
+
 class CotConfig(Strict):
     marker: str | None  # ends the reasoning of an answer: </think>, ####
     reasoning_weight: Weight
@@ -407,11 +431,29 @@ class LanguageStage(Stage):
         return self.train.max_length
 
 
-class Cpt(LanguageStage):
+class Guarded(LanguageStage):
+    """A stage that can forget, and mind it."""
+
+    ewc: EwcConfig
+    curriculum: CurriculumConfig
+    forgetting: ForgettingConfig
+
+    @model_validator(mode="after")
+    def _can_be_held(self) -> Guarded:
+        if self.ewc.lam and self.train.fsdp:
+            raise ValueError("ewc.lambda: its start and Fisher are not sharded; say train.fsdp=false")
+        if self.forgetting.budget is not None and "general" not in (self.eval.sets or {}):
+            raise ValueError("forgetting.budget: it is of the set eval.sets.general, and there is none")
+        if self.forgetting.budget is not None and self.train.save_steps is None:
+            raise ValueError("forgetting.budget: it is looked at when a checkpoint is saved; give train.save_steps")
+        return self
+
+
+class Cpt(Guarded):
     stage: Literal["cpt"]
 
 
-class Sft(LanguageStage):
+class Sft(Guarded):
     stage: Literal["sft"]
     cot: CotConfig
     weights: WeightsConfig
@@ -423,7 +465,7 @@ class Sft(LanguageStage):
         return self
 
 
-class Dpo(LanguageStage):
+class Dpo(Guarded):
     stage: Literal["dpo"]
     dpo: DpoConfig
 

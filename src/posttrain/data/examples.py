@@ -72,6 +72,16 @@ class Examples:
     def sequences(self, unit: int) -> range:
         return range(int(self.units[unit]), int(self.units[unit + 1]))
 
+    def only(self, i: int) -> Examples:
+        """Sequence i as a unit of its own, for what has no pairs."""
+        tokens, weights = self.sequence(i)
+        ends = np.array([0, len(tokens)])
+        return Examples(tokens, weights, ends, self.rows[i : i + 1], np.array([0, 1]), self.splits[:0], self.margins[:0])
+
+    def unit_lengths(self) -> NDArray[np.float64]:
+        """Mean tokens of the sequences in each unit [len(self)]."""
+        return self.unit_tokens() / np.maximum(np.diff(self.units), 1)
+
     def unit_tokens(self) -> NDArray[np.int64]:
         """Tokens of each unit [len(self)]."""
         return np.diff(self.offsets[self.units])

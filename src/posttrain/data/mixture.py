@@ -93,13 +93,30 @@ def auto_alpha(size: float) -> float:
     return round(float(np.interp(math.log10(max(size, 1)), np.log10(sizes), alphas)), 3)
 
 
-def make_order(mixture: Mixture, data: DataConfig, train: TrainConfig, world_size: int) -> Order:
+@dataclass(frozen=True)
+class Curriculum:
+    """Easy units first (Bengio et al. 2009): the next one is drawn with p(x) ~ exp(-beta difficulty(x)) from those that this
+    pass has not had yet, while beta goes in a straight line from start to end over the run.
+
+    difficulty: of all units, source after source; within its source each counts by its rank, from 0 to 1. The lecture that
+    this follows lets beta grow and says that late training favours hard samples; with the minus sign it is the other way round.
+    2 -> 0 is easy first, then uniform; 0 -> -2 is hard last.
+    """
+
+    difficulty: NDArray[np.floating]
+    start: float
+    end: float
+
+
+def make_order(
+    mixture: Mixture, data: DataConfig, train: TrainConfig, world_size: int, curriculum: Curriculum | None = None
+) -> Order:  # fmt: skip
     """The units of the whole run. train.epochs are passes over the first source; train.max_steps wins over them."""
     per_step = train.batch_size * train.grad_accum * world_size
     sizes = mixture.sizes
     total = train.max_steps * per_step if train.max_steps else None
     passes = None if total else math.ceil(train.epochs * len(sizes[0]))
-    drawn = draw(sizes, mixture.shares, train.seed, total, passes, data.exhausted)
+    drawn = draw(sizes, mixture.shares, train.seed, total, passes, data.exhausted, curriculum)
     return Order(drawn, train.batch_size, train.grad_accum, world_size)
 
 
@@ -110,21 +127,26 @@ def draw(
     total: int | None,
     of_first: int | None,
     exhausted: Literal["repeat", "stop"],
+    curriculum: Curriculum | None = None,
 ) -> NDArray[np.int64]:
     """int64: `total` units, or as many as there are up to draw `of_first` of the first source; fewer where a source ends.
 
     Each time the source is next that is furthest behind its share of the tokens so far, so that no share is ever off by more
-    than a unit or two; within a source every pass is a fresh permutation.
+    than a unit or two; within a source every pass is a fresh permutation, or as the curriculum has it.
     """
     starts = np.cumsum([0, *map(len, sizes)])
-    queues = [_Queue(number, len(size), seed) for number, size in enumerate(sizes)]
+    queues = [
+        _Steered(number, len(size), seed, curriculum, int(starts[number])) if curriculum else _Queue(number, len(size), seed)
+        for number, size in enumerate(sizes)
+    ]
     drawn: list[int] = []
     behind = [0.0] * len(sizes)  # tokens that a source lacks
     while len(drawn) != total and queues[0].taken != of_first:
         which = max(range(len(sizes)), key=lambda s: (behind[s], shares[s]))
         if exhausted == "stop" and queues[which].taken == len(sizes[which]):
             break
-        unit = queues[which].next()
+        progress = len(drawn) / total if total else queues[0].taken / (of_first or 1)
+        unit = queues[which].next(progress)
         size = int(sizes[which][unit])
         behind = [b + share * size for b, share in zip(behind, shares, strict=True)]
         behind[which] -= size
@@ -139,12 +161,46 @@ class _Queue:
         self.number, self.size, self.seed, self.taken = number, size, seed, 0
         self.units: NDArray[np.int64] = np.zeros(0, np.int64)
 
-    def next(self) -> int:
+    def seeds(self, *more: int) -> list[int]:
+        others = [self.number] if self.number else []  # the first source is drawn as if it were alone
+        return [self.seed, self.taken // self.size, *others, *more]
+
+    def next(self, progress: float) -> int:
+        """progress: of the run, from 0 to 1."""
         if self.taken % self.size == 0:
-            others = [self.number] if self.number else []  # the first source is drawn as if it were alone
-            self.units = permutation(self.size, self.seed, self.taken // self.size, *others)
+            self.units = permutation(self.size, *self.seeds())
         self.taken += 1
         return int(self.units[(self.taken - 1) % self.size])
+
+
+class _Steered(_Queue):
+    """By a curriculum: beta stands still for a hundredth of the run."""
+
+    LEVELS = 100
+
+    def __init__(self, number: int, size: int, seed: int, curriculum: Curriculum, start: int) -> None:
+        super().__init__(number, size, seed)
+        own = curriculum.difficulty[start : start + size]
+        self.rank = np.argsort(np.argsort(own, kind="stable"), kind="stable") / max(size - 1, 1)
+        self.curriculum, self.level, self.at = curriculum, -1, 0
+
+    def next(self, progress: float) -> int:
+        level = min(int(progress * self.LEVELS), self.LEVELS - 1)
+        if self.taken % self.size == 0:
+            self.units, self.at, self.level = np.arange(self.size), 0, -1
+        if level != self.level:
+            self._reorder(level)
+        self.taken += 1
+        self.at += 1
+        return int(self.units[self.at - 1])
+
+    def _reorder(self, level: int) -> None:
+        """What is left of the pass, by the largest of -beta difficulty + Gumbel noise: draws without replacement."""
+        left, self.level, self.at = np.sort(self.units[self.at :]), level, 0
+        start, end = self.curriculum.start, self.curriculum.end
+        beta = start + (end - start) * (level + 0.5) / self.LEVELS
+        noise = np.random.default_rng(self.seeds(level, 1)).gumbel(size=len(left))
+        self.units = left[np.argsort(beta * self.rank[left] - noise, kind="stable")]
 
 
 def seen(drawn: NDArray[np.int64], sizes: Sequence[NDArray[np.int64]]) -> list[dict[str, Any]]:

@@ -165,6 +165,10 @@ class Order:
         used = [m for m in range(self.grad_accum) if m * world * size < len(units)]
         return [units[(m * world + rank) * size : (m * world + rank + 1) * size] for m in used]
 
+    def until(self, steps: int) -> Order:
+        """Its first so many steps."""
+        return replace(self, drawn=self.drawn[: steps * self.units_per_step])
+
     def first_seen(self) -> list[int]:
         """The steps that draw a unit which no step before has drawn."""
         return sorted({int(i) // self.units_per_step for i in np.unique(self.drawn, return_index=True)[1]})

@@ -93,8 +93,9 @@ class StageRun(Generic[In, B]):
             loop, start, built, inputs, held_out = self._prepare()
         loop.fit(start)
         with self.stop.at_once(self.accelerator.num_processes == 1):
-            after = self._measure(loop.module, inputs, held_out, inputs.order.num_steps, trained=True)
-            loop.tracker.log(inputs.order.num_steps, after)
+            done = loop.state.get("ended", {}).get("step", inputs.order.num_steps)
+            after = self._measure(loop.module, inputs, held_out, done, trained=True)
+            loop.tracker.log(done, after)
         return self._finish(built, inputs, loop.state, after)
 
     def _prepare(self) -> tuple[Loop[B], int, Any, In, list[B]]:
@@ -122,10 +123,11 @@ class StageRun(Generic[In, B]):
         check_room(self.run.checkpoints, whole, optim.name)
         module, optimizer = self.accelerator.prepare(whole, optimizer)
         with self.as_given(built, inputs):
+            inputs = self.settle(module, inputs)
             held_out, table = self.references(module, inputs)
         self.loop = loop = self._loop(module, optimizer, inputs, held_out, table, tracker)
-        loop.method = built.schedule
         with self.as_given(built, inputs):
+            loop.method, loop.allows = self.step_method(module, built, inputs), self.allows(module, inputs)
             start = self._begin(loop, checkpoint, module, inputs, held_out)
         return loop, start, built, inputs, held_out
 
@@ -150,6 +152,18 @@ class StageRun(Generic[In, B]):
     def as_given(self, built: Any, inputs: In) -> AbstractContextManager[None]:
         """Within it the model is what the stage was given, before any training."""
         return nullcontext()
+
+    def settle(self, module: nn.Module, inputs: In) -> In:
+        """The inputs with what only the model can say of them."""
+        return inputs
+
+    def step_method(self, module: nn.Module, built: Any, inputs: In) -> StepMethod | None:
+        """What has a part in every optimizer step beside the loss."""
+        return built.schedule
+
+    def allows(self, module: nn.Module, inputs: In) -> Callable[[int], bool] | None:
+        """Whether the weights after so many steps may be kept; None: always."""
+        return None
 
     def references(self, module: nn.Module, inputs: In) -> tuple[list[B], Any]:
         """What is measured on, and what training compares with; both before any checkpoint is loaded."""
@@ -267,10 +281,15 @@ class StageRun(Generic[In, B]):
     def _told(self, state: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of what did not go as planned."""
         told = {"changes": "changes", "batches_left_out": "left_out", "halved": "halved"}
-        return {name: state.get(key, []) for name, key in told.items()} | {
-            "identity": state["identity"],
-            "made_with": state["made_with"],
-        }
+        ended = {"ended": state["ended"]} if "ended" in state else {}
+        return (
+            {name: state.get(key, []) for name, key in told.items()}
+            | ended
+            | {
+                "identity": state["identity"],
+                "made_with": state["made_with"],
+            }
+        )
 
     def _finish(self, built: Any, inputs: In, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
         said = self.save(built, inputs, state, after)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from posttrain.after.measure import EvalSet
 from posttrain.config.schema import LanguageStage
+from posttrain.data.examples import Examples
 from posttrain.data.mixture import Mixture
 from posttrain.data.packing import Order
 from posttrain.errors import RunError
@@ -38,6 +39,7 @@ class Inputs:
     data: Mixture
     sets: list[EvalSet]
     order: Order
+    anchor: Examples | None = None  # general text whose Fisher is wanted
 
     @property
     def key(self) -> str:

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 
 from posttrain.after.measure import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
-from posttrain.batch import LossOutput, PackedBatch
+from posttrain.batch import LossOutput, Metrics, PackedBatch
 from posttrain.cache import cache_root
-from posttrain.config.schema import DataConfig, LanguageStage
-from posttrain.data.choice import replayed, replays
+from posttrain.config.schema import DataConfig, Guarded, LanguageStage
+from posttrain.console import say
+from posttrain.data.choice import SELF, replayed, replays
 from posttrain.data.conversations import Encoder, chat_template
-from posttrain.data.mixture import make_order, read_mixture
+from posttrain.data.mixture import Curriculum, make_order, read_mixture
 from posttrain.data.packing import silent
 from posttrain.data.prepare import held_out_rows, prepare_set
 from posttrain.data.weights import PLAIN, weighing_of
+from posttrain.errors import UserError
 from posttrain.models.causal import load_tokenizer, stop_tokens
 from posttrain.models.replay import Replay
 from posttrain.models.scorer import padding_apart
 from posttrain.rundir import Run, write_json, write_text
+from posttrain.stages.anchor import Anchor, Together, fisher
 from posttrain.stages.announce import announce
 from posttrain.stages.assembly import StageRun, content_hash, run_stage
 from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, save_result
+from posttrain.stages.difficulty import perplexities
 from posttrain.stages.outcome import manifest_of
 from posttrain.stages.recompute import spare_memory
 from posttrain.stages.reference import attach, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
-from posttrain.train.parts import Update
+from posttrain.train.parts import StepMethod, Update
 
 
 def run_language(cfg: LanguageStage, run: Run, task: Task, kind: type[LanguageRun] | None = None) -> dict[str, Any]:
@@ -50,6 +57,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
     cfg: LanguageStage  # pyright: ignore[reportIncompatibleVariableOverride]
     task: Task
     rows: Rows = field(default_factory=dict)  # of the newest evaluation
+    difficulty: NDArray[np.floating] | None = None  # of every unit, where a curriculum goes by it
 
     def read(self) -> Inputs:
         return read_inputs(self.cfg, self.run.dir, self.accelerator, self.stop.check)
@@ -88,7 +96,62 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
             batch = self.task.pack(inputs.data.train, drawn)
             batch = attach(batch, table[drawn].reshape(-1)) if table is not None else batch
             batches.append(batch if units else silent(batch))
-        yield Update(batches)
+        metrics: Metrics = {}
+        if self.difficulty is not None:
+            drawn = torch.from_numpy(self.difficulty[inputs.order.step(step)])
+            metrics["difficulty"] = (drawn.sum(), float(len(drawn)))
+        yield Update(batches, metrics)
+
+    def settle(self, module: nn.Module, inputs: Inputs) -> Inputs:
+        """With the order of a curriculum, for which the model is asked how hard the rows are to it."""
+        cfg = self.cfg
+        if not isinstance(cfg, Guarded) or not cfg.curriculum.by:
+            return inputs
+        train = inputs.data.train
+        if cfg.curriculum.by == "length":
+            self.difficulty = train.unit_lengths()
+        else:
+            key = content_hash(self._identity(inputs), inputs.data.key, str(self.accelerator.device))
+            path = cache_root() / "difficulty" / f"{key}.safetensors"
+            main = self.accelerator.is_main_process
+            self.difficulty = perplexities(module, train, self.task, self.accelerator.device, path, main, self.stop.check)
+        curriculum = Curriculum(self.difficulty, cfg.curriculum.beta_start, cfg.curriculum.beta_end)
+        return replace(inputs, order=make_order(inputs.data, cfg.data, cfg.train, self.accelerator.num_processes, curriculum))
+
+    def step_method(self, module: nn.Module, built: Built, inputs: Inputs) -> StepMethod | None:
+        """AdaLoRA's schedule and EWC's pull, where there are such."""
+        found: list[StepMethod] = [built.schedule] if built.schedule else []
+        cfg, plain = self.cfg, self.accelerator.unwrap_model(module)
+        if isinstance(cfg, Guarded) and cfg.ewc.lam:
+            importance = None
+            if inputs.anchor is not None:
+                trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", inputs.anchor, "").fingerprint()]
+                path = cache_root() / "fisher" / f"{content_hash(self._identity(inputs), trained)}.safetensors"
+                main = self.accelerator.is_main_process
+                importance = fisher(plain, inputs.anchor, self.accelerator.device, path, main, self.stop.check)
+            found.append(Anchor(plain, importance, cfg.ewc.lam))
+        return Together(found) if len(found) > 1 else found[0] if found else None
+
+    def allows(self, module: nn.Module, inputs: Inputs) -> Callable[[int], bool] | None:
+        """Whether general text is still within forgetting.budget, which is looked at before every checkpoint."""
+        cfg = self.cfg
+        if not isinstance(cfg, Guarded) or cfg.forgetting.budget is None:
+            return None
+        budget, stops = cfg.forgetting.budget, cfg.forgetting.action == "stop"
+        general = [each for each in inputs.sets if each.name == "general"]
+
+        def within(done: int) -> bool:
+            assert self.loop
+            found = set_metrics(module, general, None, cache_root(), self.accelerator.device, lambda: None)
+            percent = forgetting(self.loop.state["before"]["general/loss"], found["general/loss"])
+            self.loop.tracker.log(done, found | {"forgetting/percent": percent})
+            if percent <= budget:
+                self.loop.state["within"] = done
+                return True
+            say(f"step {done}: forgetting is {percent:+.2f} %, more than forgetting.budget={budget:g}%")
+            return not stops
+
+        return within
 
     def objective(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
         return self.task.objective(module, batch)
@@ -127,13 +190,17 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         result = save_result(self.cfg, self.run, built, self.accelerator, inputs)
         metrics = after | {f"{name}_before": value for name, value in state["before"].items()}
         if "general/loss" in after:
-            start = state["before"]["general/loss"]
-            metrics["forgetting/percent"] = 100 * (after["general/loss"] - start) / start
+            metrics["forgetting/percent"] = forgetting(state["before"]["general/loss"], after["general/loss"])
         if self.accelerator.is_main_process:
             if self.rows:
                 write_json(self.run.dir / "held_out.json", self.rows)
             remember(inputs.sets, after, self._identity(inputs, result.base_digest, result.adapter_digest), cache_root())
         return manifest_of(self.cfg, built, inputs, result.kind, state, metrics, self.accelerator)
+
+
+def forgetting(before: float, after: float) -> float:
+    """Percent by which a loss has risen."""
+    return 100 * (after - before) / before
 
 
 def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, check: Callable[[], None]) -> Inputs:
@@ -144,10 +211,13 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
     encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer), weighing_of(cfg))
     sources = cfg.data
-    if replays(sources):
+    ewc = cfg.ewc if isinstance(cfg, Guarded) and cfg.ewc.lam and cfg.ewc.importance == "fisher" else None
+    own = str(directory / "self_replay.jsonl")
+    if replays(sources) or (ewc and ewc.path == SELF):
         replay = Replay(start.source, base.revision, base.digest, tokenizer, encoder.end_tokens(), sources.replay)
         written = replay.write(cache_root(), frozen_dtype(cfg), accelerator.device, model.trust_remote_code, check)
-        sources = replayed(sources, str(_copied(written, directory / "self_replay.jsonl")))
+        _copy(written, Path(own))
+        sources = replayed(sources, own)
     data = read_mixture(sources, cfg.stage, encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
     sets = [
         EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
@@ -157,7 +227,12 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
         sets += _spans(sources, cfg, encoder)
     order = make_order(data, sources, cfg.train, accelerator.num_processes)
     start, base = merged_start(cfg, start, base)
-    return Inputs(start, base, tokenizer, encoder.identity, encoder.end_tokens(), data, sets, order)
+    anchor = None
+    if ewc:
+        anchor, kind = prepare_set(own if ewc.path == SELF else ewc.path, ewc.rows, encoder, ewc.max_length)
+        if kind == "pairs":
+            raise UserError(f"ewc.path: {ewc.path} holds pairs; give general text or conversations")
+    return Inputs(start, base, tokenizer, encoder.identity, encoder.end_tokens(), data, sets, order, anchor)
 
 
 def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalSet]:
@@ -168,8 +243,7 @@ def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalS
     return [EvalSet(name, examples, "conversation") for name, examples in found.items() if len(examples)]
 
 
-def _copied(file: Path, to: Path) -> Path:
-    """A copy, made once; the run's own, so that its manifest lists it."""
+def _copy(file: Path, to: Path) -> None:
+    """Once; the run's own, so that its manifest lists it."""
     if not to.exists():
         write_text(to, file.read_text())
-    return to

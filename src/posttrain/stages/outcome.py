@@ -40,6 +40,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What manifest.json says of a run, but for what every manifest has."""
     start, base = inputs.start, inputs.base
+    steps = state.get("ended", {}).get("back_to", inputs.order.num_steps)
     return {
         "stage": cfg.stage,  # type: ignore[attr-defined]
         "parents": start.parents,
@@ -51,9 +52,9 @@ def manifest_of(
         "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
         "chain": inputs.start.mode,
         "trainable": {"trained": built.trained, "total": built.total},
-        "data": inputs.data.record(inputs.order),
+        "data": inputs.data.record(inputs.order.until(steps)),
         "held_out": asdict(inputs.data.held_out_account),
-        "steps": inputs.order.num_steps,
+        "steps": steps,
         "tokens": state["tokens"],
         "seconds": round(state["seconds"], 2),
         "metrics": metrics,

@@ -56,10 +56,10 @@ class Checkpoint:
 
 def save_checkpoint(
     directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
-    *, keep: int, is_writer: bool,
+    *, keep: int, is_writer: bool, spare: int | None = None,
 ) -> None:  # fmt: skip
-    """Write step `step` beside, flush, read back, rename; then drop all older ones but the newest `keep`. Every process must
-    call it.
+    """Write step `step` beside, flush, read back, rename; then drop all older ones but the newest `keep` and that of
+    step `spare`. Every process must call it.
 
     Raises RunError for numbers that are not finite, and when the disk refuses; the older checkpoints are then untouched.
     """
@@ -88,7 +88,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} could not be written to {directory}: {e}; earlier ones are kept") from None
     # what is newer was damaged, or this run would have gone on from it
-    for old in [path for path in _newest_first(directory) if _step_of(path) <= step][keep:]:
+    for old in [path for path in _newest_first(directory) if _step_of(path) <= step and _step_of(path) != spare][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -50,6 +50,7 @@ class Loop(Generic[B]):
     stop_after: int | None = None  # steps of this start
     unit: str = "tokens"  # what the size of a batch counts
     method: StepMethod | None = None
+    allows: Callable[[int], bool] | None = None  # asked before a checkpoint is kept; if not, the run ends with the one before
     limits: Limits = field(default_factory=Limits)
     state: dict[str, Any] = field(default_factory=dict)
     window: Averages = field(default_factory=Averages)  # since the last logged step
@@ -60,8 +61,8 @@ class Loop(Generic[B]):
         self.window.load(self.state.pop("window", {}))
         if self.state.pop("owed", False):
             self._evaluate(start)
-        if self.limits.spike_mads is not None and not start:
-            self._save(start)  # what the first spike can go back to
+        if (self.limits.spike_mads is not None or self.allows) and not start:
+            self._save(start)  # what the first spike, or an end before the first checkpoint, can go back to
         began, window_tokens = time.monotonic(), 0
         with Meter(self.name, self.plan.num_steps, start) as meter:
             for step in range(start, self.plan.num_steps):
@@ -78,6 +79,8 @@ class Loop(Generic[B]):
                 else:
                     meter.advance()
                 self._boundary(done)
+                if "ended" in self.state:
+                    break
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
@@ -117,7 +120,9 @@ class Loop(Generic[B]):
         self._remember(rows)
         loss, metrics, parts = self._gradients(step, parts, batches, count)
         if self.method:
-            self._add_penalty(self.method.penalty())
+            penalty = self.method.penalty()
+            self.window.add({"penalty": (penalty, 1.0)})
+            self._add_penalty(penalty)
         clip = self.plan.max_grad_norm or math.inf
         norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
         if self._is_fit(step + 1, self._summed(loss), norm, rows):
@@ -240,10 +245,22 @@ class Loop(Generic[B]):
             except Stopped:
                 stopping = True
         if stopping or last or (plan.save_steps and done % plan.save_steps == 0):
+            if self.allows and not self.allows(done):
+                self._end(done)
+                return
             self._save(done)
         if stopping and not last:
             why = "as run.stop_after says" if done == self._last else "by a signal"
             raise Stopped(f"stopped {why} after step {done} of {plan.num_steps}, saved; the same command goes on")
+
+    def _end(self, done: int) -> None:
+        """With the newest checkpoint's weights; the steps after it are said, and count for nothing."""
+        checkpoint, _ = newest_checkpoint(self.checkpoints)
+        assert checkpoint  # one was saved at the start
+        self.restore(checkpoint)
+        self.state[self.unit] = checkpoint.state.get(self.unit, 0)
+        self.state["ended"] = {"step": done, "back_to": checkpoint.step}
+        say(f"the run ends at step {done} with the weights of step {checkpoint.step}")
 
     def _evaluate(self, done: int) -> None:
         with self.stop.at_once(self.accelerator.num_processes == 1):
@@ -253,7 +270,7 @@ class Loop(Generic[B]):
         method = self.method.state() if self.method else {}
         save_checkpoint(
             self.checkpoints, done, self.module, self.optimizer, method, self.state | {"window": self.window.state()},
-            keep=self.plan.keep_checkpoints, is_writer=self.accelerator.is_main_process,
+            keep=self.plan.keep_checkpoints, is_writer=self.accelerator.is_main_process, spare=self.state.get("within"),
         )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
