@@ -27,7 +27,7 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_base(out: Path, vae_steps: int = 300, steps: int = 1200) -> None:
+def train_base(out: Path, steps: int = 1400) -> None:
     """Write the pipeline to `out`."""
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -36,48 +36,52 @@ def train_base(out: Path, vae_steps: int = 300, steps: int = 1200) -> None:
     tokenizer = clip_tokenizer((*CLASSES, *COLOURS, TOKEN), max_length=12)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
+        set_alpha_to_one=False, rescale_betas_zero_snr=True, timestep_spacing="trailing",
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
-        vae=train_autoencoder(pixels, vae_steps), text_encoder=clip_text(64, tokenizer=tokenizer), tokenizer=tokenizer,
+        vae=pixel_autoencoder(), text_encoder=clip_text(64, tokenizer=tokenizer), tokenizer=tokenizer,
         unet=new_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     train_unet(pipe, pixels, captions, steps)
     pipe.save_pretrained(out)
 
 
-def train_autoencoder(pixels: Tensor, steps: int) -> Any:
-    """32 x 32 x 3 -> 16 x 16 x 4, by squared error and a touch of KL."""
+@torch.no_grad()
+def pixel_autoencoder() -> Any:
+    """An autoencoder whose latents are the pixels: its weights are set, not trained, so that the model draws in pixels.
+
+    Residual branches are zero. Before its last convolution each half has a group norm and a SiLU: constants beside the pixels
+    keep the norm's statistics the same for every picture, and a large bias keeps the SiLU where it is a straight line.
+    """
+    constant, bias, channels = 30.0, 20.0, 8
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(channels,), latent_channels=3, norm_num_groups=1, sample_size=SIDE, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=1.4,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    began = time.monotonic()
-    for step in range(steps):
-        batch = pixels[torch.randint(len(pixels), (16,))]
-        posterior = vae.encode(batch).latent_dist
-        loss = ((vae.decode(posterior.sample()).sample - batch) ** 2).mean() + 1e-5 * posterior.kl().mean() / posterior.mean[
-            0
-        ].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            print(f"autoencoder {step + 1}/{steps}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True)
-    vae.requires_grad_(False).eval()
-    mean, _ = encode_pixels(vae, pixels[:256])
-    vae.register_to_config(scaling_factor=float(vae.config.scaling_factor / mean.std()))
-    return vae
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:
+            parameter.zero_()
+    spread = constant * (2 / channels) ** 0.5
+    for half, outputs in ((vae.encoder, 6), (vae.decoder, 3)):
+        for parameter in (half.conv_in.weight, half.conv_in.bias, half.conv_out.weight, half.conv_out.bias):
+            parameter.zero_()
+        half.conv_in.weight[range(3), range(3), 1, 1] = 1.0
+        half.conv_in.bias[3], half.conv_in.bias[4] = constant, -constant
+        half.conv_norm_out.weight.fill_(1.0)
+        half.conv_norm_out.bias.fill_(bias)
+        half.conv_out.weight[range(3), range(3), 1, 1] = spread
+        half.conv_out.weight[:3, 3:5, 1, 1] = -spread / 2  # takes away the group's mean, and the bias
+        if outputs == 6:
+            half.conv_out.bias[3:] = -12.0  # log of a variance that is next to nothing
+    return vae.requires_grad_(False).eval()
 
 
 def new_unet() -> Any:
     return diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        attention_head_dim=4, cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        sample_size=SIDE, in_channels=3, out_channels=3, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+        attention_head_dim=4, cross_attention_dim=64, down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
