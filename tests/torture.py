@@ -56,28 +56,28 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def composed(home: Path, stage: str, words: tuple[str, ...], run: Path) -> dict[str, Any]:
+def composed(home: Path, stage: str, words: tuple[str, ...]) -> dict[str, Any]:
     from posttrain.config.compose import compose_run
 
     own = [f"data.instance_dir={photographs(home / 'photographs')}"] if stage == "dreambooth" else []
-    return compose_run(stage, [*COMMON, *words, *own, f"run.dir={run}"])
+    return compose_run(stage, [*COMMON, *words, *own])
 
 
-def fork(config: dict[str, Any], log: Path, before: Callable[[], None]) -> int:
-    """A process that runs `config` after `before`; its id."""
+def fork(config: dict[str, Any], run: Path, before: Callable[[], None]) -> int:
+    """A process that runs `config` in `run` after `before`; its id."""
     child = os.fork()
     if child:
         return child
     code = END
     try:
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        target = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(target, 1)
         os.dup2(target, 2)
         before()
         from posttrain.exits import guarded
         from posttrain.worker import run_config
 
-        code = guarded(lambda: run_config(config))
+        code = guarded(lambda: run_config({**config, "run": config["run"] | {"dir": str(run)}}))
         sys.stdout.flush()
     finally:
         os._exit(code)
@@ -156,14 +156,13 @@ class Torture:
         self.home, self.rng = home, random.Random(seed)
         self.kills, self.in_saves, self.runs, self.wrong = 0, 0, 0, list[str]()
 
-    def straight(self, stage: str, words: tuple[str, ...]) -> tuple[dict[str, Any], float]:
+    def straight(self, config: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """What an undisturbed run leaves, and how long it took when all caches were warm."""
-        found: dict[str, Any] = {}
-        seconds = 0.0
+        stage, found, seconds = config["stage"], dict[str, Any](), 0.0
         for again in ("first", "second"):
             run = self.home / f"{stage}-{self.runs}-{again}"
             began = time.monotonic()
-            _, code = ended(fork(composed(self.home, stage, words, run), run.with_suffix(".log"), lambda: None), None)
+            _, code = ended(fork(config, run, lambda: None), None)
             seconds = time.monotonic() - began
             if code:
                 sys.exit(f"{stage} failed without any kill (exit {code}): see {run.with_suffix('.log')}")
@@ -173,18 +172,18 @@ class Torture:
             shutil.rmtree(run)
         return found, seconds
 
-    def run_to_the_end(self, stage: str, words: tuple[str, ...], expected: dict[str, Any], seconds: float, limit: int) -> None:
+    def run_to_the_end(self, config: dict[str, Any], expected: dict[str, Any], seconds: float, limit: int) -> None:
         """Kill a run until it ends by itself, at most `limit` times; then compare."""
         self.runs += 1
+        stage = config["stage"]
         run = self.home / f"{stage}-{self.runs:03d}"
-        config, log = composed(self.home, stage, words, run), run.with_suffix(".log")
         killed, kills, within = True, 0, 0
         while killed:
             spared = kills >= limit or self.rng.random() < 0.15
             save = not spared and self.rng.random() < 0.5
             before = dies_within_a_save(self.rng) if save else lambda: None
             after = None if spared or save else self.rng.random() * 1.1 * seconds
-            killed, code = ended(fork(config, log, before), after)
+            killed, code = ended(fork(config, run, before), after)
             kills, within = kills + killed, within + (killed and save)
         self.kills, self.in_saves = self.kills + kills, self.in_saves + within
         same = code == 0 and outcome(run) == expected
@@ -208,8 +207,8 @@ def main() -> int:
     stages, began = options.stages.split(","), time.monotonic()
     warm_up(stages)
     torture = Torture(home, options.seed)
-    todo = [(stage, words) for stage in stages for words in STAGES[stage]]
-    known = [(stage, words, *torture.straight(stage, words)) for stage, words in todo]
+    configs = [composed(home, stage, words) for stage in stages for words in STAGES[stage]]
+    known = [(config, *torture.straight(config)) for config in configs]
     while torture.kills < options.count and not torture.wrong:
         for case in known:
             if torture.kills < options.count:
