@@ -6,7 +6,7 @@ from pathlib import Path
 import posttrain
 
 ROOT = Path(posttrain.__file__).parent
-BOTTOM = {"batch", "rundir", "errors", "cache", "console", "signals", "child", "exits", "config", "tensors"}
+BOTTOM = {"batch", "rundir", "errors", "cache", "console", "signals", "secrets", "child", "exits", "config", "tensors"}
 ALLOWED = {part: BOTTOM | {part} for part in ("models", "data", "losses", "train")}
 ALLOWED["stages"] = BOTTOM | {"stages", "models", "data", "losses", "train", "after"}
 ALLOWED |= {part: BOTTOM | {part, "models", "data", "losses", "train"} for part in ("after", "before")}

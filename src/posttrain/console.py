@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from posttrain.secrets import redact
+
 console = Console(highlight=False, soft_wrap=True)
 QUIET_SECONDS = 5.0  # without a terminal, at most one line of progress in so many seconds
 
@@ -20,7 +22,7 @@ def is_main() -> bool:
 
 def say(line: str) -> None:
     if is_main():
-        console.print(line, markup=False)
+        console.print(redact(line), markup=False)
 
 
 class Meter:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.secrets import redact
 
 
 def guarded(command: Callable[[], Any]) -> int:
@@ -42,4 +43,4 @@ def _quiet_libraries() -> None:
 
 def _tell(line: str) -> None:
     if line and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        print(redact(line), file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from posttrain.config.digest import NOT_PART_OF_A_RUN, digest
 from posttrain.errors import UserError
+from posttrain.secrets import redact
 
 SCHEMA = 1
 MIN_FREE_BYTES = 64 * 2**20
@@ -66,6 +67,8 @@ def open_run(config: dict[str, Any]) -> Run:
     Raises UserError when the directory belongs to another config, another process, or cannot be written.
     """
     directory = choose_dir(config)
+    if secret := next((key for key, value in flatten(config).items() if redact(str(value)) != str(value)), None):
+        raise UserError(f"{secret}: holds a token or password, which would stand in the run's files; leave it in the environment")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock", blocking=False)
@@ -105,12 +108,7 @@ def write_config(run: Run) -> None:
 
 def _allowed_changes(run: Run) -> list[str]:
     """Lines on what is not as this directory's config.yaml has it; UserError where the user has not allowed that."""
-    try:
-        stored = yaml.safe_load((run.dir / "config.yaml").read_text())
-    except (ValueError, yaml.YAMLError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"run.dir: {run.dir / 'config.yaml'} cannot be read ({reason}); give another run.dir") from None
-    then, now = (identity_of(config) if isinstance(config, dict) else {} for config in (stored, run.config))
+    then, now = identity_of(read_config(run.dir)), identity_of(run.config)
     return compare(then, now, allowed(run.config), f"{run.dir} belongs to another config")
 
 
@@ -149,23 +147,79 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config that a run was started with. Raises UserError when it cannot be read."""
+    path = directory / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]})") from None
+    if (
+        not isinstance(found, dict)
+        or not all(isinstance(found.get(section), dict) for section in _SECTIONS)
+        or "stage" not in found
+    ):
+        raise UserError(f"{path} is no run's config")
+    return found
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a finished run. Raises UserError when there is none or it cannot be read."""
     path = directory / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory} is no finished run (no manifest.json)") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
+    if wrong := _what_is_wrong(found):
+        raise UserError(f"{path} is no manifest of a run: {wrong}")
+    return found
+
+
+def _what_is_wrong(manifest: Any) -> str:
+    """Empty where a manifest has the parts that others rely on, and names no file outside of its directory."""
+    if not isinstance(manifest, dict):
+        return "it is no object"
+    for name, kind in _PARTS.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            return f"{name} is {type(manifest[name]).__name__}, not {kind.__name__}"
+        if name not in manifest and name not in _OPTIONAL:
+            return f"{name} is missing"
+    weights = manifest["weights"]
+    if weights.get("kind") not in ("adapter", "model", "embeddings") or not is_inside(weights.get("path")):
+        return "weights.kind or weights.path"
+    outside = next((name for name, value in manifest["files"].items() if not is_inside(name) or not isinstance(value, str)), None)
+    if outside is not None:
+        return f"files has {outside!r}"
+    odd = next((n for n, v in manifest["metrics"].items() if isinstance(v, bool) or not isinstance(v, int | float)), None)
+    return f"metrics.{odd} is no number" if odd is not None else ""
+
+
+def is_inside(name: Any) -> bool:
+    """Is it the name of something within a directory?"""
+    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+_PARTS: dict[str, type] = {
+    **dict.fromkeys(("weights", "files", "metrics", "base", "tokenizer", "quant", "peft", "identity", "made_with"), dict),
+    **dict.fromkeys(("parents", "data", "changes"), list),
+    **dict.fromkeys(("stage", "config_digest"), str),
+}
+_OPTIONAL = {"tokenizer", "quant", "peft", "parents", "data", "identity", "made_with", "changes", "base"}
+_SECTIONS = ("model", "data", "train", "optim", "run")
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
 def checked_weights(directory: Path, manifest: dict[str, Any], field: str) -> Path:
     """The directory of a finished run's weights. Raises UserError, about `field`, where a file is not as its manifest says."""
     prefix = manifest["weights"]["path"] + "/"
-    for name, expected in manifest["files"].items():
-        if not name.startswith(prefix):
-            continue
+    listed = {name: expected for name, expected in manifest["files"].items() if name.startswith(prefix)}
+    if not any(name.endswith(".safetensors") for name in listed):
+        raise UserError(f"{field}: the manifest of {directory} lists no safetensors file; give a run made by posttrain")
+    if pickle := next((p for p in sorted((directory / prefix).rglob("*")) if p.suffix in PICKLES), None):
+        raise UserError(f"{field}: {pickle} may be a pickle, which can run code; posttrain reads none, remove it")
+    for name, expected in listed.items():
         if not (directory / name).exists():
             raise UserError(f"{field}: {directory / name} is missing, though the run's manifest lists it")
         if sha256(directory / name) != expected:
@@ -205,10 +259,10 @@ def free_bytes(directory: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Complete or absent: beside, flushed, renamed."""
+    """Complete or absent: beside, flushed, renamed; without secrets."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as f:
-        f.write(text)
+        f.write(redact(text))
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +19,7 @@ from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples
 from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
+from posttrain.rundir import read_config
 
 ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary
 
@@ -38,7 +38,7 @@ def held_out_rows(run: Path, tokenizer: Any) -> list[Tensor]:
     """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself."""
     encoder = Encoder(tokenizer)
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = read_config(run)
     try:
         data = DataConfig.model_validate(config["data"])
         sources.append(held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root()))

@@ -34,7 +34,7 @@ from posttrain.models.base import resolve
 from posttrain.models.causal import PackedLM, load_tokenizer
 from posttrain.models.export import Factors, write_lora
 from posttrain.models.merged import Adapter, copy_tokenizer
-from posttrain.rundir import Run, checked_weights, parent_record, read_manifest
+from posttrain.rundir import Run, checked_weights, parent_record, read_config, read_manifest
 
 STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights
 
@@ -193,7 +193,7 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
         made.mkdir()
         write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base["path"], skeleton, transposed)
         copy_tokenizer(first.weights, made / "adapter")
-        config = yaml.safe_load((first.run / "config.yaml").read_text()) | {"stage": first.manifest["stage"]}
+        config = read_config(first.run) | {"stage": first.manifest["stage"]}
         (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         sums = [{"run": str(p.run.resolve()), "weight": w} for p, w in zip(parts, weights, strict=True)]
         (made / "compose.json").write_text(json.dumps({"sum": sums, "learned_on": str(learn) if learn else None}, indent=2))

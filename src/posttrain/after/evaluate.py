@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.table import Table
 
 from posttrain.after.live import Live, device_here, is_scorer, load_live, load_switchable, scorer, switch
@@ -19,6 +18,7 @@ from posttrain.data.conversations import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.causal import PackedLM, stop_tokens
+from posttrain.rundir import read_config
 
 KEYS = ("data.path", "rows", "max_length", "tasks", "limit")
 DEFAULTS = {"rows": 256, "max_length": 1024}
@@ -73,7 +73,7 @@ def _sets(run: str, live: Live, settings: dict[str, str]) -> list[EvalSet]:
     file = Path(run).expanduser() / "config.yaml"
     if not file.exists():
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
-    config = yaml.safe_load(file.read_text())
+    config = read_config(file.parent)
     data = DataConfig.model_validate(config["data"])
     own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
     sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
@@ -88,7 +88,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_live(run, device_here())
     encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
-    config = yaml.safe_load((Path(run).expanduser() / "config.yaml").read_text())
+    config = read_config(Path(run).expanduser())
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
     if "data.path" in settings:

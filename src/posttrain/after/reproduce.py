@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from posttrain.child import run_child
 from posttrain.config.digest import digest
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
-from posttrain.rundir import read_manifest
+from posttrain.rundir import read_config, read_manifest
 from posttrain.train.compare import Agreement, compare_runs
 
 
@@ -19,13 +17,11 @@ def reproduce(run: Path, out: Path | None) -> list[Agreement]:
 
     Raises UserError for what is no finished run, RunError where the result does not agree.
     """
-    manifest, stored = read_manifest(run), run / "config.yaml"
-    try:
-        config = yaml.safe_load(stored.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f"{stored} cannot be read: {str(e).splitlines()[0]}") from None
-    if not isinstance(config, dict) or digest(config) != manifest.get("config_digest"):
-        raise UserError(f"{stored} is not the config that the manifest was written for; it cannot be rebuilt from it")
+    manifest, config = read_manifest(run), read_config(run)
+    if digest(config) != manifest["config_digest"]:
+        raise UserError(
+            f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
+        )
     place = out or run.resolve().with_name(f"{run.resolve().name}-again")
     if manifest.get("changes"):
         said = "; ".join(f"{each['change']} from step {each['step']}" for each in manifest["changes"])

@@ -60,8 +60,8 @@ def _load(name: str, key: str) -> Loaded:
 
     try:
         if key == "clip":
-            return Loaded(CLIPModel.from_pretrained(name).eval(), CLIPProcessor.from_pretrained(name))
-        return Loaded(AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name))
+            return Loaded(CLIPModel.from_pretrained(name, use_safetensors=True).eval(), CLIPProcessor.from_pretrained(name))
+        return Loaded(AutoModel.from_pretrained(name, use_safetensors=True).eval(), AutoImageProcessor.from_pretrained(name))
     except Exception as error:  # the hub's client and transformers have no common class for theirs
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"eval.{key}: {name} cannot be loaded as such a model ({reason})") from error

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG, MixedSource
 from posttrain.errors import UserError, did_you_mean
+from posttrain.rundir import flatten, read_config
 
 NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
 STAGES = ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")
@@ -150,8 +151,6 @@ def _explain(hydra: Hydra, stage: str, message: str) -> str:
 
 def shipped_keys(hydra: Hydra, stage: str) -> list[str]:
     """Every key that this stage knows, in any of its variants: {"optim.lr", "peft.r", ...}."""
-    from posttrain.rundir import flatten
-
     composed = plain(hydra.compose_config(stage, [], RunMode.RUN, with_log_configuration=False))
     keys = set(flatten(composed))
     for group in ("peft", "quant"):
@@ -218,7 +217,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
     stored = Path(config["init"] or "").expanduser() / "config.yaml"
     if not config["init"] or not stored.is_file():
         return config
-    whole = yaml.safe_load(stored.read_text())
+    whole = read_config(stored.parent)
     parent = whole["model"]
     if "dreambooth" in (whole["stage"], config["stage"]) and whole["stage"] != config["stage"]:
         raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")
@@ -269,4 +268,13 @@ def launch(stage: str, overrides: list[str], config_dir: Path | None, task: Any,
     place = [f"hydra.sweep.dir='{sweep_dir / '.hydra'}'", "hydra.sweep.subdir=${hydra.job.num}", f"run.dir='{sweep_dir}'"]
     with opened(config_dir) as hydra, _in_one_line(hydra, stage):
         lines = normalise(hydra, stage, [line for line in overrides if not line.lstrip("+").startswith("run.dir=")])
+        _refuse_code(hydra.compose_config(stage, [*lines, *quiet, *place], RunMode.MULTIRUN, with_log_configuration=False))
         hydra.multirun(config_name=stage, task_function=task, overrides=[*lines, *quiet, *place], with_log_configuration=False)
+
+
+def _refuse_code(composed: Any) -> None:
+    """Hydra calls what its own section names; of ours it may be nothing but Hydra's parts and its plugins."""
+    whole = OmegaConf.to_container(composed.hydra, resolve=False)
+    for key, value in flatten(whole).items():
+        if key.split(".")[-1] == "_target_" and not str(value).startswith(("hydra_plugins.", "hydra._internal.")):
+            raise UserError(f"hydra.{key}: {value} is no part of Hydra, and would be run; only launchers that are installed are")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -35,6 +37,13 @@ class LanguageModel(ModelConfig):
     attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
+
+    @model_validator(mode="after")
+    def _code_is_pinned(self) -> LanguageModel:
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") or Path(self.name).expanduser().is_dir()
+        if self.trust_remote_code and not pinned:
+            raise ValueError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
+        return self
 
 
 class Method(Strict):

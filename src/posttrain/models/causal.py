@@ -93,8 +93,8 @@ def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerB
 
 def _trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Source:
     source = resolve(name, revision, weights)
-    if trust_remote_code and not revision and source.origin == "the hub":
-        raise UserError("model.trust_remote_code: code from the hub needs a pinned model.revision (a commit)")
+    if trust_remote_code and source.revision != revision and source.origin == "the hub":
+        raise UserError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
     return source
 
 

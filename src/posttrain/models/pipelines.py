@@ -93,7 +93,7 @@ def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
     absent = {name: None for name in LEFT_OUT if name in index} | {"requires_safety_checker": False}
     absent = {name: value for name, value in absent.items() if name in index}
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        directory, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **absent
+        directory, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, use_safetensors=True, **absent
     )
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():

@@ -25,7 +25,7 @@ class Tracker:
         """Keep the lines up to `step`, as far as they are whole."""
         if not (self.accelerator.is_main_process and self.path.exists()):
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,185 @@
+"""What must never happen: code that comes with data, files outside of a directory, secrets in what is written."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import posttrain
+from posttrain.after.live import load_live
+from posttrain.after.report import compare_page
+from posttrain.config.compose import compose_run
+from posttrain.errors import Stopped, UserError
+from posttrain.exits import guarded
+from posttrain.rundir import read_manifest, write_json
+from posttrain.secrets import HIDDEN, redact
+
+TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("security") / "run"
+    posttrain.run("sft", *TINY, f"run.dir={run}")
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("EXPLODED").write_text, ("by a pickle",))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.pt", "extra.pkl"])
+def test_a_pickle_beside_the_weights_is_refused(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    (run / "adapter" / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=f"{name} may be a pickle"):
+        posttrain.run("sft", *TINY, f"init={run}", f"run.dir={run.parent / 'next'}")
+    with pytest.raises(UserError, match=f"{name} may be a pickle"):
+        load_live(run)
+    assert not Path("EXPLODED").exists()
+
+
+def test_a_pickle_in_place_of_every_file_of_a_run_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    stopped = run.parent / "stopped"
+    with pytest.raises(Stopped):
+        posttrain.run("sft", *TINY, f"run.dir={stopped}", "run.stop_after=1")
+    read = [*(run / "adapter").glob("*"), run / "manifest.json", run / "config.yaml"]
+    resumed = [*(stopped / "checkpoints" / "step-000001").glob("*"), stopped / "config.yaml"]
+    for file in (*read, *resumed):
+        kept = file.read_bytes()
+        file.write_bytes(pickle.dumps(Bomb()))
+        words = [f"init={run}", f"run.dir={run.parent / 'next'}"] if file in read else [f"run.dir={stopped}"]
+        with pytest.raises(UserError):
+            posttrain.run("sft", *TINY, *words)
+        shutil.rmtree(run.parent / "next", ignore_errors=True)
+        file.write_bytes(kept)
+    assert not Path("EXPLODED").exists() and len(read) >= 7 and len(resumed) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["weights"].update(path="../elsewhere"), "weights.kind or weights.path"),
+        (lambda m: m["weights"].update(path="/etc"), "weights.kind or weights.path"),
+        (lambda m: m["files"].update({"../../secret": "0"}), "files has '../../secret'"),
+        (lambda m: m["files"].update({"adapter/x": 5}), "files has 'adapter/x'"),
+        (lambda m: m.update(metrics={"eval/loss": "low"}), "metrics.eval/loss is no number"),
+        (lambda m: m.pop("config_digest"), "config_digest is missing"),
+        (lambda m: m.update(parents={}), "parents is dict, not list"),
+    ],
+)  # fmt: skip
+def test_a_manifest_names_nothing_outside_of_its_directory(change: Any, words: str, run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    change(manifest)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=words):
+        read_manifest(run)
+
+
+def test_weights_that_were_changed_are_not_loaded(run: Path) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[sorted(tensors)[0]] += 1.0
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="its sha256 is not the one in the run's manifest"):
+        load_live(run)
+
+
+@pytest.mark.parametrize("revision", ["null", "main", "v1.0", "0123abc"])
+def test_code_from_the_hub_needs_a_commit(revision: str) -> None:
+    words = ["model.name=org/model", "model.trust_remote_code=true", f"model.revision={revision}"]
+    with pytest.raises(UserError, match=r"model.trust_remote_code: .* a commit of 40 hex digits"):
+        compose_run("sft", words)
+    assert compose_run("sft", [*words[:2], f"model.revision={'a1' * 20}"])["model"]["trust_remote_code"] is True
+
+
+def test_a_target_in_a_config_is_never_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="_target_"):
+        compose_run("sft", ["+optim._target_=os.system", "+optim.command='touch EXPLODED'"])
+    (tmp_path / "mine" / "hydra" / "launcher").mkdir(parents=True)
+    (tmp_path / "mine" / "hydra" / "launcher" / "evil.yaml").write_text("_target_: os.system\ncommand: touch EXPLODED\n")
+    from posttrain.sweep import run_sweep
+
+    words = [*TINY, "peft.r=2,4", "hydra/launcher=evil", f"run.dir={tmp_path / 'sweep'}"]
+    with pytest.raises(UserError, match=r"hydra.launcher._target_: os.system is no part of Hydra"):
+        run_sweep("sft", words, tmp_path / "mine")
+    assert not (tmp_path / "EXPLODED").exists()
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_" + "Ab1" * 10,
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "wandb",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "MY_PASSWORD": "correct horse battery",
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"401 for url https://hub/x?token={SECRETS['HF_TOKEN']}&y", "https://me:pa55word@host/data.jsonl",
+     "Authorization: Bearer abcdefgh12345", "sk-" + "a" * 24, "AKIAABCDEFGHIJKLMNOP"],
+)  # fmt: skip
+def test_what_looks_like_a_secret_is_hidden(text: str) -> None:
+    found = redact(text)
+    assert HIDDEN in found and not any(word in found for word in ("hf_Ab1", "pa55word", "abcdefgh12345", "aaaa", "AKIAA"))
+    plain = "a plain line about the token count 12345678, http://host/a:b@c and key=value"
+    assert redact(plain) == plain
+
+
+def test_no_secret_of_the_environment_is_written_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by a run, nor in an error that has it in an address."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    posttrain.run("sft", *TINY, f"run.dir={run}")
+    write_json(run / "note.json", {"seen": list(SECRETS.values())})
+
+    def fails() -> None:
+        raise UserError(f"data.path: cannot reach https://user:{SECRETS['MY_PASSWORD']}@host with {SECRETS['HF_TOKEN']}")
+
+    guarded(fails)
+    said = capsys.readouterr()
+    written = [p for p in run.rglob("*") if p.is_file()]
+    assert len(written) > 10
+    for value in SECRETS.values():
+        assert value not in said.out + said.err
+        assert not [p for p in written if value.encode() in p.read_bytes()]
+
+
+def test_a_secret_in_a_setting_is_refused_without_being_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    for value in (f"https://hub/{SECRETS['HF_TOKEN']}/x.jsonl", "https://me:pa55word@host/x.jsonl", "${oc.env:HF_TOKEN}"):
+        with pytest.raises(UserError, match=r"^data.path: holds a token or password") as found:
+            posttrain.run("sft", "model=tiny", f"data.path={value}", f"run.dir={tmp_path / 'run'}")
+        assert SECRETS["HF_TOKEN"] not in str(found.value) and "pa55word" not in str(found.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_in_a_run_is_shown_and_not_run(run: Path) -> None:
+    """In what comes from data: samples, names of metrics, settings."""
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    write_json(run / "samples.json", [{"prompt": evil, "answers": [{"step": 0, "label": evil, "text": evil, "reward": 0.5}]}])
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stage"], manifest["metrics"] = "ppo", {**manifest["metrics"], f"eval/{evil}": 1.0, f"eval/{evil}_before": 2.0}
+    manifest["data"][0]["source"] = evil
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    from posttrain.after.report import run_page
+
+    for page in (run_page(run), compare_page([run, run], run.parent / "both.html")):
+        text = page.read_text()
+        assert "<script>alert" not in text and "<img src=x" not in text
+    assert "&lt;script&gt;alert(1)" in (run / "report.html").read_text()
