@@ -21,10 +21,10 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE / "forgetting_page.md"
 SMALL = "model=smollm2 train.max_length=512 train.batch_size=2 train.grad_accum=1 train.save_steps=null data.eval_rows=16"
 MEASURED = "eval.rows=24 eval.max_length=256"
-DOMAIN = f"cpt {SMALL} {MEASURED} data=python_reference train.max_steps=40"
+DOMAIN = f"cpt {SMALL} {MEASURED} data=python_reference train.max_steps=30"
 FULL = f"{DOMAIN} full_lr=1e-4"
 LORA = f"{DOMAIN} +peft=lora"
-COT = f"sft {SMALL} {MEASURED} +peft=lora train.max_steps=40 train.max_length=256 train.batch_size=8 cot.marker=####"
+COT = f"sft {SMALL} {MEASURED} +peft=lora train.max_steps=30 train.max_length=256 train.batch_size=8 cot.marker=####"
 
 REPLAY = {
     "full": FULL,
@@ -37,8 +37,8 @@ REPLAY = {
     "lora replay 0.5": f"{LORA} data.alpha=0.5 data.general.path=WEB",
 }
 CURRICULUM = {
-    f"{kind} seed {seed}": f"cpt {SMALL} {MEASURED} +peft=lora data.path=WEB train.max_steps=40 train.seed={seed} {words}"
-    for seed in (1, 2, 3)
+    f"{kind} seed {seed}": f"cpt {SMALL} {MEASURED} +peft=lora data.path=WEB train.max_steps=30 train.seed={seed} {words}"
+    for seed in (1, 2)
     for kind, words in (
         ("shuffled", ""),
         ("by length", "curriculum.by=length"),

@@ -175,7 +175,7 @@ def _last_line(log: Path) -> str:
 
 
 def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
-    from posttrain.after.report import sweep_page
+    from posttrain.after.sweep_report import alpha_star, sweep_page
 
     keys = list(rows[0]["overrides"])
     names = [n for n in ("eval/loss", "eval/accuracy", "forgetting/percent") if any(n in row["metrics"] for row in rows)]
@@ -184,5 +184,7 @@ def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
         figures = [f"{row['metrics'][n]:.4f}" if n in row["metrics"] else "" for n in names]
         table.add_row(*(row["overrides"][k] for k in keys), *figures, f"{row.get('seconds', 0):.0f}", row["status"])
     console.print(table)
+    if chosen := alpha_star(rows, sweep_dir / "report.html"):
+        say(chosen)
     say(f"rows   {sweep_dir / 'sweep.json'}")
     say(f"report {sweep_page(rows, sweep_dir / 'report.html')}")

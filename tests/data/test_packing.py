@@ -53,11 +53,11 @@ def test_group_fills_units_without_cutting() -> None:
 
 def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5])
-    store = Store(tmp_path / "x")
-    for piece in (CONVERSATIONS, CONVERSATIONS):
-        store.add("train", piece)
-    store.add("held_out", pairs)
-    store.close({"rows": 3})
+    with Store(tmp_path / "x") as store:
+        for piece in (CONVERSATIONS, CONVERSATIONS):
+            store.add("train", piece)
+        store.add("held_out", pairs)
+        store.close({"rows": 3})
     parts, report = load(tmp_path / "x")
     assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]
     for name in vars(pairs):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from posttrain.after.figures import Curve, Figure, line_figure
+from posttrain.after.forgetting import forgetting_matrix
 from posttrain.after.page import best_of, metric_grid, overlays, page_link, run_name, write_page
 from posttrain.after.pictures import sample_grids
 from posttrain.after.records import (
@@ -106,6 +107,8 @@ def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
         {"label": row.label, "cells": [vars(row.change(c)) | {"best": best.get(c) == i} for c in columns]}
         for i, row in enumerate(rows)
     ]
+    domains, matrix = forgetting_matrix(rows)
+    most = max((abs(value) for _, values in matrix for value in values if value is not None), default=0.0) or 1.0
     listed = [_step(s, records.get(s["name"]), path) for s in steps]
     curves = [figure for name, record in records.items() if (figure := _loss_figure(name, record))]
     failed = [s["name"] for s in steps if s["status"] == "failed"]
@@ -119,9 +122,17 @@ def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
         lead=" → ".join(s["name"] for s in steps),
         columns=columns,
         rows=table,
+        domains=domains,
+        matrix=[(label, [_shaded(value, most) for value in values]) for label, values in matrix],
         steps=listed,
         curves=curves,
     )
+
+
+def _shaded(value: float | None, most: float) -> dict[str, float] | None:
+    if value is None:
+        return None
+    return {"value": value, "heat": round(55 * max(value, 0) / most), "good": round(55 * max(-value, 0) / most)}
 
 
 def compare_page(run_dirs: Sequence[Path], path: Path) -> Path:

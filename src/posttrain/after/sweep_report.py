@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.after.figures import Curve, Figure, line_figure
+from posttrain.after.forgetting import KEY, Choice, choice_figure, choices, describe
 from posttrain.after.page import metric_grid, overlays, page_link, run_name, write_page
 from posttrain.after.records import Record, read_record, show, summary_columns
 
@@ -42,6 +43,7 @@ def sweep_page(rows: list[dict[str, Any]], path: Path) -> Path:
     done = [job for job in jobs if job.loss < float("inf")]
     columns = summary_columns([job.metrics for job in jobs])
     caution = [key for key in keys if key.startswith(_OTHER_LOSS)]
+    chosen = _choices(done) if KEY in keys else []
     failed = sum(job.status == "failed" for job in jobs)
     return write_page(
         path,
@@ -56,12 +58,28 @@ def sweep_page(rows: list[dict[str, Any]], path: Path) -> Path:
         columns=columns,
         heat=_heat(done, keys) if len(keys) == 2 else None,
         plot=_plot(done, keys[0]) if len(keys) == 1 else None,
+        choice=choice_figure(chosen),
+        chosen=describe(chosen),
         jobs=_table(jobs, keys, columns, path),
         caution=f"{METRIC} is not the same quantity in all jobs: {', '.join(caution)} changes what is measured."
         if caution
         else "",
         curves=overlays([(_label(job, keys), job.record) for job in jobs if job.record]),
     )
+
+
+def _choices(done: list[Job]) -> list[Choice]:
+    return choices([(job.overrides[KEY], job.metrics, _weight(job)) for job in done if KEY in job.overrides])
+
+
+def _weight(job: Job) -> float:
+    return float((job.record.config if job.record else {}).get("forgetting", {}).get("weight", 1.0))
+
+
+def alpha_star(rows: list[dict[str, Any]], path: Path) -> str:
+    """What a sweep over data.alpha has chosen, in words; empty for other sweeps."""
+    done = [job for job in (_job(row, path) for row in rows) if job.loss < float("inf")]
+    return describe(_choices(done)) if KEY in _swept(done) else ""
 
 
 def _job(row: dict[str, Any], path: Path) -> Job:

@@ -153,7 +153,10 @@ def _ends(borders: list[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 class Store:
-    """Writes examples piece by piece into a directory, complete or absent: an array a file, of which memory holds one piece."""
+    """Writes examples piece by piece into a directory, complete or absent: an array a file, of which memory holds one piece.
+
+    As a context it takes away what was not closed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -161,6 +164,12 @@ class Store:
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         self._counts: dict[str, dict[str, int]] = {}
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add(self, part: str, piece: Examples) -> None:
         """To the end of `part` (train, held_out)."""
@@ -180,7 +189,6 @@ class Store:
         if not self._path.exists():
             with suppress(OSError):  # another process was quicker, with the same content
                 self._temporary.rename(self._path)
-        shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:

@@ -163,20 +163,21 @@ def _tokenise(
     eval_path: str | None,
 ) -> None:  # fmt: skip
     split = Split(source, data, stage, eval_path)
-    out, shape = store.Store(path), split.shape
-    work = Piece(source.path, shape, stage, encoder, max_length, data.on_error == "skip")
+    shape, skips = split.shape, data.on_error == "skip"
     account, held_account = Account(source.path, shape, mark), Account(eval_path or source.path, shape, mark)
-    with Meter(f"reading {name}", None) as meter:
-        for found, counted in in_order(work.examples, _pieces(split.train)):
-            out.add("train", found)
-            account.add(counted)
-            meter.advance(f"{account.tokens:,} tokens", by=counted.rows)
-    found, counted = Piece(held_account.source, shape, stage, encoder, max_length, work.skips).examples(split.held_out())
-    out.add("held_out", found)
-    held_account.add(counted)
-    account.filtered = split.filtered
-    _refuse_untrained(account, data.max_untrained_share)
-    out.close({"train": asdict(account), "held_out": asdict(held_account)})
+    work = Piece(source.path, shape, stage, encoder, max_length, skips)
+    with store.Store(path) as out:
+        with Meter(f"reading {name}", None) as meter:
+            for found, counted in in_order(work.examples, _pieces(split.train)):
+                out.add("train", found)
+                account.add(counted)
+                meter.advance(f"{account.tokens:,} tokens", by=counted.rows)
+        found, counted = Piece(held_account.source, shape, stage, encoder, max_length, skips).examples(split.held_out())
+        out.add("held_out", found)
+        held_account.add(counted)
+        account.filtered = split.filtered
+        _refuse_untrained(account, data.max_untrained_share)
+        out.close({"train": asdict(account), "held_out": asdict(held_account)})
 
 
 def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
