@@ -143,7 +143,8 @@ def scores_of(model: Any, texts: list[list[int]], pad: int) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_others_load_it_and_give_its_scores(tmp_path: Path, method: str) -> None:
-    posttrain.run("rm", *TINY, f"peft={method}", f"run.dir={tmp_path}/rm", "train.eval_steps=2")
+    exact = ["quant.compute_dtype=float32"] if method == "qlora" else []  # in bfloat16 a pack's shape decides on its rounding
+    posttrain.run("rm", *TINY, f"peft={method}", *exact, f"run.dir={tmp_path}/rm", "train.eval_steps=2")
     made = manifest(tmp_path / "rm")
     folder = tmp_path / "rm" / made["weights"]["path"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -158,7 +159,7 @@ def test_others_load_it_and_give_its_scores(tmp_path: Path, method: str) -> None
 
             extra["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["score", "lm_head"],
+                bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["score", "lm_head"],
             )  # fmt: skip
         base = AutoModelForSequenceClassification.from_pretrained(made["base"]["path"], num_labels=1, dtype=dtype, **extra)
         keep_as_quantized(base)
