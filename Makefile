@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo check test torture bench clean
+.PHONY: help setup demo check test torture bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,15 @@ test: setup ## all tests
 torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
 	$(BIN)/python tests/torture.py --count 200
 
-bench: setup ## SFT and DPO side by side with TRL, into docs/benchmarks.md
+bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
+
+bench-gpu: setup ## 8B in bfloat16 and NF4 beside TRL, 65B in NF4: a line of JSON each
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --trl
+	$(BIN)/python benchmarks/gpu.py --quant nf4
+	$(BIN)/python benchmarks/gpu.py --quant nf4 --trl
+	$(BIN)/python benchmarks/gpu.py --shape 65b --quant nf4 --tokens 2048 --documents 1 --rank 64
 
 clean: ## remove .venv and caches of the tools; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build dist

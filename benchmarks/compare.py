@@ -1,6 +1,6 @@
-"""posttrain beside TRL on the same rows, in turn, several times: ratios of speed and memory into docs/benchmarks.md.
+"""posttrain beside what one would run instead, on the same rows, in turn, several times: ratios into docs/benchmarks.md.
 
-python benchmarks/compare.py [--rounds 3] [--rows 16] [--out docs/benchmarks.md]
+python benchmarks/compare.py [--stages sft,dpo] [--rounds 3] [--rows 16] [--growth] [--out docs/benchmarks.md]
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -22,18 +24,22 @@ from rows import write_rows
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = {"trl_defaults": "TRL, its defaults", "trl_best": "TRL, its best flags", "posttrain": "posttrain"}
-STAGES = {"sft": "SFT", "dpo": "DPO"}
+OF_PPO = {"trl_defaults": "plain loop, float32", "trl_best": "plain loop, bfloat16", "posttrain": "posttrain"}
+STAGES = {"cpt": "CPT", "sft": "SFT", "dpo": "DPO", "rm": "RM", "ppo": "PPO"}
 Results = dict[tuple[str, str], list[dict[str, Any]]]
+Growth = list[tuple[str, float, float]]
 
 PAGE = """# Benchmarks
 
-{stages} with LoRA (rank 8 on all linear layers) of SmolLM2-135M, batch 4, one epoch over {rows} ragged rows whose lengths follow
+LoRA (rank 8 on all linear layers) of SmolLM2-135M, batch 4, one epoch over {rows} ragged rows whose lengths follow
 Alpaca's, on a CPU. Every contender is a process of its own; they take turns, {rounds} rounds. A figure is the median over the
 rounds of a ratio within a round, with the smallest and the largest in brackets: the machine is noisy, a ratio is less so.
 
-    make bench        # python benchmarks/compare.py --rounds {rounds} --rows {rows}
+    {command}
 
-{cores} cores, torch {torch}, transformers {transformers}, trl {trl}, peft {peft}.
+{date}: {cores} cores ({processor}), torch {torch}, transformers {transformers}, trl {trl}, peft {peft}.
+
+![Steps, times as fast](benchmarks.svg)
 
 {tables}
 
@@ -44,26 +50,41 @@ rounds of a ratio within a round, with the smallest and the largest in brackets:
   `tests/stages/test_trl_parity.py`.
 
 TRL's defaults: float32 weights under bfloat16 autocast and gradient checkpointing. Its best flags here: bfloat16 weights, no
-checkpointing, rows grouped by length (SFT), reference log-probs computed beforehand (DPO); its packing asks for FlashAttention.
-posttrain runs with its defaults.
+checkpointing, rows grouped by length (SFT, RM), packed into blocks that documents share (CPT: faster, but they see one another),
+reference log-probs computed beforehand (DPO); its packing without that asks for FlashAttention. posttrain runs with its defaults.
+
+TRL has no PPO any more. In its place stands `benchmarks/plain_ppo.py`, the loop that one writes with transformers and peft:
+policy and value model of their own, `generate`, padded batches, whole logits; two steps of 8 prompts, {new_tokens} new tokens,
+two epochs of two updates.
+{growth}"""
+
+GROWTH = """
+## How it grows
+
+Seconds of all SFT steps over those of the first row of each pair, for TRL's defaults and posttrain: one run each, {rows} rows
+unless said.
+
+| | TRL, its defaults | posttrain | posttrain, times as fast |
+|---|---|---|---|
+{lines}
 """
 
 
-def measure(name: str, stage: str, rows: Path, model_dir: Path) -> dict[str, Any]:
+def measure(name: str, stage: str, rows: Path, model_dir: Path, batch: int = 4, rank: int = 8) -> dict[str, Any]:
     """Run one contender; a fresh cache, so that nothing is left from an earlier round."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "POSTTRAIN_CACHE": cache, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
-        command = [sys.executable, str(HERE / "contenders.py"), name, stage, str(rows), str(model_dir)]
+        command = [sys.executable, str(HERE / "contenders.py"), name, stage, str(rows), str(model_dir), str(batch), str(rank)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} {stage} failed:\n{done.stderr[-3000:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
 
-def run_rounds(rounds: int, paths: dict[str, Path], model_dir: Path) -> Results:
-    found: Results = {(name, stage): [] for stage in STAGES for name in CONTENDERS}
+def run_rounds(stages: list[str], rounds: int, paths: dict[str, Path], model_dir: Path) -> Results:
+    found: Results = {(name, stage): [] for stage in stages for name in CONTENDERS}
     for number in range(rounds):
-        for stage in STAGES:
+        for stage in stages:
             for name in CONTENDERS:
                 result = measure(name, stage, paths[stage], model_dir)
                 found[name, stage].append(result)
@@ -71,48 +92,124 @@ def run_rounds(rounds: int, paths: dict[str, Path], model_dir: Path) -> Results:
     return found
 
 
-def ratio(found: Results, name: str, stage: str, of: Callable[[dict[str, Any], dict[str, Any]], float]) -> str:
-    """Median (smallest - largest) of `of(theirs, TRL's defaults')`, round by round."""
-    values = [of(own, base) for own, base in zip(found[name, stage], found["trl_defaults", stage], strict=True)]
+def ratios(found: Results, name: str, stage: str, of: Callable[[dict[str, Any], dict[str, Any]], float]) -> list[float]:
+    """`of(its own, TRL's defaults')`, round by round."""
+    return [of(own, base) for own, base in zip(found[name, stage], found["trl_defaults", stage], strict=True)]
+
+
+def cell(values: list[float]) -> str:
+    """Median (smallest - largest)."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+
+
+def speed(figure: str) -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    return lambda own, base: base[figure] / own[figure]
 
 
 def table(found: Results, stage: str) -> str:
     lines = [f"## {STAGES[stage]}", ""]
     lines += ["| | steps, times as fast | whole command, times as fast | memory, share of | mean loss |", "|---|---|---|---|---|"]
-    for name, title in CONTENDERS.items():
+    for name, title in (OF_PPO if stage == "ppo" else CONTENDERS).items():
         cells = [
-            ratio(found, name, stage, lambda own, base: base["steps"] / own["steps"]),
-            ratio(found, name, stage, lambda own, base: base["whole"] / own["whole"]),
-            ratio(found, name, stage, lambda own, base: own["peak"] / base["peak"]),
+            cell(ratios(found, name, stage, speed("steps"))),
+            cell(ratios(found, name, stage, speed("whole"))),
+            cell(ratios(found, name, stage, lambda own, base: own["peak"] / base["peak"])),
             f"{statistics.mean(r['loss'] for r in found[name, stage]):.3f}",
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    tokens = found["posttrain", stage][0]["tokens"]
-    best = statistics.median(
-        own["steps"] / best["steps"]
-        for own, best in zip(found["trl_best", stage], found["posttrain", stage], strict=True)
-    )  # fmt: skip
-    return "\n".join(
-        [*lines, "", f"{tokens:,} tokens a run. Against TRL's best flags posttrain's steps are {best:.2f} times as fast."]
-    )
+    return "\n".join([*lines, "", " ".join(remarks(found, stage))])
+
+
+def remarks(found: Results, stage: str) -> list[str]:
+    own = found["posttrain", stage]
+    pairs = list(zip(found["trl_best", stage], own, strict=True))
+    said = [f"{own[0]['tokens']:,} tokens a run."] if stage != "ppo" else []
+    best = statistics.median(theirs["steps"] / ours["steps"] for theirs, ours in pairs)
+    against = OF_PPO["trl_best"] if stage == "ppo" else "TRL's best flags"
+    said.append(f"Against {against} posttrain's steps are {best:.2f} times as fast.")
+    if "floor_share" in own[0]:
+        share = statistics.median(each["floor_share"] for each in own)
+        said.append(
+            f"The products that such a step cannot do without, at the rate of this machine's bfloat16 matmul (measured in the "
+            f"same process), would take {share:.0%} of the time that the steps took."
+        )
+    for part in ("rollout", "update"):
+        rate = f"{part}_tokens_per_second"
+        if rate in own[0]:
+            factor = statistics.median(ours[rate] / theirs[rate] for theirs, ours in pairs)
+            said.append(f"Of the {part} alone: {factor:.2f} times its tokens a second.")
+    return said
+
+
+def picture(found: Results, stages: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.8))
+    for i, (name, title) in enumerate(CONTENDERS.items()):
+        values = [ratios(found, name, stage, speed("steps")) for stage in stages]
+        middle = [statistics.median(each) for each in values]
+        spread = [
+            [m - min(v) for m, v in zip(middle, values, strict=True)],
+            [max(v) - m for m, v in zip(middle, values, strict=True)],
+        ]
+        places = [x + 0.27 * (i - 1) for x in range(len(stages))]
+        axes.bar(places, middle, 0.25, yerr=spread, label=title, color=("#b8b8b8", "#7d8ca3", "#2f6fb0")[i], ecolor="#444444")
+    axes.set_xticks(range(len(stages)), [STAGES[stage] + (" (plain loop)" if stage == "ppo" else "") for stage in stages])
+    axes.set_ylabel("steps, times as fast")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    pyplot.rcParams["svg.hashsalt"] = "posttrain"
+    figure.savefig(path, metadata={"Date": None})
+
+
+def grow(folder: Path, count: int, model_dir: Path) -> tuple[str, int]:
+    """SFT at other lengths, batches, ranks and numbers of rows."""
+    variants = {
+        "rows": [(f"{n} rows", {"count": n}, {}) for n in (count, 2 * count)],
+        "length": [(f"lengths x {s}", {"scale": s}, {}) for s in (1.0, 2.0)],
+        "batch": [(f"batch {b}", {}, {"batch": b}) for b in (1, 4)],
+        "rank": [(f"rank {r}", {}, {"rank": r}) for r in (8, 64)],
+    }
+    lines = []
+    for rows in variants.values():
+        first: dict[str, float] = {}
+        for title, of_rows, of_run in rows:
+            path = write_rows(folder / title, **{"count": count, **of_rows})["sft"]
+            seconds = {name: measure(name, "sft", path, model_dir, **of_run)["steps"] for name in ("trl_defaults", "posttrain")}
+            first = first or seconds
+            shares = [f"{seconds[name] / first[name]:.2f}" for name in seconds]
+            lines.append(f"| {title} | {' | '.join(shares)} | {seconds['trl_defaults'] / seconds['posttrain']:.2f} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines), count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--growth", action="store_true", help="also how the cost grows with rows, length, batch and rank")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     options = parser.parse_args()
+    stages = options.stages.split(",")
     model_dir = resolve("smollm2", None).directory
     with tempfile.TemporaryDirectory() as folder:
-        found = run_rounds(options.rounds, write_rows(Path(folder), options.rows), model_dir)
-    libraries = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
-    tables = "\n\n".join(table(found, stage) for stage in STAGES)
+        found = run_rounds(stages, options.rounds, write_rows(Path(folder), options.rows), model_dir)
+        lines, count = grow(Path(folder), max(8, options.rows // 2), model_dir) if options.growth else ("", 0)
+    picture(found, stages, options.out.with_suffix(".svg"))
+    from contenders import NEW_TOKENS
+
     options.out.write_text(
         PAGE.format(
-            stages=" and ".join(STAGES.values()), rows=options.rows, rounds=options.rounds, cores=os.cpu_count(), tables=tables,
-            **libraries,
+            rows=options.rows, rounds=options.rounds, cores=os.cpu_count(), processor=platform.machine(),
+            date=time.strftime("%Y-%m-%d"), command=" ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
+            tables="\n\n".join(table(found, stage) for stage in stages), new_tokens=NEW_TOKENS,
+            growth=GROWTH.format(lines=lines, rows=count) if lines else "",
+            **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         )
     )  # fmt: skip
     print(f"wrote {options.out}")

@@ -1,0 +1,226 @@
+"""A training step of a large random model on a GPU: tokens a second, share of the card's own matmul rate, peak memory.
+
+python benchmarks/gpu.py [--shape 8b] [--quant none] [--tokens 8192] [--documents 4] [--rank 16] [--recompute auto] [--trl]
+make bench-gpu runs 8b in bfloat16 and in NF4, both beside TRL, and 65b in NF4. On a CPU: --shape toy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from posttrain.batch import PackedBatch
+from posttrain.config.schema import Lora
+from posttrain.data.examples import build
+from posttrain.data.packing import pack
+from posttrain.losses.tokens import token_loss
+from posttrain.models.activations import activations, layers_to_recompute
+from posttrain.models.adapters import add_method
+from posttrain.models.causal import PackedLM
+from posttrain.models.head import chunk_logits
+from posttrain.train.optim import make_optimizer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 64, "vocab_size": 32000},
+    "toy": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 1024},
+}  # fmt: skip
+WARM, TIMED = 2, 5
+
+
+def random_model(shape: str, quant: str, device: str) -> Any:
+    """Layer by layer, so that no more than one of them is ever there in 16 bit on the way to NF4."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model: Any = LlamaForCausalLM(config)
+        for i in range(layers):
+            with torch.device(device):
+                layer = LlamaDecoderLayer(config, i)
+            if quant == "nf4":
+                _to_nf4(layer, device)
+            model.model.layers.append(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    config.num_hidden_layers = layers
+    model.config.num_hidden_layers = layers
+    model.is_loaded_in_4bit = quant == "nf4"
+    return model.requires_grad_(False)
+
+
+def _to_nf4(layer: nn.Module, device: str) -> None:
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    for part in layer.children():
+        for name, linear in list(part.named_children()):
+            if isinstance(linear, nn.Linear):
+                small = Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+                dense: Any = linear.weight.data.cpu()
+                small.weight = Params4bit(dense, requires_grad=False, quant_type="nf4", module=small)  # pyright: ignore
+                setattr(part, name, small.to(device))
+
+
+def random_batch(tokens: int, documents: int, vocabulary: int) -> PackedBatch:
+    generator = torch.Generator().manual_seed(0)
+    length = tokens // documents
+    rows = [(torch.randint(vocabulary, (length,), generator=generator).tolist(), [1.0] * length, i) for i in range(documents)]
+    return pack(build(rows), range(documents))
+
+
+def matmul_rate(device: str, size: int) -> float:
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(20):
+        _wait(device)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def recomputed(model: Any, method: Lora, options: argparse.Namespace, device: str) -> int:
+    """auto: by the same count as a run's own."""
+    if options.recompute != "auto":
+        return int(options.recompute)
+    if device != "cuda":
+        return 0
+    kept = []
+    for layers in (2, 1):
+        config = LlamaConfig(**{**SHAPES[options.shape], "num_hidden_layers": layers}, tie_word_embeddings=False)
+        with torch.device("meta"):
+            small: Any = LlamaForCausalLM(config)
+            kept.append(activations(add_method(small.bfloat16(), method), options.tokens, options.documents).whole)
+    inputs = 2.0 * options.tokens * SHAPES[options.shape]["hidden_size"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = 12 * trained + 10.0 * chunk_logits(device) + 3 * inputs
+    free = 0.9 * torch.cuda.mem_get_info()[0]
+    return layers_to_recompute(free, fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"])
+
+
+def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    method = Lora(
+        method="lora", r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0
+    )
+    model = add_method(random_model(options.shape, options.quant, device), method)
+    lm = PackedLM(model, "flex" if device == "cuda" else "documents").train()
+    layers = recomputed(model, method, options, device)
+    if layers:
+        lm.recompute(layers)
+    name = "paged_adamw_8bit" if options.quant == "nf4" else "adamw"
+    optimizer, _ = make_optimizer(name, model, lambda _: 1.0, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    batch = random_batch(options.tokens, options.documents, SHAPES[options.shape]["vocab_size"]).to(device)
+    body = sum(_numbers(p) for n, p in model.named_parameters() if not p.requires_grad and "layers" in n)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = SHAPES[options.shape]["vocab_size"] * SHAPES[options.shape]["hidden_size"]
+    seconds = []
+    for step in range(WARM + TIMED):
+        _wait(device)
+        began = time.perf_counter()
+        (token_loss(lm(batch), batch.weight).total / batch.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(device)
+        if step >= WARM:
+            seconds.append(time.perf_counter() - began)
+    needed = options.tokens * (4.0 * (body + head) + 6.0 * adapters)
+    rate = matmul_rate(device, 8192 if device == "cuda" else 1024)
+    return {
+        "tokens_per_second": options.tokens / min(seconds),
+        "matmul_tflops": rate / 1e12,
+        "share_of_matmul_rate": needed / min(seconds) / rate,
+        "layers_recomputed": layers,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+    }
+
+
+def _numbers(p: torch.Tensor) -> int:
+    state = getattr(p, "quant_state", None)
+    return state.shape.numel() if state is not None else p.numel()
+
+
+def run_trl(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """TRL's SFTTrainer with its defaults on the same model and rows, a row a document."""
+    import tempfile
+
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from posttrain.models.causal import load_tokenizer
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            _wait(device)
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            _wait(device)
+            seconds[-1] += time.perf_counter()
+
+    batch = random_batch(options.tokens, options.documents, 256)
+    rows = [{"input_ids": row} for row in batch.tokens.view(options.documents, -1).tolist()] * (WARM + TIMED)
+    with tempfile.TemporaryDirectory() as out:
+        config = SFTConfig(
+            output_dir=out,
+            per_device_train_batch_size=options.documents,
+            max_steps=WARM + TIMED,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            max_length=options.tokens,
+            disable_tqdm=True,
+            use_cpu=device != "cuda",
+        )
+        lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        SFTTrainer(
+            model=random_model(options.shape, options.quant, device), args=config, train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer("tiny", None, False, None), peft_config=lora, callbacks=[Clock()],
+        ).train()  # fmt: skip
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    return {"tokens_per_second": options.tokens / min(seconds[WARM:]), "peak_gb": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--quant", choices=["none", "nf4"], default="none")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--recompute", default="auto", help="layers, or auto")
+    parser.add_argument("--trl", action="store_true", help="TRL instead of posttrain")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    found = (run_trl if options.trl else run_ours)(options, device)
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(json.dumps({"device": card, "contender": "trl" if options.trl else "posttrain", **vars(options), **found}))
+
+
+if __name__ == "__main__":
+    main()
