@@ -93,10 +93,10 @@ def _read(path: Path) -> _Recipe:
     try:
         raw = yaml.safe_load(path.read_text())
         return _Recipe.model_validate(raw)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"{path}: {' '.join(str(e).split())}") from None
     except ValidationError as e:
         raise UserError(f"{path}: {_complaint(e)}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: {' '.join(str(e).split())}") from None
 
 
 def _complaint(error: ValidationError) -> str:

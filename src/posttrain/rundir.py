@@ -192,8 +192,12 @@ def _what_is_wrong(manifest: Any) -> str:
     outside = next((name for name, value in manifest["files"].items() if not is_inside(name) or not isinstance(value, str)), None)
     if outside is not None:
         return f"files has {outside!r}"
-    odd = next((n for n, v in manifest["metrics"].items() if isinstance(v, bool) or not isinstance(v, int | float)), None)
+    odd = next((name for name, value in manifest["metrics"].items() if not is_number(value)), None)
     return f"metrics.{odd} is no number" if odd is not None else ""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_inside(name: Any) -> bool:

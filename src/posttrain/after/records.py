@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jinja2 import TemplateError
 
 from posttrain.errors import UserError
+from posttrain.rundir import is_number, read_config, read_manifest
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
 HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "logp", "clip_i", "clip_t", "dino")
@@ -67,25 +70,35 @@ class ChainRow:
 
 def read_record(directory: Path) -> Record:
     """Raises UserError when `directory` is no run or cannot be read. A line cut short by a kill is left out."""
+    metrics = directory / "metrics.jsonl"
+    if not (directory / "config.yaml").exists():
+        raise UserError(f"{directory} is no run (no config.yaml); give a run's directory")
+    config = read_config(directory)
+    found = read_manifest(directory) if (directory / "manifest.json").exists() else None
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text())
-        manifest = directory / "manifest.json"
-        found = json.loads(manifest.read_text()) if manifest.exists() else None
-        metrics = directory / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no run (no config.yaml); give a run's directory") from None
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise UserError(f"{directory} cannot be read: {str(e).splitlines()[0]}") from None
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+    except OSError as e:
+        raise UserError(f"{directory} cannot be read: {e}") from None
     return Record(directory, config, found, [line for line in map(_line, lines) if line])
 
 
 def _line(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and "step" in found else {}
+    numbers = {name: value for name, value in found.items() if is_number(value)} if isinstance(found, dict) else {}
+    return numbers if "step" in numbers else {}
+
+
+@contextmanager
+def as_written(what: Path) -> Iterator[None]:
+    """Turns what is missing from a damaged record, or is of another kind, into a UserError about `what`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{what} is not as posttrain writes it ({reason}); is a file of it damaged?") from e
 
 
 def direction(name: str) -> int:

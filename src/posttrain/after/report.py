@@ -16,6 +16,7 @@ from posttrain.after.pictures import sample_grids
 from posttrain.after.records import (
     Record,
     amount,
+    as_written,
     before_and_after,
     chain_table,
     compare,
@@ -69,7 +70,12 @@ _COUNTS = (
 
 
 def run_page(run_dir: Path) -> Path:
-    """Write report.html of a run, finished or under way. Raises UserError when `run_dir` is no run."""
+    """Write report.html of a run, finished or under way. Raises UserError when `run_dir` is no run, or a damaged one."""
+    with as_written(run_dir):
+        return _run_page(run_dir)
+
+
+def _run_page(run_dir: Path) -> Path:
     record = read_record(run_dir)
     page = run_dir / "report.html"
     config, manifest = record.config, record.manifest
@@ -137,6 +143,11 @@ def _shaded(value: float | None, most: float) -> dict[str, float] | None:
 
 def compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     """Write runs side by side to `path`: metrics, curves, and the config keys in which they differ; returns `path`."""
+    with as_written(Path(run_dirs[0]) if len(run_dirs) == 1 else path):
+        return _compare_page(run_dirs, path)
+
+
+def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     records = [read_record(Path(d)) for d in run_dirs]
     columns = summary_columns([r.metrics for r in records])
     stages = list(dict.fromkeys(r.config["stage"] for r in records))

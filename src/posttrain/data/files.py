@@ -57,7 +57,8 @@ def _reading(name: str) -> Iterator[None]:
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise UserError(f"{name}: not a whole compressed file ({error}); compress it again") from error
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"{name}: cannot be read ({reason})") from error
 
 
 def _kind(value: object) -> str:

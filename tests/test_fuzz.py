@@ -1,0 +1,185 @@
+"""Every file that the tool reads, damaged at random: what follows is right, or one line that names it; never a traceback."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+import posttrain
+from posttrain.after.evaluate import evaluate_runs
+from posttrain.after.records import read_record
+from posttrain.after.report import compare_page, run_page
+from posttrain.config.compose import compose_run, inherit_model, validate
+from posttrain.config.paths import root
+from posttrain.data.sources import read_rows
+from posttrain.errors import RunError, Stopped, UserError
+from posttrain.recipe import load_recipe
+from posttrain.rundir import open_run, read_manifest
+from posttrain.stages.language import read_inputs
+from posttrain.stages.start import resolve_start
+from posttrain.train.checkpoint import newest_checkpoint
+
+SEED, TIMES = 20261124, 60
+TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]
+GARBAGE = (b"", b"\x00", b"\xff\xfe", b"null", b"[]", b"{}", b'"text"', b"-1", b"[" * 5000, b"{" * 5000,
+           b"!!python/object:os.system {}",
+           b"&a [*a, *a]", b"\x80\x04\x95", b"\xef\xbb\xbf{}", b"NaN", b"{\"a\": 1e999}")  # fmt: skip
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Cut, flipped, overwritten, doubled, emptied or replaced."""
+    way, at = rng.randrange(7), rng.randrange(len(content) + 1)
+    if way == 0:
+        return content[:at]
+    if way == 1:
+        found = bytearray(content)
+        for _ in range(rng.choice((1, 1, 8, 64))):
+            found[rng.randrange(len(found))] ^= 1 << rng.randrange(8)
+        return bytes(found)
+    if way == 2:
+        return content[:at] + rng.randbytes(rng.randrange(1, 64)) + content[at:]
+    if way == 3:
+        return content[: at // 2] + content[at:]
+    if way == 4:
+        return content + content[at:]
+    if way == 5:  # another value of another kind, still well formed
+        tokens = [b"1", b"null", b"[]", b"{}", b'"x"', b"true", b"-0.5", b"1e400"]
+        spots = [i for i in range(len(content)) if content[i : i + 1] in (b":", b",")]
+        spot = rng.choice(spots or [0])
+        end = next((i for i in range(spot + 1, len(content)) if content[i : i + 1] in (b",", b"}", b"]", b"\n")), len(content))
+        return content[: spot + 1] + b" " + rng.choice(tokens) + content[end:]
+    return rng.choice(GARBAGE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """file: what is damaged, below the directory of all runs. read: everything that reads it."""
+
+    file: str
+    read: Callable[[Path], object]
+
+
+@cache
+def composed(words: tuple[str, ...]) -> dict[str, Any]:
+    return compose_run("sft", [*TINY, *words])
+
+
+def resume(home: Path) -> object:
+    return open_run({**composed(()), "run": composed(())["run"] | {"dir": str(home / "stopped")}}).close()
+
+
+def checkpoints(home: Path) -> object:
+    return newest_checkpoint(home / "stopped" / "checkpoints")
+
+
+def start_from(home: Path) -> object:
+    config = inherit_model({**composed(()), "init": str(home / "run")}, TINY)
+    return resolve_start(validate(config))
+
+
+def pages(home: Path) -> object:
+    return read_record(home / "run"), run_page(home / "run"), compare_page([home / "run", home / "run"], home / "both.html")
+
+
+def rows(name: str) -> Callable[[Path], object]:
+    return lambda home: list(read_rows(str(home / name)))
+
+
+def prepared(name: str) -> Callable[[Path], object]:
+    """All the way to tokens."""
+
+    def read(home: Path) -> object:
+        config = composed(("eval.sets=null", "data.eval_share=0"))
+        cfg = validate({**config, "data": config["data"] | {"path": str(home / name), "max_rows": None}})
+        return read_inputs(cfg, home, Accelerator(cpu=True), lambda: None)
+
+    return read
+
+
+CASES = {
+    "manifest, as init": Case("run/manifest.json", start_from),
+    "manifest, on a page": Case("run/manifest.json", pages),
+    "manifest": Case("run/manifest.json", lambda home: read_manifest(home / "run")),
+    "config, as init": Case("run/config.yaml", start_from),
+    "config, on a page": Case("run/config.yaml", pages),
+    "config, of a run that goes on": Case("stopped/config.yaml", resume),
+    "metrics, on a page": Case("run/metrics.jsonl", pages),
+    "adapter config": Case("run/adapter/adapter_config.json", start_from),
+    "adapter weights": Case("run/adapter/adapter_model.safetensors", start_from),
+    "tokenizer": Case("run/adapter/tokenizer.json", start_from),
+    "checkpoint record": Case("stopped/checkpoints/step-000001/checkpoint.json", checkpoints),
+    "checkpoint weights": Case("stopped/checkpoints/step-000001/weights.safetensors", checkpoints),
+    "checkpoint optimizer": Case("stopped/checkpoints/step-000001/optimizer.safetensors", checkpoints),
+    "rows, jsonl": Case("rows.jsonl", rows("rows.jsonl")),
+    "rows, json": Case("rows.json", rows("rows.json")),
+    "rows, csv": Case("rows.csv", rows("rows.csv")),
+    "rows, parquet": Case("rows.parquet", rows("rows.parquet")),
+    "rows, gzip": Case("rows.jsonl.gz", rows("rows.jsonl.gz")),
+    "rows, text": Case("rows.txt", rows("rows.txt")),
+    "rows, to tokens": Case("rows.jsonl", prepared("rows.jsonl")),
+    "recipe": Case("recipe.yaml", lambda home: load_recipe(str(home / "recipe.yaml"), [])),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, one that was stopped, rows in many kinds of file, and a recipe."""
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    home = tmp_path_factory.mktemp("fuzz")
+    posttrain.run("sft", *TINY, f"run.dir={home / 'run'}")
+    with pytest.raises(Stopped):
+        posttrain.run("sft", *TINY, f"run.dir={home / 'stopped'}", "run.stop_after=1")
+    found = [{"prompt": f"question {i}, with ünicode", "completion": f"answer {i * i}\nin two lines"} for i in range(12)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    (home / "rows.jsonl").write_text(lines)
+    (home / "rows.json").write_text(json.dumps(found))
+    (home / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (home / "rows.csv").write_text("prompt,completion\n" + "".join(f'"{r["prompt"]}","{r["completion"]}"\n' for r in found))
+    (home / "rows.txt").write_text("\n\n".join(row["completion"] for row in found))
+    parquet.write_table(pyarrow.Table.from_pylist(found), home / "rows.parquet")
+    shutil.copy(root("recipes") / "python_expert.yaml", home / "recipe.yaml")
+    return home
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "page" in name else []) for name in CASES])
+def test_damaged_files_are_named_or_read_rightly(name: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case, rng = CASES[name], random.Random(f"{SEED} {name}")
+    file = whole / case.file
+    content, refused = file.read_bytes(), 0
+    try:
+        for number in range(TIMES):
+            file.write_bytes(damaged(content, rng))
+            line = ""
+            try:
+                case.read(whole)
+            except (UserError, RunError) as error:
+                refused += 1
+                line = str(error)
+            except Exception as error:
+                pytest.fail(f"input {number} of {name}: {type(error).__name__}: {error}\n{file.read_bytes()[:300]!r}")
+            assert "\n" not in line and len(line) < 1000, f"input {number}"
+    finally:
+        file.write_bytes(content)
+    assert refused >= TIMES // 10 or "page" in name or "text" in name
+    capsys.readouterr()
+
+
+def test_a_damaged_run_can_be_evaluated_or_is_named(whole: Path) -> None:
+    """Weights that were cut short reach no model."""
+    file = whole / "run" / "adapter" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="is damaged: its sha256"):
+        evaluate_runs([str(whole / "run")])
+    file.write_bytes(content)
