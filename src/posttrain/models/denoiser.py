@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def read_factors(adapter: Path, field: str) -> dict[str, dict[str, Factors]]:
 def load_adapter(pipe: Any, adapter: Path, name: str) -> None:
     """Put a saved adapter on a pipeline, under a name by which `pipe.set_adapters` finds it."""
     if (adapter / LORA_FILE).is_file():
-        pipe.load_lora_weights(adapter, weight_name=LORA_FILE, adapter_name=name)
+        with warnings.catch_warnings(action="ignore"):  # of others that are there already
+            pipe.load_lora_weights(adapter, weight_name=LORA_FILE, adapter_name=name)
         return
     from peft import PeftModel
 
