@@ -288,3 +288,16 @@ def test_halves_of_pictures_add_up() -> None:
     assert torch.equal(torch.cat([first.parts[0].noise, second.parts[0].noise]), whole.parts[0].noise)
     assert first.count + second.count == 2.0 and first.count and second.count
     assert len(replace(whole, parts=(part(1, 8, 1, 0),)).halves()) == 1
+
+
+def test_what_was_just_saved_is_kept_beside_a_newer_damaged_one(tmp_path: Path) -> None:
+    """Retention counts from the step that was just written, whatever else lies there."""
+    loop = make_loop(tmp_path, 4, 1, save_steps=1)
+    loop.plan = replace(loop.plan, keep_checkpoints=1)
+    newer = tmp_path / "checkpoints" / "step-000900"
+    newer.mkdir(parents=True)
+    (newer / "checkpoint.json").write_text("{}")
+    loop.fit(0)
+    checkpoint, damaged = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint and checkpoint.step == 6 and len(damaged) == 1 and "step-000900 is damaged" in damaged[0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000900"]
