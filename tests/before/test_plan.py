@@ -19,8 +19,9 @@ from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError
 from posttrain.models.adapters import add_method
 from posttrain.models.attention import DocumentMask
-from posttrain.models.causal import PackedLM, load_causal, load_tokenizer
+from posttrain.models.causal import PackedLM, load_causal
 from posttrain.models.quantize import quantization
+from posttrain.models.tokenizer import load_tokenizer
 
 SHAPE = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip

@@ -13,7 +13,8 @@ from posttrain.errors import UserError
 from posttrain.models import builtin
 from posttrain.models.base import digest, resolve
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.causal import count_numbers, load_causal, load_tokenizer
+from posttrain.models.causal import count_numbers, load_causal
+from posttrain.models.tokenizer import load_tokenizer
 
 
 def test_tiny_is_small_and_speaks_chatml() -> None:

@@ -168,7 +168,8 @@ def test_flex_blocks_can_be_made() -> None:
 
 
 def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
-    from posttrain.models.causal import load_causal, load_tokenizer
+    from posttrain.models.causal import load_causal
+    from posttrain.models.tokenizer import load_tokenizer
 
     directory = tmp_path / "base"
     build("Llama", pad_token_id=5, tie_word_embeddings=False).save_pretrained(directory)

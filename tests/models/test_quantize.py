@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from posttrain.config.schema import Lora
 from posttrain.errors import UserError
 from posttrain.models.adapters import add_method
-from posttrain.models.causal import PackedLM, count_numbers, load_causal, load_tokenizer
+from posttrain.models.causal import PackedLM, count_numbers, load_causal
 from posttrain.models.quantize import nf4
+from posttrain.models.tokenizer import load_tokenizer
 
 LORA = Lora(method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0)
 

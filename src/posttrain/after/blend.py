@@ -31,9 +31,10 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.losses.tokens import token_loss
 from posttrain.models.adapters import load_adapter
 from posttrain.models.base import resolve
-from posttrain.models.causal import PackedLM, load_tokenizer
+from posttrain.models.causal import PackedLM
 from posttrain.models.export import Factors, write_lora
 from posttrain.models.merged import Adapter, copy_tokenizer
+from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rundir import Run, checked_weights, parent_record, read_config, read_manifest
 
 STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from posttrain.after.live import Live, device_here, load_switchable, switch
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models.causal import stop_tokens
+from posttrain.models.tokenizer import stop_tokens
 
 HELP = "/reset forgets the conversation, /adapter NAME switches, /exit ends; Ctrl-C stops an answer"
 

@@ -17,7 +17,8 @@ from posttrain.console import console
 from posttrain.data.conversations import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models.causal import PackedLM, stop_tokens
+from posttrain.models.causal import PackedLM
+from posttrain.models.tokenizer import stop_tokens
 from posttrain.rundir import read_config
 
 KEYS = ("data.path", "rows", "max_length", "tasks", "limit")

@@ -11,9 +11,10 @@ import torch
 from posttrain.errors import UserError
 from posttrain.models.adapters import load_adapter
 from posttrain.models.base import digest, resolve
-from posttrain.models.causal import load_causal, load_tokenizer
+from posttrain.models.causal import load_causal
 from posttrain.models.quantize import quantization
 from posttrain.models.scorer import PackedScorer
+from posttrain.models.tokenizer import load_tokenizer
 from posttrain.rundir import checked_weights, read_manifest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.data.conversations import Encoder, chat_template
 from posttrain.data.weights import weighing_of
-from posttrain.models.causal import load_tokenizer, stop_tokens
+from posttrain.models.tokenizer import load_tokenizer, stop_tokens
 from posttrain.rundir import read_manifest
 
 

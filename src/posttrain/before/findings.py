@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,8 @@ def of_tokens(
     other = Finding("conversations whose prompt is rendered otherwise in training than for inference")
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = set(encoder.end_tokens())
+    rows = list(rows)
+    encoded = _encoded(encoder, rows)
     for number, row in rows:
         place = where(number)
         marks = {mark for text in _texts(row) for mark in _LIKE_SPECIAL.findall(text)}
@@ -91,11 +94,9 @@ def of_tokens(
             plain.add(f"{place} ({min(marks - added)})")
         if marks & added:
             special.add(f"{place} ({min(marks & added)})")
-        try:
-            sequences = _sequences(encoder, row)
-        except UserError:
+        if number not in encoded:
             continue  # it stands among the mistakes
-        for tokens, weights in sequences:
+        for tokens, weights in encoded[number]:
             if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
                 doubled.add(place)
             if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
@@ -106,6 +107,19 @@ def of_tokens(
         if difference := _prompt_difference(encoder, tokenizer, row):
             other.add(f"{place} ({difference})")
     return [doubled, endless, unknown, plain, special, other]
+
+
+def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
+    """The sequences of each row that can be encoded: all at once where none has a mistake."""
+    if rows and "chosen" not in rows[0][1]:
+        with suppress(UserError):
+            found = encoder.encode_many(rows, str)
+            return {number: [(one.tokens, one.weights)] for (number, _), one in zip(rows, found, strict=True)}
+    each = {}
+    for number, row in rows:
+        with suppress(UserError):
+            each[number] = _sequences(encoder, row)
+    return each
 
 
 def _sequences(encoder: Encoder, row: dict[str, Any]) -> list[tuple[list[int], list[float]]]:

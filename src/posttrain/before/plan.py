@@ -25,7 +25,7 @@ from posttrain.data.sources import is_local
 from posttrain.data.weights import weighing_of
 from posttrain.errors import UserError
 from posttrain.models.base import resolve
-from posttrain.models.causal import load_tokenizer, stop_tokens
+from posttrain.models.tokenizer import load_tokenizer, stop_tokens
 from posttrain.rundir import read_manifest
 
 GB = 1e9

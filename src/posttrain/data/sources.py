@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,15 @@ def _rows(path: str, subset: str | None, split: str, revision: str | None) -> It
 
 def row_name(path: str, number: int) -> str:
     """Where row `number` of a source is, as messages say it."""
+    files = _files_once(path)
+    return f"{files[number // _FILE] if files else path}, row {number % _FILE}"
+
+
+@lru_cache(maxsize=16)
+def _files_once(path: str) -> list[str]:
+    """The files of a source that is made of files; asked for every row, looked up once."""
     several = is_local(path) and not _is_saved(path) and not path.startswith(_BUILTIN)
-    return f"{files_of(path)[number // _FILE] if several else path}, row {number % _FILE}"
+    return files_of(path) if several else []
 
 
 def is_local(path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -18,34 +18,20 @@ from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
 from posttrain.models import attention as attentions
 from posttrain.models import prompts
-from posttrain.models.base import Source, resolve
 from posttrain.models.export import export_adapter
 from posttrain.models.fused import fuse
 from posttrain.models.head import Head, head_of, token_logprobs
 from posttrain.models.quantize import keep_as_quantized
+from posttrain.models.tokenizer import first_line, trusted
 from posttrain.tensors import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 # Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
 TOLERATED_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 attentions.register()
-
-
-def load_tokenizer(
-    name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`, its vocabulary as it is. chat_template: a template's text, in place of its own.
-
-    name: as for `load_causal`, or a directory with a tokenizer alone (a run's adapter).
-    """
-    directory = Path(name).expanduser()
-    if (directory / "tokenizer_config.json").is_file():
-        return _tokenizer(Source(name, directory, None, "a directory"), trust_remote_code, chat_template)
-    return _tokenizer(_trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, chat_template)
 
 
 def load_causal(
@@ -56,7 +42,7 @@ def load_causal(
     dtype: float32 | bfloat16 | float16.
     """
     logging.disable_progress_bar()
-    source = _trusted(name, revision, trust_remote_code, weights=True)
+    source = trusted(name, revision, trust_remote_code, weights=True)
     before = logging.get_verbosity()
     if is_scorer(source.directory):
         logging.set_verbosity_error()  # its head, which a language model has no place for, is read elsewhere
@@ -66,7 +52,7 @@ def load_causal(
             quantization_config=quantization, device_map={"": device},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({_first_line(error)})") from error
+        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
     finally:
         logging.set_verbosity(before)
     keep_as_quantized(model)
@@ -82,34 +68,6 @@ def is_scorer(directory: Path) -> bool:
     file = directory / "config.json"
     kinds = json.loads(file.read_text()).get("architectures") if file.is_file() else None
     return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
-
-
-def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
-    file = resolve(name, revision, weights=False).directory / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
-
-
-def _trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> Source:
-    source = resolve(name, revision, weights)
-    if trust_remote_code and source.revision != revision and source.origin == "the hub":
-        raise UserError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
-    return source
-
-
-def _tokenizer(source: Source, trust_remote_code: bool, chat_template: str | None) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: no tokenizer can be loaded from {source.path} ({_first_line(error)})") from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def count_numbers(model: nn.Module) -> tuple[int, int]:
@@ -243,7 +201,7 @@ def check_packing(lm: PackedLM, attention: str) -> None:
         causal.set_attn_implementation(attentions.ATTENTION["dense" if attention == "flex" else attention])
         packed = lm.head.logits(lm.hidden(positions, mask, input_ids=tokens)).double().log_softmax(-1)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({_first_line(error)})") from error
+        raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({first_line(error)})") from error
     finally:
         lm.train(was_training)
     kl = max(float((a.exp() * (a - packed[row])).sum(-1).mean()) for a, row in zip(alone, rows, strict=True))

@@ -26,9 +26,9 @@ from posttrain.data.packing import silent
 from posttrain.data.prepare import held_out_rows, prepare_set
 from posttrain.data.weights import PLAIN, weighing_of
 from posttrain.errors import UserError
-from posttrain.models.causal import load_tokenizer, stop_tokens
 from posttrain.models.replay import Replay
 from posttrain.models.scorer import padding_apart
+from posttrain.models.tokenizer import load_tokenizer, stop_tokens
 from posttrain.rundir import Run, write_json, write_text
 from posttrain.stages.anchor import Anchor, Together, fisher
 from posttrain.stages.announce import announce

@@ -13,8 +13,9 @@ from posttrain.console import Meter, say
 from posttrain.data.conversations import Encoder, prompt_of, reference_of
 from posttrain.data.prepare import canonical_rows
 from posttrain.errors import UserError
-from posttrain.models.causal import PackedLM, stop_tokens
+from posttrain.models.causal import PackedLM
 from posttrain.models.sampling import Sampling, sample
+from posttrain.models.tokenizer import stop_tokens
 from posttrain.rundir import Run, read_manifest, write_text
 from posttrain.stages.rewards import RewardFunction, load_function
 from posttrain.train.loop import seed_step
