@@ -19,6 +19,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "forgetting_page.md"
+COMMAND = """python benchmarks/forgetting.py --web c4.jsonl --chat alpaca.json
+    python benchmarks/forgetting.py --page"""
+UNMEASURED = "Not measured yet: the command above fills this in."
 SMALL = "model=smollm2 train.max_length=512 train.batch_size=2 train.grad_accum=1 train.save_steps=null data.eval_rows=16"
 MEASURED = "eval.rows=24 eval.max_length=256"
 DOMAIN = f"cpt {SMALL} {MEASURED} data=python_reference train.max_steps=30"
@@ -142,9 +145,10 @@ def main() -> None:
                     run(words, files, to)
         return
     tables = {"replay": replay_table, "curriculum": curriculum_table, "spans": spans_table}
-    rows = {group: table(results(options.out, group)) for group, table in tables.items()}
+    found = {group: results(options.out, group) for group in tables}
+    rows = {group: tables[group](runs) if runs else UNMEASURED for group, runs in found.items()}
     page = HERE.parent / "docs" / "forgetting.md"
-    page.write_text(PAGE.read_text().format(**rows))
+    page.write_text(PAGE.read_text().format(command=COMMAND, **rows))
     print(f"wrote {page}")
 
 

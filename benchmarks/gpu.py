@@ -169,7 +169,7 @@ def run_trl(options: argparse.Namespace, device: str) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from posttrain.models.causal import load_tokenizer
+    from posttrain.models.tokenizer import load_tokenizer
 
     seconds: list[float] = []
 
