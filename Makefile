@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo check test torture bench bench-gpu clean
+.PHONY: help setup demo demo-dreambooth check test torture bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,9 @@ setup: .venv/ready ## make .venv with posttrain and all it needs
 
 demo: setup ## CPT -> SFT -> DPO on a real 135M model, on two cores, under 20 minutes
 	$(BIN)/posttrain run python_expert
+
+demo-dreambooth: setup ## a text-to-image model from scratch learns one new individual, four ways
+	$(BIN)/python benchmarks/dreambooth_demo.py
 
 check: setup ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

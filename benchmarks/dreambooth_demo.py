@@ -41,7 +41,7 @@ COUNT, SHOWN = 24, 6  # pictures of each prompt that are judged, and shown
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/dreambooth_demo"))
-    parser.add_argument("--steps", type=int, default=300, help="of each of the four")
+    parser.add_argument("--steps", type=int, default=240, help="of each of the four")
     args = parser.parse_args()
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ def make_pipeline(out: Path) -> None:
 def seconds_a_step(base: Path, photos: Path, run: Path, cache: bool) -> list[float]:
     words = [
         "+peft=lora",
+        "peft.targets=attention",
         f"model.name={base}",
         "model.dtype=float32",
         f"data.instance_dir={photos}",
