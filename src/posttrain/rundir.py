@@ -187,7 +187,7 @@ def _what_is_wrong(manifest: Any) -> str:
         if name not in manifest and name not in _OPTIONAL:
             return f"{name} is missing"
     weights = manifest["weights"]
-    if weights.get("kind") not in ("adapter", "model", "embeddings") or not is_inside(weights.get("path")):
+    if weights.get("kind") not in ("adapter", "model") or not is_inside(weights.get("path")):
         return "weights.kind or weights.path"
     outside = next((name for name, value in manifest["files"].items() if not is_inside(name) or not isinstance(value, str)), None)
     if outside is not None:
