@@ -39,6 +39,8 @@ def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[s
 
     memory: bytes to fit in; None: this machine's. Raises UserError as the run itself would.
     """
+    if stage == "dreambooth":
+        raise UserError("plan counts language models; a dreambooth run says its own peak of memory in its manifest")
     capacity, device = (memory, "the given memory") if memory else capacity_here()
     plan = _plan(stage, words, capacity)
     plan |= {"capacity_bytes": capacity, "device": device}
