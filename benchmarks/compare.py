@@ -50,7 +50,7 @@ rounds of a ratio within a round, with the smallest and the largest in brackets:
   `tests/stages/test_trl_parity.py`.
 
 TRL's defaults: float32 weights under bfloat16 autocast and gradient checkpointing. Its best flags here: bfloat16 weights, no
-checkpointing, rows grouped by length (SFT, RM), packed into blocks that documents share (CPT: faster, but they see one another),
+checkpointing, rows grouped by length (SFT), packed into blocks that documents share (CPT: faster, but they see one another),
 reference log-probs computed beforehand (DPO); its packing without that asks for FlashAttention. posttrain runs with its defaults.
 
 TRL has no PPO any more. In its place stands `benchmarks/plain_ppo.py`, the loop that one writes with transformers and peft:

@@ -21,7 +21,7 @@ BEST: dict[str, dict[str, Any]] = {
     "cpt": {"packing": True, "packing_strategy": "wrapped"},
     "sft": {"train_sampling_strategy": "group_by_length"},
     "dpo": {"precompute_ref_log_probs": True},
-    "rm": {"train_sampling_strategy": "group_by_length"},
+    "rm": {},
 }
 
 
