@@ -124,8 +124,9 @@ class Loop(Generic[B]):
             self.window.add({"penalty": (penalty, 1.0)})
             self._add_penalty(penalty)
         clip = self.plan.max_grad_norm or math.inf
-        norm = float(whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip))))
-        if self._is_fit(step + 1, self._summed(loss), norm, rows):
+        norm = whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip)))
+        loss, norm = self._read(loss, norm)
+        if self._is_fit(step + 1, loss, norm, rows):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._lr(step) * group["lr_ratio"]
             self.optimizer.step()
@@ -173,8 +174,12 @@ class Loop(Generic[B]):
             metrics.append((output.metrics, share))
         return total, metrics, parts + len(batches)
 
-    def _summed(self, loss: Tensor) -> float:
-        return float(total_over(self.accelerator, loss) if self.accelerator.num_processes > 1 else loss)
+    def _read(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+        """The only place of a step where the host waits for the device. loss: this process's part of it."""
+        if self.accelerator.num_processes > 1:
+            loss = total_over(self.accelerator, loss)
+        total, length = torch.stack([loss.float(), norm.to(loss.device).float()]).tolist()
+        return total, length
 
     def _is_fit(self, step: int, loss: float, norm: float, rows: list[int]) -> bool:
         """May the update be taken? Raises Spike, or RunError where no more may be left out."""
