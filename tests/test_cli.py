@@ -55,7 +55,8 @@ def test_help_names_stages_and_the_way_on() -> None:
 def test_a_stages_help_names_its_main_settings_with_examples(stage: str) -> None:
     code, text = invoke(stage, "--help")
     assert code == 0
-    for word in ("model=", "+peft=qlora", "data.path=", "optim.lr", "train.max_steps", "run.dir", "init=", f"posttrain {stage} "):
+    data = "data.instance_dir=" if stage == "dreambooth" else "data.path="
+    for word in ("model=", "+peft=qlora", data, "optim.lr", "train.max_steps", "run.dir", "init=", f"posttrain {stage} "):
         assert word in text
 
 
@@ -64,13 +65,14 @@ def test_the_settings_that_help_names_exist(stage: str) -> None:
     """A setting in the help that no config has would be a lie."""
     import re
 
-    from posttrain.cli import SETTINGS
+    from posttrain.cli import settings_of
     from posttrain.config.compose import compose_run
     from posttrain.rundir import flatten
 
-    given = ["init_reward=runs/rm/RUN"] if stage == "ppo" else []
+    pictures = ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
+    given = {"ppo": ["init_reward=runs/rm/RUN"], "dreambooth": pictures}.get(stage, [])
     known = set(flatten(compose_run(stage, ["+peft=lora", *given])))
-    for key, meaning in SETTINGS:
+    for key, meaning in settings_of(stage):
         for named in re.findall(r"\b(?:peft|data|optim|train|run)\.\w+", f"{key} {meaning}"):
             assert named in known
 

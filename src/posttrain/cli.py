@@ -36,17 +36,33 @@ STAGES = {
         "data.instance_dir=photos/ data.instance_prompt='a sks dog' prior.weight=0",
     ),
 }
-SETTINGS = (
+OF_LANGUAGE = (
     ("model=smollm2", "or tiny, llama3, qwen3, ...; model.name=ORG/NAME or a directory"),
     ("init=null", "a finished run to go on from, a hub id or a path"),
     ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
     ("quant=none", "or nf4 (qlora chooses it)"),
     ("data.path=FILE", "JSONL, JSON, CSV, Parquet, text, or a hub id; data.split, data.max_rows"),
-    ("optim.lr=2e-4", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),
     ("train.max_steps=100", "or train.epochs; train.batch_size, train.grad_accum, train.max_length"),
+)
+OF_PICTURES = (
+    ("model=sd15", "or tiny, sdxl, sd3, flux; model.name=ORG/NAME or a pipeline's directory"),
+    ("init=null", "a finished full run to go on from, a hub id or a path"),
+    ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
+    ("data.instance_dir=DIR", "pictures of one individual; data.instance_prompt, data.class_prompt"),
+    ("train.max_steps=800", "train.batch_size, train.grad_accum"),
+)
+OF_ALL = (
+    ("optim.lr=2e-4", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),
     ("train.save_steps=50", "also train.eval_steps, train.log_steps, train.seed, train.processes"),
     ("run.dir=DIR", "default runs/STAGE/TIME-ID; the same command goes on where it stopped"),
 )
+
+
+def settings_of(stage: str) -> tuple[tuple[str, str], ...]:
+    """What a stage's help names: key and meaning."""
+    return (OF_PICTURES if stage == "dreambooth" else OF_LANGUAGE) + OF_ALL
+
+
 app = typer.Typer(
     name="posttrain",
     no_args_is_help=True,
@@ -83,7 +99,7 @@ def _end(command: Callable[[], Any]) -> None:
 
 
 def _epilog(name: str, with_data: str, more: str) -> str:
-    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in SETTINGS)
+    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in settings_of(name))
     examples = "\n\n".join(
         f"posttrain {name} {tail}" for tail in ("+peft=qlora", f"+peft=qlora {with_data}", f"+peft=lora {more}")
     )

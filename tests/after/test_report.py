@@ -57,6 +57,7 @@ def make_run(directory, *, stage="sft", metrics=None, parents=(), data="rows.jso
             "config_digest": "ef" * 32,
             "code": {"commit": None, "dirty": None},
             "versions": {"torch": "2.13.0"},
+            "files": {},
         }
         (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory

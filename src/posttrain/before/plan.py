@@ -174,7 +174,7 @@ def _plan_or_none(stage: str, words: list[str], capacity: int) -> dict[str, Any]
 def candidates(cfg: Any) -> list[str]:
     """Overrides that save memory, in the order one would try them."""
     train, found = cfg.train, []
-    if train.gradient_checkpointing not in (True, "auto"):
+    if train.gradient_checkpointing is not True:
         found.append("train.gradient_checkpointing=true")
     if train.batch_size > 1:  # the same run: losses are sums over the whole step
         found.append(f"train.batch_size=1 train.grad_accum={train.batch_size * train.grad_accum}")

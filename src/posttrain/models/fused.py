@@ -82,6 +82,8 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         return False
     if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names):
         return False
+    if any(isinstance(layer.scaling[name], Tensor) for name in names):  # a scale that is learnt
+        return False
     if layer.training and not all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names):
         return False
     base = layer.base_layer
