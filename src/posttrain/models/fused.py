@@ -76,13 +76,13 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
-    """Will this call be `_LoraLinear`, of `x`? Not with frozen weights that train, another format, dropout, DoRA, or autocast."""
+    """Will this call be `_LoraLinear`, of `x`? Not with a base that trains, another format, dropout, DoRA, hooks, or autocast."""
     names = _speaking(layer)
     if not names or layer.merged or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
         return False
     if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names):
         return False
-    if any(isinstance(layer.scaling[name], Tensor) for name in names):  # a scale that is learnt
+    if any(part[name]._forward_hooks or part[name]._forward_pre_hooks for name in names for part in (layer.lora_A, layer.lora_B)):
         return False
     if layer.training and not all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names):
         return False
