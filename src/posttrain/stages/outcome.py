@@ -14,7 +14,7 @@ from rich.table import Table
 
 from posttrain.after.records import amount
 from posttrain.after.scores import SUSPICIOUS
-from posttrain.config.schema import LanguageStage
+from posttrain.config.schema import LanguageStage, Stage
 from posttrain.console import console, is_main, say
 from posttrain.data.conversations import template_hash
 from posttrain.models.export import final_ranks
@@ -27,6 +27,18 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measured(cfg: Stage, state: dict[str, Any], metrics: dict[str, float], acc: Accelerator) -> dict[str, Any]:
+    """What a manifest says of how a run went, whatever its stage."""
+    return {
+        "seconds": round(state["seconds"], 2),
+        "metrics": metrics,
+        "seed": cfg.train.seed,
+        "device": str(acc.device),
+        "peak_memory_bytes": peak_memory(acc.device),
+        "processes": acc.num_processes,
+    }
 
 
 def manifest_of(
@@ -56,12 +68,7 @@ def manifest_of(
         "held_out": asdict(inputs.data.held_out_account),
         "steps": steps,
         "tokens": state["tokens"],
-        "seconds": round(state["seconds"], 2),
-        "metrics": metrics,
-        "seed": cfg.train.seed,
-        "device": str(acc.device),
-        "peak_memory_bytes": peak_memory(acc.device),
-        "processes": acc.num_processes,
+        **measured(cfg, state, metrics, acc),
     }
 
 

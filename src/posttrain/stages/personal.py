@@ -19,7 +19,7 @@ from posttrain.models.export import final_ranks
 from posttrain.models.pipelines import pipeline_directory
 from posttrain.rundir import Run
 from posttrain.stages.gallery import Gallery
-from posttrain.stages.outcome import peak_memory
+from posttrain.stages.outcome import measured
 from posttrain.train.loop import seed_step
 
 
@@ -63,12 +63,7 @@ class Personal:
             "left_out": inputs.left_out,
             "steps": inputs.order.num_steps,
             "images": state["images"],
-            "seconds": round(state["seconds"], 2),
-            "metrics": metrics,
-            "seed": cfg.train.seed,
-            "device": str(acc.device),
-            "peak_memory_bytes": peak_memory(acc.device),
-            "processes": acc.num_processes,
+            **measured(cfg, state, metrics, acc),
         }
 
 
