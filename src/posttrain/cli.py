@@ -307,7 +307,7 @@ def verify(
 
 @app.command("plan", rich_help_panel="Before a run")
 def plan_run(
-    stage: Annotated[str, typer.Argument(help="cpt, sft, rm or dpo.")],
+    stage: Annotated[str, typer.Argument(help="A stage, such as sft or dreambooth.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: this machine.")] = None,

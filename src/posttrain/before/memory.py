@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def meta_model(cfg: Any, config: Any) -> nn.Module:
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(cfg.peft), 1000)
         if cfg.peft.method == "dora":
-            _add_magnitudes(model, getattr(torch, cfg.peft.dtype))
+            add_magnitudes(model, getattr(torch, cfg.peft.dtype))
     return model
 
 
@@ -62,7 +62,7 @@ def dtype_of(cfg: Any) -> str:
     return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"
 
 
-def _add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:
+def add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:
     module: Any
     for module in list(model.modules()):
         if NEW in getattr(module, "lora_B", {}):
@@ -73,7 +73,23 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath."""
     model = meta_model(cfg, config)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    linear = {id(p) for module in linears(base).values() for p in (_base(module).weight,)}
+    found = tally(cfg, model, base, list(linears(base).values()))
+    kept = activations(model, tokens, sequences)
+    parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
+    return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops)
+
+
+class Tally(NamedTuple):
+    """Bytes of weights, gradients and optimizer by part, and how many numbers there are and are trained."""
+
+    parts: dict[str, float]
+    total: int
+    trained: int
+
+
+def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[nn.Module]) -> Tally:
+    """base: the model within, which a method may be on; quantizable: the linear layers that `quant=` takes."""
+    linear = {id(_base(module).weight) for module in quantizable}
     weights = quantized = constants = adapters = gradients = optimizer = 0.0
     total = trained = 0
     own = {id(p) for name, p in base.named_parameters() if not _is_adapter(name)}
@@ -94,10 +110,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
         else:
             weights += size
     parts = {"weights": weights, "quantized weights": quantized, "quantization constants": constants, "adapters": adapters}
-    parts |= {"frozen adapter": frozen_adapter, "gradients": gradients, "optimizer": optimizer}
-    kept = activations(model, tokens, sequences)
-    parts["logits"] = head_bytes(base.get_output_embeddings().weight, tokens)
-    return Counted(parts, kept.whole, kept.recomputed, total, trained, kept.flops)
+    return Tally(parts | {"gradients": gradients, "optimizer": optimizer}, total, trained)
 
 
 def head_bytes(weight: Tensor, tokens: int) -> float:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from posttrain.before.image_plan import image_plan
 from posttrain.before.memory import count, dtype_of
 from posttrain.before.roles import cache_bytes, role_bytes
 from posttrain.cache import cache_root
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG, Ppo
+from posttrain.config.schema import STAGE_CONFIG, Dreambooth, Ppo
 from posttrain.console import console, say
 from posttrain.data.choice import replays, sources_of
 from posttrain.data.conversations import Encoder, chat_template
@@ -27,6 +28,7 @@ from posttrain.errors import UserError
 from posttrain.models.base import resolve
 from posttrain.models.tokenizer import load_tokenizer, stop_tokens
 from posttrain.rundir import read_manifest
+from posttrain.stages.gallery import image_dtype
 
 GB = 1e9
 # Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
@@ -39,8 +41,6 @@ def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[s
 
     memory: bytes to fit in; None: this machine's. Raises UserError as the run itself would.
     """
-    if stage == "dreambooth":
-        raise UserError("plan counts language models; a dreambooth run says its own peak of memory in its manifest")
     capacity, device = (memory, "the given memory") if memory else capacity_here()
     plan = _plan(stage, words, capacity)
     plan |= {"capacity_bytes": capacity, "device": device}
@@ -51,8 +51,11 @@ def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[s
 def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    config = compose_run(stage, words)
-    cfg = STAGE_CONFIG.validate_python(config)
+    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    if isinstance(cfg, Dreambooth):
+        plan = image_plan(cfg, capacity)
+        plan["seconds"] = _seconds(plan["flops"], 1, str(image_dtype(cfg)).removeprefix("torch."))
+        return plan
     name, frozen = _source(cfg)
     source = resolve(name, cfg.model.revision, weights=False)
     data = _data(cfg, name)
@@ -182,8 +185,9 @@ def candidates(cfg: Any) -> list[str]:
         found.append("peft=lora")
     if cfg.quant.method == "none":
         found.append("peft=qlora")
-    found.append(f"train.max_length={max(8, train.max_length // 2)}")
-    if cfg.quant.method == "none" and (cfg.peft.saves == "model" or cfg.peft.is_sum):
+    if not isinstance(cfg, Dreambooth):
+        found.append(f"train.max_length={max(8, train.max_length // 2)}")
+    if cfg.stage != "dreambooth" and cfg.quant.method == "none" and (cfg.peft.saves == "model" or cfg.peft.is_sum):
         found.append(f"train.fsdp=true train.processes={max(2, 2 * train.processes)}")
     return found
 
@@ -267,6 +271,10 @@ def show_plan(plan: dict[str, Any]) -> None:
         outcome = "fits" if change["fits"] else "still too much"
         say(f"  {change['override']}: {change['total_bytes'] / GB:.3f} GB, {outcome}")
     clock = f", about {plan['seconds'] / 60:.0f} min" if plan["seconds"] else ""
-    say(f"{plan['steps']:,} steps, {plan['tokens_are']} {plan['tokens']:,} tokens{clock}")
+    if "images" in plan:
+        work = f"{plan['images']:,} pictures of {plan['image_side']}x{plan['image_side']}"
+    else:
+        work = f"{plan['tokens_are']} {plan['tokens']:,} tokens"
+    say(f"{plan['steps']:,} steps, {work}{clock}")
     for line in plan["assumptions"]:
         say(f"- {line}")

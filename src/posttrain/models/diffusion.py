@@ -23,6 +23,16 @@ FLUX_GUIDANCE = 3.5  # a distilled model is told the guidance that it is to imit
 LATENT_BATCH = 8  # pictures that go through the autoencoder at a time
 
 
+def quiet() -> None:
+    """No bars, and no word about image processors that nothing here uses."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging
+
+    for each in (diffusers_logging, logging):
+        each.disable_progress_bar()
+        each.set_verbosity_error()
+
+
 @dataclass(frozen=True)
 class Family:
     """denoiser: the component's name. text: names of what encode_prompt returns. predict: calls the denoiser. levels: how

@@ -14,7 +14,7 @@ from posttrain.cache import cache_root
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.base import BaseInfo, digest
 from posttrain.models.builtin import made_once
-from posttrain.models.diffusion import FAMILIES, diffusers
+from posttrain.models.diffusion import FAMILIES, diffusers, quiet
 from posttrain.models.tiny_diffusion import TINY, make_tiny
 
 INDEX = "model_index.json"
@@ -23,10 +23,12 @@ VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*/openvino*", "*/fla
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that neither training nor our samples need
 
 
-def find_pipeline(name: str, revision: str | None) -> BaseInfo:
-    """Fetches files, loads nothing. Raises UserError, naming model.name, for what is no diffusion pipeline of a known
-    family."""
-    directory, path, revision = _locate(name, revision)
+def find_pipeline(name: str, revision: str | None, weights: bool = True) -> BaseInfo:
+    """Fetches files, without `weights` only the small ones; loads nothing.
+
+    Raises UserError, naming model.name, for what is no diffusion pipeline of a known family.
+    """
+    directory, path, revision = _locate(name, revision, weights)
     index = directory / INDEX
     if not index.is_file():
         what = "a model, but no diffusion pipeline" if (directory / "config.json").is_file() else "no diffusion pipeline"
@@ -46,7 +48,7 @@ def pipeline_directory(base: BaseInfo) -> Path:
     return _locate(base.path, base.revision)[0]
 
 
-def _locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
+def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str, str | None]:
     if name in TINY:
         made, _ = made_once(cache_root() / "pipelines" / f"{name}-v1", partial(make_tiny, name))
         return made, str(made), None
@@ -54,7 +56,8 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str, str | None]:
     if directory.is_dir():
         return directory.resolve(), str(directory.resolve()), None
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
+        left_out = VARIANTS if weights else [*VARIANTS, "*.safetensors"]
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=left_out))
     except Exception as error:  # the hub's client has no common class for its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         hint = did_you_mean(name, sorted(TINY)) or f"; made by the tool: {', '.join(sorted(TINY))}"
@@ -74,20 +77,10 @@ def native_size(directory: Path) -> tuple[int, int]:
     return side * scale, scale * 2**halvings
 
 
-def _quiet() -> None:
-    """No bars, and no word about image processors that nothing here uses."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging
-
-    for each in (diffusers_logging, logging):
-        each.disable_progress_bar()
-        each.set_verbosity_error()
-
-
 def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
     """The pipeline, frozen, without what training does not need; its autoencoder always in float32, where it overflows
     least."""
-    _quiet()
+    quiet()
     directory = pipeline_directory(base)
     index = json.loads((directory / INDEX).read_text())
     absent = {name: None for name in LEFT_OUT if name in index} | {"requires_safety_checker": False}
@@ -100,3 +93,27 @@ def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipe
+
+
+def shapes_of_pipeline(directory: Path, dtype: torch.dtype) -> Any:
+    """The pipeline on the meta device: its tokenizers and schedule, and its models without numbers."""
+    import transformers
+
+    quiet()
+    index = json.loads((directory / INDEX).read_text())
+    parts: dict[str, Any] = {}
+    for name, (library, kind) in ((n, v) for n, v in index.items() if isinstance(v, list)):
+        if library is None or name in LEFT_OUT:
+            parts[name] = None
+            continue
+        made = getattr(diffusers if library == "diffusers" else transformers, kind)
+        if not issubclass(made, torch.nn.Module):
+            parts[name] = made.from_pretrained(directory / name)
+            continue
+        with torch.device("meta"):
+            read = made if library == "diffusers" else made.config_class
+            config = read.load_config(directory / name) if library == "diffusers" else read.from_pretrained(directory / name)
+            model = made.from_config(config) if library == "diffusers" else made(config)
+        parts[name] = model.to(torch.float32 if name == "vae" else dtype).requires_grad_(False)
+    more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    return getattr(diffusers, index["_class_name"])(**parts, **more)

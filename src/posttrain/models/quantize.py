@@ -47,9 +47,7 @@ def quantize_blocks(model: nn.Module, quant: dict[str, Any], device: str) -> Non
     config = nf4(quant["double_quant"], quant["compute_dtype"], device)
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or "block" not in name:
-            continue
+    for name, module in blocks_linears(model).items():
         kept = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": "nf4"}
         layer = Linear4bit(
             module.in_features, module.out_features, module.bias is not None, config.bnb_4bit_compute_dtype, device="meta", **kept
@@ -61,6 +59,11 @@ def quantize_blocks(model: nn.Module, quant: dict[str, Any], device: str) -> Non
     model.to(device)  # which is when bitsandbytes does it
     model.is_loaded_in_4bit = True  # pyright: ignore (peft asks for it)
     keep_as_quantized(model)
+
+
+def blocks_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a denoiser's blocks."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "block" in name}
 
 
 def int8(threshold: float) -> BitsAndBytesConfig:

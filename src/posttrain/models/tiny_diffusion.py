@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from posttrain.models.diffusion import diffusers
+from posttrain.models.diffusion import diffusers, quiet
 
 SIZE = 32  # pixels a side
 _DIFFUSION_STEPS: dict[str, Any] = {
@@ -21,9 +21,7 @@ _DIFFUSION_STEPS: dict[str, Any] = {
 
 def make_tiny(kind: str, out: Path) -> str:
     """Write a pipeline of `kind` (a key of TINY) in diffusers' format; what it is, in words."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         TINY[kind]().save_pretrained(out)

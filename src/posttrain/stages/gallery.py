@@ -52,10 +52,13 @@ class ImageInputs:
         return len({view.path for view in self.views if view.original < (view.width, view.height)})
 
 
-def read_images(cfg: Dreambooth, world_size: int) -> ImageInputs:
-    """Raises UserError for anything wrong with model, pictures or words."""
+def read_images(cfg: Dreambooth, world_size: int, weights: bool = True) -> ImageInputs:
+    """weights: whether the model's will be wanted, and are fetched.
+
+    Raises UserError for anything wrong with model, pictures or words.
+    """
     data, train = cfg.data, cfg.train
-    base, parents = _start(cfg)
+    base, parents = _start(cfg, weights)
     side, step = native_size(pipeline_directory(base))
     framing = Framing(data.size or side, step, data.buckets, data.crops, data.flip)
     if framing.side % step:
@@ -86,15 +89,15 @@ def read_images(cfg: Dreambooth, world_size: int) -> ImageInputs:
     )  # fmt: skip
 
 
-def _start(cfg: Dreambooth) -> tuple[BaseInfo, list[dict[str, str]]]:
+def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[dict[str, str]]]:
     """The pipeline to begin with: the model's own, or what a finished run in full has left."""
     if cfg.init is None:
-        return find_pipeline(cfg.model.name, cfg.model.revision), []
+        return find_pipeline(cfg.model.name, cfg.model.revision, weights), []
     directory = Path(cfg.init).expanduser()
     if not (directory / "manifest.json").exists():
         if directory.is_dir() and (directory / "config.yaml").exists():
             raise UserError(f"init: {directory} is no finished run; finish it with its own command first")
-        return find_pipeline(cfg.init, None), []
+        return find_pipeline(cfg.init, None, weights), []
     manifest = read_manifest(directory)
     if manifest["weights"]["kind"] == "adapter":
         raise UserError(
@@ -147,7 +150,7 @@ class Gallery:
     def fill(self) -> None:
         """Load the pipeline; make the class images that are not there yet; encode everything."""
         cfg, inputs = self.cfg, self.inputs
-        self.dtype = _dtype(cfg)
+        self.dtype = image_dtype(cfg)
         pipe = self.pipe = load_pipeline(inputs.base, self.dtype)
         self.family = FAMILIES[type(pipe).__name__]
         if cfg.quant.method != "none":
@@ -221,7 +224,7 @@ class Gallery:
             return load_latents(views, path, self.inputs.background, lambda x: encode_pixels(self.pipe.vae, x), advance)
 
 
-def _dtype(cfg: Dreambooth) -> torch.dtype:
+def image_dtype(cfg: Dreambooth) -> torch.dtype:
     """A frozen base in 16 bit, weights that are trained (or that PiSSA writes into) in 32, unless the user says otherwise."""
     if cfg.model.dtype != "auto":
         return getattr(torch, cfg.model.dtype)
