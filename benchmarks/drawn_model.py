@@ -36,7 +36,7 @@ def train_base(out: Path, steps: int = 1000) -> None:
     tokenizer = clip_tokenizer((*CLASSES, *COLOURS, TOKEN), max_length=12)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
-        set_alpha_to_one=False, rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        set_alpha_to_one=False, rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
         vae=pixel_autoencoder(), text_encoder=clip_text(64, tokenizer=tokenizer), tokenizer=tokenizer,

@@ -20,6 +20,7 @@ import posttrain.config.compose
 from posttrain.config.paths import root
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.pipeline import run_recipe
+from posttrain.config.compose import STAGES
 from posttrain.recipe import load_recipe, recipe_names
 
 RECIPE = """
@@ -287,6 +288,11 @@ def test_a_step_called_dpo_has_a_section_dpo(recipe):
     recipe.write_text(RECIPE + "  dpo:\n")
     overrides = load_recipe(str(recipe), ["dpo.beta=0.2", "dpo.optim.lr=1", "dpo.dpo.loss=ipo"]).steps[2].overrides
     assert overrides == ("model=tiny", "dpo.beta=0.2", "optim.lr=1", "dpo.loss=ipo")
+
+
+def test_every_stage_can_be_a_step(recipe):
+    recipe.write_text("name: all\ndescription: all\nsteps:\n" + "".join(f"  {stage}:\n" for stage in STAGES))
+    assert [step.stage for step in load_recipe(str(recipe), []).steps] == list(STAGES)
 
 
 def test_init_of_a_step_is_a_step_above_or_something_outside(recipe):

@@ -241,6 +241,14 @@ def test_one_swept_number_makes_a_line(tmp_path):
     assert "best: r 64 with eval/loss 1.1000; all with peft.alpha=16" in page.text
 
 
+def test_a_sweep_over_pictures_has_the_drift_of_each_set(tmp_path):
+    metrics = {"eval/loss": 1.0, "class/loss": 1.2, "drift_class/percent": 3.0, "samples/count": 2.0}
+    rows = [{"overrides": [f"peft.r={r}"], "status": "done", "dir": str(r), "metrics": metrics} for r in (2, 4)]
+    sweep_page(rows, tmp_path / "report.html")
+    jobs = [row for row in Page(tmp_path / "report.html").rows if row[:1] == ["2"]]
+    assert jobs[0][1:5] == ["done", "1.0000", "1.2000", "+3.00 %"]
+
+
 def test_a_failed_job_shows_the_last_line_of_its_log(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0/job.log").write_text("step 1\nfailed: out of memory\n\n")

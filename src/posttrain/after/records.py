@@ -169,7 +169,8 @@ def summary_columns(metrics: list[dict[str, float]]) -> list[str]:
     names = list(dict.fromkeys(n for found in metrics for n in found if not n.endswith("_before")))
     sets = dict.fromkeys(n.split("/")[0] for n in names if not n.startswith(("eval/", "forgetting/")))
     columns = [n for n in ("eval/loss", "eval/accuracy", "eval/reward", "eval/kl") if n in names]
-    columns += sorted((_headline(each, names) for each in sets), key=lambda name: name.startswith("general/"))
+    figures = (_headline(each, names) for each in sets)
+    columns += sorted((name for name in figures if name), key=lambda name: name.startswith("general/"))
     return columns + [n for n in names if n == "forgetting/percent"]
 
 
@@ -177,10 +178,10 @@ def _before(metrics: dict[str, float]) -> dict[str, float]:
     return {n.removesuffix("_before"): v for n, v in metrics.items() if n.endswith("_before")}
 
 
-def _headline(group: str, names: list[str]) -> str:
-    """One figure for a set: accuracy of pairs, perplexity of text, else loss (forgetting is counted in loss)."""
-    wanted = ("accuracy", "loss") if group == "general" else ("accuracy", "perplexity", "loss")
-    return next(f"{group}/{kind}" for kind in wanted if f"{group}/{kind}" in names)
+def _headline(group: str, names: list[str]) -> str | None:
+    """One figure for a set, if it has one: accuracy of pairs, perplexity of text, loss (forgetting is counted in it), drift."""
+    wanted = ("accuracy", "loss") if group == "general" else ("accuracy", "perplexity", "loss", "percent")
+    return next((f"{group}/{kind}" for kind in wanted if f"{group}/{kind}" in names), None)
 
 
 def own_result(record: Record) -> Change | None:
