@@ -124,3 +124,14 @@ def test_quality_filters_or_weighs(tmp_path: Path, encoder_of: Any) -> None:
 def test_a_column_that_is_not_there_is_named(tmp_path: Path, encoder_of: Any) -> None:
     with pytest.raises(UserError, match=r"row 1: has no quest, which data\.columns\.prompt names - did you mean 'question'"):
         prepared(tmp_path, encoder_of(PLAIN), [{"question": "q", "answer": "a"}], "data.columns.prompt=quest")
+
+
+def test_pairs_have_no_weights() -> None:
+    with pytest.raises(UserError, match=r"data\.quality: weights are of tokens to imitate, which cpt and sft have"):
+        validate(compose_run("dpo", ["model=tiny", "data.quality=weight"]))
+
+
+def test_where_no_row_can_be_read_the_first_mistake_is_said(tmp_path: Path, encoder_of: Any) -> None:
+    rows = [{"q": "a", "completion": "b"}] * 3
+    with pytest.raises(UserError, match=r"none of the 3 rows .*the first: .*row 1: quality is None"):
+        prepared(tmp_path, encoder_of(PLAIN), rows, "data.columns.prompt=q", "data.quality=weight", "data.on_error=skip")

@@ -434,6 +434,16 @@ class LanguageStage(Stage):
     data: DataConfig
     eval: EvalConfig
 
+    @model_validator(mode="after")
+    def _rows_can_weigh(self) -> LanguageStage:
+        sources = {"data": self.data, **{f"data.sources.{name}": each for name, each in (self.data.sources or {}).items()}}
+        for key, source in sources.items():
+            if source.quality == "weight" and not isinstance(self, Cpt | Sft):
+                raise ValueError(
+                    f"{key}.quality: weights are of tokens to imitate, which cpt and sft have; say {key}.quality=filter"
+                )
+        return self
+
     @property
     def example_length(self) -> int:
         """Tokens that a row of data may have."""

@@ -216,7 +216,9 @@ class Split:
         train = islice(best, source.skip_rows, self._last)
         before = list(_until_sound(train, data.on_error == "skip"))
         first = before[-1][1] if before else None
-        if not isinstance(first, dict):
+        if isinstance(first, UserError):
+            raise UserError(f"data.path: none of the {len(before)} rows of {source.path} can be read; the first: {before[0][1]}")
+        if first is None:
             raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
         self.shape = source.shape if source.shape != "auto" else recognise(first)
         check_fits(self.shape, stage)
