@@ -27,7 +27,7 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_base(out: Path, steps: int = 1000) -> None:
+def train_base(out: Path, steps: int = 5000) -> None:
     """Write the pipeline to `out`."""
     rng = random.Random(0)
     torch.manual_seed(0)

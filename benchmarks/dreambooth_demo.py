@@ -29,8 +29,8 @@ from posttrain.models.pipelines import load_pipeline
 INSTANCE, CLASS = f"a {TOKEN} car", "a car"
 PROMPTS = (INSTANCE, CLASS, *(f"a {kind}" for kind in CLASSES if kind != "car"))
 WAYS = {
-    "full, no prior": ["optim.lr=2e-4", "prior.weight=0"],
-    "full, prior": ["optim.lr=2e-4"],
+    "full, no prior": ["optim.lr=1e-4", "prior.weight=0"],
+    "full, prior": ["optim.lr=1e-4"],
     "LoRA, no prior": ["+peft=lora", "optim.lr=2e-3", "prior.weight=0"],
     "LoRA, prior": ["+peft=lora", "optim.lr=2e-3"],
 }
@@ -41,7 +41,7 @@ COUNT, SHOWN = 24, 6  # pictures of each prompt that are judged, and shown
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/dreambooth_demo"))
-    parser.add_argument("--steps", type=int, default=240, help="of each of the four")
+    parser.add_argument("--steps", type=int, default=120, help="of each of the four")
     args = parser.parse_args()
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
