@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import posttrain
 from drawn import CLASSES, individual
@@ -159,18 +159,26 @@ def uri(image: Image.Image) -> str:
 
 
 def picture_sheet(found: dict[str, Any], photos: Path) -> Image.Image:
-    """A row for the photos, then one a way: pictures of the individual, its class and two other things."""
-    side, gap, shown = 64, 4, (INSTANCE, CLASS, *PROMPTS[2:4])
-    columns = 4
-    width = len(shown) * (columns * (side + gap) + 3 * gap)
-    sheet = Image.new("RGB", (width, (1 + len(found)) * (side + 2 * gap)), "white")
+    """The photos, then a row a way: pictures of the individual, its class and two other things."""
+    side, gap, left, shown, columns = 64, 4, 110, (INSTANCE, CLASS, *PROMPTS[2:4]), 4
+    block = columns * (side + gap) + 3 * gap
+    sheet = Image.new("RGB", (left + len(shown) * block, (1 + len(found)) * (side + 2 * gap) + 5 * gap), "white")
+    brush = ImageDraw.Draw(sheet)
+
+    def put(image: Image.Image, x: int, y: int) -> None:
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+
+    brush.text((gap, gap + side // 2), "the photos", "black")
     for i, file in enumerate(sorted(photos.glob("*.png"))):
-        sheet.paste(Image.open(file).resize((side, side), Image.Resampling.NEAREST), (i * (side + gap), gap))
-    for row, each in enumerate(found.values(), 1):
-        for block, prompt in enumerate(shown):
+        put(Image.open(file), left + i * (side + gap), gap)
+    for column, prompt in enumerate(shown):
+        brush.text((left + column * block, side + 3 * gap), prompt, "black")
+    for row, (way, each) in enumerate(found.items(), 1):
+        top = row * (side + 2 * gap) + 5 * gap
+        brush.text((gap, top + side // 2), way, "black")
+        for column, prompt in enumerate(shown):
             for i, image in enumerate(each[prompt]["images"][:columns]):
-                left = block * (columns * (side + gap) + 3 * gap) + i * (side + gap)
-                sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, row * (side + 2 * gap) + gap))
+                put(image, left + column * block + i * (side + gap), top)
     return sheet
 
 

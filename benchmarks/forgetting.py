@@ -25,7 +25,7 @@ UNMEASURED = "Not measured yet: the command above fills this in."
 SMALL = "model=smollm2 train.max_length=512 train.batch_size=2 train.grad_accum=1 train.save_steps=null data.eval_rows=16"
 MEASURED = "eval.rows=24 eval.max_length=256"
 DOMAIN = f"cpt {SMALL} {MEASURED} data=python_reference train.max_steps=30"
-FULL = f"{DOMAIN} full_lr=1e-4"
+FULL = f"{DOMAIN} full_lr=5e-4"
 LORA = f"{DOMAIN} +peft=lora"
 COT = f"sft {SMALL} {MEASURED} +peft=lora train.max_steps=30 train.max_length=256 train.batch_size=8 cot.marker=####"
 
