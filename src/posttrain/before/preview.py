@@ -173,8 +173,9 @@ def _tokens(ids: Sequence[int], weights: Sequence[float], tokenizer: Any) -> lis
 
 
 def histogram(lengths: Sequence[int], max_length: int) -> list[tuple[int, int, int]]:
-    """(from, to, how many): tokens of the rows, in equal steps up to the longest."""
-    top = max(1, min(max_length, max(lengths, default=1)))
-    step = -(-top // BUCKETS)
-    counts = np.bincount([min((length - 1) // step, BUCKETS - 1) for length in lengths], minlength=BUCKETS)
-    return [(i * step + 1, (i + 1) * step, int(n)) for i, n in enumerate(counts)]
+    """(from, to, how many): tokens of the rows, in equal steps from the shortest to the longest."""
+    low = min(max_length, min(lengths, default=1))
+    top = max(low, min(max_length, max(lengths, default=1)))
+    step = -(-(top - low + 1) // BUCKETS)
+    counts = np.bincount([min((length - low) // step, BUCKETS - 1) for length in lengths], minlength=-(-(top - low + 1) // step))
+    return [(low + i * step, low + (i + 1) * step - 1, int(n)) for i, n in enumerate(counts)]
