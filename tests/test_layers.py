@@ -10,7 +10,7 @@ BOTTOM = {"batch", "rundir", "errors", "cache", "console", "signals", "secrets",
 ALLOWED = {part: BOTTOM | {part} for part in ("models", "data", "losses", "train")}
 ALLOWED["stages"] = BOTTOM | {"stages", "models", "data", "losses", "train", "after"}
 ALLOWED |= {part: BOTTOM | {part, "models", "data", "losses", "train"} for part in ("after", "before")}
-ALLOWED["before"] |= {"after"}  # its pages
+ALLOWED["before"] |= {"after", "stages"}  # its pages, and what a run itself will read
 ALLOWED |= dict.fromkeys(BOTTOM, BOTTOM)
 STAGE_MODULES = {"cpt", "sft", "rm", "ppo", "dpo", "dreambooth"}
 

@@ -1,0 +1,82 @@
+"""Where rows come from, and how sources are mixed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from posttrain.config.paths import root
+from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict
+
+
+@lru_cache
+def _unsaid() -> dict[str, Any]:
+    """What a source leaves unsaid is as configs/data/file.yaml has it."""
+    return yaml.safe_load((root("configs") / "data" / "file.yaml").read_text())
+
+
+class Source(Strict):
+    """Where rows come from, and which of them are taken."""
+
+    path: str  # a file, a hub id, builtin:reference|questions|preferences|general, or self: the base model writes
+    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "pairs"]
+    subset: str | None  # configuration of a hub data set
+    split: str
+    revision: str | None
+    columns: dict[str, str] | None  # a name that a shape knows -> the data's own
+    quality: Literal["filter", "weight"] | None  # what the column of that name is for
+    quality_top: Annotated[float, Field(gt=0, le=1)]  # share of the rows that a filter keeps, the best
+    skip_rows: NonNegative  # of those to train on, before max_rows are taken
+    max_rows: Positive | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {**{k: v for k, v in _unsaid().items() if k in cls.model_fields and k != "path"}, **given}
+
+
+class MixedSource(Source):
+    share: Annotated[float, Field(gt=0, le=1)]  # of the run's tokens
+
+
+class ReplayConfig(Strict):
+    """How the base model writes a general corpus of its own."""
+
+    tokens: Positive
+    max_new_tokens: Positive
+    temperature: Rate
+    batch_size: Positive
+
+
+class DataConfig(Source):
+    path: str | None  # pyright: ignore[reportIncompatibleVariableOverride]  # None: with sources
+    alpha: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None  # share of tokens from `path`; general has the others
+    general: Source
+    sources: dict[str, MixedSource] | None  # in place of path, alpha and general
+    exhausted: Literal["repeat", "stop"]  # a source whose rows have all been drawn
+    replay: ReplayConfig
+    eval_path: str | None  # None: a share of the rows, chosen by a hash of each row's content
+    eval_share: Annotated[float, Field(ge=0, lt=1)]
+    eval_rows: NonNegative  # at most so many held-out rows
+    on_error: Literal["stop", "skip"]  # a row with a mistake in it; skipped ones are counted
+    max_untrained_share: Share  # more rows without a trained token than this share is an error
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> DataConfig:
+        if self.sources is None and self.path is None:
+            raise ValueError("data.path has no value; give data.path=..., or data=mix with data.sources.NAME.path=...")
+        if self.sources is None:
+            return self
+        if self.alpha is not None:
+            raise ValueError("data.alpha: every one of data.sources has a share of its own; leave alpha out")
+        if not self.sources:
+            raise ValueError("data.sources: there is none; give data.sources.NAME.path=... and data.sources.NAME.share=...")
+        total = sum(source.share for source in self.sources.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"data.sources: the shares sum to {total:g}; they are shares of all tokens, so make them 1")
+        return self

@@ -1,0 +1,108 @@
+"""Sections of the language stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, Weight, listed
+
+
+class DpoConfig(Strict):
+    beta: Rate
+    loss: Literal["sigmoid", "ipo", "sigmoid_norm"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+
+
+class EwcConfig(Strict):
+    lam: Weight = Field(alias="lambda")  # of the pull to the start; 0: none
+    importance: Literal["fisher", "l2"]  # how much each weight mattered, or all alike
+    path: str  # general text, or self: text that the base model writes
+    rows: Positive
+    max_length: Annotated[int, Field(ge=8)]
+
+
+class CurriculumConfig(Strict):
+    by: Literal["length", "perplexity"] | None
+    beta_start: float
+    beta_end: float
+
+
+def _percent(value: Any) -> Any:
+    return value.removesuffix("%").strip() if isinstance(value, str) else value
+
+
+class ForgettingConfig(Strict):
+    budget: Annotated[float | None, BeforeValidator(_percent)]  # percent of the general loss, as 5 or 5%
+    action: Literal["warn", "stop"]
+    weight: Weight  # of forgetting, in nats, beside the domain's loss, when a sweep over data.alpha chooses
+
+
+class CotConfig(Strict):
+    marker: str | None  # ends the reasoning of an answer: </think>, ####
+    reasoning_weight: Weight
+    answer_weight: Weight
+
+
+class WeightsConfig(Strict):
+    """Of an answer's tokens in the loss."""
+
+    tool_calls: Weight
+    earlier_turns: Weight  # of the assistant's turns but the last
+    gamma: Weight  # an answer of n tokens counts exp(-gamma max(0, n - l_max)) of itself
+    l_max: Positive
+
+
+class RmConfig(Strict):
+    centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
+    policy: str | None  # a run whose own answers make the pairs
+    rule: str | None  # module:name, which ranks them
+    samples: Annotated[int, Field(ge=2)]
+    max_new_tokens: Positive
+
+    @model_validator(mode="after")
+    def _together(self) -> RmConfig:
+        if (self.policy is None) != (self.rule is None):
+            raise ValueError(
+                "rm.policy and rm.rule go together: answers of a run, and module:name of the function that ranks them"
+            )
+        return self
+
+
+class PpoConfig(Strict):
+    advantage: Literal["gae", "grpo", "rloo"]
+    samples: Positive  # answers to a prompt
+    gamma: Share
+    lam: Share
+    kl_coef: Annotated[float, Field(ge=0)]  # of the KL to the stage's start, taken off the reward
+    kl_estimator: Literal["k1", "k2", "k3"]
+    target_kl: Rate | None  # nats an answer; kl_coef then follows it
+    kl_rate: Annotated[float, Field(gt=0, lt=1)]
+    clip: Rate
+    value_clip: Rate | None
+    value_coef: Annotated[float, Field(ge=0)]
+    entropy_coef: Annotated[float, Field(ge=0)]
+    whiten: bool
+    epochs: Positive
+    minibatches: Positive
+    stop_kl: Rate | None  # nats a token between the policy that sampled and the one under training
+
+
+class RolloutConfig(Strict):
+    max_new_tokens: Positive
+    temperature: Rate
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative
+    batch_size: Positive
+    engine: Literal["model", "vllm"]
+    engine_memory: Annotated[float, Field(gt=0, lt=1)]  # vLLM's share of the device
+
+
+class RewardConfig(Strict):
+    function: Annotated[list[str], BeforeValidator(listed)]  # module:name
+    weights: list[float] | None
+    clip: Rate | None
+    whiten: bool
+    missing_end: Annotated[float, Field(ge=0)]
+    gold: str | None  # a reward model's run, or module:name

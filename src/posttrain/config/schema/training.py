@@ -1,0 +1,59 @@
+"""What every run has: optimizer, steps, evaluation, its directory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, StrictBool
+
+from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, listed
+
+
+class OptimConfig(Strict):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    lr: Rate
+    betas: tuple[Share, Share]
+    eps: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_ratio: Share
+    max_grad_norm: Rate | None
+
+
+class TrainConfig(Strict):
+    max_steps: Positive | None  # optimizer steps; wins over epochs
+    epochs: Rate
+    batch_size: Positive  # sequences (pairs, packs) a micro-batch, per process
+    grad_accum: Positive
+    seed: NonNegative
+    log_steps: Positive
+    eval_steps: Positive | None
+    save_steps: Positive | None
+    keep_checkpoints: Positive
+    skip_nonfinite: NonNegative
+    spike_mads: Rate | None
+    spike_steps: Annotated[int, Field(ge=8)]
+    gradient_checkpointing: Literal["auto"] | StrictBool | Positive  # auto: as many layers as memory asks for
+    precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
+    processes: Positive
+    fsdp: bool
+
+
+class LanguageTrain(TrainConfig):
+    max_length: Annotated[int, Field(ge=8)]
+
+
+class EvalConfig(Strict):
+    sets: dict[str, str] | None  # name -> path; each is measured before and after the stage
+    rows: Positive
+    max_length: Annotated[int, Field(ge=8)]
+
+
+class RunConfig(Strict):
+    dir: str | None
+    stop_after: Positive | None  # steps of one start
+    reproduces: str | None
+
+
+class ResumeConfig(Strict):
+    allow: Annotated[list[str], BeforeValidator(listed)]  # keys that may change between two starts of a run
