@@ -106,14 +106,19 @@ def shapes_of_pipeline(directory: Path, dtype: torch.dtype) -> Any:
         if library is None or name in LEFT_OUT:
             parts[name] = None
             continue
-        made = getattr(diffusers if library == "diffusers" else transformers, kind)
+        made: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
         if not issubclass(made, torch.nn.Module):
             parts[name] = made.from_pretrained(directory / name)
             continue
-        with torch.device("meta"):
-            read = made if library == "diffusers" else made.config_class
-            config = read.load_config(directory / name) if library == "diffusers" else read.from_pretrained(directory / name)
-            model = made.from_config(config) if library == "diffusers" else made(config)
+        model = _without_numbers(made, directory / name)
         parts[name] = model.to(torch.float32 if name == "vae" else dtype).requires_grad_(False)
     more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     return getattr(diffusers, index["_class_name"])(**parts, **more)
+
+
+def _without_numbers(kind: Any, folder: Path) -> torch.nn.Module:
+    """A model of a class of diffusers or transformers, from its config alone."""
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(folder))
+        return kind(kind.config_class.from_pretrained(folder))
