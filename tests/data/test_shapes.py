@@ -110,6 +110,8 @@ def test_hh_transcript_with_several_turns() -> None:
         ({"messages": "hi"}, "messages", "messages is str, not a list"),
         ({"messages": [Q, A], "tools": "{"}, "messages", "tools is not valid JSON"),
         ({"text": "t"}, "messages", "has no messages or conversations; its columns are text"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "add(1)"}]}, "sharegpt", "value is not valid JSON"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]}, "sharegpt", "without the name of a function"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown role 'alien'"),
         ({"conversations": [{"from": "gpt", "value": float("nan")}]}, "sharegpt", "value of conversations[0] is NaN"),
         ({"instruction": "q", "output": 3}, "alpaca", "output is int where text is needed"),
@@ -164,3 +166,11 @@ def test_what_fits_which_stage() -> None:
 def test_misfits_come_with_a_hint(shape: str, stage: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         check_fits(shape, stage)
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
+    called = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    row = {"conversations": [HUMAN, called, {"from": "observation", "value": "2"}, GPT]}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert to_canonical(row, "sharegpt", "row 1") == {"messages": [Q, said, {"role": "tool", "content": "2"}, A]}

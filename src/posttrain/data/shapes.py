@@ -47,6 +47,7 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "function_response": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 _COMPLETIONS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -133,12 +134,30 @@ def _message(item: object, name: str) -> Message:
     role = item[told]
     if role not in known:
         raise UserError(f"{name} has the unknown role {role!r}{did_you_mean(str(role), known)}; known: {', '.join(known)}")
+    if role == "function_call" and told == "from":
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls(_checked_text(item.get(said), f"{said} of {name}"), name),
+        }
     calls = bool(item.get("tool_calls"))
     if said not in item and not calls:
         raise UserError(f"{name} has no {said}; its keys are {', '.join(item)}")
     content = "" if calls and item.get(said) is None else _checked_text(item[said], f"{said} of {name}")
     rest = {key: value for key, value in item.items() if key not in (told, said) and value is not None}
     return {"role": _SHAREGPT_ROLES[role] if told == "from" else role, "content": content, **rest}
+
+
+def _calls(text: str, name: str) -> list[Message]:
+    """What ShareGPT writes as the value of a `function_call`: a name with its arguments in JSON, or a list of such."""
+    try:
+        given = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{name} is a function_call whose value is not valid JSON ({error})") from error
+    calls = given if isinstance(given, list) else [given]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(f"{name} is a function_call without the name of a function")
+    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
 
 
 def _messages(value: object, name: str) -> list[Message]:
