@@ -3,8 +3,9 @@
 import numpy as np
 
 from posttrain.batch import Segment
-from posttrain.data.examples import Store, build, group, join, load
+from posttrain.data.examples import build, group, join
 from posttrain.data.packing import Order, pack, pack_pairs
+from posttrain.data.store import Store, load
 
 CONVERSATIONS = build([([5, 6, 7, 8], [0, 0, 1, 1], 1), ([9, 10], [0, 1], 2), ([11, 12, 13], [1, 0, 0.5], 3)])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posttrain.config.compose import compose_run, validate
@@ -135,3 +136,21 @@ def test_where_no_row_can_be_read_the_first_mistake_is_said(tmp_path: Path, enco
     rows = [{"q": "a", "completion": "b"}] * 3
     with pytest.raises(UserError, match=r"none of the 3 rows .*the first: .*row 1: quality is None"):
         prepared(tmp_path, encoder_of(PLAIN), rows, "data.columns.prompt=q", "data.quality=weight", "data.on_error=skip")
+
+
+@pytest.mark.parametrize("file", ["train.tokens", "train.weights", "held_out.offsets", "report.json"])
+def test_a_damaged_cache_is_named_and_made_again(
+    tmp_path: Path, file: str, encoder_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = validate(compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0.2"])).data
+    (first,) = prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+    tokens = np.array(first.train.tokens[:])
+    (damaged,) = (tmp_path / "cache").rglob(file)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    damaged.write_bytes(content)
+    (again,) = prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+    assert np.array_equal(again.train.tokens[:], tokens) and again.account == first.account
+    assert "it is made again" in capsys.readouterr().out

@@ -10,8 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.data.account import Account
 from posttrain.data.conversations import Encoder
-from posttrain.data.prepare import Account, Canonical
+from posttrain.data.split import Canonical
 from posttrain.errors import UserError
 
 SHOWN = 8  # places that a finding names

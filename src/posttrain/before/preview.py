@@ -14,11 +14,14 @@ from posttrain.before.encoder import encoder_of
 from posttrain.before.findings import Finding, of_account, of_rows, of_tokens
 from posttrain.config.compose import compose_run
 from posttrain.config.schema import STAGE_CONFIG, LanguageStage, Source
+from posttrain.data.account import Account
 from posttrain.data.choice import SELF, sources_of
 from posttrain.data.conversations import Encoder
+from posttrain.data.encode import Piece
 from posttrain.data.mixture import Mixture, draw, shares_of
 from posttrain.data.packing import pack, pack_pairs
-from posttrain.data.prepare import Account, Part, Piece, Split, sound_rows
+from posttrain.data.prepare import Part
+from posttrain.data.split import Split, sound_rows
 from posttrain.errors import UserError
 
 BUCKETS = 12  # of the lengths' histogram

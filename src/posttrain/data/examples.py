@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-_DTYPES = {
-    "tokens": np.int32,
-    "weights": np.float32,
-    "offsets": np.int64,
-    "rows": np.int64,
-    "units": np.int64,
-    "splits": np.int64,
-    "margins": np.float32,
-}
 
 
 class Joined:
@@ -150,64 +134,3 @@ def join(parts: list[Examples]) -> Examples:
 def _ends(borders: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Borders that begin where the ones before end."""
     return np.concatenate([borders[0], *(more[1:] for more in borders[1:])])
-
-
-class Store:
-    """Writes examples piece by piece into a directory, complete or absent: an array a file, of which memory holds one piece.
-
-    As a context it takes away what was not closed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
-        self._counts: dict[str, dict[str, int]] = {}
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def add(self, part: str, piece: Examples) -> None:
-        """To the end of `part` (train, held_out)."""
-        counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0})
-        shifted = {"offsets": piece.offsets[1:] + counts["tokens"], "units": piece.units[1:] + counts["rows"]}
-        for name in _DTYPES:
-            value = np.asarray(shifted.get(name, getattr(piece, name)), dtype=_DTYPES[name])
-            with (self._temporary / f"{part}.{name}").open("ab") as file:
-                value.tofile(file)
-        counts["tokens"] += piece.num_tokens
-        counts["rows"] += len(piece.rows)
-        counts["units"] += len(piece)
-
-    def close(self, report: dict[str, object]) -> None:
-        """Put the directory in its place; report: what JSON can hold."""
-        (self._temporary / "report.json").write_text(json.dumps({"report": report, "counts": self._counts}))
-        if not self._path.exists():
-            with suppress(OSError):  # another process was quicker, with the same content
-                self._temporary.rename(self._path)
-
-
-def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
-    """Read what a Store wrote: tokens and weights stay on the disk until they are looked at."""
-    found = json.loads((path / "report.json").read_text())
-    parts = {}
-    for part, counts in found["counts"].items():
-        arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights")) for name in _DTYPES}
-        if len(arrays["tokens"]) != counts["tokens"] or len(arrays["rows"]) != counts["rows"]:
-            raise ValueError(f"{path}: {part} is not as long as it was written")
-        for name in ("offsets", "units"):
-            arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
-        arrays["splits"] = arrays["splits"].reshape(-1, 2)
-        parts[part] = Examples(**arrays)
-    return parts, found["report"]
-
-
-def _mapped(path: Path, lazily: bool) -> NDArray:
-    dtype = _DTYPES[path.suffix.removeprefix(".")]
-    if not path.stat().st_size:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r") if lazily else np.fromfile(path, dtype=dtype)

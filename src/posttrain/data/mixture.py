@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig, TrainConfig
+from posttrain.data.account import Account
 from posttrain.data.choice import sources_of
 from posttrain.data.conversations import Encoder
 from posttrain.data.examples import Examples, join
 from posttrain.data.packing import Order, permutation
-from posttrain.data.prepare import Account, Part, prepare
+from posttrain.data.prepare import Part, prepare
 
 # data.alpha=auto by the bytes of domain text, straight lines over the logarithm between these (SPEC: below 1 GB 0.1 to 0.3, to
 # 10 GB 0.3 to 0.5, above 0.5 to 0.8)

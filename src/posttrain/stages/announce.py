@@ -6,8 +6,8 @@ from pathlib import Path
 
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
+from posttrain.data.account import Account
 from posttrain.data.mixture import seen
-from posttrain.data.prepare import Account
 from posttrain.stages.build import Inputs
 
 

@@ -1,0 +1,130 @@
+"""Which rows of a source are trained on and which are held out, each read as it is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+from posttrain.config.schema import DataConfig, Source
+from posttrain.data.account import Account
+from posttrain.data.shapes import check_fits, recognise, to_canonical
+from posttrain.data.sources import Row, read_rows, row_name, split_rows
+from posttrain.data.weights import row_weight
+from posttrain.errors import UserError, did_you_mean
+
+Canonical = tuple[int, dict[str, Any]]  # number in the source, canonical row
+
+
+class Split:
+    """The rows of a source that are trained on, each as it is needed, those held out, and the shape of both."""
+
+    def __init__(self, source: Source, data: DataConfig, stage: str, eval_path: str | None = None) -> None:
+        """Raises UserError for a shape that `stage` does not take."""
+        self._most, self._held = data.eval_rows, list[Row]()
+        self.filtered = 0  # rows left out for their quality, so far
+        read = partial(_read, source)
+        apart = eval_path or source.path.startswith("builtin:")
+        self._marked = split_rows(read(source.path, split=source.split), 0.0 if apart else data.eval_share)
+        if apart:
+            other = read(eval_path, split=source.split) if eval_path else read(source.path, split="eval")
+            self._held = list(islice(other, self._most))
+        self._last = source.max_rows and source.skip_rows + source.max_rows
+        best = self._not_held() if source.quality != "filter" else self._best(_read(source, source.path, source.split), source)
+        train = islice(best, source.skip_rows, self._last)
+        before = list(_until_sound(train, data.on_error == "skip"))
+        first = before[-1][1] if before else None
+        if isinstance(first, UserError):
+            raise UserError(f"data.path: none of the {len(before)} rows of {source.path} can be read; the first: {before[0][1]}")
+        if first is None:
+            raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
+        self.shape = source.shape if source.shape != "auto" else recognise(first)
+        check_fits(self.shape, stage)
+        self.train: Iterator[Row] = chain(before, train)
+
+    @property
+    def held_so_far(self) -> list[Row]:
+        return self._held
+
+    def held_out(self) -> list[Row]:
+        """At most data.eval_rows; call it when `train` has been read as far as it will be."""
+        for _ in self._not_held() if len(self._held) < self._most else ():
+            if len(self._held) >= self._most:
+                break
+        return self._held
+
+    def _best(self, again: Iterator[Row], source: Source) -> Iterator[Row]:
+        """The share data.quality_top of the rows, by their `quality`: the file is gone through once before."""
+        qualities = sorted((quality_of(row) for _, row in again if isinstance(row, dict)), reverse=True)
+        least = qualities[max(1, round(source.quality_top * len(qualities))) - 1] if qualities else 0.0
+        for number, row in self._not_held():
+            if isinstance(row, UserError) or quality_of(row) >= least:
+                yield number, row
+            else:
+                self.filtered += 1
+
+    def _not_held(self) -> Iterator[Row]:
+        for held, row in self._marked:
+            if not held:
+                yield row
+            elif len(self._held) < self._most:
+                self._held.append(row)
+
+
+def sound_rows(rows: Iterable[Row], shape: str, account: Account, skips: bool) -> Iterator[Canonical]:
+    """Canonical rows; one with a mistake in it raises UserError, or with `skips` is counted in the account."""
+    for number, row in rows:
+        try:
+            if isinstance(row, UserError):
+                raise row
+            yield number, to_canonical(row, shape, where=account.where(number))
+        except UserError as error:
+            if not skips:
+                raise
+            account.note("skipped", str(error))
+
+
+def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
+    """Up to the first row that can be read. Raises what is wrong with an earlier one, unless such rows are skipped."""
+    for item in rows:
+        if isinstance(item[1], UserError) and not skips:
+            raise item[1]
+        yield item
+        if not isinstance(item[1], UserError):
+            return
+
+
+def _read(source: Source, path: str, split: str) -> Iterator[Row]:
+    """Rows under the names that shapes know, with data.quality=weight as their weight; one that cannot be read is an error."""
+    for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, sound=False):
+        try:
+            yield number, _renamed(row, source) if isinstance(row, dict) else row
+        except UserError as error:
+            yield number, UserError(f"{row_name(path, number)}: {error}")
+
+
+def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    for name, theirs in (source.columns or {}).items():
+        if theirs not in row:
+            raise UserError(f"has no {theirs}, which data.columns.{name} names{did_you_mean(theirs, list(row))}")
+    named = {name: row[theirs] for name, theirs in (source.columns or {}).items()}
+    if named:
+        row = {k: v for k, v in row.items() if k not in named.values()} | named
+    if source.quality:
+        quality = quality_of(row)
+        row = {**row, "weight": quality * row_weight(row)} if source.quality == "weight" else row
+    return row
+
+
+def quality_of(row: dict[str, Any]) -> float:
+    """Raises UserError where the column is not a number from 0 on."""
+    value = row.get("quality")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UserError(f"quality is {value!r}, not a number from 0 on; data.columns.quality=NAME names another column")
+    return float(value)

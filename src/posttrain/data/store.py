@@ -1,0 +1,102 @@
+"""Examples on the disk: an array a file, written piece by piece, complete or absent, and checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.data.examples import Examples
+
+BLOCK = 1 << 22  # bytes that are read at a time
+_DTYPES = {
+    "tokens": np.int32,
+    "weights": np.float32,
+    "offsets": np.int64,
+    "rows": np.int64,
+    "units": np.int64,
+    "splits": np.int64,
+    "margins": np.float32,
+}
+
+
+class Store:
+    """Writes examples piece by piece into a directory, complete or absent: an array a file, of which memory holds one piece.
+
+    As a context it takes away what was not closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        self._counts: dict[str, dict[str, int]] = {}
+        self._sums: dict[str, int] = {}  # CRC-32 of each file
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, part: str, piece: Examples) -> None:
+        """To the end of `part` (train, held_out)."""
+        counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0})
+        shifted = {"offsets": piece.offsets[1:] + counts["tokens"], "units": piece.units[1:] + counts["rows"]}
+        for name in _DTYPES:
+            value = np.asarray(shifted.get(name, getattr(piece, name)), dtype=_DTYPES[name])
+            file_name = f"{part}.{name}"
+            with (self._temporary / file_name).open("ab") as file:
+                value.tofile(file)
+            self._sums[file_name] = zlib.crc32(value.tobytes(), self._sums.get(file_name, 0))
+        counts["tokens"] += piece.num_tokens
+        counts["rows"] += len(piece.rows)
+        counts["units"] += len(piece)
+
+    def close(self, report: dict[str, object]) -> None:
+        """Put the directory in its place; report: what JSON can hold."""
+        (self._temporary / "report.json").write_text(json.dumps({"report": report, "counts": self._counts, "crc32": self._sums}))
+        if not self._path.exists():
+            with suppress(OSError):  # another process was quicker, with the same content
+                self._temporary.rename(self._path)
+
+
+def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
+    """Read what a Store wrote: tokens and weights stay on the disk until they are looked at. Raises ValueError for what is not as
+    it was written."""
+    found = json.loads((path / "report.json").read_text())
+    for name, expected in found["crc32"].items():
+        if _crc32(path / name) != expected:
+            raise ValueError(f"{path / name} is not as it was written")
+    parts = {}
+    for part in found["counts"]:
+        arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights")) for name in _DTYPES}
+        for name in ("offsets", "units"):
+            arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
+        arrays["splits"] = arrays["splits"].reshape(-1, 2)
+        parts[part] = Examples(**arrays)
+    return parts, found["report"]
+
+
+def _crc32(path: Path) -> int:
+    """Of a file that need not fit in memory."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _mapped(path: Path, lazily: bool) -> NDArray:
+    dtype = _DTYPES[path.suffix.removeprefix(".")]
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r") if lazily else np.fromfile(path, dtype=dtype)
