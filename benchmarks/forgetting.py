@@ -31,10 +31,12 @@ COT = f"sft {SMALL} {MEASURED} +peft=lora train.max_steps=30 train.max_length=25
 
 REPLAY = {
     "full": FULL,
+    "full at 1e-4": f"{DOMAIN} full_lr=1e-4",
     "full replay 0.3": f"{FULL} data.alpha=0.7 data.general.path=WEB",
     "full replay 0.5": f"{FULL} data.alpha=0.5 data.general.path=WEB",
     "full self-replay 0.5": f"{FULL} data.alpha=0.5",
-    "full ewc": f"{FULL} ewc.lambda=1e3 ewc.path=WEB",
+    "full ewc 10": f"{FULL} ewc.lambda=10 ewc.path=WEB",
+    "full ewc 1000": f"{FULL} ewc.lambda=1e3 ewc.path=WEB",
     "full l2": f"{FULL} ewc.lambda=1 ewc.importance=l2",
     "lora": LORA,
     "lora replay 0.5": f"{LORA} data.alpha=0.5 data.general.path=WEB",
