@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-dreambooth check test torture bench bench-gpu clean
+.PHONY: help setup demo demo-dreambooth check test torture load bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: setup ## all tests
 
 torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
 	$(BIN)/python tests/torture.py --count 200
+
+load: setup ## 10 million rows, 100,000 steps, 100 jobs, a recipe of 12 steps: memory and time of each
+	$(BIN)/python tests/load.py
 
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
