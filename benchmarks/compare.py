@@ -50,13 +50,15 @@ rounds of a ratio within a round, with the smallest and the largest in brackets:
   `tests/stages/test_trl_parity.py`.
 
 TRL's defaults: float32 weights under bfloat16 autocast and gradient checkpointing. Its best flags here: bfloat16 weights, no
-checkpointing, rows grouped by length (SFT), packed into blocks that documents share (CPT: faster, but they see one another),
+checkpointing, rows grouped by length (SFT), packed into blocks that documents share (CPT: they see one another),
 reference log-probs computed beforehand (DPO); its packing without that asks for FlashAttention. posttrain runs with its defaults.
+{ppo}{growth}"""
 
+PPO = """
 TRL has no PPO any more. In its place stands `benchmarks/plain_ppo.py`, the loop that one writes with transformers and peft:
 policy and value model of their own, `generate`, padded batches, whole logits; two steps of 8 prompts, {new_tokens} new tokens,
 two epochs of two updates.
-{growth}"""
+"""
 
 GROWTH = """
 ## How it grows
@@ -207,7 +209,8 @@ def main() -> None:
         PAGE.format(
             rows=options.rows, rounds=options.rounds, cores=os.cpu_count(), processor=platform.machine(),
             date=time.strftime("%Y-%m-%d"), command=" ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
-            tables="\n\n".join(table(found, stage) for stage in stages), new_tokens=NEW_TOKENS,
+            tables="\n\n".join(table(found, stage) for stage in stages),
+            ppo=PPO.format(new_tokens=NEW_TOKENS) if "ppo" in stages else "",
             growth=GROWTH.format(lines=lines, rows=count) if lines else "",
             **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         )
