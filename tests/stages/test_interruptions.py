@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import posttrain
 from posttrain.rundir import sha256
 
 STAGES = {
@@ -98,6 +99,23 @@ def test_the_same_command_without_a_directory_goes_on(tmp_path: Path) -> None:
     again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "going on from step" in again.stdout
     assert len(list((tmp_path / "runs" / "sft").iterdir())) == 1
+
+
+@pytest.mark.parametrize("every", [3, 2])  # the last step is evaluated by the loop too, or is not
+def test_what_was_measured_at_the_end_is_not_written_twice(every: int, tmp_path: Path) -> None:
+    """A kill between the last measurement and the manifest."""
+    words = ["model=tiny", "train.max_steps=4", "train.batch_size=2", "data.max_rows=20", "eval.rows=1", "data.eval_rows=2"]
+    run = tmp_path / "run"
+    posttrain.run("sft", *words, f"train.eval_steps={every}", f"run.dir={run}")
+
+    def figures() -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if not name.endswith("per_second")} for line in lines]
+
+    before = figures()
+    (run / "manifest.json").unlink()
+    posttrain.run("sft", *words, f"train.eval_steps={every}", f"run.dir={run}")
+    assert figures() == before
 
 
 @pytest.mark.slow

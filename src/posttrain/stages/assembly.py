@@ -270,7 +270,7 @@ class StageRun(Generic[In, B]):
             loop.state["before"] = before
             return 0
         loop.restore(checkpoint)
-        loop.tracker.rewind(checkpoint.step)
+        loop.tracker.rewind(checkpoint.step, checkpoint.state.get("lines"))
         say(f"going on from step {checkpoint.step} of {inputs.order.num_steps} ({checkpoint.path.name})")
         return checkpoint.step
 

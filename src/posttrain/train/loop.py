@@ -274,7 +274,8 @@ class Loop(Generic[B]):
     def _save(self, done: int) -> None:
         method = self.method.state() if self.method else {}
         save_checkpoint(
-            self.checkpoints, done, self.module, self.optimizer, method, self.state | {"window": self.window.state()},
+            self.checkpoints, done, self.module, self.optimizer, method,
+            self.state | {"window": self.window.state(), "lines": self.tracker.lines},
             keep=self.plan.keep_checkpoints, is_writer=self.accelerator.is_main_process, spare=self.state.get("within"),
         )  # fmt: skip
         self.accelerator.wait_for_everyone()
