@@ -11,12 +11,10 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from posttrain.config.paths import root
-from posttrain.config.schema import Cpt, Dpo, Dreambooth, Ppo, Rm, Sft, Strict
+from posttrain.config.schema import ALL_STAGES, Cpt, Dpo, Sft, Strict
 from posttrain.errors import UserError, did_you_mean
 
-_STAGES: dict[str, type[Strict]] = {
-    get_args(s.model_fields["stage"].annotation)[0]: s for s in (Cpt, Sft, Rm, Ppo, Dpo, Dreambooth)
-}
+_STAGES: dict[str, type[Strict]] = {get_args(s.model_fields["stage"].annotation)[0]: s for s in ALL_STAGES}
 _SECTIONS = {*Cpt.model_fields} & {*Sft.model_fields} & {*Dpo.model_fields} | {"experiment"}  # keys of every stage
 
 

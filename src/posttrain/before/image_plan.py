@@ -20,7 +20,7 @@ from posttrain.models.denoiser import trained_parts
 from posttrain.models.diffusion import DiffusionModel, Texts, bare, encode_texts, latent_scale, text_encoders
 from posttrain.models.pipelines import pipeline_directory, shapes_of_pipeline
 from posttrain.models.quantize import blocks_linears
-from posttrain.stages.gallery import ImageInputs, image_dtype, read_images
+from posttrain.stages.gallery import ImageInputs, read_images
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -90,7 +90,7 @@ class _Counted(NamedTuple):
 
 def _micro_batch(cfg: Dreambooth, inputs: ImageInputs, recompute: bool) -> _Counted:
     """One micro-batch, the prior's pictures in it, forward and backward."""
-    pipe = shapes_of_pipeline(pipeline_directory(inputs.base), image_dtype(cfg))
+    pipe = shapes_of_pipeline(pipeline_directory(inputs.base), getattr(torch, cfg.base_dtype))
     encoders = text_encoders(pipe)
     everything = sum(map(_bytes, [*encoders.values(), pipe.vae]))
     images = cfg.train.batch_size * (2 if cfg.prior.weight > 0 else 1)

@@ -47,19 +47,12 @@ def meta_model(cfg: Any, config: Any) -> nn.Module:
     """The model with its method, on the meta device: shapes without numbers."""
     from transformers import AutoModelForCausalLM
 
-    dtype = DTYPES[dtype_of(cfg)]
+    dtype = DTYPES[cfg.base_dtype]
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(cfg.peft), 1000)
         if cfg.peft.method == "dora":
             add_magnitudes(model, getattr(torch, cfg.peft.dtype))
     return model
-
-
-def dtype_of(cfg: Any) -> str:
-    """The dtype in which the base will be held."""
-    if cfg.model.dtype != "auto":
-        return cfg.model.dtype
-    return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"
 
 
 def add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from posttrain.before.image_plan import image_plan
-from posttrain.before.memory import count, dtype_of
+from posttrain.before.memory import count
 from posttrain.before.roles import cache_bytes, role_bytes
 from posttrain.cache import cache_root
 from posttrain.config.compose import compose_run
@@ -28,7 +28,6 @@ from posttrain.errors import UserError
 from posttrain.models.base import resolve
 from posttrain.models.tokenizer import load_tokenizer, stop_tokens
 from posttrain.rundir import read_manifest
-from posttrain.stages.gallery import image_dtype
 
 GB = 1e9
 # Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
@@ -54,7 +53,7 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
     cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
     if isinstance(cfg, Dreambooth):
         plan = image_plan(cfg, capacity)
-        plan["seconds"] = _seconds(plan["flops"], 1, str(image_dtype(cfg)).removeprefix("torch."))
+        plan["seconds"] = _seconds(plan["flops"], 1, cfg.base_dtype)
         return plan
     name, frozen = _source(cfg)
     source = resolve(name, cfg.model.revision, weights=False)
@@ -69,7 +68,7 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
         memory["reference"] = 8.0 * data["units"]
     updates, shared = 1, True
     if isinstance(cfg, Ppo):
-        memory["key-value cache"] = cache_bytes(cfg, model, 4 if dtype_of(cfg) == "float32" else 2)
+        memory["key-value cache"] = cache_bytes(cfg, model, 4 if cfg.base_dtype == "float32" else 2)
         roles, shared = role_bytes(cfg, found.parts, source.path)
         memory |= roles
         updates = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
@@ -77,7 +76,7 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
     kept = found.activations_recomputed if recomputes is True else found.activations
     if recomputes == "auto":  # as many layers as it takes, whose share of both figures this is
         kept = max(min(kept, capacity - fixed), found.activations_recomputed)
-    seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, dtype_of(cfg))
+    seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, cfg.base_dtype)
     return {
         "stage": stage,
         "model": cfg.model.name,

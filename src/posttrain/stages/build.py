@@ -73,7 +73,7 @@ def build_model(
 
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
-    dtype = _dtype(cfg)
+    dtype = cfg.base_dtype
     config = quantization(cfg.quant.model_dump(), str(device))
     # FSDP moves a layer at a time to its device, and never holds all of them there
     place = "cpu" if cfg.train.fsdp else str(device)
@@ -130,10 +130,3 @@ def save_result(cfg: LanguageStage, run: Run, built: Built, accelerator: Acceler
 def frozen_dtype(cfg: LanguageStage) -> str:
     """Of a model that is only read."""
     return "bfloat16" if cfg.model.dtype == "auto" else cfg.model.dtype
-
-
-def _dtype(cfg: LanguageStage) -> str:
-    """A frozen base in 16 bit, weights that are trained (or that PiSSA writes into) in 32, unless the user says otherwise."""
-    if cfg.model.dtype != "auto":
-        return cfg.model.dtype
-    return "float32" if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else "bfloat16"

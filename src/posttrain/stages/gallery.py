@@ -150,7 +150,7 @@ class Gallery:
     def fill(self) -> None:
         """Load the pipeline; make the class images that are not there yet; encode everything."""
         cfg, inputs = self.cfg, self.inputs
-        self.dtype = image_dtype(cfg)
+        self.dtype: torch.dtype = getattr(torch, cfg.base_dtype)
         pipe = self.pipe = load_pipeline(inputs.base, self.dtype)
         self.family = FAMILIES[type(pipe).__name__]
         if cfg.quant.method != "none":
@@ -222,10 +222,3 @@ class Gallery:
                 self.stop.check()
 
             return load_latents(views, path, self.inputs.background, lambda x: encode_pixels(self.pipe.vae, x), advance)
-
-
-def image_dtype(cfg: Dreambooth) -> torch.dtype:
-    """A frozen base in 16 bit, weights that are trained (or that PiSSA writes into) in 32, unless the user says otherwise."""
-    if cfg.model.dtype != "auto":
-        return getattr(torch, cfg.model.dtype)
-    return torch.float32 if cfg.peft.saves == "model" or cfg.peft.method == "pissa" else torch.bfloat16

@@ -20,10 +20,23 @@ from posttrain.config.schema.model import (
     Targeted,
     Vera,
 )
-from posttrain.config.schema.stages import STAGE_CONFIG, Cpt, Dpo, Dreambooth, Guarded, LanguageStage, Ppo, Rm, Sft, Stage
+from posttrain.config.schema.stages import (
+    ALL_STAGES,
+    STAGE_CONFIG,
+    Cpt,
+    Dpo,
+    Dreambooth,
+    Guarded,
+    LanguageStage,
+    Ppo,
+    Rm,
+    Sft,
+    Stage,
+)
 from posttrain.config.schema.training import TrainConfig
 
 __all__ = [
+    "ALL_STAGES",
     "STAGE_CONFIG",
     "AdaLora",
     "Adapted",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -51,6 +51,13 @@ class Stage(Strict):
         if self.train.fsdp and not (self.peft.saves == "model" or self.peft.is_sum):
             raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
         return self
+
+    @property
+    def base_dtype(self) -> str:
+        """Of a frozen base 16 bit, of weights that are trained (or that PiSSA writes into) 32, unless the user says otherwise."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "float32" if self.peft.saves == "model" or self.peft.method == "pissa" else "bfloat16"
 
 
 class LanguageStage(Stage):
@@ -193,5 +200,6 @@ class Dreambooth(Stage):
         return self
 
 
-StageConfig = Annotated[Cpt | Sft | Rm | Dpo | Ppo | Dreambooth, Field(discriminator="stage")]
+StageConfig = Annotated[Cpt | Sft | Rm | Ppo | Dpo | Dreambooth, Field(discriminator="stage")]
 STAGE_CONFIG: TypeAdapter[Any] = TypeAdapter(StageConfig)
+ALL_STAGES: tuple[type[Stage], ...] = get_args(get_args(StageConfig)[0])
