@@ -44,6 +44,11 @@ class Segment(NamedTuple):
     prefix_start: int = 0
     prefix_stop: int = 0
 
+    def moved(self, by: int) -> Segment:
+        shares = self.prefix_start < self.prefix_stop
+        prefix = (self.prefix_start + by, self.prefix_stop + by) if shares else (0, 0)
+        return Segment(self.start + by, self.stop + by, *prefix)
+
 
 @dataclass(frozen=True)
 class PackedBatch:

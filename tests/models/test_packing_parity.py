@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
-from posttrain.models.attention import DocumentMask, dense_mask, flex_mask_mod
+from posttrain.models.attention import DocumentMask, _by_document, dense_mask, flex_mask_mod, runs
 from posttrain.models.causal import PackedLM
 
 V = 61
@@ -149,6 +149,41 @@ def test_dense_mask_by_hand() -> None:
     assert dense_mask(segments, 7).tolist() == [[c == "1" for c in row] for row in rows]
     narrow = ["1......", "11.....", "..1....", "..11...", "...11..", "...1.1.", ".....11"]
     assert dense_mask(segments, 7, window=2).tolist() == [[c == "1" for c in row] for row in narrow]
+
+
+def test_runs_by_hand() -> None:
+    """Short documents side by side up to 128 tokens; a prompt is never cut from its answers."""
+    short, long = [Segment(0, 60), Segment(60, 120), Segment(120, 170)], [Segment(170, 500)]
+    pair = [Segment(500, 540), Segment(540, 600, 500, 540), Segment(600, 660, 500, 540), Segment(660, 670)]
+    found = runs([*short, *long, *pair])
+    assert [run.length for run in found] == [120, 50, 330, 160, 10]
+    assert found[0].segments == (Segment(0, 60), Segment(60, 120))
+    assert found[3].segments == (Segment(0, 40), Segment(40, 100, 0, 40), Segment(100, 160, 0, 40))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("memory", [0, 3])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-6), (torch.bfloat16, 0.01)])
+def test_scores_written_out_give_what_the_dense_mask_gives(
+    window: int | None, memory: int, dtype: torch.dtype, within: float
+) -> None:
+    """Output and gradients of three runs against all scores of the pack in float64; float64 goes the way of half precision."""
+    segments = (Segment(0, 50), Segment(50, 90), Segment(90, 100, 50, 90), Segment(100, 120, 50, 90), Segment(120, 260))
+    torch.manual_seed(0)
+    heads = [torch.randn(1, n, 260 + m, 8, dtype=dtype, requires_grad=True) for n, m in ((6, 0), (2, memory), (2, memory))]
+    mask = DocumentMask(
+        segments, 260, torch.device("cpu"), [(heads[1][:, :, :memory], heads[2][:, :, :memory])] if memory else ()
+    )
+    assert [run.length for run in mask.runs] == [120, 140]
+    exact = [x.detach().double().requires_grad_() for x in heads]
+    groups = [x.repeat_interleave(3, dim=1) for x in exact[1:]]
+    scores = (exact[0] @ groups[0].transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, 260, window, memory), -torch.inf)
+    want, got = scores.softmax(-1) @ groups[1], _by_document(*heads, mask, dropout=0.0, scaling=0.3, window=window)
+    chooses = torch.randn_like(want)
+    needed = torch.autograd.grad((want * chooses).sum(), exact)
+    had = torch.autograd.grad((got * chooses.to(dtype)).sum(), heads)
+    for have, need in zip((got, *had), (want, *needed), strict=True):
+        assert (have.double() - need).norm() <= within * need.norm()
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 7])

@@ -2,14 +2,15 @@
 
 Each is an attention function of transformers' AttentionInterface. The pack's `DocumentMask` travels as a keyword of
 the model's forward; without one (generation) the functions behave as plain causal attention.
-documents: segment by segment, so nothing is computed that a mask would throw away. dense: one explicit [T, T] mask,
-for attention that needs all scores (softcap, sinks), and as the reference. flex: FlexAttention's sparse blocks (CUDA).
+documents: segment by segment, or short ones side by side, so next to nothing is computed that a mask would throw away. dense: one
+explicit [T, T] mask, for attention that needs all scores (softcap, sinks), and as the reference. flex: FlexAttention's sparse
+blocks (CUDA).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from posttrain.errors import UserError
 
 ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# On a CPU in half precision writing the scores out takes a third of the flash kernel's time for documents of 64 tokens, three
+# quarters of it for 384, and more than it beyond. Short ones are taken side by side up to TOGETHER tokens.
+TOGETHER, WRITTEN_OUT = 128, 384
 
 
 def context_mask(prefix: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -75,6 +79,32 @@ def flex_mask_mod(
     return mask_mod
 
 
+class Run(NamedTuple):
+    """Neighbouring segments that see nothing outside, counted from the first one's start."""
+
+    length: int
+    segments: tuple[Segment, ...]
+
+
+def runs(segments: Sequence[Segment]) -> list[Run]:
+    """The pack cut into documents, each with all answers that share it as their prompt, or several up to TOGETHER tokens."""
+    families: list[list[Segment]] = []
+    seen_from = segments[-1].stop  # the first token that a later segment sees
+    for segment in reversed(segments):
+        if segment.stop <= seen_from:
+            families.append([])
+        families[-1].insert(0, segment)
+        if segment.prefix_start < segment.prefix_stop:
+            seen_from = min(seen_from, segment.prefix_start)
+    found: list[list[Segment]] = []
+    for family in reversed(families):
+        if found and family[-1].stop - found[-1][0].start <= TOGETHER:
+            found[-1] += family
+        else:
+            found.append(family)
+    return [Run(run[-1].stop - run[0].start, tuple(s.moved(-run[0].start) for s in run)) for run in found]
+
+
 class DocumentMask:
     """One pack's relation, and the masks made from it: once per pack, not once per layer.
 
@@ -102,6 +132,23 @@ class DocumentMask:
             return dense_mask(self.segments, self.num_tokens, window, self.size).to(self.device)
 
         return self._once(("dense", window), make)
+
+    @property
+    def whole(self) -> Run:
+        return Run(self.num_tokens, self.segments)
+
+    @property
+    def runs(self) -> list[Run]:
+        return self._once(("runs",), lambda: runs(self.segments))
+
+    def bias(self, run: Run, window: int | None) -> Tensor:
+        """float32 [length, memory + length]: 0 where the row's token attends to the column's, else minus infinity."""
+
+        def make() -> Tensor:
+            mask = dense_mask(run.segments, run.length, window, self.size)
+            return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).to(self.device)
+
+        return self._once(("bias", run, window), make)
 
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
         return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
@@ -152,16 +199,72 @@ def _by_document(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
     *, dropout: float, scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """[1, heads, T, dim] -> the same shape, one SDPA call a segment. key, value: with the memory before them."""
-    grouped = query.shape[1] != key.shape[1]
+    """[1, heads, T, dim] -> the same shape, run by run. key, value: with the memory before them."""
     remembered = key[:, :, : mask.size], value[:, :, : mask.size]
-    key, value = key[:, :, mask.size :], value[:, :, mask.size :]
-    lengths = [s.stop - s.start for s in mask.segments]
+    on_cpu = query.device.type == "cpu" and query.dtype != torch.float32 and not dropout
+    parts = mask.runs if on_cpu else [mask.whole]
     # split, not slices: its backward is one concatenation, where each slice's would fill a whole zero tensor
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    at = {(s.start, s.stop): i for i, s in enumerate(mask.segments)}
+    pieces = [x.split([run.length for run in parts], dim=2) for x in (query, key[:, :, mask.size :], value[:, :, mask.size :])]
     outputs = []
-    for i, (segment, length) in enumerate(zip(mask.segments, lengths, strict=True)):
+    for run, q, k, v in zip(parts, *pieces, strict=True):
+        if on_cpu and run.length <= WRITTEN_OUT:
+            k, v = (torch.cat(both, dim=2) if mask.size else both[1] for both in zip(remembered, (k, v), strict=True))
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            outputs.append(_WrittenOut.apply(q, k, v, mask.bias(run, window), scale))
+        else:
+            outputs += _by_segment(q, k, v, remembered, run, mask, dropout=dropout, scaling=scaling, window=window)
+    return torch.cat(outputs, dim=2)
+
+
+class _WrittenOut(torch.autograd.Function):
+    """softmax(s q k' + bias) v of one run, scores and softmax in float32, computed again in the backward.
+
+    query: [1, heads, n, dim]; key, value: [1, key heads, m, dim]; bias: float32 [n, m].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias)
+        ctx.scale = scale
+        chances = _chances(query, key, bias, scale).to(query.dtype)
+        return (chances @ value[0]).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias = ctx.saved_tensors
+        grad = _grouped(grads[0], key)
+        chances = _chances(query, key, bias, ctx.scale)
+        of_value = chances.to(grad.dtype).transpose(1, 2) @ grad
+        of_chances = (grad @ value[0].transpose(1, 2)).float()
+        pulled = (of_chances * chances).sum(-1, keepdim=True)
+        of_scores = of_chances.sub_(pulled).mul_(chances).mul_(ctx.scale).to(grad.dtype)
+        of_query = (of_scores @ key[0]).view(query.shape)
+        return of_query, (of_scores.transpose(1, 2) @ _grouped(query, key))[None], of_value[None], None, None
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """[1, heads, n, dim] -> [key heads, heads of each * n, dim]: the queries of one key head are one matrix."""
+    return query.reshape(key.shape[1], -1, query.shape[-1])
+
+
+def _chances(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """float32 [key heads, heads of each * n, m]"""
+    scores = (_grouped(query, key).float() * scale) @ key[0].float().transpose(1, 2)
+    scores.view(-1, *bias.shape).add_(bias)
+    return scores.softmax(-1)
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, remembered: tuple[Tensor, Tensor], run: Run, mask: DocumentMask,
+    *, dropout: float, scaling: float | None, window: int | None,
+) -> list[Tensor]:  # fmt: skip
+    """One SDPA call for each segment of a run."""
+    grouped = query.shape[1] != key.shape[1]
+    lengths = [s.stop - s.start for s in run.segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    at = {(s.start, s.stop): i for i, s in enumerate(run.segments)}
+    outputs = []
+    for i, (segment, length) in enumerate(zip(run.segments, lengths, strict=True)):
         parts, before = [(keys[i], values[i])], mask.size + segment.prefix_stop - segment.prefix_start
         if before > mask.size:
             shared = at[segment.prefix_start, segment.prefix_stop]
@@ -179,7 +282,7 @@ def _by_document(
                 queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2)
+    return outputs
 
 
 class _Counted(torch.autograd.Function):

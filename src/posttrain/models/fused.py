@@ -148,10 +148,10 @@ class _LoraLinear(torch.autograd.Function):
         of_x = of_gated = None
         if any(ctx.needs_input_grad[:2]):
             of_x = (grad @ _dense(weight, ctx.quantized, grad.dtype)).addmm_(behind, down).view(*grads[0].shape[:-1], -1)
-        of_factors = _of_factors(ctx, grad, behind, x if gated is None else silu(x) * gated, inner)
         if gated is not None:
             assert of_x is not None
-            of_x, of_gated = _through_silu(of_x, x, gated)
+            x, of_x, of_gated = _through_silu(of_x, x, gated)
+        of_factors = _of_factors(ctx, grad, behind, x, inner)
         return of_x, of_gated, None, None, None, None, *of_factors
 
 
@@ -222,12 +222,11 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _through_silu(grads[0], *ctx.saved_tensors)
+        return _through_silu(grads[0], *ctx.saved_tensors)[1:]
 
 
-def _through_silu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from that of silu(gate) * up."""
-    chance = torch.sigmoid(gate)
-    active = gate * chance
-    slope = chance + active * (1 - chance)  # d silu / d gate
-    return grad * up * slope, grad * active
+def _through_silu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(gate) * up, and the gradients of gate and up from that of it."""
+    active = silu(gate)
+    of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return active * up, of_gate, active.mul_(grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 
+def block(device: str) -> tuple[int, int]:
+    """(positions, words) whose logits are in memory at a time: on a CPU what its caches hold, on a GPU what keeps it busy."""
+    return (2**13, 2**14) if device == "cuda" else (2**10, 2**11)
+
+
 def chunk_logits(device: str) -> int:
-    """Logits in memory at a time: on a GPU enough rows that reading the head's weight for them is not what takes the time."""
-    return 2**27 if device == "cuda" else 2**22
+    """Logits in memory at a time."""
+    rows, words = block(device)
+    return rows * words
 
 
 class Head(NamedTuple):
@@ -26,10 +33,22 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> float32 [n, V]."""
-        logits = linear(hidden, self.weight, self.bias).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return self.shaped(linear(hidden, self.weight, self.bias).float())
+
+    def shaped(self, products: Tensor) -> Tensor:
+        """Logits of W h + b."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def slope(self, logits: Tensor) -> float | Tensor:
+        """d logit / d (W h + b), a number for all where there is no softcap."""
+        return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
+
+    def tiles(self, words: int) -> Iterator[tuple[int, Head]]:
+        """(first word, the head of the `words` words from it) up to the end of the vocabulary."""
+        for start in range(0, len(self.weight), words):
+            part = slice(start, start + words)
+            yield start, self._replace(weight=self.weight[part], bias=None if self.bias is None else self.bias[part])
 
     @property
     def chunk(self) -> int:
@@ -48,28 +67,15 @@ def head_of(output: nn.Linear, config: PretrainedConfig) -> Head:
     return Head(output.weight, getattr(output, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def token_logprobs(hidden: Tensor, target: Tensor, head: Head, chunk: int | None = None) -> Tensor:
+def token_logprobs(hidden: Tensor, target: Tensor, head: Head, rows: int | None = None, words: int | None = None) -> Tensor:
     """log p(target_i | hidden_i): [N, H], int64 [N] -> float32 [N].
 
-    At most `chunk` rows of logits exist at a time. With a frozen head their gradient is formed in the forward, so the
-    backward needs no logits; with a trainable one each chunk is computed again in the backward.
+    Logits exist for `rows` positions and `words` words at a time; their sum is carried from tile to tile (Milakov and Gimelshein
+    2018, arXiv 1805.02867). With a frozen head the gradient is formed in the forward, so the backward needs no logits; with a
+    trainable one the backward computes them again.
     """
-    chunk = chunk or head.chunk
-    trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    if not (trains and torch.is_grad_enabled()):
-        return _FrozenHead.apply(hidden, target, head, chunk)
-    pieces = zip(hidden.split(chunk), target.split(chunk), strict=True)
-    return torch.cat([_checkpointed(h, t, head) for h, t in pieces])
-
-
-def _checkpointed(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
-    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = head._replace(weight=weight, bias=bias).logits(hidden)
-        return _gather(logits, target) - logits.logsumexp(-1)
-
-    logp = checkpoint(compute, hidden, head.weight, head.bias, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(logp, Tensor)
-    return logp
+    size = block(head.weight.device.type)
+    return _Logprobs.apply(hidden, head.weight, head.bias, target, head, (rows or size[0], words or size[1]))
 
 
 def token_entropies(hidden: Tensor, head: Head) -> Tensor:
@@ -84,37 +90,92 @@ def token_entropies(hidden: Tensor, head: Head) -> Tensor:
     return torch.cat(found)  # pyright: ignore
 
 
-def _gather(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.gather(1, target[:, None])[:, 0]
-
-
-class _FrozenHead(torch.autograd.Function):
-    """Each log-prob depends on its own hidden state only, so [N, H] numbers d logp_i / d h_i are the whole Jacobian."""
+class _Logprobs(torch.autograd.Function):
+    """Each log-prob depends on its own hidden state only, so with a frozen head the [N, H] numbers d logp_i / d h_i are the whole
+    Jacobian."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target: Tensor, head: Head, chunk: int) -> Tensor:
-        logps = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
-        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(target), chunk):
-            rows = slice(start, start + chunk)
-            logits = head.logits(hidden[rows])
-            total = logits.logsumexp(-1, keepdim=True)
-            logps[rows] = _gather(logits, target[rows]) - total[:, 0]
-            if jacobian is not None:
-                jacobian[rows] = _jacobian(logits, total, target[rows], head)
-        ctx.save_for_backward(jacobian)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head, size: tuple[int, int]
+    ) -> Tensor:
+        ctx.trains = any(ctx.needs_input_grad[1:3])
+        pulled = ctx.needs_input_grad[0] and not ctx.trains
+        own, logps = torch.empty(2, len(target), dtype=torch.float32, device=hidden.device)
+        jacobian = torch.empty_like(hidden) if pulled else None
+        for start in range(0, len(target), size[0]):
+            rows = slice(start, start + size[0])
+            own[rows], logps[rows], found = _forward(hidden[rows], target[rows], head, size[1], pulled)
+            if jacobian is not None and found is not None:
+                jacobian[rows] = found
+        ctx.head, ctx.size = head, size
+        ctx.save_for_backward(*((hidden, weight, bias, target, own - logps) if ctx.trains else (jacobian,)))
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.trains:
+            hidden, weight, bias, target, total = ctx.saved_tensors
+            head = ctx.head._replace(weight=weight, bias=bias)
+            return *_backward(grads[0], hidden, target, total, head, ctx.size), None, None, None
         (jacobian,) = ctx.saved_tensors
-        return (grads[0][:, None] * jacobian).to(jacobian.dtype), None, None, None
+        return (grads[0][:, None] * jacobian).to(jacobian.dtype), None, None, None, None, None
 
 
-def _jacobian(logits: Tensor, total: Tensor, target: Tensor, head: Head) -> Tensor:
-    """(onehot - softmax) through the softcap, the scale and W: [n, H]. Uses up `logits`."""
-    slope = None if head.softcap is None else head.scale * (1 - (logits / head.softcap) ** 2)
-    change = logits.sub_(total).exp_().neg_()
-    change.scatter_add_(1, target[:, None], torch.ones_like(change[:, :1]))
-    change = change.mul_(head.scale if slope is None else slope)
-    return change.to(head.weight.dtype) @ head.weight
+def _forward(hidden: Tensor, target: Tensor, head: Head, words: int, pulled: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logit and log-prob of each target [n], and where it is asked for d logp / d hidden [n, H].
+
+    The target itself is kept out of the sums: 1 - p, small where the model is sure, is then no difference of two big numbers.
+    """
+    weight = head.weight[target].float()
+    products = (hidden.float() * weight).sum(-1, keepdim=True)
+    own = head.shaped(products if head.bias is None else products + head.bias[target, None])
+    top, others = own, torch.zeros_like(own)  # highest logit so far, and the sum of exp(logit - top)
+    pull = torch.zeros_like(weight) if pulled else None
+    for start, part in head.tiles(words):
+        logits = part.logits(hidden)
+        slope = part.slope(logits)
+        _add_to_own(logits, target - start, -torch.inf)
+        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+        shrink, top = (top - higher).exp_(), higher
+        chances = logits.sub_(top).exp_()
+        others = others * shrink + chances.sum(-1, keepdim=True)
+        if pull is not None:
+            pull.mul_(shrink).add_(chances.mul_(slope).to(part.weight.dtype) @ part.weight)
+    total = others + (own - top).exp_()
+    if pull is not None:
+        pull = weight.mul_(others * head.slope(own)).sub_(pull).div_(total)
+    return own[:, 0], (own - top - total.log())[:, 0], pull
+
+
+def _backward(
+    grad: Tensor, hidden: Tensor, target: Tensor, total: Tensor, head: Head, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of hidden, W and b, from those of the log-probs [N]. total: log of the sum of exp(logit), [N]."""
+    of_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    of_weight, of_bias = torch.empty_like(head.weight), None if head.bias is None else torch.empty_like(head.bias)
+    for start, part in head.tiles(size[1]):
+        at = slice(start, start + size[1])
+        wide = torch.zeros(part.weight.shape, dtype=torch.float32, device=hidden.device)
+        long = wide.new_zeros(len(wide))
+        for first in range(0, len(target), size[0]):
+            rows = slice(first, first + size[0])
+            logits = part.logits(hidden[rows])
+            slope = part.slope(logits)
+            change = logits.sub_(total[rows, None]).exp_().neg_()
+            _add_to_own(change, target[rows] - start, 1.0)
+            change = change.mul_(grad[rows, None] * slope)
+            long += change.sum(0)
+            change = change.to(part.weight.dtype)
+            of_hidden[rows] += change @ part.weight
+            wide += change.T @ hidden[rows]
+        of_weight[at] = wide
+        if of_bias is not None:
+            of_bias[at] = long
+    return of_hidden.to(hidden.dtype), of_weight, of_bias
+
+
+def _add_to_own(values: Tensor, at: Tensor, number: float) -> None:
+    """values[i, at_i] += number, in the rows whose place lies in this tile; no GPU is asked which rows these are."""
+    inside = (at >= 0) & (at < values.shape[1])
+    numbers = torch.zeros_like(values[:, :1]).masked_fill_(inside[:, None], number)
+    values.scatter_add_(1, at.clamp(0, values.shape[1] - 1)[:, None], numbers)
