@@ -29,7 +29,7 @@ FULL = f"{DOMAIN} full_lr=5e-4"
 LORA = f"{DOMAIN} +peft=lora"
 COT = f"sft {SMALL} {MEASURED} +peft=lora train.max_steps=30 train.max_length=256 train.batch_size=8 cot.marker=####"
 
-REPLAY = {
+METHODS = {
     "full": FULL,
     "full at 1e-4": f"{DOMAIN} full_lr=1e-4",
     "full replay 0.3": f"{FULL} data.alpha=0.7 data.general.path=WEB",
@@ -41,6 +41,8 @@ REPLAY = {
     "lora": LORA,
     "lora replay 0.5": f"{LORA} data.alpha=0.5 data.general.path=WEB",
 }
+SEEDS = (42, 2)
+REPLAY = {f"{name} seed {seed}": f"{words} train.seed={seed}" for seed in SEEDS for name, words in METHODS.items()}
 CURRICULUM = {
     f"{kind} seed {seed}": f"cpt {SMALL} {MEASURED} +peft=lora data.path=WEB train.max_steps=30 train.seed={seed} {words}"
     for seed in (1, 2)
@@ -105,10 +107,12 @@ def change(metrics: dict[str, float], name: str) -> str:
 
 
 def replay_table(found: dict[str, dict[str, Any]]) -> str:
-    lines = ["| | domain loss | general | web | chat | seconds |", "|---|---|---|---|---|---|"]
-    for name, manifest in found.items():
-        cells = [change(manifest["metrics"], f"{each}/loss") for each in ("eval", "general", "web", "chat")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {manifest['seconds']:.0f} |")
+    """A line for each method; a cell has every seed's figure."""
+    lines = ["| | domain loss | general | web | chat |", "|---|---|---|---|---|"]
+    for name in METHODS:
+        runs = [found[key]["metrics"] for key in (f"{name} seed {seed}" for seed in SEEDS) if key in found]
+        cells = ["; ".join(change(metrics, f"{each}/loss") for metrics in runs) for each in ("eval", "general", "web", "chat")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

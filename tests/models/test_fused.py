@@ -51,10 +51,10 @@ def difference(plain: dict[str, Tensor], lean: dict[str, Tensor]) -> float:
     return max(float((plain[n] - lean[n]).abs().max() / plain[n].abs().max().clamp(min=1e-12)) for n in plain)
 
 
-@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize(("adapters", "dropout"), [(1, 0.0), (2, 0.0), (1, 0.3)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_float32_it_equals_the_plain_path(family: str, adapters: int) -> None:
-    plain = with_lora(FAMILIES[family], adapters=adapters)
+def test_in_float32_it_equals_the_plain_path(family: str, adapters: int, dropout: float) -> None:
+    plain = with_lora(FAMILIES[family], adapters=adapters, lora_dropout=dropout)
     lean = copy.deepcopy(plain)
     fuse(lean)
     counted = [type(m).__name__ for m in lean.modules() if hasattr(m, OWN)]
@@ -96,8 +96,9 @@ def kept_bytes(model: nn.Module) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def test_less_than_half_is_kept_for_the_backward() -> None:
-    plain = with_lora(FAMILIES["llama"], torch.bfloat16)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_less_than_half_is_kept_for_the_backward(dropout: float) -> None:
+    plain = with_lora(FAMILIES["llama"], torch.bfloat16, lora_dropout=dropout)
     lean = copy.deepcopy(plain)
     fuse(lean)
     assert kept_bytes(lean) < 0.5 * kept_bytes(plain)
@@ -106,12 +107,12 @@ def test_less_than_half_is_kept_for_the_backward() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda: with_lora(FAMILIES["llama"], lora_dropout=0.5),
+        lambda: with_lora(FAMILIES["llama"], adapters=2, lora_dropout=0.5),
         lambda: with_lora(FAMILIES["llama"], use_dora=True),
         lambda: with_lora(FAMILIES["llama"], lora_bias=True),
         lambda: with_lora(FAMILIES["llama"], torch.bfloat16).float(),
     ],
-    ids=["dropout", "dora", "bias", "cast"],
+    ids=["two dropouts", "dora", "bias", "cast"],
 )
 def test_what_it_does_not_do_is_left_to_peft(change: Callable[[], Any]) -> None:
     plain = change()

@@ -2,7 +2,7 @@
 
 Linear layers with LoRA: the update is added into the layer's own output, in the base's number format, with the scale folded into
 B. RMSNorm and SwiGLU: what can be computed again from what is kept anyway is not kept. Only modules whose source is the one that
-these functions were written after are touched; a call that asks for more (dropout, DoRA, autocast) takes the module's own way.
+these functions were written after are touched; a call that asks for more (DoRA, autocast) takes the module's own way.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_plain(layer: Any, x: Tensor) -> bool:
-    """Will this call be `_LoraLinear`, of `x`? Not with a base that trains, another format, dropout, DoRA, hooks, or autocast."""
+    """Is this call `_LoraLinear`, of `x`? Not with a base that trains, another format, DoRA, hooks, autocast, two dropouts."""
     names = _speaking(layer)
     if not names or layer.merged or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
         return False
@@ -84,7 +84,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         return False
     if any(part[name]._forward_hooks or part[name]._forward_pre_hooks for name in names for part in (layer.lora_A, layer.lora_B)):
         return False
-    if layer.training and not all(isinstance(layer.lora_dropout[name], nn.Identity) for name in names):
+    if len(names) > 1 and _dropout(layer):
         return False
     base = layer.base_layer
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
@@ -97,6 +97,12 @@ def _speaking(layer: Any) -> list[str]:
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def _dropout(layer: Any) -> float:
+    """The largest share of its inputs that one of the adapters does not hear."""
+    parts = [layer.lora_dropout[name] for name in _speaking(layer)] if layer.training else []
+    return max((part.p for part in parts if isinstance(part, nn.Dropout)), default=0.0)
+
+
 def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     names, base = _speaking(layer), layer.base_layer
     factors = [part for name in names for part in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
@@ -105,7 +111,7 @@ def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
         return base(x).add_((x @ down.T) @ up.T)
-    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, *factors)
+    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer), *factors)
 
 
 def _dense(weight: Tensor, quantized: Any, dtype: torch.dtype) -> Tensor:
@@ -118,41 +124,49 @@ def _dense(weight: Tensor, quantized: Any, dtype: torch.dtype) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W' + b + sum_i s_i (x A_i') B_i' (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen.
+    """y = x W' + b + sum_i s_i (drop(x) A_i') B_i' (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen.
 
-    x: [..., in], or with `gated` silu(x) * gated, which is made again in the backward. factors: A_1 [r, in], B_1 [out, r],
-    A_2, ... in a format of their own, computed with in x's.
+    x: [..., in], or with `gated` silu(x) * gated, which is made again in the backward, as is what dropout leaves of it. factors:
+    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gated: Tensor | None, weight: Tensor, bias: Tensor | None,
-        quantized: Any, scales: tuple[float, ...], *factors: Tensor,
+        quantized: Any, scales: tuple[float, ...], dropout: float, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         flat = (x if gated is None else silu(x) * gated).view(-1, x.shape[-1])
         down, up = _joined(factors, scales, x.dtype)
-        inner = flat @ down.T
+        heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        inner = heard @ down.T
         y = linear(flat, _dense(weight, quantized, x.dtype), bias).addmm_(inner, up.T)
         trains = any(ctx.needs_input_grad[OTHERS:])
         needs_x = trains or gated is not None
-        ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, weight, down, up)
-        ctx.quantized, ctx.scales = quantized, scales
+        ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, mask, weight, down, up)
+        ctx.quantized, ctx.scales, ctx.heard = quantized, scales, 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
         ctx.factors = [(factor.shape[0], factor.dtype) for factor in factors]
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, inner, weight, down, up = ctx.saved_tensors
+        x, gated, inner, mask, weight, down, up = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         behind = grad @ up
         of_x = of_gated = None
         if any(ctx.needs_input_grad[:2]):
-            of_x = (grad @ _dense(weight, ctx.quantized, grad.dtype)).addmm_(behind, down).view(*grads[0].shape[:-1], -1)
+            of_x = grad @ _dense(weight, ctx.quantized, grad.dtype)
+            of_x = of_x.addmm_(behind, down) if mask is None else of_x.add_(_heard(behind @ down, mask, ctx.heard))
+            of_x = of_x.view(*grads[0].shape[:-1], -1)
         if gated is not None:
             assert of_x is not None
             x, of_x, of_gated = _through_silu(of_x, x, gated)
-        of_factors = _of_factors(ctx, grad, behind, x, inner)
-        return of_x, of_gated, None, None, None, None, *of_factors
+        heard: Any = x if x is None or mask is None else _heard(x.view(mask.shape), mask, ctx.heard)
+        return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
+
+
+def _heard(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What dropout with this mask leaves of x, or of a gradient behind it."""
+    return torch.ops.aten.native_dropout_backward(x, mask, scale)
 
 
 def _joined(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -161,7 +175,7 @@ def _joined(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dty
     return torch.cat([a.to(dtype) for a in factors[0::2]]), torch.cat(up, dim=1)
 
 
-OTHERS = 6  # arguments of _LoraLinear before its factors
+OTHERS = 7  # arguments of _LoraLinear before its factors
 
 
 def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor) -> list[Tensor | None]:
