@@ -30,7 +30,8 @@ class Batch(Protocol):
         ...
 
 
-PER = {"margin": "example", "reference": "answer"}  # what a value of PackedBatch.extra is of; all others are of a prediction
+# what a value of PackedBatch.extra is of; all others are of a prediction
+PER = {"margin": "example", "pair_weight": "example", "reference": "answer"}
 
 
 class Segment(NamedTuple):
@@ -53,7 +54,7 @@ class PackedBatch:
     (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
     prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T
     of each answer's last token that counts: its end of turn. rows: number in the source of each example.
-    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights, or pairs).
+    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights of tokens, or of pairs).
     """
 
     tokens: Tensor

@@ -262,11 +262,12 @@ def test_halves_hold_what_the_whole_held() -> None:
 
 def test_halves_of_pairs_keep_answers_with_their_prompts() -> None:
     rows = [([*range(10 * i, 10 * i + 7)], [0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0], i) for i in range(3)]
-    examples = build(rows, splits=[(2, 4), (2, 5), (2, 4)], margins=[0.1, 0.2, 0.3])
+    examples = build(rows, splits=[(2, 4), (2, 5), (2, 4)], margins=[0.1, 0.2, 0.3], pair_weights=[1, 2, 3])
     whole = pack_pairs(examples, [0, 1, 2])
     whole = replace(whole, extra={**whole.extra, "reference": torch.arange(6.0), "old": torch.arange(float(len(whole.target)))})
     first, second = whole.halves()
     assert (first.num_answers, second.num_answers) == (2, 4)
+    assert second.extra["pair_weight"].tolist() == [2, 3] and first.count + second.count == pytest.approx(6)
     assert second.extra["reference"].tolist() == [2, 3, 4, 5] and second.extra["margin"].tolist() == pytest.approx([0.2, 0.3])
     assert [part for half in (first, second) for part in by_example(half)] == by_example(whole)
     group = Group(rows[0][0][:2], [(torch.tensor([5, 6]).numpy(), torch.ones(2).numpy())], 0)  # type: ignore[arg-type]

@@ -48,15 +48,16 @@ def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
 
 
 def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
-    """Each pair as prompt + chosen + rejected. `count` is the number of pairs."""
+    """Each pair as prompt + chosen + rejected. `count` is the sum of the pairs' weights."""
     groups = []
     for unit in units:
         ids, weights = examples.sequence(unit)
         prompt, chosen = (int(x) for x in examples.splits[unit])
         spans = (slice(prompt, chosen), slice(chosen, len(ids)))
         groups.append(Group(ids[:prompt], [(ids[span], weights[span]) for span in spans], int(examples.rows[unit])))
-    batch = pack_answers(groups)
-    return replace(batch, count=float(len(units)), extra={"margin": torch.from_numpy(examples.margins[list(units)])})
+    own = {"margin": examples.margins[list(units)], "pair_weight": examples.pair_weights[list(units)]}
+    extra = {name: torch.from_numpy(values) for name, values in own.items()}
+    return replace(pack_answers(groups), count=float(own["pair_weight"].sum()), extra=extra)
 
 
 class Group(NamedTuple):
