@@ -20,7 +20,7 @@ def test_pack_documents() -> None:
     assert batch.target.tolist() == [7, 8, 13]
     assert batch.weight.tolist() == [1, 1, 0.5]
     assert batch.owner.tolist() == [0, 0, 1]
-    assert (batch.rows, batch.count, batch.num_answers) == ((1, 3), 2.5, 2)
+    assert (batch.rows, batch.count, batch.num_answers) == ((0, 2), 2.5, 2)
 
 
 def test_packing_leaves_the_examples_as_they_were() -> None:

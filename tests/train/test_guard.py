@@ -38,16 +38,18 @@ def times(factor: float) -> Callable[[LossOutput], LossOutput]:
     return lambda out: replace(out, total=out.total * factor)
 
 
-def drawn_rows(loop: Loop, step: int) -> list[int]:
-    return [row for update in loop.source(step) for batch in update.batches for row in batch.rows]
+def drawn_rows(loop: Loop, step: int) -> list[str]:
+    return [loop.where(row) for update in loop.source(step) for batch in update.batches for row in batch.rows]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_rows_of_a_batch_that_is_not_finite_are_written_down(bad: float, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 4, 2, save_steps=1)
+    loop.where = lambda row: f"file, row {row}"
     spoil(loop, lambda i, out: times(bad)(out) if i == 5 else out)  # in step 3
-    with pytest.raises(RunError, match=r"step 3: loss or gradient is not finite .*train.skip_nonfinite=1"):
+    with pytest.raises(RunError, match=r"step 3: loss or gradient is not finite .*train.skip_nonfinite=1") as found:
         loop.fit(0)
+    assert f"Rows of the batch: {'; '.join(drawn_rows(loop, 2)[:4])}; and 4 more (all" in str(found.value)
     (entry,) = json.loads((tmp_path / LEFT_OUT).read_text())
     assert entry["step"] == 3 and entry["rows"] == drawn_rows(loop, 2) and len(entry["rows"]) == 8
     checkpoint, damaged = newest_checkpoint(tmp_path / "checkpoints")

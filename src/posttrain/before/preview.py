@@ -146,7 +146,7 @@ def _first_mistake(account: Account) -> str:
 def _segments(stage: str, mixture: Mixture, unit: int, tokenizer: Any) -> list[Segment]:
     batch = _PACKS.get(stage, pack)(mixture.train, [unit])
     weights = weights_of(batch)
-    rows = [row for row in batch.rows for _ in range(3 if stage in _PACKS else 1)]
+    rows = [int(mixture.train.rows[i]) for i in batch.rows for _ in range(3 if stage in _PACKS else 1)]
     kinds = ("prompt", "chosen", "rejected") if stage in _PACKS else ("",)
     weight = float(batch.extra["pair_weight"][0]) if stage in _PACKS else 1.0
     found = []

@@ -177,6 +177,10 @@ class StageRun(Generic[In, B]):
         """The loss of one micro-batch."""
         raise NotImplementedError
 
+    def where(self, inputs: In, row: int) -> str:
+        """What messages call the row of a batch."""
+        raise NotImplementedError
+
     def measure(self, module: nn.Module, inputs: In, held_out: list[B], done: int, check: Callable[[], None]) -> dict[str, float]:
         """The stage's own held-out figures after `done` steps."""
         return {}
@@ -221,6 +225,7 @@ class StageRun(Generic[In, B]):
             stop_after=cfg.run.stop_after,
             limits=Limits(cfg.train.skip_nonfinite, cfg.train.spike_mads, cfg.train.spike_steps),
             unit=self.unit,
+            where=partial(self.where, inputs),
             evaluate=lambda done: self.measure(module, inputs, held_out, done, lambda: None),
         )
 

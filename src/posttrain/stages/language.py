@@ -156,6 +156,9 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
     def objective(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
         return self.task.objective(module, batch)
 
+    def where(self, inputs: Inputs, row: int) -> str:
+        return inputs.data.where(row)
+
     def references(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
         """Held-out batches, and the table of training references."""
         held_out = eval_batches(self.task, inputs.data.held_out)
