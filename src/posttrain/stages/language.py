@@ -37,7 +37,7 @@ from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, sav
 from posttrain.stages.difficulty import perplexities
 from posttrain.stages.outcome import manifest_of
 from posttrain.stages.recompute import spare_memory
-from posttrain.stages.reference import attach, reference_logps, train_reference
+from posttrain.stages.reference import attach, digest_of, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.parts import StepMethod, Update
 
@@ -169,6 +169,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         key = content_hash(self._identity(inputs), inputs.data.key, layout, str(device))
         path = cache_root() / "reference" / f"{key}.safetensors"
         table = train_reference(module, inputs.data.train, order, self.accelerator, path, self.stop.check)
+        self.keep("references", {"dpo.reference": digest_of(table)})
         return [attach(batch, reference_logps(module, batch, device)) for batch in held_out], table
 
     def measure(
