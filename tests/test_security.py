@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import posttrain
 from posttrain.after.live import load_live
+from posttrain.after.pipelines import read_result
 from posttrain.after.report import compare_page
+from posttrain.before.plan import make_plan
 from posttrain.config.compose import compose_run
 from posttrain.errors import Stopped, UserError
 from posttrain.exits import guarded
+from posttrain.models.pipelines import find_pipeline, pipeline_directory
 from posttrain.rundir import read_manifest, write_json
 from posttrain.secrets import HIDDEN, redact
 
@@ -102,6 +106,52 @@ def test_code_from_the_hub_needs_a_commit(revision: str) -> None:
     with pytest.raises(UserError, match=r"model.trust_remote_code: .* a commit of 40 hex digits"):
         compose_run("sft", words)
     assert compose_run("sft", [*words[:2], f"model.revision={'a1' * 20}"])["model"]["trust_remote_code"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"_class_name": ["mine", "Evil"]}, "_class_name"),
+        ({"unet": ["mine", "Evil"]}, "unet"),
+        ({"more": ["mine", "Evil"]}, "more"),
+        ({"scheduler": ["subprocess", "Popen"]}, "scheduler"),
+        ({"custom_pipeline": "mine"}, "custom_pipeline"),
+        ({"safety_checker": ["mine", "Evil"]}, None),  # which is left out, and so is its code
+    ],
+)
+def test_code_beside_a_pipeline_is_never_run(
+    change: dict[str, Any], part: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to train, nor to plan, nor to draw, though it could be imported."""
+    pipeline = shutil.copytree(pipeline_directory(find_pipeline("tiny", None)), tmp_path / "pipeline")
+    for folder in (pipeline, *(path for path in pipeline.iterdir() if path.is_dir())):
+        for name in ("mine", "pipeline"):
+            (folder / f"{name}.py").write_text("open('EXPLODED', 'w').close()\nclass Evil:\n    pass\n")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps({**index, **change}))
+    monkeypatch.chdir(pipeline)
+    monkeypatch.syspath_prepend(pipeline)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
+    words = [
+        f"model.name={pipeline}",
+        f"data.instance_dir={tmp_path / 'photos'}",
+        "data.instance_prompt=a sks dog",
+        "prior.weight=0",
+    ]
+    words += ["train.max_steps=1", "sample.images=0", "eval.images=0", f"run.dir={tmp_path / 'run'}"]
+    if part is None:
+        posttrain.run("dreambooth", *words)
+    else:
+        said = rf"model.name: '{pipeline}' takes its {part} from code of its own, which is never run"
+        for attempt in (
+            lambda: posttrain.run("dreambooth", *words),
+            lambda: make_plan("dreambooth", words),
+            lambda: read_result(pipeline),
+        ):
+            with pytest.raises(UserError, match=said):
+                attempt()
+    assert not list(tmp_path.rglob("EXPLODED"))
 
 
 def test_a_target_in_a_config_is_never_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 class Batch(Protocol):
     """A micro-batch, as the loop sees it. count: what its sum of losses is divided by, over a whole optimizer step; zero where
-    it counts for nothing. size: how much it is, in the unit of its stage. rows: numbers in the source, for messages."""
+    it counts for nothing. size: how much it is, in the unit of its stage. rows: its examples' numbers in the run's data, for
+    which the stage has names."""
 
     @property
     def count(self) -> float: ...
@@ -30,7 +31,8 @@ class Batch(Protocol):
         ...
 
 
-PER = {"margin": "example", "reference": "answer"}  # what a value of PackedBatch.extra is of; all others are of a prediction
+# what a value of PackedBatch.extra is of; all others are of a prediction
+PER = {"margin": "example", "pair_weight": "example", "reference": "answer"}
 
 
 class Segment(NamedTuple):
@@ -57,8 +59,8 @@ class PackedBatch:
     tokens, positions: int64 [1, T]. source: int64 [N], the index in T whose hidden state predicts `target`
     (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
     prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T
-    of each answer's last token that counts: its end of turn. rows: number in the source of each example.
-    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights, or pairs).
+    of each answer's last token that counts: its end of turn. rows: number of each example's sequence in the run's data.
+    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights of tokens, or of pairs).
     """
 
     tokens: Tensor

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from posttrain.before.encoder import encoder_of
 from posttrain.before.findings import of_tokens
 from posttrain.before.preview import Preview, histogram, make_preview, weights_of
-from posttrain.before.preview_page import preview_page
+from posttrain.before.preview_page import preview_page, show_preview
 from posttrain.cli import app
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.examples import build
@@ -92,8 +92,20 @@ def test_only_the_first_rows_are_read(tmp_path: Path) -> None:
 def test_weights_are_those_of_the_batch() -> None:
     pairs = build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 0.5, 2, 0, 1], 8)], [(2, 4)])
     assert weights_of(pack_pairs(pairs, [0])).tolist() == [0, 0, 1, 0.5, 2, 0, 1]
+    weighed = build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 0, 1], 8)], [(2, 4)], None, [3.0])
+    assert weights_of(pack_pairs(weighed, [0])).tolist() == [0, 0, 3, 3, 3, 0, 3]
     documents = build([([5, 6, 7], [1, 1, 0.5], 1), ([8, 9], [1, 3], 2)])
     assert weights_of(pack(documents, [0, 1])).tolist() == [0, 1, 0.5, 0, 3]  # nothing predicts a first token
+
+
+def test_a_pairs_weight_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a:", "chosen": " b", "rejected": " c", "weight": 2.5}]
+    found = preview(tmp_path, rows, stage="dpo")
+    assert [(part.what, part.weight) for part in found.units[0]] == [(what, 2.5) for what in ("prompt", "chosen", "rejected")]
+    page = preview_page(found, tmp_path / "p.html").read_text()
+    assert "chosen, row 1, weight 2.5, 2 tokens" in page and 'class="more" title="weight 2.5"' in page
+    show_preview(found, tmp_path / "p.html")
+    assert "▌rejected row 1 weight 2.5" in capsys.readouterr().out
 
 
 def test_histogram() -> None:

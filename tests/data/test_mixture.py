@@ -1,11 +1,16 @@
 """Shares of tokens, exact to a batch at every moment; passes, ends and the report of a mixture."""
 
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from posttrain.data.mixture import Curriculum, auto_alpha, draw, seen
+from posttrain.config.compose import compose_run, validate
+from posttrain.data.conversations import Encoder
+from posttrain.data.mixture import Curriculum, auto_alpha, draw, read_mixture, seen
 from posttrain.data.packing import Order
 
 RNG = np.random.default_rng(0)
@@ -51,6 +56,26 @@ def test_epochs_are_passes_over_the_first_source() -> None:
         assert figures["share_seen"] == pytest.approx(share, abs=0.005)
         assert figures["share_by_epoch"] == pytest.approx([share, share], abs=0.01)
     assert sum(figures["tokens_seen"] for figures in found) == np.concatenate(SIZES)[drawn].sum()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "names"),
+    [("0.5", {"code.jsonl": "domain: ", "web/a.jsonl": "general: ", "web/b.jsonl": "general: "}), ("null", {"code.jsonl": ""})],
+)
+def test_every_sequence_has_the_name_of_its_row(alpha: str, names: dict[str, str], tmp_path: Path, make_tokenizer: Any) -> None:
+    """Its source, its file, and its number there; documents lie in another order than they were read in."""
+    (tmp_path / "web").mkdir()
+    expected = {}
+    for file in ("code.jsonl", "web/a.jsonl", "web/b.jsonl"):
+        texts = [f"{file} {k} " + "word " * (k * 7 % 5) for k in range(9)]
+        (tmp_path / file).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        if file in names:
+            expected |= {f"{names[file]}{tmp_path / file}, row {k}": text for k, text in enumerate(texts, 1)}
+    words = [f"data.path={tmp_path}/code.jsonl", f"data.general.path={tmp_path}/web", "data.eval_share=0", f"data.alpha={alpha}"]
+    tokenizer = make_tokenizer(None)
+    mixture = read_mixture(validate(compose_run("cpt", words)).data, "cpt", Encoder(tokenizer), 64, tmp_path / "cache")
+    sequences = range(len(mixture.train.rows))
+    assert {mixture.where(i): tokenizer.decode(mixture.train.sequence(i)[0][:-1]) for i in sequences} == expected
 
 
 def test_a_source_that_ends_can_end_the_run() -> None:

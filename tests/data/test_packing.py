@@ -20,7 +20,7 @@ def test_pack_documents() -> None:
     assert batch.target.tolist() == [7, 8, 13]
     assert batch.weight.tolist() == [1, 1, 0.5]
     assert batch.owner.tolist() == [0, 0, 1]
-    assert (batch.rows, batch.count, batch.num_answers) == ((1, 3), 2.5, 2)
+    assert (batch.rows, batch.count, batch.num_answers) == ((0, 2), 2.5, 2)
 
 
 def test_packing_leaves_the_examples_as_they_were() -> None:
@@ -42,6 +42,14 @@ def test_pack_pairs_shares_the_prompt() -> None:
     assert (batch.num_answers, batch.count) == (2, 1.0)
 
 
+def test_pairs_count_by_their_weights() -> None:
+    rows = [([1, 2, 3, 4], [0, 0, 1, 1], number) for number in range(3)]
+    pairs = join([build(rows[:2], 2 * [(2, 3)], None, [0.25, 3.0]), build(rows[2:], [(2, 3)])])
+    batch = pack_pairs(pairs, [2, 0, 1])
+    assert batch.extra["pair_weight"].tolist() == [1.0, 0.25, 3.0] and batch.count == 4.25
+    assert batch.weight.tolist() == 6 * [1.0]  # the tokens' own are left alone
+
+
 def test_group_fills_units_without_cutting() -> None:
     lengths = [5, 3, 7, 2, 4, 6]
     pieces = build([([i] * n, [1.0] * n, i) for i, n in enumerate(lengths)])
@@ -53,7 +61,7 @@ def test_group_fills_units_without_cutting() -> None:
 
 
 def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5])
+    pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5], [2.0])
     with Store(tmp_path / "x") as store:
         for piece in (CONVERSATIONS, CONVERSATIONS):
             store.add("train", piece)

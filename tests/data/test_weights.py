@@ -103,10 +103,10 @@ def test_rows_have_a_weight(encoder_of: Any) -> None:
         encoder.encode({"text": "a", "weight": -1})
 
 
-def prepared(tmp_path: Path, encoder: Encoder, rows: list[dict[str, Any]], *words: str) -> Any:
+def prepared(tmp_path: Path, encoder: Encoder, rows: list[dict[str, Any]], *words: str, stage: str = "sft") -> Any:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", *words])
-    return prepare(validate(config).data, "sft", encoder, 64, tmp_path / "cache")[0]
+    config = compose_run(stage, [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", *words])
+    return prepare(validate(config).data, stage, encoder, 64, tmp_path / "cache")[0]
 
 
 def test_quality_filters_or_weighs(tmp_path: Path, encoder_of: Any) -> None:
@@ -127,9 +127,28 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path, encoder_of: Any) ->
         prepared(tmp_path, encoder_of(PLAIN), [{"question": "q", "answer": "a"}], "data.columns.prompt=quest")
 
 
-def test_pairs_have_no_weights() -> None:
-    with pytest.raises(UserError, match=r"data\.quality: weights are of tokens to imitate, which cpt and sft have"):
-        validate(compose_run("dpo", ["model=tiny", "data.quality=weight"]))
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_pairs_have_the_weight_of_their_row(stage: str, tmp_path: Path, encoder_of: Any) -> None:
+    """The column times the quality; the tokens' own weights are left alone."""
+    pair = {"prompt": "a:", "chosen": " b", "rejected": " c"}
+    rows = [pair, {**pair, "weight": 2, "quality": 0.25}, {**pair, "weight": 0}, {**pair, "weight": None, "quality": 3}]
+    half = "data.max_untrained_share=0.5"
+    plain = prepared(tmp_path, encoder_of(PLAIN), rows, half, stage=stage)
+    assert plain.train.pair_weights.tolist() == [1, 2, 1] and plain.train.rows.tolist() == [1, 2, 4]
+    assert (plain.account.untrained, plain.account.places["untrained"][0].split(", ")[-1]) == (1, "row 3")
+    assert set(plain.train.weights[:].tolist()) == {0.0, 1.0}
+    weighed = prepared(
+        tmp_path, encoder_of(PLAIN), [{"quality": 1, **row} for row in rows], "data.quality=weight", half, stage=stage
+    )
+    assert weighed.train.pair_weights.tolist() == [1, 0.5, 3]
+    for wrong in (-1, float("nan"), "2"):
+        with pytest.raises(UserError, match=rf"rows.jsonl, row 2: weight is {wrong!r}, not a number from 0 on"):
+            prepared(tmp_path, encoder_of(PLAIN), [pair, {**pair, "weight": wrong}], stage=stage)
+
+
+def test_prompts_have_no_weights() -> None:
+    with pytest.raises(UserError, match=r"data\.quality: ppo has prompts, which have no weights; say data\.quality=filter"):
+        validate(compose_run("ppo", ["model=tiny", "data.quality=weight", "reward.function=a:b"]))
 
 
 def test_where_no_row_can_be_read_the_first_mistake_is_said(tmp_path: Path, encoder_of: Any) -> None:

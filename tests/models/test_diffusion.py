@@ -241,3 +241,7 @@ def test_a_model_that_is_no_pipeline(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
     with pytest.raises(UserError, match="is a AudioLDMPipeline, which cannot be trained here"):
         find_pipeline(str(tmp_path), None)
+    for broken in ("{", "[]"):
+        (tmp_path / "model_index.json").write_text(broken)
+        with pytest.raises(UserError, match=r"model.name: .*model_index.json cannot be read"):
+            find_pipeline(str(tmp_path), None)

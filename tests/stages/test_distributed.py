@@ -80,6 +80,19 @@ def test_dpo_on_an_adapter_sharded(parent: Path, tmp_path: Path) -> None:
     assert_same(one, two)
 
 
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_pairs_of_ragged_weights(stage: str, tmp_path: Path) -> None:
+    """Nine pairs: in the last step one process has none of its own."""
+    rows = [
+        {"prompt": f"{k} is", "chosen": f" {k * k}" * (1 + k % 3), "rejected": " no", "weight": [0.1, 5, 1][k % 3]}
+        for k in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["+peft=lora", f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "train.max_steps=null", "train.epochs=1"]
+    one = run(MODULE, stage, tmp_path / "one", ONE, *words)
+    assert_same(one, run(MODULE, stage, tmp_path / "two", HALF, "train.processes=2", *words))
+
+
 def test_a_quantized_base_is_not_sharded(tmp_path: Path) -> None:
     words = [*MODULE, "sft", "model=tiny", "+peft=qlora", "train.fsdp=true", f"run.dir={tmp_path}/a"]
     ended = subprocess.run(words, capture_output=True, text=True)

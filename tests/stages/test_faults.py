@@ -1,5 +1,6 @@
 """What can go wrong with a run that is taken up again: each fault is named, or the run ends as if nothing had been."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -166,6 +167,31 @@ def test_a_checkpoint_of_another_run_is_refused(home: Path, stopped: Path) -> No
     shutil.copytree(newest(home / "other"), stopped / "checkpoints" / "step-000007")
     with pytest.raises(UserError, match=r"step-000007 is of another run: optim.lr was 0.001, is now 0.0002"):
         posttrain.run(*options(home, "run"))
+
+
+def test_other_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log-probs that DPO compares with are a part of the run, though they lie in the cache."""
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    words = ["dpo", "model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=4", "train.batch_size=2", "eval.sets=null"]
+    words += ["data.max_rows=20", "data.eval_rows=2"]
+    posttrain.run(*words, f"run.dir={tmp_path}/straight")
+    with pytest.raises(Stopped):
+        posttrain.run(*words, f"run.dir={tmp_path}/run", "run.stop_after=2")
+    (file,) = (tmp_path / "cache" / "reference").iterdir()
+    kept = load_file(file)
+    changed = kept["reference"] + torch.tensor([0.5, 0.0])
+    save_file({"reference": changed}, file)
+    digests = [hashlib.sha256(table.numpy().tobytes()).hexdigest()[:32] for table in (kept["reference"], changed)]
+    said = "step-000002 is of another run: dpo.reference was {}, is now {}; .*resume.allow=dpo.reference".format(*digests)
+    with pytest.raises(UserError, match=said):
+        posttrain.run(*words, f"run.dir={tmp_path}/run")
+    shutil.copytree(tmp_path / "run", tmp_path / "allowed")
+    manifest = posttrain.run(*words, f"run.dir={tmp_path}/allowed", "resume.allow=dpo.reference")
+    assert manifest["changes"] == [{"step": 2, "change": "dpo.reference was {}, is now {}".format(*digests)}]
+    file.unlink()  # made again, it is what it was
+    posttrain.run(*words, f"run.dir={tmp_path}/run")
+    results = [sha256(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "run", "allowed")]
+    assert results[0] == results[1] != results[2]
 
 
 def test_an_allowed_change_is_recorded(home: Path, stopped: Path) -> None:

@@ -1,6 +1,7 @@
 """Tiny runs that mind what they forget: EWC, a curriculum, and a mixture with self-replay."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 import posttrain
 from posttrain.after.measure import TOKENS
+from posttrain.batch import LossOutput
 from posttrain.data.examples import build, group
+from posttrain.errors import RunError
+from posttrain.losses.tokens import token_loss
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.causal import PackedLM, load_causal
 from posttrain.stages.anchor import Anchor, fisher
@@ -121,6 +125,24 @@ def test_a_mixture_with_self_replay_says_what_it_did(tmp_path: Path) -> None:
     assert again["data"][0]["tokens_seen"] == domain["tokens_seen"]
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("mix", "parts")]
     assert weights[0] == weights[1]
+
+
+def test_rows_of_a_mixture_that_are_left_out_are_named_with_their_source(
+    tmp_path: Path, general: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(logps: torch.Tensor, weight: torch.Tensor) -> LossOutput:
+        output = token_loss(logps, weight)
+        return replace(output, total=output.total * float("nan")) if torch.is_grad_enabled() else output
+
+    monkeypatch.setattr("posttrain.after.measure.token_loss", spoilt)
+    (tmp_path / "domain.jsonl").write_text("".join(json.dumps({"text": f"zz {i}"}) + "\n" for i in range(9)))
+    words = ["data.alpha=0.5", f"data.path={tmp_path}/domain.jsonl", f"data.general.path={general}", "data.eval_share=0"]
+    with pytest.raises(RunError, match=rf"Rows of the batch: .*{tmp_path}/\w+.jsonl, row \d+;.* more \(all of them in left_out"):
+        run(tmp_path, "run", *words)
+    (entry,) = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    for source, file, count in (("domain", tmp_path / "domain.jsonl", 9), ("general", general, 60)):
+        rows = [row.removeprefix(f"{source}: {file}, row ") for row in entry["rows"] if row.startswith(f"{source}: ")]
+        assert rows and {int(row) for row in rows} <= set(range(1, count + 1)) and len(rows) < len(entry["rows"])
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def examples(**extra: Any) -> tuple[Any, Encoder]:
 def test_loss_by_hand() -> None:
     scores, margin = torch.tensor([2.0, 0.5, -1.0, 1.0]), torch.tensor([0.5, 0.0])
     # -log sigma(1) = 0.313262, -log sigma(-2) = 2.126928; centering 0.01 * (2.5^2 + 0^2)
-    found = reward_loss(scores, margin, centering=0.01)
+    found = reward_loss(scores, margin, torch.ones(2), centering=0.01)
     assert found.total.item() == pytest.approx(0.313262 + 2.126928 + 0.0625, abs=1e-5)
     assert float(found.metrics["accuracy"][0]) == 1.0 and float(found.metrics["margin"][0]) == pytest.approx(1.5 - 2.0)
 
@@ -102,8 +102,8 @@ def test_a_shared_prompt_changes_no_score_and_no_gradient() -> None:
     expected = torch.stack(singles)
     assert scores.detach().numpy() == pytest.approx(expected.detach().numpy(), abs=1e-5)
     margin = torch.zeros(3)
-    reward_loss(scores, margin, centering=0.01).total.backward()
-    reward_loss(expected, margin, centering=0.01).total.backward()
+    reward_loss(scores, margin, torch.ones(3), centering=0.01).total.backward()
+    reward_loss(expected, margin, torch.ones(3), centering=0.01).total.backward()
     theirs = {name: p.grad for name, p in alone.named_parameters()}
     for name, p in packed.causal.named_parameters():
         if name in theirs and p.grad is not None:
@@ -197,5 +197,5 @@ def test_it_goes_on_and_is_no_language_model(tmp_path: Path) -> None:
 def test_margin_moves_the_loss() -> None:
     data, _ = examples()
     batch = replace(pack_pairs(data.train, [0]), extra={"margin": torch.tensor([1.0])})
-    wide = reward_loss(torch.tensor([0.3, 0.3]), batch.extra["margin"], centering=0.0).total
+    wide = reward_loss(torch.tensor([0.3, 0.3]), batch.extra["margin"], torch.ones(1), centering=0.0).total
     assert wide.item() == pytest.approx(1.313262, abs=1e-5)  # -log sigma(-1)

@@ -38,16 +38,18 @@ def times(factor: float) -> Callable[[LossOutput], LossOutput]:
     return lambda out: replace(out, total=out.total * factor)
 
 
-def drawn_rows(loop: Loop, step: int) -> list[int]:
-    return [row for update in loop.source(step) for batch in update.batches for row in batch.rows]
+def drawn_rows(loop: Loop, step: int) -> list[str]:
+    return [loop.where(row) for update in loop.source(step) for batch in update.batches for row in batch.rows]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_rows_of_a_batch_that_is_not_finite_are_written_down(bad: float, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 4, 2, save_steps=1)
+    loop.where = lambda row: f"file, row {row}"
     spoil(loop, lambda i, out: times(bad)(out) if i == 5 else out)  # in step 3
-    with pytest.raises(RunError, match=r"step 3: loss or gradient is not finite .*train.skip_nonfinite=1"):
+    with pytest.raises(RunError, match=r"step 3: loss or gradient is not finite .*train.skip_nonfinite=1") as found:
         loop.fit(0)
+    assert f"Rows of the batch: {'; '.join(drawn_rows(loop, 2)[:4])}; and 4 more (all" in str(found.value)
     (entry,) = json.loads((tmp_path / LEFT_OUT).read_text())
     assert entry["step"] == 3 and entry["rows"] == drawn_rows(loop, 2) and len(entry["rows"]) == 8
     checkpoint, damaged = newest_checkpoint(tmp_path / "checkpoints")
@@ -262,11 +264,12 @@ def test_halves_hold_what_the_whole_held() -> None:
 
 def test_halves_of_pairs_keep_answers_with_their_prompts() -> None:
     rows = [([*range(10 * i, 10 * i + 7)], [0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0], i) for i in range(3)]
-    examples = build(rows, splits=[(2, 4), (2, 5), (2, 4)], margins=[0.1, 0.2, 0.3])
+    examples = build(rows, splits=[(2, 4), (2, 5), (2, 4)], margins=[0.1, 0.2, 0.3], pair_weights=[1, 2, 3])
     whole = pack_pairs(examples, [0, 1, 2])
     whole = replace(whole, extra={**whole.extra, "reference": torch.arange(6.0), "old": torch.arange(float(len(whole.target)))})
     first, second = whole.halves()
     assert (first.num_answers, second.num_answers) == (2, 4)
+    assert second.extra["pair_weight"].tolist() == [2, 3] and first.count + second.count == pytest.approx(6)
     assert second.extra["reference"].tolist() == [2, 3, 4, 5] and second.extra["margin"].tolist() == pytest.approx([0.2, 0.3])
     assert [part for half in (first, second) for part in by_example(half)] == by_example(whole)
     group = Group(rows[0][0][:2], [(torch.tensor([5, 6]).numpy(), torch.ones(2).numpy())], 0)  # type: ignore[arg-type]

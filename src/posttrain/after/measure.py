@@ -55,7 +55,7 @@ def reward_task(centering: float) -> Task:
     """Scores of both answers of a pair, and what all held-out pairs say together."""
 
     def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
-        output = reward_loss(module(batch), batch.extra["margin"], centering=centering)
+        output = reward_loss(module(batch), batch.extra["margin"], batch.extra["pair_weight"], centering=centering)
         lengths = answer_sums(torch.ones_like(batch.weight), batch.owner, batch.num_answers)
         return replace(output, rows={**output.rows, "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
 

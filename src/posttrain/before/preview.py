@@ -38,11 +38,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Segment:
-    """A document, or one part of a pair, as it lies in the pack. row: its number in the source."""
+    """A document, or one part of a pair, as it lies in the pack. row: its number in the source. weight: of the pair, if it is a
+    part of one."""
 
     what: str
     row: int | None
     tokens: list[Token]
+    weight: float = 1.0
 
 
 @dataclass
@@ -144,13 +146,14 @@ def _first_mistake(account: Account) -> str:
 def _segments(stage: str, mixture: Mixture, unit: int, tokenizer: Any) -> list[Segment]:
     batch = _PACKS.get(stage, pack)(mixture.train, [unit])
     weights = weights_of(batch)
-    rows = [row for row in batch.rows for _ in range(3 if stage in _PACKS else 1)]
+    rows = [int(mixture.train.rows[i]) for i in batch.rows for _ in range(3 if stage in _PACKS else 1)]
     kinds = ("prompt", "chosen", "rejected") if stage in _PACKS else ("",)
+    weight = float(batch.extra["pair_weight"][0]) if stage in _PACKS else 1.0
     found = []
     for k, segment in enumerate(batch.segments):
         span = slice(segment.start, segment.stop)
         tokens = _tokens(batch.tokens[0, span].tolist(), weights[span].tolist(), tokenizer)
-        found.append(Segment(kinds[k % len(kinds)], rows[k] if k < len(rows) else None, tokens))
+        found.append(Segment(kinds[k % len(kinds)], rows[k] if k < len(rows) else None, tokens, weight))
     return found
 
 
@@ -158,7 +161,9 @@ def weights_of(batch: PackedBatch) -> np.ndarray:
     """float32 [T]: the weight of predicting each token of the pack, as the loss will take it."""
     weights = np.zeros(batch.tokens.shape[1], np.float32)
     answers = [segment for segment in batch.segments if segment.prefix_stop > segment.prefix_start]
-    for source, owner, weight in zip(batch.source.tolist(), batch.owner.tolist(), batch.weight.tolist(), strict=True):
+    of_pair = batch.extra.get("pair_weight")
+    taken = batch.weight if of_pair is None else batch.weight * of_pair[batch.owner // 2]
+    for source, owner, weight in zip(batch.source.tolist(), batch.owner.tolist(), taken.tolist(), strict=True):
         opens = answers and source == answers[owner].prefix_stop - 1  # an answer's first token, which its prompt predicts
         weights[answers[owner].start if opens else source + 1] = weight
     return weights

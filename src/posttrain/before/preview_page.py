@@ -73,7 +73,8 @@ def _show_lengths(seen: Seen, max_length: int) -> None:
 def _segment_text(segment: Segment, k: int) -> Text:
     """One document or answer; where it begins is a border, over which nothing is seen."""
     row = f" row {segment.row}" if segment.row is not None else ""
-    text = Text(f"▌{segment.what or k + 1}{row} ", style="bold yellow")
+    weight = f" weight {segment.weight:g}" if segment.weight != 1 else ""
+    text = Text(f"▌{segment.what or k + 1}{row}{weight} ", style="bold yellow")
     for token in segment.tokens[:TERMINAL_TOKENS]:
         text.append(token.text, style=_STYLES[_kind(token.weight)][1])
     if len(segment.tokens) > TERMINAL_TOKENS:
@@ -121,4 +122,5 @@ def _marked(segment: Segment) -> dict[str, Any]:
     ]
     what = segment.what or "document"
     row = f", row {segment.row}" if segment.row is not None else ""
-    return {"what": f"{what}{row}, {len(tokens):,} tokens", "tokens": tokens}
+    weight = f", weight {segment.weight:g}" if segment.weight != 1 else ""
+    return {"what": f"{what}{row}{weight}, {len(tokens):,} tokens", "tokens": tokens}

@@ -36,11 +36,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Two answers, and the tokens that come before both; the answers' own tokens start where they differ or count."""
+    """Two answers, and the tokens that come before both; the answers' own tokens start where they differ or count.
+    weight: of the row, which is in none of the tokens' own."""
 
     prompt: list[int]
     chosen: Encoded
     rejected: Encoded
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Encoder:
         that counts in either. Raises UserError, which starts with `where`, if the answers are the same.
         """
         try:
+            weight = row_weight(row)
             chosen, rejected = self._encode([self._answer(row["prompt"], row[name]) for name in ("chosen", "rejected")])
             if chosen.tokens == rejected.tokens:
                 raise UserError("chosen and rejected are the same; leave the row out")
@@ -116,7 +119,7 @@ class Encoder:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
         limit = min(_first_trained(chosen), _first_trained(rejected))
         shared = next((k for k in range(limit) if chosen.tokens[k] != rejected.tokens[k]), limit)
-        return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared))
+        return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
 
     def encode_prompt(self, row: Row, where: str = "") -> list[int]:
         """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""

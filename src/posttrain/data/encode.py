@@ -116,7 +116,7 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, account: 
 
 
 def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account, to_the_end: bool = False) -> Examples:
-    kept, splits, margins = [], [], []
+    kept, splits, margins, pair_weights = [], [], [], []
     for number, row in rows:
         pair = encoder.encode_pair(row, where=account.where(number))
         room = max_length - len(pair.prompt)
@@ -126,7 +126,7 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Ac
         account.border_tokens += sum(a.borders for a in answers)
         lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
         cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
-        if not pair.prompt or not all(any(weights) for _, weights in cut):
+        if not pair.prompt or not pair.weight or not all(any(weights) for _, weights in cut):
             account.note("untrained", account.where(number))
             continue
         (chosen, w_chosen), (rejected, w_rejected) = cut
@@ -134,4 +134,5 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Ac
         kept.append((tokens, [0.0] * len(pair.prompt) + [*w_chosen, *w_rejected], number))
         splits.append((len(pair.prompt), len(pair.prompt) + len(chosen)))
         margins.append(float(row.get("margin", 0.0)))
-    return build(kept, splits, margins)
+        pair_weights.append(pair.weight)
+    return build(kept, splits, margins, pair_weights)

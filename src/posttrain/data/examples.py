@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,8 @@ class Examples:
     tokens int32 [T] and weights float32 [T] are the sequences end to end; sequence i is offsets[i]:offsets[i+1] and came from
     row rows[i] of the source. Unit u, what a batch counts, is the sequences units[u]:units[u+1]: one conversation or pair, or for
     documents as many as fit max_length. For pairs only, splits int64 [n, 2]: length of the prompt, and of prompt and chosen;
-    margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say.
+    margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say; pair_weights float32 [n]: how much
+    the pair counts.
     """
 
     tokens: NDArray[np.int32] | Joined
@@ -41,6 +42,7 @@ class Examples:
     units: NDArray[np.int64]
     splits: NDArray[np.int64]
     margins: NDArray[np.float32]
+    pair_weights: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.units) - 1
@@ -59,8 +61,8 @@ class Examples:
     def only(self, i: int) -> Examples:
         """Sequence i as a unit of its own, for what has no pairs."""
         tokens, weights = self.sequence(i)
-        ends = np.array([0, len(tokens)])
-        return Examples(tokens, weights, ends, self.rows[i : i + 1], np.array([0, 1]), self.splits[:0], self.margins[:0])
+        ends, none = np.array([0, len(tokens)]), self.margins[:0]
+        return Examples(tokens, weights, ends, self.rows[i : i + 1], np.array([0, 1]), self.splits[:0], none, none)
 
     def unit_lengths(self) -> NDArray[np.float64]:
         """Mean tokens of the sequences in each unit [len(self)]."""
@@ -75,6 +77,7 @@ def build(
     sequences: list[tuple[list[int], list[float], int]],
     splits: list[tuple[int, int]] | None = None,
     margins: list[float] | None = None,
+    pair_weights: list[float] | None = None,
 ) -> Examples:
     """Lay (tokens, weights, row) end to end, one unit a sequence."""
     lengths = [len(tokens) for tokens, _, _ in sequences]
@@ -89,6 +92,7 @@ def build(
         units=np.arange(len(sequences) + 1, dtype=np.int64),
         splits=np.asarray(splits or np.zeros((0, 2)), dtype=np.int64).reshape(-1, 2),
         margins=np.asarray(margins or [0.0] * len(splits or []), dtype=np.float32),
+        pair_weights=np.asarray(pair_weights or [1.0] * len(splits or []), dtype=np.float32),
     )
 
 
@@ -111,7 +115,7 @@ def group(examples: Examples, max_length: int) -> Examples:
     sequences = [(*examples.sequence(i), int(examples.rows[i])) for i in order]
     laid = build(sequences)  # type: ignore[arg-type]
     units = np.concatenate([[0], np.cumsum([len(members) for members in bins])]).astype(np.int64)
-    return Examples(laid.tokens, laid.weights, laid.offsets, laid.rows, units, laid.splits, laid.margins)
+    return replace(laid, units=units)
 
 
 def join(parts: list[Examples]) -> Examples:
@@ -128,6 +132,7 @@ def join(parts: list[Examples]) -> Examples:
         units=_ends([part.units + start for part, start in zip(parts, sequences, strict=False)]),
         splits=np.concatenate([part.splits for part in parts]),
         margins=np.concatenate([part.margins for part in parts]),
+        pair_weights=np.concatenate([part.pair_weights for part in parts]),
     )
 
 

@@ -64,6 +64,13 @@ class Mixture:
         """Tokens of each unit, by source."""
         return [part.train.unit_tokens() for part in self.parts]
 
+    def where(self, sequence: int) -> str:
+        """The row that a sequence of `train` is from, as messages say it, with its source where there are several."""
+        starts = np.cumsum([0, *(len(part.train.rows) for part in self.parts)])
+        part = self.parts[int(np.searchsorted(starts, sequence, side="right")) - 1]
+        place = part.account.where(int(self.train.rows[sequence]))
+        return place if len(self.parts) == 1 else f"{part.name}: {place}"
+
     def record(self, order: Order) -> list[dict[str, Any]]:
         """For the manifest: each source with the share asked and seen, how often it was gone through, and its share in each
         epoch, which is one pass over the first source."""

@@ -42,25 +42,27 @@ def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
         owner=torch.from_numpy(owner),
         ends=torch.from_numpy(ends),
         num_answers=len(pieces),
-        rows=tuple(int(examples.rows[i]) for i, _, _ in pieces),
+        rows=tuple(i for i, _, _ in pieces),
         count=float(kept.sum()),
     )
 
 
 def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
-    """Each pair as prompt + chosen + rejected. `count` is the number of pairs."""
+    """Each pair as prompt + chosen + rejected. `count` is the sum of the pairs' weights."""
     groups = []
     for unit in units:
         ids, weights = examples.sequence(unit)
         prompt, chosen = (int(x) for x in examples.splits[unit])
         spans = (slice(prompt, chosen), slice(chosen, len(ids)))
-        groups.append(Group(ids[:prompt], [(ids[span], weights[span]) for span in spans], int(examples.rows[unit])))
-    batch = pack_answers(groups)
-    return replace(batch, count=float(len(units)), extra={"margin": torch.from_numpy(examples.margins[list(units)])})
+        groups.append(Group(ids[:prompt], [(ids[span], weights[span]) for span in spans], unit))
+    own = {"margin": examples.margins[list(units)], "pair_weight": examples.pair_weights[list(units)]}
+    extra = {name: torch.from_numpy(values) for name, values in own.items()}
+    return replace(pack_answers(groups), count=float(own["pair_weight"].sum()), extra=extra)
 
 
 class Group(NamedTuple):
-    """A prompt and the answers to it, each with the weights of its tokens, of which one at least is not zero."""
+    """A prompt and the answers to it, each with the weights of its tokens, of which one at least is not zero. row: of which
+    sequence the prompt is."""
 
     prompt: NDArray[np.int32]
     answers: list[tuple[NDArray[np.int32], NDArray[np.float32]]]

@@ -148,8 +148,8 @@ def canonical_rows(data: DataConfig, stage: str) -> list[Canonical]:
 def _refuse_untrained(account: Account, allowed: float) -> None:
     if account.untrained == account.rows or account.untrained > allowed * account.rows:
         raise UserError(
-            f"data.path: {account.untrained} of {account.rows} rows of {account.source} have no token to train on "
-            f"(prompts longer than train.max_length, or empty answers); raise train.max_length or data.max_untrained_share"
+            f"data.path: {account.untrained} of {account.rows} rows of {account.source} have no token to train on (prompts "
+            f"longer than train.max_length, empty answers, weights of 0); raise train.max_length or data.max_untrained_share"
         )
 
 

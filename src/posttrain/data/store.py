@@ -24,6 +24,7 @@ _DTYPES = {
     "units": np.int64,
     "splits": np.int64,
     "margins": np.float32,
+    "pair_weights": np.float32,
 }
 
 

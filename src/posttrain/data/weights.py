@@ -77,8 +77,8 @@ PLAIN = Weighing(None, 1.0, 1.0, 1.0, 1.0, 0.0, 1)
 
 
 def row_weight(row: dict[str, Any]) -> float:
-    """The canonical row's own weight."""
-    return _checked(row.get("weight", 1.0), "weight")
+    """The row's own weight; 1 where it says none."""
+    return 1.0 if row.get("weight") is None else _checked(row["weight"], "weight")
 
 
 def _checked(value: Any, name: str) -> float:

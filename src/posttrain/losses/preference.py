@@ -1,4 +1,5 @@
-"""Losses on preference pairs."""
+"""Losses on preference pairs. A pair's weight is how often it counts in the loss; all other figures are means over pairs as they
+are, so that runs of different weights can be compared by them."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ DpoLoss = Literal["sigmoid", "ipo", "sigmoid_norm"]
 
 
 def dpo_loss(
-    policy: Tensor, reference: Tensor, lengths: Tensor, *, beta: float, kind: DpoLoss, label_smoothing: float
+    policy: Tensor, reference: Tensor, lengths: Tensor, weight: Tensor, *, beta: float, kind: DpoLoss, label_smoothing: float
 ) -> LossOutput:
-    """Sum over P pairs of the DPO loss (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+    """Sum over P pairs of weight times the DPO loss (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
     policy, reference: log-probs of whole answers, float32 [2P], chosen at even and rejected at odd places.
-    lengths: tokens of each answer [2P]. With h = (policy - reference) of chosen minus that of rejected:
+    lengths: tokens of each answer [2P]; weight: of each pair [P]. With h = (policy - reference) of chosen minus that of rejected:
 
     sigmoid       -log sigma(beta h); with label smoothing e: -(1-e) log sigma(beta h) - e log sigma(-beta h) (cDPO)
     sigmoid_norm  the same with each log-ratio divided by its answer's length
@@ -35,13 +36,13 @@ def dpo_loss(
     reward = beta * ratio.detach()
     chosen, rejected = reward[0::2], reward[1::2]
     pairs = float(len(losses))
-    total = losses.sum()
+    total = (weight * losses).sum()
     # A tie is half right: before the first step every margin is exactly zero.
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return LossOutput(
         total,
         {
-            "loss": (total.detach(), pairs),
+            "loss": (total.detach(), float(weight.sum())),
             "accuracy": (right.sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
             "reward_chosen": (chosen.sum(), pairs),
@@ -52,21 +53,23 @@ def dpo_loss(
     )
 
 
-def reward_loss(scores: Tensor, margin: Tensor, *, centering: float) -> LossOutput:
-    """Sum over P pairs of the Bradley-Terry loss -log sigma(r_w - r_l - margin) + centering (r_w + r_l)^2.
+def reward_loss(scores: Tensor, margin: Tensor, weight: Tensor, *, centering: float) -> LossOutput:
+    """Sum over P pairs of weight times the Bradley-Terry loss -log sigma(r_w - r_l - margin) + centering (r_w + r_l)^2.
 
-    scores: float32 [2P], chosen at even and rejected at odd places; margin [P]. (Stiennon et al. 2020, arXiv 2009.01325, eq. 1;
-    the margin of Touvron et al. 2023, arXiv 2307.09288, eq. 2; centering of Eisenstein et al. 2023, arXiv 2312.09244, section 4.)
+    scores: float32 [2P], chosen at even and rejected at odd places; margin, weight [P]. (Stiennon et al. 2020, arXiv 2009.01325,
+    eq. 1; the margin of Touvron et al. 2023, arXiv 2307.09288, eq. 2; centering of Eisenstein et al. 2023, arXiv 2312.09244,
+    section 4.)
     """
     chosen, rejected = scores[0::2], scores[1::2]
-    total = (-logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2).sum()
+    losses = -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
+    total = (weight * losses).sum()
     chosen, rejected = chosen.detach(), rejected.detach()
     pairs = float(len(chosen))
     right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return LossOutput(
         total,
         {
-            "loss": (total.detach(), pairs),
+            "loss": (total.detach(), float(weight.sum())),
             "accuracy": (right.sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
             "score_chosen": (chosen.sum(), pairs),

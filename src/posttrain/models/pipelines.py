@@ -20,6 +20,7 @@ from posttrain.models.tiny_diffusion import TINY, make_tiny
 INDEX = "model_index.json"
 FILES = [INDEX, *(f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model"))]
 VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*/openvino*", "*/flax*"]
+LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline is made of
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that neither training nor our samples need
 
 
@@ -33,14 +34,26 @@ def find_pipeline(name: str, revision: str | None, weights: bool = True) -> Base
     if not index.is_file():
         what = "a model, but no diffusion pipeline" if (directory / "config.json").is_file() else "no diffusion pipeline"
         raise UserError(f"model.name: '{name}' is {what} (it has no {INDEX}); give one such as sd15, sdxl, sd3, flux or tiny")
-    found = pipeline_class(directory)
-    if found not in FAMILIES:
-        raise UserError(f"model.name: '{name}' is a {found}, which cannot be trained here (there are: {', '.join(FAMILIES)})")
+    try:
+        found = json.loads(index.read_text())
+        kind, custom = str(found.get("_class_name")), _custom_part(found)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"model.name: {index} cannot be read ({error}); give a pipeline made by save_pretrained") from error
+    if custom:
+        raise UserError(
+            f"model.name: '{name}' takes its {custom} from code of its own, which is never run; give a pipeline whose parts are "
+            f"classes of {' and '.join(LIBRARIES)}"
+        )
+    if kind not in FAMILIES:
+        raise UserError(f"model.name: '{name}' is a {kind}, which cannot be trained here (there are: {', '.join(FAMILIES)})")
     return BaseInfo(name, path, revision, digest(directory))
 
 
-def pipeline_class(directory: Path) -> str:
-    return str(json.loads((directory / INDEX).read_text()).get("_class_name"))
+def _custom_part(index: dict[str, Any]) -> str | None:
+    """The first part, or the pipeline itself, whose class is of no library; what is never loaded may be of any."""
+    modules = {name: value[0] for name, value in index.items() if isinstance(value, list) and value and name not in LEFT_OUT}
+    modules |= {"custom_pipeline": index.get("custom_pipeline")}
+    return next((name for name, module in modules.items() if module not in (None, *LIBRARIES)), None)
 
 
 def pipeline_directory(base: BaseInfo) -> Path:

@@ -86,6 +86,7 @@ class StageRun(Generic[In, B]):
 
     def __post_init__(self) -> None:
         self.loop: Loop[B] | None = None
+        self.checkpoint: Checkpoint | None = None  # what the run goes on from
         self.state: dict[str, Any] = {}  # what a checkpoint keeps beside the weights
 
     def go(self) -> dict[str, Any]:
@@ -177,6 +178,10 @@ class StageRun(Generic[In, B]):
         """The loss of one micro-batch."""
         raise NotImplementedError
 
+    def where(self, inputs: In, row: int) -> str:
+        """What messages call the row of a batch."""
+        raise NotImplementedError
+
     def measure(self, module: nn.Module, inputs: In, held_out: list[B], done: int, check: Callable[[], None]) -> dict[str, float]:
         """The stage's own held-out figures after `done` steps."""
         return {}
@@ -221,6 +226,7 @@ class StageRun(Generic[In, B]):
             stop_after=cfg.run.stop_after,
             limits=Limits(cfg.train.skip_nonfinite, cfg.train.spike_mads, cfg.train.spike_steps),
             unit=self.unit,
+            where=partial(self.where, inputs),
             evaluate=lambda done: self.measure(module, inputs, held_out, done, lambda: None),
         )
 
@@ -230,22 +236,30 @@ class StageRun(Generic[In, B]):
         checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
         for line in damaged:
             say(f"{line}; going on from the newest good one")
-        identity = identity_of(self.run.config) | self.identity(inputs)
-        if checkpoint is None:
-            self.state = {"identity": identity, "made_with": self._made_with(), "changes": []}
-            if self.cfg.run.reproduces:
-                self._say_what_differs(Path(self.cfg.run.reproduces))
-            return None
-        self.state = state = checkpoint.state
-        lines = compare(state["identity"], identity, allowed(self.run.config), f"{checkpoint.path} is of another run")
-        for name, value in self._made_with().items():
-            if (before := state["made_with"].get(name)) != value:
-                lines.append(f"{name} was {before}, is now {value}: the rest may not be bit-identical")
-        for line in lines:
-            say(f"from step {checkpoint.step} {line}")
-        state["changes"] += [{"step": checkpoint.step, "change": line} for line in lines]
-        state |= {"identity": identity, "made_with": self._made_with()}
+        self.checkpoint = checkpoint
+        self.state = checkpoint.state if checkpoint else {"changes": []}
+        self.keep("identity", identity_of(self.run.config) | self.identity(inputs))
+        then, now = self.state.get("made_with", {}), self._made_with()
+        differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
+        self._changed([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
+        self.state["made_with"] = now
+        if checkpoint is None and self.cfg.run.reproduces:
+            self._say_what_differs(Path(self.cfg.run.reproduces))
         return checkpoint
+
+    def keep(self, name: str, now: dict[str, Any]) -> None:
+        """Have checkpoints hold, as `name`, what makes the run itself. Raises UserError where the one that it goes on from holds
+        another, and `resume.allow` does not name the difference."""
+        if self.checkpoint and name in self.state:
+            whose = f"{self.checkpoint.path} is of another run"
+            self._changed(compare(self.state[name], now, allowed(self.run.config), whose))
+        self.state[name] = now
+
+    def _changed(self, lines: list[str]) -> None:
+        for line in lines:
+            assert self.checkpoint
+            say(f"from step {self.checkpoint.step} {line}")
+            self.state["changes"].append({"step": self.checkpoint.step, "change": line})
 
     def _say_what_differs(self, other: Path) -> None:
         """From a finished run that this one rebuilds."""

@@ -28,6 +28,7 @@ def run(cfg: Dpo, run: Run) -> dict[str, Any]:
             logps,
             batch.extra["reference"],
             lengths,
+            batch.extra["pair_weight"],
             beta=options.beta,
             kind=options.loss,
             label_smoothing=options.label_smoothing,

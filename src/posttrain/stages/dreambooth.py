@@ -80,6 +80,9 @@ class DreamboothRun(StageRun[ImageInputs, ImageBatch]):
     def objective(self, module: nn.Module, batch: ImageBatch) -> LossOutput:
         return added([self._loss(module, part) for part in batch.parts])
 
+    def where(self, inputs: ImageInputs, row: int) -> str:
+        return str(inputs.views[row].path)
+
     def _loss(self, module: nn.Module, part: ImagePart) -> LossOutput:
         options, noising = self.cfg.dreambooth, self.model.noising
         latents = self.model.latents(part)

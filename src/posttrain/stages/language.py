@@ -37,7 +37,7 @@ from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, sav
 from posttrain.stages.difficulty import perplexities
 from posttrain.stages.outcome import manifest_of
 from posttrain.stages.recompute import spare_memory
-from posttrain.stages.reference import attach, reference_logps, train_reference
+from posttrain.stages.reference import attach, digest_of, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.parts import StepMethod, Update
 
@@ -156,6 +156,9 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
     def objective(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
         return self.task.objective(module, batch)
 
+    def where(self, inputs: Inputs, row: int) -> str:
+        return inputs.data.where(row)
+
     def references(self, module: nn.Module, inputs: Inputs) -> tuple[list[PackedBatch], Any]:
         """Held-out batches, and the table of training references."""
         held_out = eval_batches(self.task, inputs.data.held_out)
@@ -166,6 +169,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
         key = content_hash(self._identity(inputs), inputs.data.key, layout, str(device))
         path = cache_root() / "reference" / f"{key}.safetensors"
         table = train_reference(module, inputs.data.train, order, self.accelerator, path, self.stop.check)
+        self.keep("references", {"dpo.reference": digest_of(table)})
         return [attach(batch, reference_logps(module, batch, device)) for batch in held_out], table
 
     def measure(

@@ -287,7 +287,7 @@ def _group(examples: Examples, unit: int, border: int, answers: list[Answer], en
     """A prompt with its answers, of which each token counts. end: what is put after those that did not end."""
     tokens = [np.array(answer.tokens + ([] if answer.ended else end), dtype=np.int32) for answer in answers]
     counts = [(each, np.ones(len(each), dtype=np.float32)) for each in tokens]
-    return Group(examples.sequence(unit)[0][:border], counts, int(examples.rows[unit]))
+    return Group(examples.sequence(unit)[0][:border], counts, unit)
 
 
 def _figures(rollout: Rollout, reward: Tensor) -> dict[str, float]:

@@ -34,7 +34,8 @@ def own_pairs(cfg: Rm, run: Run) -> DataConfig:
     if not path.exists():
         write_text(path, "".join(json.dumps(pair) + "\n" for pair in _pairs(cfg, directory, rule)))
     return cfg.data.model_copy(
-        update={"path": str(path), "shape": "pairs", "eval_path": None, "skip_rows": 0, "max_rows": None}
+        update={"path": str(path), "shape": "pairs", "columns": None, "quality": None}
+        | {"eval_path": None, "skip_rows": 0, "max_rows": None}
         | ({} if cfg.data.eval_share else {"eval_share": 0.1})
     )
 
@@ -59,7 +60,8 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
                 scores = rule(prompts, texts, [reference_of(row)] * len(texts))
                 best, worst = int(torch.argmax(scores)), int(torch.argmin(scores))
                 if scores[best] > scores[worst]:
-                    found.append({"prompt": prompt_of(row), "chosen": texts[best], "rejected": texts[worst]})
+                    pair = {"prompt": prompt_of(row), "chosen": texts[best], "rejected": texts[worst]}
+                    found.append(pair | {"weight": row.get("weight", 1.0)})
                 else:
                     ties += 1
             meter.advance()

@@ -7,6 +7,7 @@ same kernels, and the first step's margin is exactly zero.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,10 @@ from posttrain.losses.tokens import answer_sums
 def attach(batch: PackedBatch, reference: Tensor) -> PackedBatch:
     """reference: float32 [num_answers], chosen and rejected in turn."""
     return replace(batch, extra={**batch.extra, "reference": reference})
+
+
+def digest_of(table: Tensor) -> str:
+    return hashlib.sha256(table.numpy().tobytes()).hexdigest()[:32]
 
 
 def reference_logps(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:

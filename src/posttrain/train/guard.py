@@ -14,6 +14,7 @@ from posttrain.errors import RunError
 
 B = TypeVar("B", bound=Batch)
 LEFT_OUT = "left_out.json"  # in a run's directory: the rows of every batch that was not learnt from, and why
+NAMED = 4  # rows of a batch that a message names
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ def spike_limit(losses: list[float], mads: float) -> float:
 
 
 def not_finite(entry: dict[str, Any], limits: Limits) -> RunError:
+    rows = entry["rows"]
+    others = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     more = f"; {limits.skip_nonfinite} such updates were left out before" if limits.skip_nonfinite else ""
     return RunError(
         f"step {entry['step']}: loss or gradient is not finite (loss {entry['loss']}, gradient norm {entry['grad_norm']}); "
-        f"no step was taken{more}. Rows of the batch: {entry['rows'][:16]}, all of them in {LEFT_OUT}; the last checkpoint is "
-        f"kept; train.skip_nonfinite={limits.skip_nonfinite + 1} leaves it out"
+        f"no step was taken{more}. Rows of the batch: {'; '.join(rows[:NAMED])}{others} (all of them in {LEFT_OUT}). The last "
+        f"checkpoint is kept; train.skip_nonfinite={limits.skip_nonfinite + 1} leaves it out"
     )
 
 

@@ -52,6 +52,7 @@ class Loop(Generic[B]):
     method: StepMethod | None = None
     allows: Callable[[int], bool] | None = None  # asked before a checkpoint is kept; if not, the run ends with the one before
     limits: Limits = field(default_factory=Limits)
+    where: Callable[[int], str] = str  # what the number of a row is called
     state: dict[str, Any] = field(default_factory=dict)
     window: Averages = field(default_factory=Averages)  # since the last logged step
 
@@ -187,18 +188,20 @@ class Loop(Generic[B]):
         if entry is None:
             return True
         before = sum(each["why"] == entry["why"] for each in self.state.get("left_out", []))
-        self._write_down(entry)
+        entry = self._write_down(entry)
         if before >= self.limits.skip_nonfinite:
             raise not_finite(entry, self.limits)
         say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
         return False
 
-    def _write_down(self, entry: dict[str, Any]) -> None:
-        if self.accelerator.num_processes > 1:
-            entry = entry | {"rows": gather_object(entry["rows"])}
+    def _write_down(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """With the rows of all processes, by their names."""
+        rows = gather_object(entry["rows"]) if self.accelerator.num_processes > 1 else entry["rows"]
+        entry = entry | {"rows": [self.where(row) for row in rows]}
         self.state.setdefault("left_out", []).append(entry)
         if self.accelerator.is_main_process:
             write_json(self.checkpoints.parent / LEFT_OUT, self.state["left_out"])
+        return entry
 
     def _go_back(self, spike: Spike) -> None:
         """To the last checkpoint's weights, without the data since: they are what led here."""

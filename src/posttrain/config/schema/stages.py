@@ -67,16 +67,6 @@ class LanguageStage(Stage):
     data: DataConfig
     eval: EvalConfig
 
-    @model_validator(mode="after")
-    def _rows_can_weigh(self) -> LanguageStage:
-        sources = {"data": self.data, **{f"data.sources.{name}": each for name, each in (self.data.sources or {}).items()}}
-        for key, source in sources.items():
-            if source.quality == "weight" and not isinstance(self, Cpt | Sft):
-                raise ValueError(
-                    f"{key}.quality: weights are of tokens to imitate, which cpt and sft have; say {key}.quality=filter"
-                )
-        return self
-
     @property
     def example_length(self) -> int:
         """Tokens that a row of data may have."""
@@ -137,6 +127,14 @@ class Ppo(LanguageStage):
     @property
     def example_length(self) -> int:
         return self.train.max_length - self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _prompts_have_no_weights(self) -> Ppo:
+        sources = {"data": self.data, **{f"data.sources.{name}": each for name, each in (self.data.sources or {}).items()}}
+        for key, source in sources.items():
+            if source.quality == "weight":
+                raise ValueError(f"{key}.quality: ppo has prompts, which have no weights; say {key}.quality=filter")
+        return self
 
     @model_validator(mode="after")
     def _can_learn(self) -> Ppo:
