@@ -169,6 +169,15 @@ def test_a_checkpoint_of_another_run_is_refused(home: Path, stopped: Path) -> No
         posttrain.run(*options(home, "run"))
 
 
+def test_references_that_follow_from_an_allowed_change_are_not_asked_about(tmp_path: Path) -> None:
+    """A longer run draws more pairs, so its table of references is another."""
+    words = ["dpo", "model=tiny", "+peft=lora", "train.batch_size=2", "eval.sets=null", "data.max_rows=20", "data.eval_rows=2"]
+    with pytest.raises(Stopped):
+        posttrain.run(*words, "train.max_steps=3", f"run.dir={tmp_path}/run", "run.stop_after=2")
+    manifest = posttrain.run(*words, "train.max_steps=5", f"run.dir={tmp_path}/run", "resume.allow=train.max_steps")
+    assert [change["change"].split()[0] for change in manifest["changes"]] == ["train.max_steps", "dpo.reference"]
+
+
 def test_other_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log-probs that DPO compares with are a part of the run, though they lie in the cache."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))

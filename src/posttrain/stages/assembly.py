@@ -249,10 +249,11 @@ class StageRun(Generic[In, B]):
 
     def keep(self, name: str, now: dict[str, Any]) -> None:
         """Have checkpoints hold, as `name`, what makes the run itself. Raises UserError where the one that it goes on from holds
-        another, and `resume.allow` does not name the difference."""
+        another, and neither `resume.allow` names the difference nor a difference that was named before explains it."""
         if self.checkpoint and name in self.state:
+            follows = any(change["step"] == self.checkpoint.step for change in self.state["changes"])
             whose = f"{self.checkpoint.path} is of another run"
-            self._changed(compare(self.state[name], now, allowed(self.run.config), whose))
+            self._changed(compare(self.state[name], now, list(now) if follows else allowed(self.run.config), whose))
         self.state[name] = now
 
     def _changed(self, lines: list[str]) -> None:
