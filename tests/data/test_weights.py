@@ -157,6 +157,22 @@ def test_where_no_row_can_be_read_the_first_mistake_is_said(tmp_path: Path, enco
         prepared(tmp_path, encoder_of(PLAIN), rows, "data.columns.prompt=q", "data.quality=weight", "data.on_error=skip")
 
 
+def test_a_file_that_was_moved_is_named_where_it_is(tmp_path: Path, encoder_of: Any) -> None:
+    """Its tokens are in the cache by content, under the name that it had."""
+    rows = [{"prompt": "question", "completion": "answer"}] * 9 + [{"prompt": "question " * 80, "completion": "answer"}]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for name in ("old", "new"):
+        data = validate(compose_run("sft", [f"data.path={tmp_path / name}.jsonl", "data.eval_share=0"])).data
+        found += prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+        if name == "old":
+            (tmp_path / "old.jsonl").rename(tmp_path / "new.jsonl")
+    first, second = (part.account for part in found)
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
+    assert second.source == str(tmp_path / "new.jsonl") and second.where(3) == f"{second.source}, row 3"
+    assert second.places["untrained"] == [f"{second.source}, row 10"] and "old.jsonl" in first.places["untrained"][0]
+
+
 @pytest.mark.parametrize("file", ["train.tokens", "train.weights", "held_out.offsets", "report.json"])
 def test_a_damaged_cache_is_named_and_made_again(
     tmp_path: Path, file: str, encoder_of: Any, capsys: pytest.CaptureFixture[str]
@@ -168,7 +184,7 @@ def test_a_damaged_cache_is_named_and_made_again(
     tokens = np.array(first.train.tokens[:])
     (damaged,) = (tmp_path / "cache").rglob(file)
     content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 0x40
+    content[len(content) // 2] ^= 0x01
     damaged.write_bytes(content)
     (again,) = prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
     assert np.array_equal(again.train.tokens[:], tokens) and again.account == first.account

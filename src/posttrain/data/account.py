@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from posttrain.data.sources import row_name
 
@@ -29,6 +29,11 @@ class Account:
 
     def where(self, number: int) -> str:
         return row_name(self.source, number)
+
+    def moved(self, source: str) -> Account:
+        """The same, of rows that lie at `source` now."""
+        places = {what: [place.replace(self.source, source) for place in found] for what, found in self.places.items()}
+        return replace(self, source=source, places=places)
 
     def note(self, what: str, place: str) -> None:
         """Count a row as truncated, untrained or skipped."""

@@ -83,7 +83,8 @@ def prepare_source(
     if not (path / "report.json").exists():
         make()
     parts, report = _loaded(path, make)
-    accounts = {part: Account(**fields) for part, fields in report.items()}
+    places = {"train": source.path, "held_out": eval_path or source.path}  # the cache may be of the same content elsewhere
+    accounts = {part: Account(**fields).moved(places[part]) for part, fields in report.items()}
     return Part(name, parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
 
 

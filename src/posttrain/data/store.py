@@ -64,7 +64,8 @@ class Store:
 
     def close(self, report: dict[str, object]) -> None:
         """Put the directory in its place; report: what JSON can hold."""
-        (self._temporary / "report.json").write_text(json.dumps({"report": report, "counts": self._counts, "crc32": self._sums}))
+        found = {"report": report, "counts": self._counts, "crc32": self._sums}
+        (self._temporary / "report.json").write_text(json.dumps({"content": found, "crc32": _crc32_of(found)}))
         if not self._path.exists():
             with suppress(OSError):  # another process was quicker, with the same content
                 self._temporary.rename(self._path)
@@ -73,7 +74,10 @@ class Store:
 def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
     """Read what a Store wrote: tokens and weights stay on the disk until they are looked at. Raises ValueError for what is not as
     it was written."""
-    found = json.loads((path / "report.json").read_text())
+    whole = json.loads((path / "report.json").read_text())
+    found = whole["content"]
+    if _crc32_of(found) != whole["crc32"]:
+        raise ValueError(f"{path / 'report.json'} is not as it was written")
     for name, expected in found["crc32"].items():
         if _crc32(path / name) != expected:
             raise ValueError(f"{path / name} is not as it was written")
@@ -85,6 +89,10 @@ def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
         arrays["splits"] = arrays["splits"].reshape(-1, 2)
         parts[part] = Examples(**arrays)
     return parts, found["report"]
+
+
+def _crc32_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _crc32(path: Path) -> int:
