@@ -178,14 +178,14 @@ def _moved(part: ImagePart, device: torch.device | str) -> ImagePart:
     return replace(part, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-Metrics = dict[str, tuple[Tensor, float]]  # name -> (sum, count)
+Metrics = dict[str, tuple[Tensor, float | Tensor]]  # name -> (sum, count)
 
 
 @dataclass
 class LossOutput:
     """A sum, not a mean: the loop divides once by the `count` of the whole optimizer step.
 
-    total: scalar tensor with gradient. metrics: name -> (sum, count), detached; each is averaged as sum / count
+    total: scalar tensor with gradient. metrics: name -> (sum, count), detached, on any device; each is averaged as sum / count
     over everything that was seen since the last logged step. rows: name -> a value for each unit, detached; kept in evaluation.
     """
 

@@ -18,8 +18,8 @@ from posttrain.config.compose import compose_run
 from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError
 from posttrain.models.adapters import add_method
-from posttrain.models.attention import DocumentMask
 from posttrain.models.causal import PackedLM, load_causal
+from posttrain.models.masks import DocumentMask
 from posttrain.models.quantize import quantization
 from posttrain.models.tokenizer import load_tokenizer
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
-from posttrain.models.attention import DocumentMask, _by_document, dense_mask, flex_mask_mod, runs
+from posttrain.models.attention import _by_document
 from posttrain.models.causal import PackedLM
+from posttrain.models.masks import DocumentMask, dense_mask, flex_mask_mod, runs
 
 V = 61
 SMALL = {

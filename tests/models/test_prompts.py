@@ -12,8 +12,8 @@ from posttrain.batch import PackedBatch, Segment
 from posttrain.config import schema
 from posttrain.config.compose import compose_run
 from posttrain.models.adapters import add_method
-from posttrain.models.attention import DocumentMask, dense_mask, flex_mask_mod
 from posttrain.models.causal import PackedLM
+from posttrain.models.masks import DocumentMask, dense_mask, flex_mask_mod
 from posttrain.models.prompts import insert_virtual
 
 V = 61

@@ -32,7 +32,8 @@ class Account:
 
     def moved(self, source: str) -> Account:
         """The same, of rows that lie at `source` now."""
-        places = {what: [place.replace(self.source, source) for place in found] for what, found in self.places.items()}
+        there = lambda place: source + place.removeprefix(self.source) if place.startswith(self.source) else place  # noqa: E731
+        places = {what: [there(place) for place in found] for what, found in self.places.items()}
         return replace(self, source=source, places=places)
 
     def note(self, what: str, place: str) -> None:

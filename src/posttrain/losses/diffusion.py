@@ -67,7 +67,7 @@ def denoising_loss(
     each = error.mean((1, 2, 3))
     instance, prior = (each * weight).tensor_split([num_instance])
     total = instance.sum() + prior_weight * prior.sum()
-    metrics = {"loss": (total.detach(), float(len(instance)))}
+    metrics: Metrics = {"loss": (total.detach(), float(len(instance)))}
     for name, losses in (("loss_instance", each[:num_instance]), ("loss_prior", each[num_instance:])):
         if len(losses):
             metrics[name] = (losses.sum().detach(), float(len(losses)))

@@ -42,7 +42,7 @@ def dpo_loss(
     return LossOutput(
         total,
         {
-            "loss": (total.detach(), float(weight.sum())),
+            "loss": (total.detach(), weight.sum()),
             "accuracy": (right.sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
             "reward_chosen": (chosen.sum(), pairs),
@@ -69,7 +69,7 @@ def reward_loss(scores: Tensor, margin: Tensor, weight: Tensor, *, centering: fl
     return LossOutput(
         total,
         {
-            "loss": (total.detach(), float(weight.sum())),
+            "loss": (total.detach(), weight.sum()),
             "accuracy": (right.sum(), pairs),
             "margin": ((chosen - rejected).sum(), pairs),
             "score_chosen": (chosen.sum(), pairs),

@@ -14,7 +14,7 @@ def token_loss(logps: Tensor, weight: Tensor) -> LossOutput:
     logps, weight: float32 [N]. The mean that is optimised is this sum over the sum of the step's weights.
     """
     total = -(weight * logps).sum()
-    return LossOutput(total, {"loss": (total.detach(), float(weight.sum()))})
+    return LossOutput(total, {"loss": (total.detach(), weight.sum())})
 
 
 def answer_sums(values: Tensor, owner: Tensor, num_answers: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.batch import Segment
 from posttrain.config import schema
-from posttrain.models.attention import DocumentMask
 from posttrain.models.causal import PackedLM
+from posttrain.models.masks import DocumentMask
 
 
 def same_shapes(method: schema.Method) -> schema.Method:

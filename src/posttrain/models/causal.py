@@ -21,6 +21,7 @@ from posttrain.models import prompts
 from posttrain.models.export import export_adapter
 from posttrain.models.fused import fuse
 from posttrain.models.head import Head, head_of, token_logprobs
+from posttrain.models.masks import DocumentMask
 from posttrain.models.quantize import keep_as_quantized
 from posttrain.models.tokenizer import first_line, trusted
 from posttrain.tensors import whole
@@ -145,7 +146,7 @@ class PackedLM(nn.Module):
         output: Any = self.causal.get_output_embeddings()
         return head_of(output, self.causal.config.get_text_config())
 
-    def hidden(self, positions: Tensor, mask: attentions.DocumentMask, **inputs: Tensor) -> Tensor:
+    def hidden(self, positions: Tensor, mask: DocumentMask, **inputs: Tensor) -> Tensor:
         """Last hidden states [T, H] of one pack. inputs: input_ids int64 [1, T], or inputs_embeds [1, T, H]."""
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
         none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
@@ -170,11 +171,11 @@ class PackedLM(nn.Module):
             virtual = prompts.soft_prompt(model)
             layout = prompts.insert_virtual(batch.segments, batch.positions, len(virtual))
             embeddings = self.causal.get_input_embeddings()(batch.tokens)[0]
-            mask = attentions.DocumentMask(layout.segments, layout.positions.shape[1], device)
+            mask = DocumentMask(layout.segments, layout.positions.shape[1], device)
             inputs = prompts.embed(layout, embeddings, virtual)
             return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[places]
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
-        mask = attentions.DocumentMask(batch.segments, batch.size, device, memory)
+        mask = DocumentMask(batch.segments, batch.size, device, memory)
         return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), places
 
 
@@ -193,7 +194,7 @@ def check_packing(lm: PackedLM, attention: str) -> None:
     segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
     rows = [torch.tensor([*range(a, b), *range(c, d)]) for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
     positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=causal.device)
-    mask = attentions.DocumentMask(segments, 27, causal.device)
+    mask = DocumentMask(segments, 27, causal.device)
     lm.eval()
     alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
     try:

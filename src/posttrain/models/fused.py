@@ -84,7 +84,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         return False
     if any(part[name]._forward_hooks or part[name]._forward_pre_hooks for name in names for part in (layer.lora_A, layer.lora_B)):
         return False
-    if len(names) > 1 and _dropout(layer):
+    if len(names) > 1 and _dropout(layer, names):
         return False
     base = layer.base_layer
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
@@ -97,9 +97,9 @@ def _speaking(layer: Any) -> list[str]:
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _dropout(layer: Any) -> float:
-    """The largest share of its inputs that one of the adapters does not hear."""
-    parts = [layer.lora_dropout[name] for name in _speaking(layer)] if layer.training else []
+def _dropout(layer: Any, names: Sequence[str]) -> float:
+    """The largest share of its inputs that one of these adapters does not hear."""
+    parts = [layer.lora_dropout[name] for name in names] if layer.training else []
     return max((part.p for part in parts if isinstance(part, nn.Dropout)), default=0.0)
 
 
@@ -111,7 +111,7 @@ def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
         return base(x).add_((x @ down.T) @ up.T)
-    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer), *factors)
+    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
 
 
 def _dense(weight: Tensor, quantized: Any, dtype: torch.dtype) -> Tensor:
@@ -159,7 +159,8 @@ class _LoraLinear(torch.autograd.Function):
             of_x = of_x.view(*grads[0].shape[:-1], -1)
         if gated is not None:
             assert of_x is not None
-            x, of_x, of_gated = _through_silu(of_x, x, gated)
+            active, of_x, of_gated = _through_silu(of_x, x, gated)
+            x = active.mul_(gated)
         heard: Any = x if x is None or mask is None else _heard(x.view(mask.shape), mask, ctx.heard)
         return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
 
@@ -240,7 +241,6 @@ class _SiluProduct(torch.autograd.Function):
 
 
 def _through_silu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate) * up, and the gradients of gate and up from that of it."""
+    """silu(gate), and the gradients of gate and up from that of silu(gate) * up."""
     active = silu(gate)
-    of_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return active * up, of_gate, active.mul_(grad)
+    return active, torch.ops.aten.silu_backward(grad * up, gate), grad * active

@@ -133,7 +133,7 @@ def _forward(hidden: Tensor, target: Tensor, head: Head, words: int, pulled: boo
     pull = torch.zeros_like(weight) if pulled else None
     for start, part in head.tiles(words):
         logits = part.logits(hidden)
-        slope = part.slope(logits)
+        slope = part.slope(logits) if pulled else 0.0
         _add_to_own(logits, target - start, -torch.inf)
         higher = torch.maximum(top, logits.amax(-1, keepdim=True))
         shrink, top = (top - higher).exp_(), higher

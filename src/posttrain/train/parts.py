@@ -68,7 +68,7 @@ class Averages:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
+        self.counts: dict[str, float | Tensor] = {}
 
     def add(self, metrics: Metrics, share: float = 1.0) -> None:
         for name, (total, count) in metrics.items():
@@ -82,7 +82,9 @@ class Averages:
         if not names:  # nothing was learnt from
             return {}
         device = self.sums[names[0]].device
-        totals = torch.stack([self.sums[n].float() for n in names] + [torch.tensor(self.counts[n], device=device) for n in names])
+        totals = torch.stack(
+            [self.sums[n].float() for n in names] + [torch.as_tensor(self.counts[n], device=device) for n in names]
+        )
         if accelerator is not None and accelerator.num_processes > 1:
             totals = total_over(accelerator, totals)
         values = totals.tolist()
@@ -91,7 +93,7 @@ class Averages:
 
     def state(self) -> dict[str, tuple[float, float]]:
         """What has been added since the last reading, for a checkpoint."""
-        return {name: (float(value), self.counts[name]) for name, value in self.sums.items()}
+        return {name: (float(value), float(self.counts[name])) for name, value in self.sums.items()}
 
     def load(self, state: dict[str, tuple[float, float]]) -> None:
         self.sums = {name: torch.tensor(total) for name, (total, _) in state.items()}

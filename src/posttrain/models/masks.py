@@ -1,0 +1,144 @@
+"""Who attends to whom in a pack: one relation of segments, as the masks that each way of computing attention asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from posttrain.batch import Segment
+
+TOGETHER = 128  # tokens of short documents that are taken side by side where scores are written out
+
+
+def context_mask(prefix: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """bool [length, prefix + length]: which of its prefix and itself each token of a segment attends to.
+
+    A token sees itself and all before it, at most `window` tokens in all.
+    """
+    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
+    return mask if window is None else mask.triu(prefix - window + 1)
+
+
+def dense_mask(segments: Sequence[Segment], num_tokens: int, window: int | None = None, memory: int = 0) -> Tensor:
+    """bool [num_tokens, memory + num_tokens], True where the row's token attends to the column's.
+
+    The first `memory` columns are what stands before every document.
+    """
+    mask = torch.zeros(num_tokens, memory + num_tokens, dtype=torch.bool)
+    for start, stop, prefix_start, prefix_stop in segments:
+        before = memory + prefix_stop - prefix_start
+        context = context_mask(before, stop - start, window)
+        mask[start:stop, :memory] = context[:, :memory]
+        mask[start:stop, memory + prefix_start : memory + prefix_stop] = context[:, memory:before]
+        mask[start:stop, memory + start : memory + stop] = context[:, before:]
+    return mask
+
+
+def flex_mask_mod(
+    segments: Sequence[Segment], window: int | None, device: torch.device, memory: int = 0
+) -> Callable[..., Tensor]:
+    """The same relation as `dense_mask`, as FlexAttention asks for it: a function of (batch, head, query, key)."""
+    lengths = torch.tensor([s.stop - s.start for s in segments], device=device)
+    columns = torch.tensor([tuple(s) for s in segments], device=device).repeat_interleave(lengths, dim=0).unbind(1)
+    start, _, prefix_start, prefix_stop = (column.contiguous() for column in columns)
+
+    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, column: Tensor) -> Tensor:
+        key = column - memory
+        remembered = column < memory
+        own = (key >= start[query]) & (key <= query)
+        shared = (key >= prefix_start[query]) & (key < prefix_stop[query])
+        if window is None:
+            return own | shared | remembered
+        at = query - start[query] + prefix_stop[query] - prefix_start[query]  # place in the document, its prompt included
+        to_shared = at - (key - prefix_start[query])
+        near = remembered & (at - key < window)
+        return (own & (query - key < window)) | (shared & (to_shared < window)) | near
+
+    return mask_mod
+
+
+class Run(NamedTuple):
+    """Neighbouring segments that see nothing outside, counted from the first one's start."""
+
+    length: int
+    segments: tuple[Segment, ...]
+
+
+def runs(segments: Sequence[Segment]) -> list[Run]:
+    """The pack cut into documents, each with all answers that share it as their prompt, or several up to TOGETHER tokens."""
+    families: list[list[Segment]] = []
+    seen_from = segments[-1].stop  # the first token that a later segment sees
+    for segment in reversed(segments):
+        if segment.stop <= seen_from:
+            families.append([])
+        families[-1].insert(0, segment)
+        if segment.prefix_start < segment.prefix_stop:
+            seen_from = min(seen_from, segment.prefix_start)
+    found: list[list[Segment]] = []
+    for family in reversed(families):
+        if found and family[-1].stop - found[-1][0].start <= TOGETHER:
+            found[-1] += family
+        else:
+            found.append(family)
+    return [Run(run[-1].stop - run[0].start, tuple(s.moved(-run[0].start) for s in run)) for run in found]
+
+
+class DocumentMask:
+    """One pack's relation, and the masks made from it: once per pack, not once per layer.
+
+    memory: for every layer keys and values [1, key heads, M, dim] that stand before each document (prefix tuning).
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], num_tokens: int, device: torch.device, memory: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        if [0, *(s.stop for s in segments)] != [*(s.start for s in segments), num_tokens]:
+            raise ValueError("segments must cover the pack's tokens in order")
+        self.segments, self.num_tokens, self.device = tuple(segments), num_tokens, device
+        self.memory = tuple(memory)
+        self.size = memory[0][0].shape[2] if memory else 0
+        self.windows: list[int | None] = []  # of each attention layer that was run
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def dense(self, window: int | None) -> Tensor:
+        def make() -> Tensor:
+            return dense_mask(self.segments, self.num_tokens, window, self.size).to(self.device)
+
+        return self._once(("dense", window), make)
+
+    @property
+    def whole(self) -> Run:
+        return Run(self.num_tokens, self.segments)
+
+    @property
+    def runs(self) -> list[Run]:
+        return self._once(("runs",), lambda: runs(self.segments))
+
+    def bias(self, run: Run, window: int | None) -> Tensor:
+        """float32 [length, memory + length]: 0 where the row's token attends to the column's, else minus infinity."""
+
+        def make() -> Tensor:
+            mask = dense_mask(run.segments, run.length, window, self.size)
+            return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).to(self.device)
+
+        return self._once(("bias", run, window), make)
+
+    def context(self, prefix: int, length: int, window: int | None) -> Tensor:
+        return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
+
+    def blocks(self, window: int | None) -> BlockMask:
+        n, on_gpu = self.num_tokens, self.device.type == "cuda"
+        mod = flex_mask_mod(self.segments, window, self.device, self.size)
+        # compiled, no [T, T] mask is ever written out
+        return self._once(
+            ("flex", window), lambda: create_block_mask(mod, None, None, n, n + self.size, self.device, _compile=on_gpu)
+        )
