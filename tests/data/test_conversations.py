@@ -161,7 +161,7 @@ def test_pair_whose_border_token_differs_shares_only_what_is_before_it(chatml):
 
 def test_equal_answers_are_an_error(chatml):
     with pytest.raises(UserError, match=r"^f, row 3: chosen and rejected are the same"):
-        Encoder(chatml).encode_pair({"prompt": [user("a")], "chosen": "b", "rejected": "b"}, where="f, row 3")
+        Encoder(chatml).encode_pairs([(3, {"prompt": [user("a")], "chosen": "b", "rejected": "b"})], "f, row {}".format)
 
 
 def test_no_template(make_tokenizer):

@@ -112,23 +112,24 @@ def of_tokens(
 
 def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
     """The sequences of each row that can be encoded: all at once where none has a mistake."""
-    if rows and "chosen" not in rows[0][1]:
-        with suppress(UserError):
-            found = encoder.encode_many(rows, str)
-            return {number: [(one.tokens, one.weights)] for (number, _), one in zip(rows, found, strict=True)}
-    each = {}
-    for number, row in rows:
-        with suppress(UserError):
-            each[number] = _sequences(encoder, row)
-    return each
+    try:
+        return _sequences(encoder, rows)
+    except UserError:
+        each = {}
+        for row in rows:
+            with suppress(UserError):
+                each |= _sequences(encoder, [row])
+        return each
 
 
-def _sequences(encoder: Encoder, row: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
-    if "chosen" in row:
-        pair = encoder.encode_pair(row)
-        return [([*pair.prompt, *a.tokens], [0.0] * len(pair.prompt) + a.weights) for a in (pair.chosen, pair.rejected)]
-    found = encoder.encode_many([(0, row)], str)[0]
-    return [(found.tokens, found.weights)]
+def _sequences(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
+    numbers = [number for number, _ in rows]
+    if not rows or "chosen" not in rows[0][1]:
+        return {n: [(one.tokens, one.weights)] for n, one in zip(numbers, encoder.encode_many(rows, str), strict=True)}
+    return {
+        number: [([*pair.prompt, *a.tokens], [0.0] * len(pair.prompt) + a.weights) for a in (pair.chosen, pair.rejected)]
+        for number, pair in zip(numbers, encoder.encode_pairs(rows, str), strict=True)
+    }
 
 
 def _prompt_difference(encoder: Encoder, tokenizer: Any, row: dict[str, Any]) -> str:

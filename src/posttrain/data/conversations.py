@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.skeletons import Message, Rendered, Span
 from posttrain.data.templates import ChatTemplate, chat_template, template_hash
+from posttrain.data.tokenising import Tokeniser, Tokens, shared_length
 from posttrain.data.weights import PLAIN, Factor, Weighing, row_weight, weigh
 from posttrain.errors import UserError
 
@@ -54,6 +56,11 @@ class _Source:
     factors: list[Factor]
     weight: float  # of the row
 
+    @property
+    def is_whole(self) -> bool:
+        """Does all of the text count alike?"""
+        return self.document and not self.factors and self.rendered.spans == [(0, len(self.rendered.text))]
+
 
 class Encoder:
     """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
@@ -69,11 +76,7 @@ class Encoder:
         self._stops = tuple(stops)
         self.weighing = weighing
         self._template: ChatTemplate | None = None
-        # Of the same tokens, but the offsets cover all of the text: a post-processor may trim white space off them.
-        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._backend.post_processor = None
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._tokeniser = Tokeniser(tokenizer)
         self.identity = _identity(tokenizer, self._stops)
         added = tokenizer("x")["input_ids"]
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
@@ -90,7 +93,11 @@ class Encoder:
 
     def encode_many(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[Encoded]:
         """Encode rows other than pairs, each with its number, all at once; errors start with `where` of the number."""
-        return self._encode([self._named(row, number, where) for number, row in rows])
+        sources = []
+        for number, row in rows:
+            with _naming(where, number):
+                sources.append(self._source(row))
+        return self._encode(sources)
 
     def encode_text(self, row: Row) -> Encoded:
         """A document: every token counts, the end of the document too."""
@@ -104,37 +111,39 @@ class Encoder:
         """Plain text without template; the completion and the end of the document count."""
         return self._encode([self._continuation(prompt, completion, 1.0)])[0]
 
-    def encode_pair(self, row: Row, where: str = "") -> EncodedPair:
+    def encode_pair(self, row: Row) -> EncodedPair:
         """Encode prompt, chosen and rejected: all three texts, or a list of messages and two answers.
 
         Each answer is tokenised together with the prompt; the prompt is what both begin with, up to the first token
-        that counts in either. Raises UserError, which starts with `where`, if the answers are the same.
+        that counts in either. Raises UserError if the answers are the same.
         """
-        try:
-            weight = row_weight(row)
-            chosen, rejected = self._encode([self._answer(row["prompt"], row[name]) for name in ("chosen", "rejected")])
-            if chosen.tokens == rejected.tokens:
-                raise UserError("chosen and rejected are the same; leave the row out")
-        except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from error
-        limit = min(_first_trained(chosen), _first_trained(rejected))
-        shared = next((k for k in range(limit) if chosen.tokens[k] != rejected.tokens[k]), limit)
-        return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
+        return _pair(*self._encode_both([self._answers(row)])[0], row_weight(row))
 
-    def encode_prompt(self, row: Row, where: str = "") -> list[int]:
+    def encode_pairs(self, rows: Sequence[tuple[int, Row]], where: Callable[[int], str]) -> list[EncodedPair]:
+        """Encode pairs, each with its number, all at once; errors start with `where` of the number."""
+        sources, pairs = [], []
+        for number, row in rows:
+            with _naming(where, number):
+                sources.append(self._answers(row))
+        for (number, row), answers in zip(rows, self._encode_both(sources), strict=True):
+            with _naming(where, number):
+                pairs.append(_pair(*answers, row_weight(row)))
+        return pairs
+
+    def encode_prompt(self, row: Row) -> list[int]:
         """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
-        try:
-            if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
-                encoding = self._backend.encode(row["prompt"], add_special_tokens=False)
-                return [*self._start, *encoding.ids]
-            text = self._chat_template.render_prompt(prompt_of(row), row.get("tools"))
-            return self._backend.encode(text, add_special_tokens=False).ids
-        except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from error
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
+            return [*self._start, *self._tokeniser.ids([row["prompt"]])[0]]
+        text = self._chat_template.render_prompt(prompt_of(row), row.get("tools"))
+        return self._tokeniser.ids([text])[0]
 
-    def encode_reference(self, row: Row) -> list[int]:
-        """The tokens of `reference_of`."""
-        return self._backend.encode(reference_of(row), add_special_tokens=False).ids
+    def encode_prompts(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[tuple[list[int], list[int]]]:
+        """The prompt of each row and the tokens of its `reference_of`; errors start with `where` of the row's number."""
+        found = []
+        for number, row in rows:
+            with _naming(where, number):
+                found.append((self.encode_prompt(row), self._tokeniser.ids([reference_of(row)])[0]))
+        return found
 
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos."""
@@ -148,12 +157,6 @@ class Encoder:
         if self._template is None:
             self._template = ChatTemplate(self._tokenizer, self._stops)
         return self._template
-
-    def _named(self, row: Row, number: int, where: Callable[[int], str]) -> _Source:
-        try:
-            return self._source(row)
-        except UserError as error:
-            raise UserError(f"{where(number)}: {error}") from error
 
     def _source(self, row: Row) -> _Source:
         weight = row_weight(row)
@@ -176,6 +179,9 @@ class Encoder:
         rendered = Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
         return _document(prompt, completion, self.weighing.factors(rendered, [{"content": completion}]), weight)
 
+    def _answers(self, row: Row) -> tuple[_Source, _Source]:
+        return self._answer(row["prompt"], row["chosen"]), self._answer(row["prompt"], row["rejected"])
+
     def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
         if isinstance(prompt, str) and isinstance(answer, str):
             return _document(prompt, answer, [], 1.0)
@@ -183,17 +189,28 @@ class Encoder:
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         return self._conversation([*before, *after], None, first=len(before))
 
-    def _encode(self, sources: list[_Source]) -> list[Encoded]:
-        texts = [source.rendered.text for source in sources]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [self._weigh(e.ids, e.offsets, source) for e, source in zip(encodings, sources, strict=True)]
+    def _encode(self, sources: Sequence[_Source]) -> list[Encoded]:
+        if all(source.is_whole for source in sources) and not self.weighing.gamma:
+            ids = self._tokeniser.ids([source.rendered.text for source in sources])
+            return [self._finished(tokens, [1.0] * len(tokens), 0, source) for tokens, source in zip(ids, sources, strict=True)]
+        found = self._tokeniser.tokens([source.rendered.text for source in sources])
+        return [self._weighed(tokens, source) for tokens, source in zip(found, sources, strict=True)]
 
-    def _weigh(self, tokens: list[int], offsets: list[Span], source: _Source) -> Encoded:
-        weights, borders = _weights(offsets, source.rendered.spans)
-        end_weight = 1.0
+    def _encode_both(self, answers: Sequence[tuple[_Source, _Source]]) -> list[tuple[Encoded, Encoded]]:
+        found = self._tokeniser.pairs([(chosen.rendered.text, rejected.rendered.text) for chosen, rejected in answers])
+        weighed = self._weighed
+        return [(weighed(x, c), weighed(y, r)) for (x, y), (c, r) in zip(found, answers, strict=True)]
+
+    def _weighed(self, tokens: Tokens, source: _Source) -> Encoded:
+        weights, borders = _weights(tokens.offsets, source.rendered.spans)
         if source.factors or self.weighing.gamma:
-            weigh(weights, offsets, source.rendered.spans, source.factors, self.weighing)
-            end_weight = weights[-1] if weights else 1.0  # the end counts as what it ends
+            weigh(weights, tokens.offsets, source.rendered.spans, source.factors, self.weighing)
+        return self._finished(tokens.ids, weights, borders, source)
+
+    def _finished(self, tokens: list[int], weights: list[float], borders: int, source: _Source) -> Encoded:
+        """With the row's own weight, and a document's beginning and end."""
+        shaped = source.factors or self.weighing.gamma
+        end_weight = weights[-1] if shaped and weights else 1.0  # the end counts as what it ends
         if source.weight != 1:
             weights, end_weight = [source.weight * weight for weight in weights], source.weight * end_weight
         if not source.document:
@@ -223,6 +240,22 @@ def reference_of(row: Row) -> str:
     if isinstance(answer, list):
         answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
     return answer if isinstance(answer, str) else ""
+
+
+@contextmanager
+def _naming(where: Callable[[int], str], number: int) -> Iterator[None]:
+    """What is wrong within starts with where the row is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where(number)}: {error}") from error
+
+
+def _pair(chosen: Encoded, rejected: Encoded, weight: float) -> EncodedPair:
+    if chosen.tokens == rejected.tokens:
+        raise UserError("chosen and rejected are the same; leave the row out")
+    shared = min(_first_trained(chosen), _first_trained(rejected), shared_length(chosen.tokens, rejected.tokens))
+    return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
 
 
 def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:

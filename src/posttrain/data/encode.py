@@ -104,10 +104,8 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, account: 
     """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
     are left out."""
     kept, splits = [], []
-    for number, row in rows:
-        tokens = encoder.encode_prompt(row, where=account.where(number))
+    for (number, _), (tokens, known) in zip(rows, encoder.encode_prompts(rows, account.where), strict=True):
         if len(tokens) <= max_length:
-            known = encoder.encode_reference(row)
             kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
             splits.append((len(tokens), len(tokens) + len(known)))
         else:
@@ -117,8 +115,7 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, account: 
 
 def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, account: Account, to_the_end: bool = False) -> Examples:
     kept, splits, margins, pair_weights = [], [], [], []
-    for number, row in rows:
-        pair = encoder.encode_pair(row, where=account.where(number))
+    for (number, row), pair in zip(rows, encoder.encode_pairs(rows, account.where), strict=True):
         room = max_length - len(pair.prompt)
         answers = (pair.chosen, pair.rejected)
         if any(len(a.tokens) > room for a in answers):

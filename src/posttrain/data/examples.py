@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,17 +101,24 @@ def group(examples: Examples, max_length: int) -> Examples:
     """Best-fit decreasing: sequences into units of at most `max_length` tokens, none of them cut."""
     lengths = np.diff(examples.offsets)
     room_of: dict[int, list[int]] = {}  # free room -> units with just that much
+    rooms: list[int] = []  # those of which there are any, the smallest first
     bins: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = int(lengths[i])
-        room = next((r for r in range(size, max_length + 1) if room_of.get(r)), None)
-        if room is None:
+        fitting = bisect_left(rooms, size)
+        if fitting == len(rooms):
             bins.append([])
             target, room = len(bins) - 1, max_length
         else:
+            room = rooms[fitting]
             target = room_of[room].pop()
+            if not room_of[room]:
+                del rooms[fitting]
         bins[target].append(i)
-        room_of.setdefault(room - size, []).append(target)
+        left = room_of.setdefault(room - size, [])
+        if not left:
+            insort(rooms, room - size)
+        left.append(target)
     order = [i for members in bins for i in sorted(members)]
     sequences = [(*examples.sequence(i), int(examples.rows[i])) for i in order]
     laid = build(sequences)  # type: ignore[arg-type]
