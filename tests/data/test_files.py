@@ -2,9 +2,11 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,52 @@ def zstd(data: bytes) -> bytes:
     return pyarrow.compress(data, "zstd", asbytes=True)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd)]
-)
+def zipped(*files: tuple[str, bytes]) -> bytes:
+    with (out := io.BytesIO()), zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/", "")
+        for name, data in [*files, ("__MACOSX/._rows", b"of the Finder")]:
+            archive.writestr(name, data)
+        archive.close()
+        return out.getvalue()
+
+
+def locked(archive: bytes) -> bytes:
+    """The same, said to need a password."""
+    first, *entries = archive.split(b"PK\1\2")
+    return b"PK\1\2".join([first, *(entry[:4] + bytes([entry[4] | 1]) + entry[5:] for entry in entries)])
+
+
+PACKS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd, ".zip": lambda data: zipped(("x", data))}
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKS.items())
 def test_compressed(tmp_path: Path, suffix: str, pack: Any) -> None:
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(LINES))
     assert [row for _, row in read_rows(str(tmp_path / f"a.jsonl{suffix}"))] == ROWS
     (tmp_path / f"b.json{suffix}").write_bytes(pack(json.dumps(ROWS).encode()))
     assert [row for _, row in read_rows(str(tmp_path / f"b.json{suffix}"))] == ROWS
+
+
+def test_an_archive_of_one_file_says_its_kind_within(tmp_path: Path) -> None:
+    (tmp_path / "rows.zip").write_bytes(zipped(("folder/rows.jsonl", LINES)))
+    assert [row for _, row in read_rows(str(tmp_path / "rows.zip"))] == ROWS
+    (tmp_path / "rows.zip").write_bytes(zipped(("folder/rows.exe", LINES)))
+    with pytest.raises(UserError, match=r"unknown extension '\.zip'"):
+        list(read_rows(str(tmp_path / "rows.zip")))
+
+
+def test_a_field_that_an_object_does_not_have_is_no_null(tmp_path: Path) -> None:
+    """A column gives every call all arguments of any: what a template would write as null."""
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": [{"z": 0}, {"w": ""}]}}]
+    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "id": None} for call in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row for _, row in read_rows(str(tmp_path / "a.parquet"))] == rows
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read_rows(str(tmp_path / "saved"))] == rows
 
 
 def test_a_directory_and_a_pattern(tmp_path: Path) -> None:
@@ -78,7 +118,8 @@ def test_arrow_and_what_datasets_saves(tmp_path: Path) -> None:
 
 
 def test_a_list_of_json_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.data.files._BLOCK", 7)  # borders within words, numbers and letters of two bytes
+    for module in ("lines", "files"):  # borders within words, numbers and letters of two bytes
+        monkeypatch.setattr(f"posttrain.data.{module}.BLOCK", 7)
     (tmp_path / "a.json").write_text(json.dumps([{"n": i, "t": 'zwölf \\ "]'} for i in range(30)], ensure_ascii=False))
     assert [row for _, row in read_rows(str(tmp_path / "a.json"))] == [{"n": i, "t": 'zwölf \\ "]'} for i in range(30)]
     for text, line in (('[{"a": 1},\n{"a": }]', 2), ('[{"a": 1}\n\n{"a": 2}]', 3), ('[{"a": 1},\n', 2)):
@@ -97,6 +138,12 @@ def test_a_list_of_json_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pyte
         ("a.jsonl.gz", gzip.compress((b'{"text": "' + b"x" * 9999 + b'"}\n') * 8000), "as a decompression bomb does"),
         ("a.json", b'[{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "nested too deep"),
         ("a.parquet.gz", b"x", "unknown extension"),
+        ("a.jsonl.zip", LINES, "a.jsonl.zip: not a whole compressed file"),
+        ("a.zip", LINES, "a.zip: not a whole compressed file"),
+        ("a.jsonl.zip", zipped(("x", LINES), ("y", LINES)), "a.jsonl.zip: holds 2 files where one is read; unpack it"),
+        ("a.jsonl.zip", zipped(("x", LINES))[:40] + b"???" + zipped(("x", LINES))[43:], "not a whole compressed file"),
+        ("a.jsonl.zip", locked(zipped(("x", LINES))), "a.jsonl.zip: needs a password; unpack it"),
+        ("a.jsonl.zip", zipped(("x", b"\0" * 30_000_000)), "a.jsonl.zip, line 1: is longer than 16 MB"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(tmp_path: Path, name: str, data: bytes, says: str) -> None:

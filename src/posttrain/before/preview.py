@@ -111,6 +111,8 @@ def _look(
     cfg: LanguageStage, name: str, source: Source, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
 ) -> tuple[Part, Seen]:
     stage: str = cfg.stage  # type: ignore[attr-defined]
+    if most is not None:  # and not a row more is read or downloaded
+        source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
     split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), stage, eval_path)
     raw = list(islice(split.train, most))
     complete = most is None or len(raw) < most

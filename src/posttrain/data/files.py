@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from posttrain.data.columnar import Found, arrow_rows, parquet_rows
+from posttrain.data.lines import BLOCK, COMPRESSIONS, LONGEST_LINE, blocks, lines, reading, sound, zip_member
 from posttrain.errors import UserError
 
 Row = tuple[int, dict[str, Any] | UserError]  # number in the source from 1; columns, or what is wrong with this row alone
-Found = Iterator[tuple[int, Any]]
 
-LONGEST_LINE = 16 * 2**20  # bytes: what is longer is no row but a broken file
-LARGEST_RATIO = 200  # of bytes that come out of a compressed file; text gives 3 to 20
 LOOKED_AT = 2**20  # letters of a text file in which a blank line decides what a document is
 CONVERSATION_COLUMNS = ("messages", "conversations", "prompt")
-_BLOCK = 2**20
 
 
 def file_rows(file: Path, name: str) -> Iterator[Row]:
     """Rows of a local file that exists and whose kind is known. Raises UserError for a file that cannot be read on."""
     empty, (kind, compression) = True, kind_of(file)
-    with _reading(name):
+    with reading(name):
         for number, row in READERS[kind](file, name, compression):
             if not isinstance(row, dict | UserError):
                 row = UserError(f"{name}, row {number}: is {_kind(row)}, not an object with columns")
@@ -42,23 +35,15 @@ def file_rows(file: Path, name: str) -> Iterator[Row]:
 
 
 def kind_of(file: Path) -> tuple[str, str]:
-    """(.jsonl, .gz) of rows.jsonl.gz: the kind, empty where it is not known, and the compression, empty where there is none."""
+    """(.jsonl, .gz) of rows.jsonl.gz: the kind, empty where it is not known, and the compression, empty where there is none.
+    The name of an archive need not say the kind: the file in it does."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    if packed == ".zip" and not (suffixes and suffixes[-1] in READERS):
+        with reading(str(file)):
+            suffixes = [Path(zip_member(file)).suffix.lower()]
     kind = suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
     return (kind, packed) if not packed or kind not in _WHOLE else ("", packed)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turns what the operating system or a decompressor says about a file into a UserError."""
-    try:
-        yield
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{name}: not a whole compressed file ({error}); compress it again") from error
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise UserError(f"{name}: cannot be read ({reason})") from error
 
 
 def _kind(value: object) -> str:
@@ -73,68 +58,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _zstd(file: Path) -> IO[bytes]:
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
-
-
-COMPRESSIONS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
-
-
-def _blocks(file: Path, name: str, compression: str) -> Iterator[bytes]:
-    """The file's bytes, decompressed. Raises UserError for one that grows without an end."""
-    size, total = file.stat().st_size, 0
-    with COMPRESSIONS[compression](file) if compression else file.open("rb") as raw:
-        while block := raw.read(_BLOCK):
-            total += len(block)
-            if compression and total > max(LARGEST_RATIO * size, 4 * LONGEST_LINE):
-                raise UserError(
-                    f"{name}: holds more than {LARGEST_RATIO} times its size, as a decompression bomb does; unpack it"
-                )
-            yield block
-
-
-def _byte_lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, bytes | UserError]]:
-    """Lines with their ends, numbered from 1; only a line feed ends a line. One that is too long is an error of its own."""
-    number, rest, skipping = 1, b"", False
-    for block in _blocks(file, name, compression):
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if not skipping:
-                yield number, line + b"\n" if len(line) <= LONGEST_LINE else _too_long(name, number)
-            number, skipping = number + 1, False
-        if len(rest) > LONGEST_LINE or skipping:
-            if not skipping:
-                yield number, _too_long(name, number)
-            rest, skipping = b"", True
-    if rest and not skipping:
-        yield number, rest
-
-
-def _too_long(name: str, number: int) -> UserError:
-    return UserError(f"{name}, line {number}: is longer than {LONGEST_LINE // 2**20} MB; break the row up")
-
-
-def _lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, str | UserError]]:
-    for number, line in _byte_lines(file, name, compression):
-        if isinstance(line, UserError):
-            yield number, line
-            continue
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            wrong = f"byte 0x{line[error.start]:02x} at place {error.start + 1} of the line"
-            yield number, UserError(f"{name}, line {number}: not UTF-8 ({wrong}); save the file as UTF-8")
-
-
-def _sound(lines: Iterator[tuple[int, str | UserError]]) -> Iterator[str]:
-    for _, line in lines:
-        if isinstance(line, UserError):
-            raise line
-        yield line
-
-
 def _parsed(line: str, name: str, number: int) -> Any:
     try:
         return json.loads(line)
@@ -145,7 +68,7 @@ def _parsed(line: str, name: str, number: int) -> Any:
 
 
 def _jsonl(file: Path, name: str, compression: str) -> Found:
-    for number, line in _lines(file, name, compression):
+    for number, line in lines(file, name, compression):
         if isinstance(line, UserError):
             yield number, line
         elif line.strip():
@@ -154,7 +77,7 @@ def _jsonl(file: Path, name: str, compression: str) -> Found:
 
 def _json(file: Path, name: str, compression: str) -> Found:
     """A list is read element by element; an object whole, unless each line is one: then it is JSONL."""
-    first = [line for _, (_, line) in zip(range(2), _lines(file, name, compression), strict=False)]
+    first = [line for _, (_, line) in zip(range(2), lines(file, name, compression), strict=False)]
     opening = first[0].lstrip() if first and isinstance(first[0], str) else ""
     if opening.startswith("["):
         yield from _Elements(file, name, compression)
@@ -162,7 +85,7 @@ def _json(file: Path, name: str, compression: str) -> Found:
     if len(first) == 2 and not isinstance(_parsed(opening or "?", name, 1), UserError):
         yield from _jsonl(file, name, compression)
         return
-    text = "".join(_sound(_lines(file, name, compression)))
+    text = "".join(sound(lines(file, name, compression)))
     if not text.strip():
         return
     try:
@@ -182,7 +105,7 @@ class _Elements:
 
     def __init__(self, file: Path, name: str, compression: str) -> None:
         self.name, self.line, self.text, self.at, self.ended = name, 1, "", 0, False
-        self.blocks = _blocks(file, name, compression)
+        self.blocks = blocks(file, name, compression)
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def __iter__(self) -> Found:
@@ -201,7 +124,7 @@ class _Elements:
         self.line += self.text.count("\n", 0, self.at)
         self.text, self.at = self.text[self.at :], 0
         before = len(self.text)
-        while not self.ended and len(self.text) < max(2 * before, _BLOCK):
+        while not self.ended and len(self.text) < max(2 * before, BLOCK):
             block = next(self.blocks, b"")
             self.ended = not block
             try:
@@ -243,7 +166,7 @@ class _Elements:
 def _separated(delimiter: str) -> Callable[[Path, str, str], Found]:
     def read(file: Path, name: str, compression: str) -> Found:
         csv.field_size_limit(LONGEST_LINE)  # csv's own limit of 128 KiB is less than many a document
-        reader = csv.DictReader(_sound(_lines(file, name, compression)), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(sound(lines(file, name, compression)), delimiter=delimiter, strict=True)
         try:
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
@@ -259,42 +182,6 @@ def _separated(delimiter: str) -> Callable[[Path, str, str], Found]:
     return read
 
 
-def _parquet(file: Path, name: str, _: str) -> Found:
-    from pyarrow import parquet
-
-    def batches() -> Iterator[Any]:
-        with parquet.ParquetFile(file) as table:
-            yield from table.iter_batches(batch_size=1024)
-
-    return _columnar(file, name, batches, "Parquet")
-
-
-def _arrow(file: Path, name: str, _: str) -> Found:
-    """Arrow's stream, which datasets writes, or its file format."""
-    import pyarrow
-
-    def batches() -> Iterator[Any]:
-        with pyarrow.memory_map(str(file)) as source:
-            try:
-                yield from pyarrow.ipc.open_stream(source)
-            except pyarrow.ArrowInvalid:
-                reader = pyarrow.ipc.open_file(source)
-                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-
-    return _columnar(file, name, batches, "Arrow")
-
-
-def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> Found:
-    if not file.stat().st_size:
-        return
-    import pyarrow
-
-    try:
-        yield from enumerate((row for batch in batches() for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not valid {kind} ({str(error).splitlines()[0]})") from error
-
-
 def _text(file: Path, name: str, compression: str) -> Found:
     """With a blank line within the first LOOKED_AT letters a document is what stands between them, else each line is one."""
     return (_paragraphs if _is_parted(file, name, compression) else _each_line)(file, name, compression)
@@ -302,7 +189,7 @@ def _text(file: Path, name: str, compression: str) -> Found:
 
 def _is_parted(file: Path, name: str, compression: str) -> bool:
     looked, words, gap = 0, False, False
-    for _, line in _lines(file, name, compression):
+    for _, line in lines(file, name, compression):
         if isinstance(line, UserError) or line.strip():
             if gap:
                 return True
@@ -316,26 +203,26 @@ def _is_parted(file: Path, name: str, compression: str) -> bool:
 
 def _each_line(file: Path, name: str, compression: str) -> Found:
     number = 0
-    for _, line in _lines(file, name, compression):
+    for _, line in lines(file, name, compression):
         if isinstance(line, UserError) or line.strip():
             number += 1
             yield number, line if isinstance(line, UserError) else {"text": line.rstrip("\r\n")}
 
 
 def _paragraphs(file: Path, name: str, compression: str) -> Found:
-    number, lines, wrong = 1, list[str](), list[UserError]()
-    for _, line in chain(_lines(file, name, compression), [(0, "")]):
+    number, words, wrong = 1, list[str](), list[UserError]()
+    for _, line in chain(lines(file, name, compression), [(0, "")]):
         if isinstance(line, UserError):
             wrong.append(line)
         elif line.strip():
-            lines.append(line.replace("\r\n", "\n"))
-        elif lines or wrong:
-            yield number, wrong[0] if wrong else {"text": "".join(lines).strip()}
-            number, lines, wrong = number + 1, [], []
+            words.append(line.replace("\r\n", "\n"))
+        elif words or wrong:
+            yield number, wrong[0] if wrong else {"text": "".join(words).strip()}
+            number, words, wrong = number + 1, [], []
 
 
 def _document(file: Path, name: str, compression: str) -> Found:
-    if text := "".join(_sound(_lines(file, name, compression))).strip():
+    if text := "".join(sound(lines(file, name, compression))).strip():
         yield 1, {"text": text}
 
 
@@ -345,8 +232,8 @@ READERS: dict[str, Callable[[Path, str, str], Found]] = {
     ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
     ".txt": _text,
     ".md": _document,
     ".rst": _document,

@@ -129,7 +129,7 @@ def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
 def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tuple[Examples, str]:
     """An evaluation set by its path alone: tokenised, with its kind (text, conversation or pairs)."""
     found = builtin_rows(path.removeprefix("builtin:"), "eval") if path.startswith("builtin:") else None
-    raw = enumerate(found, 1) if found is not None else read_rows(path)
+    raw = enumerate(found, 1) if found is not None else read_rows(path, few=True)
     chosen = list(islice(raw, rows))
     first = chosen[0][1]
     assert isinstance(first, dict)  # read_rows has raised what is wrong with it

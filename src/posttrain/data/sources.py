@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.builtin import PARTS, builtin_rows
+from posttrain.data.columnar import without_nulls
 from posttrain.data.files import COMPRESSIONS, KNOWN, READERS, Row, file_rows, kind_of
+from posttrain.data.hub import hub_commit, hub_rows
 from posttrain.errors import UserError, did_you_mean
 
 __all__ = ["Row", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
@@ -26,7 +28,13 @@ _SAMPLES, _SAMPLE = 64, 2**16
 
 
 def read_rows(
-    path: str, *, subset: str | None = None, split: str = "train", revision: str | None = None, sound: bool = True
+    path: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    few: bool = False,
+    sound: bool = True,
 ) -> Iterator[Row]:
     """Rows of a file, of all files of a directory or a pattern (`data/*.jsonl.gz`), of a directory that datasets has saved, of
     a hub data set (`org/name`) or of `builtin:NAME`, read as they are needed.
@@ -34,23 +42,25 @@ def read_rows(
     They are numbered from 1, by line in JSONL, else by record; `row_name` says where a number is. Files are told by their
     extension: .jsonl, .ndjson, .json (a list of objects, an object with one such list, or JSONL), .csv and .tsv with a header,
     .parquet, .arrow. .txt is text: with blank lines in it, a document is what stands between them; without any, each line is a
-    document. .md and .rst are one document. Behind any of them may stand .gz, .bz2, .xz or .zst. subset, split and revision
-    are the hub's; split also names the part of a built-in or saved set.
+    document. .md and .rst are one document. Behind any of them may stand .gz, .bz2, .xz, .zst or .zip
+    (an archive of one file). subset, split and revision
+    are the hub's; split also names the part of a built-in or saved set. few: the caller will stop before the end, so a set of
+    the hub need not be downloaded.
 
     sound: raise for a row that cannot be read; else it comes as the UserError that says why. Raises UserError, naming file and
     line, for a file that cannot be read at all.
     """
-    for number, row in _rows(path, subset, split, revision):
+    for number, row in _rows(path, subset, split, revision, few):
         if sound and isinstance(row, UserError):
             raise row
         yield number, row
 
 
-def _rows(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Row]:
+def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[Row]:
     if path.startswith(_BUILTIN):
         yield from enumerate(builtin_rows(path.removeprefix(_BUILTIN), split), 1)
     elif _is_hub_id(path):
-        yield from _hub(path, subset, split, revision)
+        yield from hub_rows(path, subset, split, revision, few)
     elif _is_saved(path):
         yield from _saved(path, split)
     else:
@@ -85,20 +95,20 @@ def split_rows(rows: Iterable[Row], eval_share: float) -> Iterator[tuple[bool, R
 
 
 def place(row: dict[str, Any]) -> float:
-    """A number in [0, 1) from the sha256 of the row as JSON with sorted keys."""
-    content = _CONTENT.encode(row).encode("utf-8", "surrogatepass")
+    """A number in [0, 1) from the sha256 of the row as JSON with sorted keys, without columns that hold nothing."""
+    content = _CONTENT.encode({name: value for name, value in row.items() if value is not None}).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
 
 
 def fingerprint(path: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> str:
     """What identifies the data: sha256 of a file's bytes, of all files' or of a built-in set's rows; a hub id with its
-    revision. Of a file above SAMPLED_FROM bytes its size and samples all over it stand for the whole."""
+    commit. Of a file above SAMPLED_FROM bytes its size and samples all over it stand for the whole."""
     if path.startswith(_BUILTIN):
         name = path.removeprefix(_BUILTIN)
         rows = [builtin_rows(name, part) for part in PARTS[name]] if name in PARTS else builtin_rows(name, "eval")
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     if _is_hub_id(path):
-        return f"hub:{path}@{revision or 'main'}:{subset or ''}:{split}"
+        return f"hub:{path}@{hub_commit(path, subset, split, revision)}:{subset or ''}:{split}"
     directory = Path(path).expanduser()
     files = sorted(str(p) for p in directory.rglob("*") if p.is_file()) if _is_saved(path) else files_of(path)
     found = [_of_file(file) for file in files]
@@ -171,30 +181,4 @@ def _saved(path: str, split: str) -> Iterator[Row]:
         found = found[split]
     if not len(found):
         raise UserError(f"{path}: is empty; give a data set with at least one row")
-    yield from enumerate(map(dict, found), 1)
-
-
-def _hub(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(path, name=subset, split=split, revision=revision)
-    except Exception as error:  # the hub's client raises a dozen kinds, several of them private
-        raise UserError(_hub_trouble(path, subset, split, revision, error)) from error
-    yield from enumerate(map(dict, rows), 1)
-
-
-def _hub_trouble(path: str, subset: str | None, split: str, revision: str | None, error: Exception) -> str:
-    from datasets.exceptions import DatasetNotFoundError
-
-    said = " ".join(str(error).split())[:200]
-    if isinstance(error, ConnectionError) or "offline" in said.lower() or "connect" in type(error).__name__.lower():
-        return f"data.path: no file {path} here, and cannot reach the hub for a data set of that name; give a local file"
-    if isinstance(error, DatasetNotFoundError):
-        at = f" at revision {revision}" if revision else ""
-        return f"data.path: the hub has no data set {path}{at}, or it is private; check the name, or give a local file"
-    if "split" in said.lower():
-        return f"data.split: {path} has no split '{split}' ({said})"
-    if "config" in said.lower():
-        return f"data.subset: {path} has no subset '{subset}' ({said})"
-    return f"data.path: cannot load {path} from the hub ({type(error).__name__}: {said}); give a local file"
+    yield from ((number, without_nulls(dict(row))) for number, row in enumerate(found, 1))

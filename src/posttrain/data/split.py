@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -26,14 +25,16 @@ class Split:
         """Raises UserError for a shape that `stage` does not take."""
         self._most, self._held = data.eval_rows, list[Row]()
         self.filtered = 0  # rows left out for their quality, so far
-        read = partial(_read, source)
+        few = source.max_rows is not None and source.quality != "filter"
         apart = eval_path or source.path.startswith("builtin:")
-        self._marked = split_rows(read(source.path, split=source.split), 0.0 if apart else data.eval_share)
+        self._marked = split_rows(_read(source, source.path, source.split, few), 0.0 if apart else data.eval_share)
         if apart:
-            other = read(eval_path, split=source.split) if eval_path else read(source.path, split="eval")
-            self._held = list(islice(other, self._most))
+            other = (eval_path, source.split) if eval_path else (source.path, "eval")
+            self._held = list(islice(_read(source, *other, few=True), self._most))
         self._last = source.max_rows and source.skip_rows + source.max_rows
-        best = self._not_held() if source.quality != "filter" else self._best(_read(source, source.path, source.split), source)
+        best = (
+            self._not_held() if source.quality != "filter" else self._best(_read(source, source.path, source.split, few), source)
+        )
         train = islice(best, source.skip_rows, self._last)
         before = list(_until_sound(train, data.on_error == "skip"))
         first = before[-1][1] if before else None
@@ -97,9 +98,9 @@ def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
             return
 
 
-def _read(source: Source, path: str, split: str) -> Iterator[Row]:
+def _read(source: Source, path: str, split: str, few: bool) -> Iterator[Row]:
     """Rows under the names that shapes know, with data.quality=weight as their weight; one that cannot be read is an error."""
-    for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, sound=False):
+    for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, few=few, sound=False):
         try:
             yield number, _renamed(row, source) if isinstance(row, dict) else row
         except UserError as error:
