@@ -21,7 +21,7 @@ from posttrain.config.schema import Lora
 from posttrain.data.examples import build
 from posttrain.data.packing import pack
 from posttrain.losses.tokens import token_loss
-from posttrain.models.activations import activations, layers_to_recompute
+from posttrain.models.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM
 from posttrain.models.head import chunk_logits
@@ -108,9 +108,8 @@ def recomputed(model: Any, method: Lora, options: argparse.Namespace, device: st
     kept = []
     for layers in (2, 1):
         config = LlamaConfig(**{**SHAPES[options.shape], "num_hidden_layers": layers}, tie_word_embeddings=False)
-        with torch.device("meta"):
-            small: Any = LlamaForCausalLM(config)
-            kept.append(activations(add_method(small.bfloat16(), method), options.tokens, options.documents).whole)
+        small = model_of_shapes(config, torch.bfloat16, method)
+        kept.append(activations(small, options.tokens, options.documents).whole)
     inputs = 2.0 * options.tokens * SHAPES[options.shape]["hidden_size"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 12 * trained + 10.0 * chunk_logits(device) + 3 * inputs

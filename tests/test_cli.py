@@ -1,5 +1,6 @@
 """The command line: quick, in the user's words, and with the exit codes that scripts rely on."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli import STAGES, app
-from posttrain.worker import STAGES as RUNNERS
+from posttrain.config.schema import STAGES as CONFIGS
 
 BIN = Path(sys.executable).parent
 runner = CliRunner()
@@ -24,7 +25,8 @@ def invoke(*words: str) -> tuple[int, str]:
 
 
 def test_every_stage_has_a_runner_and_a_config() -> None:
-    assert set(STAGES) == set(RUNNERS)
+    assert list(STAGES) == list(CONFIGS)
+    assert all(importlib.util.find_spec(f"posttrain.stages.{stage}") for stage in STAGES)
 
 
 def test_help_is_there_at_once_and_loads_nothing() -> None:

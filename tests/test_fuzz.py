@@ -1,8 +1,11 @@
 """Every file that the tool reads, damaged at random: what follows is right, or one line that names it; never a traceback."""
 
+import gzip
 import json
+import lzma
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -121,7 +124,11 @@ CASES = {
     "rows, json": Case("rows.json", rows("rows.json")),
     "rows, csv": Case("rows.csv", rows("rows.csv")),
     "rows, parquet": Case("rows.parquet", rows("rows.parquet")),
+    "rows, arrow": Case("rows.arrow", rows("rows.arrow")),
     "rows, gzip": Case("rows.jsonl.gz", rows("rows.jsonl.gz")),
+    "rows, xz": Case("rows.jsonl.xz", rows("rows.jsonl.xz")),
+    "rows, zstd": Case("rows.jsonl.zst", rows("rows.jsonl.zst")),
+    "rows, zip": Case("rows.zip", rows("rows.zip")),
     "rows, text": Case("rows.txt", rows("rows.txt")),
     "rows, to tokens": Case("rows.jsonl", prepared("rows.jsonl")),
     "recipe": Case("recipe.yaml", lambda home: load_recipe(str(home / "recipe.yaml"), [])),
@@ -131,8 +138,6 @@ CASES = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, one that was stopped, rows in many kinds of file, and a recipe."""
-    import gzip
-
     import pyarrow
     from pyarrow import parquet
 
@@ -147,7 +152,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (home / "rows.csv").write_text("prompt,completion\n" + "".join(f'"{r["prompt"]}","{r["completion"]}"\n' for r in found))
     (home / "rows.txt").write_text("\n\n".join(row["completion"] for row in found))
-    parquet.write_table(pyarrow.Table.from_pylist(found), home / "rows.parquet")
+    (home / "rows.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    (home / "rows.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), "zstd", asbytes=True))
+    with zipfile.ZipFile(home / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", lines)
+    table = pyarrow.Table.from_pylist(found)
+    parquet.write_table(table, home / "rows.parquet")
+    with pyarrow.OSFile(str(home / "rows.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
     shutil.copy(root("recipes") / "python_expert.yaml", home / "recipe.yaml")
     return home
 

@@ -17,8 +17,8 @@ import yaml
 
 import posttrain.child
 import posttrain.config.compose
-from posttrain.config.compose import STAGES
 from posttrain.config.paths import root
+from posttrain.config.schema import STAGES
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import load_recipe, recipe_names

@@ -228,11 +228,9 @@ def warm_up(stages: list[str]) -> None:
     import peft  # noqa: F401
     import torch
 
-    from posttrain.worker import STAGES as MODULES
-
     torch.set_num_threads(1)
     for stage in stages:
-        importlib.import_module(MODULES[stage])
+        importlib.import_module(f"posttrain.stages.{stage}")
     import posttrain.after.report
     import posttrain.config.compose  # noqa: F401
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from posttrain.config.paths import root
-from posttrain.config.schema import ALL_STAGES, Cpt, Dpo, Sft, Strict
+from posttrain.config.schema import STAGES, Cpt, Dpo, Sft, Strict
 from posttrain.errors import UserError, did_you_mean
 
-_STAGES: dict[str, type[Strict]] = {get_args(s.model_fields["stage"].annotation)[0]: s for s in ALL_STAGES}
 _SECTIONS = {*Cpt.model_fields} & {*Sft.model_fields} & {*Dpo.model_fields} | {"experiment"}  # keys of every stage
 
 
@@ -115,9 +114,9 @@ def _stage(path: Path, name: str, spec: _Step) -> str:
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in _SECTIONS:
         raise UserError(f"{where}: a step's name is letters, digits, - and _, and not a config key such as '{name}'")
     stage = spec.stage or name
-    if stage not in _STAGES:
-        near = did_you_mean(stage, list(_STAGES))
-        raise UserError(f"{where}.stage: there is no stage '{stage}'{near} (there are: {', '.join(_STAGES)})")
+    if stage not in STAGES:
+        near = did_you_mean(stage, list(STAGES))
+        raise UserError(f"{where}.stage: there is no stage '{stage}'{near} (there are: {', '.join(STAGES)})")
     return stage
 
 
@@ -160,11 +159,11 @@ def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
     """The steps that an override's key speaks to, and the key as they know it. A bare `init` is the first step's."""
     head, _, rest = key.partition(".")
     if head in steps and rest:
-        fields = _STAGES[steps[head].stage].model_fields
+        fields = STAGES[steps[head].stage].model_fields
         # dpo.beta=0.2 in a step called dpo: the step's own section, as nothing else there is called beta
         own = head in fields and rest.lstrip("+").split(".")[0] not in {*fields, *_SECTIONS}
         return [head], key if own else rest
-    sections = _SECTIONS.union(*(_STAGES[step.stage].model_fields for step in steps.values()))
+    sections = _SECTIONS.union(*(STAGES[step.stage].model_fields for step in steps.values()))
     if head not in sections:
         raise UserError(f"'{key}': '{head}' is neither a step nor a config key{did_you_mean(head, [*steps, *sorted(sections)])}")
     return ([next(iter(steps))] if key == "init" else list(steps)), key

@@ -24,8 +24,6 @@ from posttrain.rundir import Run, open_run, read_manifest
 from posttrain.signals import leaving_at_once
 from posttrain.trouble import named
 
-STAGES = {name: f"posttrain.stages.{name}" for name in ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")}
-
 
 def run_config(config: dict[str, Any]) -> dict[str, Any]:
     """Run a composed, validated config to its end, or go on where it stopped; returns the manifest.
@@ -44,7 +42,7 @@ def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
     if run.finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
         return read_manifest(run.dir)
-    stage = importlib.import_module(STAGES[config["stage"]])
+    stage = importlib.import_module(f"posttrain.stages.{config['stage']}")
     try:
         return stage.run(STAGE_CONFIG.validate_python(config), run)
     except Stopped:

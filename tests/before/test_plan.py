@@ -12,11 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import Segment
-from posttrain.before.memory import activations, adamw_bytes, meta_model, nf4_bytes
+from posttrain.before.memory import adamw_bytes, nf4_bytes
 from posttrain.before.plan import make_plan, parse_memory
 from posttrain.config.compose import compose_run
 from posttrain.config.schema import STAGE_CONFIG
 from posttrain.errors import UserError
+from posttrain.models.activations import activations, model_of_shapes
 from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM, load_causal
 from posttrain.models.masks import DocumentMask
@@ -144,7 +145,7 @@ def test_activations_are_what_autograd_keeps(directory: Path, method: list[str])
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = real.train().hidden(ids, DocumentMask(segments, 96, torch.device("cpu")), input_ids=ids)
     measured = sum(storage.nbytes() for storage in kept.values())
-    planned = activations(meta_model(cfg, LlamaConfig(**SHAPE)), 96, 2).whole
+    planned = activations(model_of_shapes(LlamaConfig(**SHAPE), torch.float32, cfg.peft), 96, 2).whole
     assert hidden.requires_grad
     assert planned == pytest.approx(measured, rel=0.1)
 

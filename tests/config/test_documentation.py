@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from posttrain.config.compose import STAGES, compose_run
+from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
+from posttrain.config.schema import STAGES
 from posttrain.rundir import flatten
 
 PAGE = root("configs").parent / "docs" / "configuration.md"

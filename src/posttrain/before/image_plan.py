@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from posttrain.batch import ImagePart
-from posttrain.before.memory import add_magnitudes, tally
+from posttrain.before.memory import tally
 from posttrain.config.schema import Dreambooth
-from posttrain.models.activations import same_shapes
+from posttrain.models.activations import Cost, cost, same_shapes, with_magnitudes
 from posttrain.models.denoiser import trained_parts
 from posttrain.models.diffusion import DiffusionModel, Texts, bare, encode_texts, latent_scale, text_encoders
 from posttrain.models.pipelines import pipeline_directory, shapes_of_pipeline
@@ -68,13 +66,6 @@ def image_plan(cfg: Dreambooth, capacity: int) -> dict[str, Any]:
     }
 
 
-class Cost(NamedTuple):
-    """Bytes that a forward pass leaves for the backward, each storage once, and the operations of both."""
-
-    kept: float
-    flops: float
-
-
 class _Counted(NamedTuple):
     """Bytes: parts, of what lies there while it trains; everything, of the pipeline's weights before; kept, of a micro-batch's
     forward pass for its backward. flops: of both passes over `images` pictures."""
@@ -97,10 +88,9 @@ def _micro_batch(cfg: Dreambooth, inputs: ImageInputs, recompute: bool) -> _Coun
     caption, text = str(cfg.data.instance_prompt or cfg.data.class_prompt or "a picture"), cfg.dreambooth.text_encoder
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         parts = trained_parts(pipe, same_shapes(cfg.peft), text, 1000, recompute)
-        texts, read = _count(lambda: encode_texts(pipe, [caption] * images))
+        texts, read = _cost(lambda: encode_texts(pipe, [caption] * images))
         model = DiffusionModel(pipe, [caption], texts, parts)
-        if cfg.peft.method == "dora":
-            add_magnitudes(model, getattr(torch, cfg.peft.dtype))
+        with_magnitudes(model, cfg.peft)
     found = tally(cfg, model, model, list(blocks_linears(bare(model.denoiser)).values()))
     drawn = _denoised(model, texts, images, inputs.framing.side // latent_scale(pipe))
     used = not cfg.data.cache or text
@@ -121,24 +111,11 @@ def _denoised(model: DiffusionModel, texts: Texts, images: int, side: int) -> Co
         number, sizes = torch.arange(images), torch.zeros(images, 6)
         part = ImagePart(latents, latents, None, latents, latents, latents[..., :1, :1], number, number, sizes, None, images)
         model.train()
-        return _count(lambda: {"predicted": model(part, latents)})[1]
+        return _cost(lambda: {"predicted": model(part, latents)})[1]
 
 
-def _count(forward: Callable[[], Texts]) -> tuple[Texts, Cost]:
-    """What `forward` gives, and what it and its backward pass cost."""
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            found = forward()
-        if any(value.requires_grad for value in found.values()):
-            sum(value.sum() for value in found.values() if value.requires_grad).backward()  # type: ignore[union-attr]
-    return found, Cost(float(sum(storage.nbytes() for storage in storages.values())), float(counter.get_total_flops()))
+def _cost(forward: Callable[[], Texts]) -> tuple[Texts, Cost]:
+    return cost(forward, lambda found: list(found.values()), operations=ATTENTION)
 
 
 def _bytes(module: Any) -> float:

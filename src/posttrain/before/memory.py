@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.activations import activations, same_shapes
-from posttrain.models.adapters import NEW, add_method
+from posttrain.models.activations import activations, model_of_shapes
 from posttrain.models.head import chunk_logits
 from posttrain.models.targets import linears
 
@@ -43,28 +41,9 @@ class Counted:
     flops: float
 
 
-def meta_model(cfg: Any, config: Any) -> nn.Module:
-    """The model with its method, on the meta device: shapes without numbers."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = DTYPES[cfg.base_dtype]
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(cfg.peft), 1000)
-        if cfg.peft.method == "dora":
-            add_magnitudes(model, getattr(torch, cfg.peft.dtype))
-    return model
-
-
-def add_magnitudes(model: nn.Module, dtype: torch.dtype) -> None:
-    module: Any
-    for module in list(model.modules()):
-        if NEW in getattr(module, "lora_B", {}):
-            module.register_parameter("magnitude", nn.Parameter(torch.empty(module.lora_B[NEW].out_features, dtype=dtype)))
-
-
 def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float) -> Counted:
     """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath."""
-    model = meta_model(cfg, config)
+    model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     found = tally(cfg, model, base, list(linears(base).values()))
     kept = activations(model, tokens, sequences)

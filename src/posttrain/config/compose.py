@@ -29,7 +29,6 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.rundir import flatten, read_config
 
 NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
-STAGES = ("cpt", "sft", "rm", "ppo", "dpo", "dreambooth")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)

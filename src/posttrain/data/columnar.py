@@ -43,7 +43,7 @@ def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind:
 
     try:
         yield from enumerate((without_nulls(row) for batch in batches() for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{name}: not valid {kind} ({str(error).splitlines()[0]})") from error
 
 

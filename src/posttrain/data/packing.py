@@ -61,12 +61,12 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
 
 
 class Group(NamedTuple):
-    """A prompt and the answers to it, each with the weights of its tokens, of which one at least is not zero. row: of which
-    sequence the prompt is."""
+    """A prompt and the answers to it, each with the weights of its tokens, of which one at least is not zero. sequence: the
+    number of the one that the prompt is of."""
 
     prompt: NDArray[np.int32]
     answers: list[tuple[NDArray[np.int32], NDArray[np.float32]]]
-    row: int
+    sequence: int
 
 
 def pack_answers(groups: Sequence[Group]) -> PackedBatch:
@@ -112,7 +112,7 @@ def pack_answers(groups: Sequence[Group]) -> PackedBatch:
         owner=torch.from_numpy(np.concatenate(owner)),
         ends=torch.tensor(ends),
         num_answers=len(ends),
-        rows=tuple(group.row for group in groups),
+        rows=tuple(group.sequence for group in groups),
         count=float(kept.sum()),
     )
 

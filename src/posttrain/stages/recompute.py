@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from posttrain.config.schema import LanguageStage, Ppo
 from posttrain.console import say
-from posttrain.models.activations import activations, layers_to_recompute, same_shapes
-from posttrain.models.adapters import add_method
+from posttrain.models.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.causal import PackedLM
 from posttrain.models.head import chunk_logits
 from posttrain.stages.build import Built, Inputs
@@ -74,8 +71,6 @@ def _kept(cfg: LanguageStage, built: Built, tokens: int, sequences: int, layers:
     if kinds := getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types = kinds[:layers]
     try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            model = add_method(AutoModelForCausalLM.from_config(config, dtype=built.dtype), same_shapes(cfg.peft), 1000)
-            return activations(model, tokens, sequences).whole
+        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences).whole
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None

@@ -21,8 +21,8 @@ from posttrain.config.schema.model import (
     Vera,
 )
 from posttrain.config.schema.stages import (
-    ALL_STAGES,
     STAGE_CONFIG,
+    STAGES,
     Cpt,
     Dpo,
     Dreambooth,
@@ -36,7 +36,7 @@ from posttrain.config.schema.stages import (
 from posttrain.config.schema.training import TrainConfig
 
 __all__ = [
-    "ALL_STAGES",
+    "STAGES",
     "STAGE_CONFIG",
     "AdaLora",
     "Adapted",

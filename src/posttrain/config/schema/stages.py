@@ -200,4 +200,6 @@ class Dreambooth(Stage):
 
 StageConfig = Annotated[Cpt | Sft | Rm | Ppo | Dpo | Dreambooth, Field(discriminator="stage")]
 STAGE_CONFIG: TypeAdapter[Any] = TypeAdapter(StageConfig)
-ALL_STAGES: tuple[type[Stage], ...] = get_args(get_args(StageConfig)[0])
+STAGES: dict[str, type[Stage]] = {
+    get_args(stage.model_fields["stage"].annotation)[0]: stage for stage in get_args(get_args(StageConfig)[0])
+}
