@@ -171,6 +171,7 @@ def test_recomputation_runs_under_its_own_role(runs: Path, tmp_path: Path) -> No
     assert all((kept[name] - again[name]).abs().max() < 1e-6 for name in kept)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(runs: Path, tmp_path: Path) -> None:
     words = [*TINY, *LORA, "train.max_steps=6", "train.save_steps=1", "ppo.target_kl=1.0", f"init={runs / 'sft'}",
              f"init_reward={runs / 'rm'}"]  # fmt: skip
@@ -258,7 +259,7 @@ def chances(directory: Path, prompt: list[int], letters: list[int]) -> torch.Ten
         return model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)[letters]
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+@pytest.mark.parametrize("advantage", [pytest.param("gae", marks=pytest.mark.slow), "rloo"])
 def test_a_bandit_reaches_its_known_optimum(advantage: str, tmp_path: Path) -> None:
     """With one token an answer the best policy is known: proportional to reference * exp(reward / beta)."""
     prompt, letters = bandit(tmp_path / "bandit")
