@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ def _look(
     if most is not None:  # and not a row more is read or downloaded
         source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
     split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), stage, eval_path)
-    raw = list(islice(split.train, most))
+    raw = list(split.train)
     complete = most is None or len(raw) < most
     held_raw = split.held_out() if complete else split.held_so_far
     piece = Piece(source.path, split.shape, stage, encoder, cfg.example_length, skips=True)

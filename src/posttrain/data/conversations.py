@@ -132,18 +132,26 @@ class Encoder:
 
     def encode_prompt(self, row: Row) -> list[int]:
         """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
-            return [*self._start, *self._tokeniser.ids([row["prompt"]])[0]]
-        text = self._chat_template.render_prompt(prompt_of(row), row.get("tools"))
-        return self._tokeniser.ids([text])[0]
+        return self._prompts([self._prompt(row)])[0]
 
     def encode_prompts(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[tuple[list[int], list[int]]]:
         """The prompt of each row and the tokens of its `reference_of`; errors start with `where` of the row's number."""
-        found = []
+        prompts, known = [], []
         for number, row in rows:
             with _naming(where, number):
-                found.append((self.encode_prompt(row), self._tokeniser.ids([reference_of(row)])[0]))
-        return found
+                prompts.append(self._prompt(row))
+            known.append(reference_of(row))
+        return list(zip(self._prompts(prompts), self._tokeniser.ids(known), strict=True))
+
+    def _prompt(self, row: Row) -> tuple[str, bool]:
+        """The text, and whether it stands for itself, as a document does."""
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
+            return row["prompt"], True
+        return self._chat_template.render_prompt(prompt_of(row), row.get("tools")), False
+
+    def _prompts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        found = self._tokeniser.ids([text for text, _ in texts])
+        return [[*self._start, *ids] if plain else ids for ids, (_, plain) in zip(found, texts, strict=True)]
 
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos."""
