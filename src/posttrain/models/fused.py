@@ -103,10 +103,32 @@ def _dropout(layer: Any, names: Sequence[str]) -> float:
     return max((part.p for part in parts if isinstance(part, nn.Dropout)), default=0.0)
 
 
+def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """All that the active adapters of a layer that `fuse` has changed add, as two factors: A [R, in] and s B [out, R], in the
+    format that the layer computes in. None for another module, and where they do more than add a product."""
+    if getattr(getattr(layer, "forward", None), "__func__", None) is not _lora_forward:
+        return None
+    weight = layer.base_layer.weight
+    quantized = getattr(weight, "quant_state", None)
+    dtype = (
+        weight.dtype if quantized is None else layer.base_layer.compute_dtype or layer.lora_A[_speaking(layer)[0]].weight.dtype
+    )
+    if not _is_plain(layer, torch.empty(0, dtype=dtype, device=weight.device)) or _dropout(layer, _speaking(layer)):
+        return None
+    with torch.no_grad():
+        return _joined(*_factors(layer), dtype)
+
+
+def _factors(layer: Any) -> tuple[list[Tensor], tuple[float, ...]]:
+    names = _speaking(layer)
+    factors = [part for name in names for part in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+    return factors, tuple(float(layer.scaling[name]) for name in names)
+
+
 def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     names, base = _speaking(layer), layer.base_layer
-    factors = [part for name in names for part in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
-    scales, quantized = tuple(float(layer.scaling[name]) for name in names), getattr(base.weight, "quant_state", None)
+    factors, scales = _factors(layer)
+    quantized = getattr(base.weight, "quant_state", None)
     if quantized is not None and not torch.is_grad_enabled():  # bitsandbytes has kernels of its own for a few rows
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)

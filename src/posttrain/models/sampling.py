@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain.models.causal import PackedLM
+from posttrain.models.kv_cache import roomy_cache
+from posttrain.models.settled import settled
 
 
 class Answer(NamedTuple):
@@ -33,14 +35,23 @@ class Sampling:
     top_k: int
     at_once: int
 
-    def allowed(self, logits: Tensor) -> Tensor:
-        """float32 [n, V] -> the same with -inf for what top-k and top-p leave out."""
+    def allowed(self, logps: Tensor) -> Tensor:
+        """float32 [n, V] -> the chances of what top-k and top-p leave, and 0 for what they do not."""
         cut: Any = LogitsProcessorList()
         if self.top_k:
             cut.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             cut.append(TopPLogitsWarper(self.top_p))
-        return cut(None, logits)
+        return cut(None, logps).exp()
+
+
+def draw(chances: Tensor) -> Tensor:
+    """float32 [n, V], which need not add up to 1 -> int64 [n, 1], by one of torch's global random numbers for each row.
+
+    A number below the sum of all is drawn, and the first word up to which the sum reaches it: no word of chance 0.
+    """
+    sums = chances.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand_like(sums[:, :1])))
 
 
 @torch.no_grad()
@@ -52,10 +63,11 @@ def sample(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = max(1, sampling.at_once // samples)
     found: dict[int, list[Answer]] = {}
-    for start in range(0, len(prompts), size):
-        chosen = by_length[start : start + size]
-        answers = _together(lm, [prompts[i] for i in chosen], samples, sampling, torch.tensor(ends))
-        found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
+    with settled(lm):
+        for start in range(0, len(prompts), size):
+            chosen = by_length[start : start + size]
+            answers = _together(lm, [prompts[i] for i in chosen], samples, sampling, torch.tensor(ends))
+            found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
     return [found[i] for i in range(len(prompts))]
 
 
@@ -64,13 +76,14 @@ def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     decoder: Any = lm.causal.get_decoder()
-    head = lm.head.at(sampling.temperature)
+    output: Any = lm.causal.get_output_embeddings()
+    head, cache = lm.head.at(sampling.temperature), roomy_cache(lm.causal.config)
 
-    def read(tokens: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def read(tokens: Tensor, positions: Tensor) -> Tensor:
         out = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state[:, -1], out.past_key_values
+        return out.last_hidden_state[:, -1]
 
-    hidden, cache = read(tokens, (mask.cumsum(1) - 1).clamp(min=0), None)
+    hidden = read(tokens, (mask.cumsum(1) - 1).clamp(min=0))
     cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
     hidden, mask = hidden.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
     positions = mask.sum(1)
@@ -78,8 +91,8 @@ def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling
     alive = torch.ones(len(hidden), dtype=torch.bool)
     drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
     for step in range(sampling.max_new_tokens):
-        logps = head.logits(hidden).log_softmax(-1)
-        choice = torch.multinomial(sampling.allowed(logps).softmax(-1), 1)
+        logps = head.shaped(output(hidden).float()).log_softmax(-1)
+        choice = draw(sampling.allowed(logps))
         figures = torch.cat([choice, logps.gather(1, choice), -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
         for row in alive.nonzero()[:, 0].tolist():
             token, logp, entropy = figures[row].tolist()
@@ -93,7 +106,7 @@ def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling
             choice, mask, positions = choice[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden, cache = read(choice, positions[:, None], cache)
+        hidden = read(choice, positions[:, None])
         positions = positions + 1
     return [_answer(steps, ends) for steps in drawn]
 
