@@ -12,6 +12,8 @@ from transformers import TextStreamer
 from posttrain.after.live import Live, device_here, load_switchable, switch
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
+from posttrain.models.fused import fuse
+from posttrain.models.settled import settled
 from posttrain.models.tokenizer import stop_tokens
 
 HELP = "/reset forgets the conversation, /adapter NAME switches, /exit ends; Ctrl-C stops an answer"
@@ -28,13 +30,16 @@ class Conversation:
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        fuse(self.live.model)
+
     def answer(self, text: str, stream: bool = False) -> str:
         """The model's answer to `text`, which joins the conversation with it."""
         self.messages.append({"role": "user", "content": text})
         tokenizer, model = self.live.tokenizer, self.live.model
         inputs = tokenizer(self._prompt(), return_tensors="pt", add_special_tokens=False).to(model.device)
         drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        with torch.no_grad():
+        with torch.no_grad(), settled(model):
             out = model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
