@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from posttrain.batch import PackedBatch, Segment
 from posttrain.errors import UserError
+from posttrain.models import masks
 from posttrain.models.attention import _by_document
 from posttrain.models.causal import PackedLM
 from posttrain.models.masks import DocumentMask, dense_mask, flex_mask_mod, runs
@@ -162,23 +163,38 @@ def test_runs_by_hand() -> None:
     assert found[3].segments == (Segment(0, 40), Segment(40, 100, 0, 40), Segment(100, 160, 0, 40))
 
 
-@pytest.mark.parametrize("window", [None, 7])
+def test_bands_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a document of 2, and a prompt of 2 with answers of 1 and 2: what a band does not see is left out, also in the middle."""
+    monkeypatch.setattr(masks, "BAND", 2)
+    found = masks.bands(dense_mask((Segment(0, 2), Segment(2, 4), Segment(4, 5, 2, 4), Segment(5, 7, 2, 4)), 7))
+    assert [band.rows for band in found] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert [band.columns for band in found] == [(slice(0, 2),), (slice(2, 4),), (slice(2, 6),), (slice(2, 4), slice(5, 7))]
+    no = -torch.inf
+    assert [band.bias.tolist() for band in found[1:]] == [[[0, no], [0, 0]], [[0, 0, 0, no], [0, 0, no, 0]], [[0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("window", [None, 7, 200])
 @pytest.mark.parametrize("memory", [0, 3])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-6), (torch.bfloat16, 0.01)])
 def test_scores_written_out_give_what_the_dense_mask_gives(
     window: int | None, memory: int, dtype: torch.dtype, within: float
 ) -> None:
-    """Output and gradients of three runs against all scores of the pack in float64; float64 goes the way of half precision."""
-    segments = (Segment(0, 50), Segment(50, 90), Segment(90, 100, 50, 90), Segment(100, 120, 50, 90), Segment(120, 260))
+    """Output and gradients of three runs against all scores of the pack in float64; float64 goes the way of half precision.
+    The last is a long prompt with two answers, the second of which lies two bands away from it."""
+    segments = (
+        Segment(0, 50), Segment(50, 90), Segment(90, 100, 50, 90), Segment(100, 120, 50, 90), Segment(120, 260),
+        Segment(260, 460), Segment(460, 760, 260, 460), Segment(760, 860, 260, 460),
+    )  # fmt: skip
     torch.manual_seed(0)
-    heads = [torch.randn(1, n, 260 + m, 8, dtype=dtype, requires_grad=True) for n, m in ((6, 0), (2, memory), (2, memory))]
+    sizes = ((6, 0, 8), (2, memory, 8), (2, memory, 5))
+    heads = [torch.randn(1, n, 860 + m, d, dtype=dtype, requires_grad=True) for n, m, d in sizes]
     mask = DocumentMask(
-        segments, 260, torch.device("cpu"), [(heads[1][:, :, :memory], heads[2][:, :, :memory])] if memory else ()
+        segments, 860, torch.device("cpu"), [(heads[1][:, :, :memory], heads[2][:, :, :memory])] if memory else ()
     )
-    assert [run.length for run in mask.runs] == [120, 140]
+    assert [run.length for run in mask.runs] == [120, 140, 600]
     exact = [x.detach().double().requires_grad_() for x in heads]
     groups = [x.repeat_interleave(3, dim=1) for x in exact[1:]]
-    scores = (exact[0] @ groups[0].transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, 260, window, memory), -torch.inf)
+    scores = (exact[0] @ groups[0].transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, 860, window, memory), -torch.inf)
     want, got = scores.softmax(-1) @ groups[1], _by_document(*heads, mask, dropout=0.0, scaling=0.3, window=window)
     chooses = torch.randn_like(want)
     needed = torch.autograd.grad((want * chooses).sum(), exact)

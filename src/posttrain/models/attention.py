@@ -9,7 +9,7 @@ blocks (CUDA).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from posttrain.errors import UserError
-from posttrain.models.masks import DocumentMask, Run, context_mask
+from posttrain.models.masks import Band, DocumentMask, Run, context_mask
 
 ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Tokens of a run whose scores a CPU writes out in half precision: a third of the flash kernel's time for documents of 64 tokens,
-# three quarters of it for 384, and more than it beyond.
-WRITTEN_OUT = 384
+# Tokens of a run whose scores a CPU writes out in half precision: half of the flash kernel's time for documents of 128 tokens,
+# two thirds of it for 512, four fifths for 1,024, and more than it beyond.
+WRITTEN_OUT = 1024
 
 
 def _scores_attention(
@@ -79,46 +79,67 @@ def _by_document(
         if writes and run.length <= WRITTEN_OUT:
             k, v = (torch.cat(both, dim=2) if mask.size else both[1] for both in zip(remembered, (k, v), strict=True))
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-            outputs.append(_WrittenOut.apply(q, k, v, mask.bias(run, window), scale))
+            outputs.append(_WrittenOut.apply(q, k, v, mask.bands(run, window), scale))
         else:
             outputs += _by_segment(q, k, v, remembered, run, mask, dropout=dropout, scaling=scaling, window=window)
     return torch.cat(outputs, dim=2)
 
 
 class _WrittenOut(torch.autograd.Function):
-    """softmax(s q k' + bias) v of one run, scores and softmax in float32, computed again in the backward.
+    """softmax(s q k' + bias) v of one run, scores and softmax in float32, computed again in the backward. It goes band by band,
+    so that what is written out stays in a CPU's caches.
 
-    query: [1, heads, n, dim]; key, value: [1, key heads, m, dim]; bias: float32 [n, m].
+    query: [1, heads, n, dim]; key: [1, key heads, m, dim]; value: [1, key heads, m, own dim].
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, bias)
-        ctx.scale = scale
-        chances = _chances(query, key, bias, scale).to(query.dtype)
-        return (chances @ value[0]).view(query.shape)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Band], scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.bands, ctx.scale = bands, scale
+        wide, output = key[0].float(), query.new_empty(*query.shape[:3], value.shape[-1])
+        for rows, columns, bias in bands:
+            queries = query[:, :, rows]
+            chances = _chances(queries, _seen(wide, columns), bias, scale).to(query.dtype)
+            output[:, :, rows] = (chances @ _seen(value[0], columns)).view(*queries.shape[:3], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias = ctx.saved_tensors
-        grad = _grouped(grads[0], key)
-        chances = _chances(query, key, bias, ctx.scale)
-        of_value = chances.to(grad.dtype).transpose(1, 2) @ grad
-        of_chances = (grad @ value[0].transpose(1, 2)).float()
-        pulled = (of_chances * chances).sum(-1, keepdim=True)
-        of_scores = of_chances.sub_(pulled).mul_(chances).mul_(ctx.scale).to(grad.dtype)
-        of_query = (of_scores @ key[0]).view(query.shape)
-        return of_query, (of_scores.transpose(1, 2) @ _grouped(query, key))[None], of_value[None], None, None
+        query, key, value = ctx.saved_tensors
+        wide, of_query = key[0].float(), torch.empty_like(query)
+        of_key, of_value = (torch.zeros(x.shape[1:]) for x in (key, value))
+        for rows, columns, bias in ctx.bands:
+            queries, grad = query[:, :, rows], _grouped(grads[0][:, :, rows], wide)
+            chances = _chances(queries, _seen(wide, columns), bias, ctx.scale)
+            _add(of_value, columns, chances.to(grad.dtype).transpose(1, 2) @ grad)
+            of_chances = (grad @ _seen(value[0], columns).transpose(1, 2)).float()
+            pulled = (of_chances * chances).sum(-1, keepdim=True)
+            of_scores = of_chances.sub_(pulled).mul_(chances).mul_(ctx.scale).to(grad.dtype)
+            of_query[:, :, rows] = (of_scores @ _seen(key[0], columns)).view(queries.shape)
+            _add(of_key, columns, of_scores.transpose(1, 2) @ _grouped(queries, wide))
+        return of_query, of_key.to(key.dtype)[None], of_value.to(value.dtype)[None], None, None
+
+
+def _seen(x: Tensor, columns: Sequence[slice]) -> Tensor:
+    """Of keys or values [key heads, m, dim] those of a band."""
+    parts = [x[:, some] for some in columns]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add(total: Tensor, columns: Sequence[slice], part: Tensor) -> None:
+    """Add what belongs to a band's keys or values to that of all."""
+    for some, own in zip(columns, part.split([some.stop - some.start for some in columns], dim=1), strict=True):
+        total[:, some] += own
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    """[1, heads, n, dim] -> [key heads, heads of each * n, dim]: the queries of one key head are one matrix."""
-    return query.reshape(key.shape[1], -1, query.shape[-1])
+    """[1, heads, n, dim] -> [key heads, heads of each * n, dim]: the queries of one key head (of `key`'s) are one matrix."""
+    return query.reshape(len(key), -1, query.shape[-1])
 
 
 def _chances(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """float32 [key heads, heads of each * n, m]"""
-    scores = (_grouped(query, key).float() * scale) @ key[0].float().transpose(1, 2)
+    """float32 [key heads, heads of each * n, m], of float32 keys [key heads, m, dim]."""
+    scores = (_grouped(query, key).float() * scale) @ key.transpose(1, 2)
     scores.view(-1, *bias.shape).add_(bias)
     return scores.softmax(-1)
 

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from posttrain.batch import Segment
 
-TOGETHER = 128  # tokens of short documents that are taken side by side where scores are written out
+BAND = 128  # rows whose scores are written out at a time, and tokens of short documents that are taken side by side
 
 
 def context_mask(prefix: int, length: int, window: int | None, device: torch.device | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
 
 def runs(segments: Sequence[Segment]) -> list[Run]:
-    """The pack cut into documents, each with all answers that share it as their prompt, or several up to TOGETHER tokens."""
+    """The pack cut into documents, each with all answers that share it as their prompt, or several up to BAND tokens."""
     families: list[list[Segment]] = []
     seen_from = segments[-1].stop  # the first token that a later segment sees
     for segment in reversed(segments):
@@ -80,11 +80,35 @@ def runs(segments: Sequence[Segment]) -> list[Run]:
             seen_from = min(seen_from, segment.prefix_start)
     found: list[list[Segment]] = []
     for family in reversed(families):
-        if found and family[-1].stop - found[-1][0].start <= TOGETHER:
+        if found and family[-1].stop - found[-1][0].start <= BAND:
             found[-1] += family
         else:
             found.append(family)
     return [Run(run[-1].stop - run[0].start, tuple(s.moved(-run[0].start) for s in run)) for run in found]
+
+
+class Band(NamedTuple):
+    """Neighbouring rows of a run, and of its columns (memory before them) those that any of these rows attends to.
+
+    bias: float32 [rows, columns], 0 where the row's token attends to the column's, else minus infinity.
+    """
+
+    rows: slice
+    columns: tuple[slice, ...]
+    bias: Tensor
+
+
+def bands(mask: Tensor) -> list[Band]:
+    """A run's relation (bool [length, memory + length]) cut into BAND rows each, without the columns that none of them sees."""
+    found = []
+    for start in range(0, len(mask), BAND):
+        part = mask[start : start + BAND]
+        seen = torch.nn.functional.pad(part.any(0).int(), (1, 1)).diff()
+        edges = zip((seen == 1).nonzero()[:, 0].tolist(), (seen == -1).nonzero()[:, 0].tolist(), strict=True)
+        part = part[:, part.any(0)]
+        bias = torch.zeros(part.shape).masked_fill_(~part, -torch.inf)
+        found.append(Band(slice(start, start + len(part)), tuple(slice(*edge) for edge in edges), bias))
+    return found
 
 
 class DocumentMask:
@@ -123,14 +147,8 @@ class DocumentMask:
     def runs(self) -> list[Run]:
         return self._once(("runs",), lambda: runs(self.segments))
 
-    def bias(self, run: Run, window: int | None) -> Tensor:
-        """float32 [length, memory + length]: 0 where the row's token attends to the column's, else minus infinity."""
-
-        def make() -> Tensor:
-            mask = dense_mask(run.segments, run.length, window, self.size)
-            return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).to(self.device)
-
-        return self._once(("bias", run, window), make)
+    def bands(self, run: Run, window: int | None) -> list[Band]:
+        return self._once(("bands", run, window), lambda: bands(dense_mask(run.segments, run.length, window, self.size)))
 
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
         return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
