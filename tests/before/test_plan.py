@@ -73,6 +73,16 @@ def test_what_can_be_counted_is_exact(directory: Path, method: list[str]) -> Non
     assert plan["steps"] == 4 and plan["tokens_are"] == "exact"
 
 
+def test_dense_copies_take_two_bytes_a_number(directory: Path) -> None:
+    """Of one of the three layers and of all, where NF4 takes half a byte a number."""
+    words = [f"model.name={directory}", *WORDS, "peft=qlora", "peft.r=4"]
+    none, one, whole = (make_plan("sft", [*words, f"quant.dense_layers={n}"]) for n in (0, 1, 5))
+    assert "dense copies" not in none["memory"]
+    in_four = none["memory"]["quantized weights"]
+    assert [plan["memory"]["dense copies"] for plan in (one, whole)] == [round(in_four * 4 / 3), in_four * 4]
+    assert whole["total_bytes"] - none["total_bytes"] == whole["memory"]["dense copies"]
+
+
 def test_tokens_and_steps_are_the_runs_own(directory: Path, tmp_path: Path) -> None:
     import posttrain
 

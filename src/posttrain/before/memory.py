@@ -48,6 +48,9 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     found = tally(cfg, model, base, list(linears(base).values()))
     kept = activations(model, tokens, sequences)
     parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
+    if cfg.quant.method == "nf4" and cfg.quant.dense_layers != "auto":  # which takes no more than is left
+        share = min(1.0, cfg.quant.dense_layers / config.get_text_config().num_hidden_layers)
+        parts["dense copies"] = 4.0 * found.parts["quantized weights"] * share  # of half a byte
     return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops)
 
 

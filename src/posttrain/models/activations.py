@@ -118,3 +118,15 @@ def layers_to_recompute(free: float, fixed: float, kept: float, inputs: float, l
         return 0
     # the layer that is being recomputed is there in whole
     return min(layers, math.ceil((over + kept) / max(kept - inputs, 1.0)))
+
+
+def layers_to_keep_dense(
+    free: float, fixed: float, kept: float, inputs: float, recomputed: int, dense: float, layers: int
+) -> int:
+    """Of how many of `layers` a dense copy of `dense` bytes has room beside what `layers_to_recompute` counts.
+
+    All this is an estimate: half of what seems left is not touched.
+    """
+    inside = kept if recomputed else 0.0
+    left = free - fixed - (layers - recomputed) * kept - recomputed * inputs - inside
+    return max(0, min(layers, math.floor(left / 2 / max(dense, 1.0))))

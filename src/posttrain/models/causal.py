@@ -101,13 +101,16 @@ class PackedLM(nn.Module):
     def num_layers(self) -> int:
         return self.causal.config.get_text_config().num_hidden_layers
 
+    @property
+    def layers(self) -> list[GradientCheckpointingLayer]:
+        return [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def recompute(self, layers: int) -> None:
         """Keep of the first `layers` layers their inputs alone; the backward computes the rest of them again."""
         causal = self.causal  # renamed in transformers 5.2x
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        found = [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for layer in found[layers:]:
+        for layer in self.layers[layers:]:
             layer.gradient_checkpointing = False
 
     @contextmanager

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from posttrain.models.quantize import dense_weight
+
 
 def fuse(model: nn.Module) -> None:
     """Give every module of `model` that has a leaner way its leaner way. Weights and names stay as they are."""
@@ -129,20 +131,12 @@ def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     names, base = _speaking(layer), layer.base_layer
     factors, scales = _factors(layer)
     quantized = getattr(base.weight, "quant_state", None)
-    if quantized is not None and not torch.is_grad_enabled():  # bitsandbytes has kernels of its own for a few rows
+    if not (quantized is None or hasattr(quantized, "dense") or torch.is_grad_enabled()):
+        # bitsandbytes has kernels of its own for a few rows
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
         return base(x).add_((x @ down.T) @ up.T)
     return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
-
-
-def _dense(weight: Tensor, quantized: Any, dtype: torch.dtype) -> Tensor:
-    """[out, in]: the weight itself, or for the time of one product the one that NF4 stands for."""
-    if quantized is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, quantized).to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -161,7 +155,7 @@ class _LoraLinear(torch.autograd.Function):
         down, up = _joined(factors, scales, x.dtype)
         heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         inner = heard @ down.T
-        y = linear(flat, _dense(weight, quantized, x.dtype), bias).addmm_(inner, up.T)
+        y = linear(flat, dense_weight(weight, quantized, x.dtype), bias).addmm_(inner, up.T)
         trains = any(ctx.needs_input_grad[OTHERS:])
         needs_x = trains or gated is not None
         ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, mask, weight, down, up)
@@ -176,7 +170,7 @@ class _LoraLinear(torch.autograd.Function):
         behind = grad @ up
         of_x = of_gated = None
         if any(ctx.needs_input_grad[:2]):
-            of_x = grad @ _dense(weight, ctx.quantized, grad.dtype)
+            of_x = grad @ dense_weight(weight, ctx.quantized, grad.dtype)
             of_x = of_x.addmm_(behind, down) if mask is None else of_x.add_(_heard(behind @ down, mask, ctx.heard))
             of_x = of_x.view(*grads[0].shape[:-1], -1)
         if gated is not None:

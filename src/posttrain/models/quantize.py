@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from posttrain.errors import UserError
@@ -69,6 +70,27 @@ def blocks_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def int8(threshold: float) -> BitsAndBytesConfig:
     """Linear layers of the blocks in 8 bits (Dettmers et al. 2022, arXiv 2208.07339); the rest as it is."""
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+
+
+def keep_dense(layers: Iterable[nn.Module]) -> None:
+    """Make what the NF4 weights of these layers stand for once, and keep it: `dense_weight` then need not make it."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for layer in layers:
+        for parameter in layer.parameters():
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                state.dense = dequantize_4bit(parameter, state)
+
+
+def dense_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """[out, in]: the weight itself, or with the `quant_state` of NF4 the one that it stands for; only `keep_dense` keeps that."""
+    if state is None:
+        return weight
+    if (held := getattr(state, "dense", None)) is not None:
+        return held.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, state).to(dtype)
 
 
 def keep_as_quantized(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ from posttrain.stages.assembly import StageRun, content_hash, run_stage
 from posttrain.stages.build import Built, Inputs, build_model, frozen_dtype, save_result
 from posttrain.stages.difficulty import perplexities
 from posttrain.stages.outcome import manifest_of
-from posttrain.stages.recompute import spare_memory
+from posttrain.stages.recompute import fit_memory
 from posttrain.stages.reference import attach, digest_of, reference_logps, train_reference
 from posttrain.stages.start import find_base, merged_start, resolve_start
 from posttrain.train.parts import StepMethod, Update
@@ -78,7 +78,7 @@ class LanguageRun(StageRun[Inputs, PackedBatch]):
             self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device, self.task.scores
         )
         module, built = self.assemble(built, inputs)
-        spare_memory(self.cfg, module, built, inputs, self.accelerator.device)
+        fit_memory(self.cfg, module, built, inputs, self.accelerator.device)
         return module, built
 
     def assemble(self, built: Built, inputs: Inputs) -> tuple[nn.Module, Built]:

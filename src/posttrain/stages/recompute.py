@@ -1,4 +1,5 @@
-"""Recomputation of as many layers as memory asks for, and no more (`train.gradient_checkpointing=auto`)."""
+"""Memory for time: recomputation of as many layers as memory asks for and no more (`train.gradient_checkpointing=auto`), and
+dense copies of as many layers' 4-bit weights as it has room for (`quant.dense_layers=auto`)."""
 
 from __future__ import annotations
 
@@ -10,29 +11,43 @@ import psutil
 import torch
 from torch import nn
 
-from posttrain.config.schema import LanguageStage, Ppo
+from posttrain.config.schema import LanguageStage, Nf4, Ppo
 from posttrain.console import say
-from posttrain.models.activations import activations, layers_to_recompute, model_of_shapes
+from posttrain.models.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.causal import PackedLM
 from posttrain.models.head import chunk_logits
+from posttrain.models.quantize import keep_dense
 from posttrain.stages.build import Built, Inputs
 
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
 MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW's two moments
 
 
-def spare_memory(cfg: LanguageStage, module: nn.Module, built: Built, inputs: Inputs, device: torch.device) -> None:
-    """Set how many layers of every model in `module` are recomputed."""
-    wanted, depth = cfg.train.gradient_checkpointing, built.module.num_layers
-    layers = {True: depth, False: 0}[wanted] if isinstance(wanted, bool) else wanted
+def fit_memory(cfg: LanguageStage, module: nn.Module, built: Built, inputs: Inputs, device: torch.device) -> None:
+    """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense."""
+    lm, wanted = built.module, cfg.train.gradient_checkpointing
+    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
+    free, asked = USED * free_bytes(device), _asked(cfg, built, inputs, device) if "auto" in (wanted, dense) else None
+    layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
-        layers = _as_needed(cfg, built, inputs, device)
+        layers = layers_to_recompute(free, *asked, lm.num_layers) if asked else 0
         if layers:
-            say(f"{layers} of {depth} layers are recomputed in the backward to save memory (train.gradient_checkpointing=auto)")
+            are = "layers are recomputed in the backward to save memory"
+            say(f"{layers} of {lm.num_layers} {are} (train.gradient_checkpointing=auto)")
     if layers:
         for part in module.modules():
             if isinstance(part, PackedLM):
                 part.recompute(layers)
+    if dense == "auto":
+        dense = layers_to_keep_dense(free, *asked, layers, _dense_bytes(lm.layers[0]), lm.num_layers) if asked else 0
+        say(f"{dense} of {lm.num_layers} layers have a dense copy of their 4-bit weights (quant.dense_layers=auto)")
+    if dense:
+        keep_dense(lm.layers[:dense])
+
+
+def _dense_bytes(layer: nn.Module) -> float:
+    states = [state for p in layer.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    return float(sum(state.shape.numel() * state.dtype.itemsize for state in states))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -43,17 +58,17 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _as_needed(cfg: LanguageStage, built: Built, inputs: Inputs, device: torch.device) -> int:
+def _asked(cfg: LanguageStage, built: Built, inputs: Inputs, device: torch.device) -> tuple[float, float, float] | None:
+    """Bytes that training will yet ask for beside activations, and those that a layer leaves for the backward, whole and
+    recomputed. None where they cannot be counted."""
     tokens, sequences = _largest_batch(cfg, inputs), cfg.train.batch_size
     kept, first = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
     if kept is None or first is None:
-        return 0
+        return None
     width = built.module.causal.config.get_text_config().hidden_size
     itemsize = built.dtype.itemsize
     fixed = MOMENTS * built.trained + 10.0 * chunk_logits(device.type) + 3.0 * tokens * width * itemsize
-    return layers_to_recompute(
-        USED * free_bytes(device), fixed, kept - first, float(tokens * width * itemsize), built.module.num_layers
-    )
+    return fixed, kept - first, float(tokens * width * itemsize)
 
 
 def _largest_batch(cfg: LanguageStage, inputs: Inputs) -> int:

@@ -147,6 +147,7 @@ class Nf4(Strict):
     method: Literal["nf4"]
     double_quant: bool
     compute_dtype: Literal["bfloat16", "float16", "float32"]
+    dense_layers: Literal["auto"] | NonNegative  # of which a copy in 16 bits is kept; auto: as many as memory has room for
 
 
 class Int8(Strict):

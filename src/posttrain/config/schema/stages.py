@@ -193,6 +193,8 @@ class Dreambooth(Stage):
             raise ValueError(f"peft: {method} is a method of language models; use +peft=lora, a variant of it, or full training")
         if self.quant.method == "int8":
             raise ValueError("quant=int8 is of language models; say quant=nf4")
+        if self.quant.method == "nf4" and self.quant.dense_layers:
+            raise ValueError("quant.dense_layers is of language models; say quant.dense_layers=0")
         if self.train.fsdp:
             raise ValueError("train.fsdp shards language models; say train.fsdp=false")
         return self
