@@ -23,6 +23,7 @@ BEST: dict[str, dict[str, Any]] = {
     "dpo": {"precompute_ref_log_probs": True},
     "rm": {},
 }
+SPARE = {"posttrain_spare": "true"}
 
 
 def lora(rank: int, task: str = "CAUSAL_LM") -> dict[str, Any]:
@@ -76,7 +77,8 @@ def run_trl(name: str, stage: str, rows: Path, model_dir: str, batch: int, rank:
     return {"steps": sum(steps), "loss": sum(losses) / len(losses)}
 
 
-def run_posttrain(stage: str, rows: Path, model_dir: str, batch: int, rank: int) -> dict[str, Any]:
+def run_posttrain(name: str, stage: str, rows: Path, model_dir: str, batch: int, rank: int) -> dict[str, Any]:
+    """name: posttrain for its defaults, posttrain_spare for what takes the least memory."""
     import posttrain
 
     words = {"train.epochs=1"} if stage != "ppo" else {
@@ -89,7 +91,7 @@ def run_posttrain(stage: str, rows: Path, model_dir: str, batch: int, rank: int)
             stage, "+peft=lora", f"model.name={model_dir}", f"peft.r={rank}", f"peft.alpha={2 * rank}", f"data.path={rows}",
             "data.eval_share=0", "eval.sets=null", f"train.batch_size={batch}", f"train.grad_accum={accumulation}",
             "train.max_length=1024", "train.save_steps=null", "optim.lr=1e-4", "optim.schedule=constant",
-            "optim.warmup_ratio=0", f"run.dir={out}/run", *words,
+            "optim.warmup_ratio=0", f"run.dir={out}/run", f"train.gradient_checkpointing={SPARE.get(name, 'auto')}", *words,
         )  # fmt: skip
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -132,8 +134,8 @@ def main() -> None:
     name, stage, rows, model_dir = sys.argv[1:5]
     batch, rank = (int(word) for word in (*sys.argv[5:], "4", "8")[:2])
     arguments = (Path(rows), model_dir, batch, rank)
-    if name == "posttrain":
-        found = run_posttrain(stage, *arguments)
+    if name.startswith("posttrain"):
+        found = run_posttrain(name, stage, *arguments)
     elif stage == "ppo":
         from plain_ppo import run_plain_ppo
 
