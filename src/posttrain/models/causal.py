@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -149,13 +149,15 @@ class PackedLM(nn.Module):
         output: Any = self.causal.get_output_embeddings()
         return head_of(output, self.causal.config.get_text_config())
 
-    def hidden(self, positions: Tensor, mask: DocumentMask, **inputs: Tensor) -> Tensor:
-        """Last hidden states [T, H] of one pack. inputs: input_ids int64 [1, T], or inputs_embeds [1, T, H]."""
+    def hidden(self, positions: Tensor, mask: DocumentMask, cache: Cache | None = None, **inputs: Tensor) -> Tensor:
+        """Last hidden states [T, H] of one pack. cache: an empty one, to put its keys and values into. inputs: input_ids
+        int64 [1, T], or inputs_embeds [1, T, H]."""
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
         none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
         output = self.causal.get_decoder()(
-            **inputs, attention_mask=none, position_ids=positions, use_cache=False, document_mask=mask
-        )
+            **inputs, attention_mask=none, position_ids=positions, document_mask=mask,
+            past_key_values=cache, use_cache=cache is not None,
+        )  # fmt: skip
         return output.last_hidden_state[0]
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:

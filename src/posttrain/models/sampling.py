@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import Cache, DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from posttrain.batch import Segment
 from posttrain.models.causal import PackedLM
 from posttrain.models.kv_cache import roomy_cache
+from posttrain.models.masks import DocumentMask
 from posttrain.models.settled import settled
 
 
@@ -72,21 +74,16 @@ def sample(
 
 
 def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling: Sampling, ends: Tensor) -> list[Answer]:
-    device, width = lm.causal.device, max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    device = lm.causal.device
     decoder: Any = lm.causal.get_decoder()
     output: Any = lm.causal.get_output_embeddings()
     head, cache = lm.head.at(sampling.temperature), roomy_cache(lm.causal.config)
-
-    def read(tokens: Tensor, positions: Tensor) -> Tensor:
-        out = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state[:, -1]
-
-    hidden = read(tokens, (mask.cumsum(1) - 1).clamp(min=0))
+    hidden = _read_prompts(lm, prompts, cache)
     cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
-    hidden, mask = hidden.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-    positions = mask.sum(1)
+    hidden = hidden.repeat_interleave(samples, 0)
+    positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(samples)], device=device)
+    width = int(positions.max())
+    mask = (torch.arange(width, device=device) >= width - positions[:, None]).long()
     growing = torch.arange(len(hidden))  # which answer each row of the batch is
     alive = torch.ones(len(hidden), dtype=torch.bool)
     drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
@@ -106,9 +103,34 @@ def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling
             choice, mask, positions = choice[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden = read(choice, positions[:, None])
-        positions = positions + 1
+        read = decoder(
+            input_ids=choice, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
+        )
+        hidden, positions = read.last_hidden_state[:, -1], positions + 1
     return [_answer(steps, ends) for steps in drawn]
+
+
+def _read_prompts(lm: PackedLM, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    """Last hidden state of every prompt [n, H], read as one pack; their keys and values, each at the end of a row, in `cache`.
+
+    What stands before a shorter prompt is a copy of its first token's, for a mask to leave out.
+    """
+    device, lengths = lm.causal.device, torch.tensor([len(prompt) for prompt in prompts])
+    stops = lengths.cumsum(0)
+    segments = [Segment(stop - length, stop) for stop, length in zip(stops.tolist(), lengths.tolist(), strict=True)]
+    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None].to(device)
+    packed = DynamicCache()
+    hidden = lm.hidden(positions, DocumentMask(segments, tokens.shape[1], device), packed, input_ids=tokens)
+    backwards = torch.arange(int(lengths.max()), 0, -1)
+    place = (stops[:, None] - torch.minimum(backwards, lengths[:, None])).to(device)
+    layer: Any
+    for number, layer in enumerate(packed.layers):
+        if layer.is_initialized:  # one that shares another's keys has none
+            keys, values = (x[0][:, place].transpose(0, 1) for x in (layer.keys, layer.values))
+            cache.update(keys, values, number)
+            layer.reset()
+    return hidden[(stops - 1).to(device)]
 
 
 def _answer(steps: list[tuple[int, float, float]], ends: Tensor) -> Answer:
