@@ -38,11 +38,15 @@ load: setup ## 10 million rows, 100,000 steps, 100 jobs, a recipe of 12 steps: m
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
 
-bench-gpu: setup ## 8B in bfloat16 and NF4 beside TRL, 65B in NF4: a line of JSON each
+bench-gpu: setup ## 8B in bfloat16 and NF4 beside TRL, its rollout, 65B in NF4: a line of JSON each
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/gpu.py --trl
 	$(BIN)/python benchmarks/gpu.py --quant nf4
 	$(BIN)/python benchmarks/gpu.py --quant nf4 --trl
+	$(BIN)/python benchmarks/gpu.py --quant nf4 --tokens 2048 --documents 1
+	$(BIN)/python benchmarks/gpu.py --quant nf4 --tokens 2048 --documents 1 --dense 32
+	$(BIN)/python benchmarks/gpu.py --rollout --documents 32
+	$(BIN)/python benchmarks/gpu.py --generate --documents 32
 	$(BIN)/python benchmarks/gpu.py --shape 65b --quant nf4 --tokens 2048 --documents 1 --rank 64
 
 clean: ## remove .venv and caches of the tools; runs/ stays

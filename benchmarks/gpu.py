@@ -1,7 +1,10 @@
 """A training step of a large random model on a GPU: tokens a second, share of the card's own matmul rate, peak memory.
 
-python benchmarks/gpu.py [--shape 8b] [--quant none] [--tokens 8192] [--documents 4] [--rank 16] [--recompute auto] [--trl]
-make bench-gpu runs 8b in bfloat16 and in NF4, both beside TRL, and 65b in NF4. On a CPU: --shape toy.
+python benchmarks/gpu.py [--shape 8b] [--quant none] [--tokens 8192] [--documents 4] [--rank 16] [--recompute auto] [--dense 0]
+                         [--trl | --rollout | --generate]
+--rollout measures a rollout instead of a step: --new answers' tokens to each of --documents prompts, --tokens in all; --generate
+the same by transformers' own `generate`. make bench-gpu runs 8b in bfloat16 and in NF4, both beside TRL, NF4 with dense copies,
+the rollout beside `generate`, and 65b in NF4. On a CPU: --shape toy.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from posttrain.models.activations import activations, layers_to_recompute, model
 from posttrain.models.adapters import add_method
 from posttrain.models.causal import PackedLM
 from posttrain.models.head import chunk_logits
+from posttrain.models.quantize import keep_dense
+from posttrain.models.sampling import Sampling, sample
 from posttrain.train.optim import make_optimizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -117,12 +122,19 @@ def recomputed(model: Any, method: Lora, options: argparse.Namespace, device: st
     return layers_to_recompute(free, fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"])
 
 
-def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Lora]:
+    """The model with LoRA as posttrain puts it there."""
     method = Lora(
         method="lora", r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0
     )
-    model = add_method(random_model(options.shape, options.quant, device), method)
+    return add_method(random_model(options.shape, options.quant, device), method), method
+
+
+def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    model, method = adapted(options, device)
     lm = PackedLM(model, "flex" if device == "cuda" else "documents").train()
+    if options.dense:
+        keep_dense(lm.layers[: options.dense])
     layers = recomputed(model, method, options, device)
     if layers:
         lm.recompute(layers)
@@ -151,6 +163,49 @@ def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "layers_recomputed": layers,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
     }
+
+
+def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """floor_share: of the time in which the card's memory could be read as often as there are steps, weights alone (bandwidth as
+    measured by copying)."""
+    model, _ = adapted(options, device)
+    batch = random_batch(options.tokens, options.documents, SHAPES[options.shape]["vocab_size"])
+    prompts = batch.tokens.view(options.documents, -1)
+    lm = PackedLM(model, "flex" if device == "cuda" else "documents").eval()
+    seconds = []
+    for _ in range(WARM + 1):
+        _wait(device)
+        began = time.perf_counter()
+        if options.generate:
+            with torch.no_grad():
+                model.generate(
+                    input_ids=prompts.to(device), max_new_tokens=options.new, min_new_tokens=options.new, do_sample=True, top_k=0,
+                    pad_token_id=0,
+                )  # fmt: skip
+        else:
+            sample(lm, prompts.tolist(), 1, Sampling(options.new, 1.0, 1.0, 0, options.documents), ends=[])
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    embedding = model.get_input_embeddings().weight
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+    return {
+        "tokens_per_second": options.documents * options.new / min(seconds),
+        "floor_share": options.new * weights / copy_rate(device) / min(seconds),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+    }
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second that are read and written by a copy: the best of several."""
+    x = torch.zeros(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device)
+    y, best = torch.empty_like(x), float("inf")
+    for _ in range(20):
+        _wait(device)
+        began = time.perf_counter()
+        y.copy_(x)
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * x.numel() * x.element_size() / best
 
 
 def _numbers(p: torch.Tensor) -> int:
@@ -212,13 +267,28 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--recompute", default="auto", help="layers, or auto")
-    parser.add_argument("--trl", action="store_true", help="TRL instead of posttrain")
+    parser.add_argument("--dense", type=int, default=0, help="layers whose NF4 weights have a dense copy")
+    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--trl", action="store_true", help="TRL instead of posttrain")
+    what.add_argument("--rollout", action="store_true", help="a rollout instead of a step")
+    what.add_argument("--generate", action="store_true", help="the same by transformers' generate")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    found = (run_trl if options.trl else run_ours)(options, device)
+    run = run_trl if options.trl else run_rollout if options.rollout or options.generate else run_ours
+    found = run(options, device)
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(json.dumps({"device": card, "contender": "trl" if options.trl else "posttrain", **vars(options), **found}))
+    print(
+        json.dumps(
+            {
+                "device": card,
+                "contender": {run_trl: "trl"}.get(run, "transformers" if options.generate else "posttrain"),
+                **vars(options),
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

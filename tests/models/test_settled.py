@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 from posttrain.models import sampling, settled
 from posttrain.models.fused import fuse
 from posttrain.models.kv_cache import RoomyLayer, roomy_cache
-from posttrain.models.quantize import keep_as_quantized
+from posttrain.models.quantize import keep_as_quantized, keep_dense
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -79,7 +79,8 @@ def test_with_biases_with_dora_and_with_adapters_that_are_off() -> None:
 
 @pytest.mark.parametrize("computes_in", [torch.bfloat16, torch.float32])
 def test_a_base_in_four_bits(computes_in: torch.dtype, tmp_path: Path) -> None:
-    """Also where the base computes in another format than its inputs have, which is left to peft."""
+    """Also where the base computes in another format than its inputs have, which is left to peft; with adapters off; and with
+    dense copies of the base."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes_in)
@@ -92,9 +93,17 @@ def test_a_base_in_four_bits(computes_in: torch.dtype, tmp_path: Path) -> None:
     fuse(model)
     with torch.no_grad():
         plain = model(input_ids=TOKENS, use_cache=False).logits
-    assert float((settled_logits(model) - plain).abs().mean() / plain.abs().mean()) < (
-        1e-2 if computes_in == torch.bfloat16 else 1e-9
-    )
+    within = 1e-2 if computes_in == torch.bfloat16 else 1e-9
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).abs().mean() / other.abs().mean())
+
+    assert apart(settled_logits(model), plain) < within
+    with model.disable_adapter(), torch.no_grad():
+        bare = model(input_ids=TOKENS, use_cache=False).logits
+        assert torch.equal(settled_logits(model), bare) and apart(bare, plain) > 0.1
+    keep_dense([base])
+    assert apart(settled_logits(model), plain) < within
 
 
 def test_a_failure_inside_leaves_the_model_as_it_was() -> None:

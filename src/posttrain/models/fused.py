@@ -110,12 +110,11 @@ def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
     format that the layer computes in. None for another module, and where they do more than add a product."""
     if getattr(getattr(layer, "forward", None), "__func__", None) is not _lora_forward:
         return None
-    weight = layer.base_layer.weight
-    quantized = getattr(weight, "quant_state", None)
-    dtype = (
-        weight.dtype if quantized is None else layer.base_layer.compute_dtype or layer.lora_A[_speaking(layer)[0]].weight.dtype
-    )
-    if not _is_plain(layer, torch.empty(0, dtype=dtype, device=weight.device)) or _dropout(layer, _speaking(layer)):
+    base = layer.base_layer
+    dtype = base.weight.dtype if getattr(base.weight, "quant_state", None) is None else base.compute_dtype
+    if dtype is None or not _is_plain(layer, torch.empty(0, dtype=dtype, device=base.weight.device)):
+        return None
+    if _dropout(layer, _speaking(layer)):
         return None
     with torch.no_grad():
         return _joined(*_factors(layer), dtype)

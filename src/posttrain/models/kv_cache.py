@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens, at least, that a layer makes room for at once
+ROOM = 128  # tokens that a layer makes room for at once: so many times rarer is what it holds copied
 
 
 class RoomyLayer(DynamicLayer):
@@ -34,9 +34,9 @@ class RoomyLayer(DynamicLayer):
 
 
 def _with_room(held: Tensor, length: int) -> Tensor:
-    """A copy of what is held, with place for `length` tokens and about as many again as there are."""
+    """A copy of what is held, with place for `length` tokens and ROOM more."""
     n, heads, before, dim = held.shape
-    room = held.new_empty(n, heads, length + max(ROOM, before), dim)
+    room = held.new_empty(n, heads, length + ROOM, dim)
     room[:, :, :before] = held
     return room
 
