@@ -74,6 +74,7 @@ def test_what_can_be_counted_is_exact(photos: Path, name: str, method: list[str]
     assert plan["memory_with_recomputation"] == pytest.approx(sum(recomputed.values()) + less, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_would_fit(photos: Path) -> None:
     asked = words(photos, "tiny")
     plan = make_plan("dreambooth", [*asked, "train.max_steps=7"])

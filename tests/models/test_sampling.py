@@ -55,3 +55,14 @@ def test_top_k_and_top_p_leave_out_the_rest() -> None:
     expected = [[0.0, 0.5, 0.0, 0.3], [0.0, 0.5, 0.15, 0.3], [0.05, 0.5, 0.15, 0.3]]
     for sampling, chances in zip(cut, expected, strict=True):
         assert sampling.allowed(logps)[0].tolist() == pytest.approx(chances)
+
+
+def test_greedy_answers_are_those_of_generate() -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    lm, prompts = PackedLM(model, "documents"), [[1, 5, 9, 4], [7, 3], [8, 8, 2, 6, 5, 4, 3]]
+    for prompt, (answer,) in zip(prompts, sample(lm, prompts, 1, Sampling(9, 1.0, 1.0, 1, 2), ends=[11]), strict=True):
+        theirs = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=11, pad_token_id=0
+        )
+        assert answer.tokens == theirs[0, len(prompt) :].tolist()

@@ -19,9 +19,8 @@ import posttrain
 from posttrain.config.compose import compose_run
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.causal import PackedLM, load_causal
+from posttrain.models.causal import PackedLM
 from posttrain.models.roles import Roles
-from posttrain.models.sampling import Sampling, sample
 from posttrain.stages.ppo import PpoRun
 from posttrain.stages.rewards import combined, load_function
 
@@ -163,6 +162,7 @@ def test_continue_keeps_the_start_as_reference(runs: Path, tmp_path: Path) -> No
     assert first["eval/kl"] == 0 and one["train/kl"] == 0 and two["train/kl"] != 0
 
 
+@pytest.mark.slow
 def test_recomputation_runs_under_its_own_role(runs: Path, tmp_path: Path) -> None:
     words = [*TINY, *LORA, f"init={runs / 'sft'}", f"init_reward={runs / 'rm'}"]
     for name, checkpointing in (("kept", "false"), ("recomputed", "true")):
@@ -201,30 +201,6 @@ def test_killed_and_resumed_is_bit_identical(runs: Path, tmp_path: Path) -> None
     assert timeless == [{k: v for k, v in line.items() if "per_second" not in k} for line in lines(tmp_path / "killed")]
 
 
-def test_sampling_is_what_the_model_says() -> None:
-    """Log-probs with the cache equal those of one pass; greedy at a low temperature equals transformers' generate."""
-    torch.manual_seed(0)
-    lm = PackedLM(load_causal(str(builtin_directory("tiny")[0]), None, "float32", "cpu", False, None), "documents")
-    prompts = [[1, 5, 9, 4], [7, 3], [8, 8, 2, 6, 5, 4, 3]]
-    found = sample(lm, prompts, 2, Sampling(9, 0.7, 1.0, 0, 4), ends=[11, 12])
-    assert [len(answers) for answers in found] == [2, 2, 2]
-    for prompt, answers in zip(prompts, found, strict=True):
-        for answer in answers:
-            assert answer.ended == (answer.tokens[-1] in (11, 12)) and len(answer.tokens) <= 9
-            tokens = torch.tensor([prompt + answer.tokens])
-            logits = lm.causal(input_ids=tokens, use_cache=False).logits[0].float() / 0.7
-            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = logps.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-            assert answer.logps == pytest.approx(expected.tolist(), abs=1e-4)
-            assert answer.entropy == pytest.approx(float(-(logps.exp() * logps).sum(-1).mean()), abs=1e-4)
-    greedy = sample(lm, prompts, 1, Sampling(9, 1.0, 1.0, 1, 2), ends=[11])
-    for prompt, (answer,) in zip(prompts, greedy, strict=True):
-        theirs = lm.causal.generate(  # type: ignore[operator]
-            input_ids=torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=11, pad_token_id=0
-        )
-        assert answer.tokens == theirs[0, len(prompt) :].tolist()
-
-
 LETTERS = {"a": 1.0, "b": -1.0, "c": 0.0, "d": 0.5, "e": -0.5, "f": 0.8}
 CHANCES = {"a": 0.1, "b": 0.3, "c": 0.25, "d": 0.2, "e": 0.1, "f": 0.05}
 
@@ -259,7 +235,8 @@ def chances(directory: Path, prompt: list[int], letters: list[int]) -> torch.Ten
         return model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)[letters]
 
 
-@pytest.mark.parametrize("advantage", [pytest.param("gae", marks=pytest.mark.slow), "rloo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
 def test_a_bandit_reaches_its_known_optimum(advantage: str, tmp_path: Path) -> None:
     """With one token an answer the best policy is known: proportional to reference * exp(reward / beta)."""
     prompt, letters = bandit(tmp_path / "bandit")
