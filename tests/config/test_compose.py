@@ -62,6 +62,11 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
         (["lr=1"], "unknown key 'lr' - did you mean 'optim.lr'?"),
         (["peft=lora", "peft.r=abc"], "peft.r: input should be a valid integer"),
         (["peft=lora", "peft.r=0"], "peft.r: input should be greater than or equal to 1"),
+        (["peft=qlora", "quant.dense_layers=-1"], "dense_layers: input should be 'auto' or greater than or equal to 0 (got -1)"),
+        (
+            ["train.gradient_checkpointing=some"],
+            "train.gradient_checkpointing: input should be 'auto' or a valid boolean or a valid integer (got 'some')",
+        ),
         (["peft=qlorra"], "peft: there is no 'qlorra' - did you mean 'qlora'?"),
         (["peft.r=4"], "peft.r does not belong to the chosen peft; it needs +peft=lora"),
         (["quant=nf4"], "quant=nf4 cannot be trained in full; add +peft=qlora"),

@@ -195,6 +195,10 @@ def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     message = message[0].lower() + message[1:]
     if complaint["type"] == "value_error":
         return message
+    if key and path[-1] != str(complaint["loc"][-1]):  # a field of several kinds, each of which has its own complaint
+        of_field = [c["msg"] for c in complaints if c["loc"][:-1] == complaint["loc"][:-1]]
+        message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])
+    message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     return f"{key}: {message} (got {complaint['input']!r})"
 
 
