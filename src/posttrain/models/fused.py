@@ -130,12 +130,17 @@ def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     names, base = _speaking(layer), layer.base_layer
     factors, scales = _factors(layer)
     quantized = getattr(base.weight, "quant_state", None)
-    if not (quantized is None or hasattr(quantized, "dense") or torch.is_grad_enabled()):
-        # bitsandbytes has kernels of its own for a few rows
+    if quantized is not None and not torch.is_grad_enabled():
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
-        return base(x).add_((x @ down.T) @ up.T)
+        return without_gradient(base, x).add_((x @ down.T) @ up.T)
     return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+
+
+def without_gradient(base: Any, x: Tensor) -> Tensor:
+    """base(x) of a layer in NF4: by its dense copy, or by bitsandbytes, which has kernels of its own for a few rows."""
+    dense = getattr(base.weight.quant_state, "dense", None)
+    return base(x) if dense is None else linear(x, dense.to(x.dtype), base.bias)
 
 
 class _LoraLinear(torch.autograd.Function):
