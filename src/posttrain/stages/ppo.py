@@ -102,7 +102,8 @@ class PpoRun(LanguageRun):
         inputs.start.parents.extend(parent for start in self.starts.values() for parent in start.parents)
         rollout = cfg.rollout
         self.sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
-        self.drift = (0.0, 0.0)
+        self.drift: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
+        self.clipped: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
         self.write = sample
 
     def assemble(self, built: Built, inputs: Inputs) -> tuple[nn.Module, Built]:
@@ -130,7 +131,7 @@ class PpoRun(LanguageRun):
             self.drift = (0.0, 0.0)
             yield Update(batches)
             tokens, updates = tokens + sum(batch.size for batch in batches), updates + 1
-            if cfg.stop_kl is not None and self.drift[0] > cfg.stop_kl * self.drift[1]:
+            if cfg.stop_kl is not None and float(self.drift[0]) > cfg.stop_kl * float(self.drift[1]):
                 break
         figures["update_tokens_per_second"] = tokens / (time.monotonic() - began)
         figures["updates"] = float(updates)
@@ -150,8 +151,9 @@ class PpoRun(LanguageRun):
         found = module(batch, "policy", self.cfg.rollout.temperature, with_entropy=spread)
         output = losses.policy_loss(found[0] if spread else found, extra["old"], extra["advantages"], clip=ppo.clip)
         total, count = output.metrics["update_kl"]
-        self.drift = (self.drift[0] + float(total), self.drift[1] + count)
-        self.clipped = (self.clipped[0] + float(output.metrics["clip_share"][0]), self.clipped[1] + count)
+        # tensors, for a number here would have the host wait for the device in every micro-batch
+        self.drift = (self.drift[0] + total, self.drift[1] + count)
+        self.clipped = (self.clipped[0] + output.metrics["clip_share"][0], self.clipped[1] + count)
         return replace(output, total=output.total - ppo.entropy_coef * found[1].sum()) if spread else output
 
     @torch.no_grad()
@@ -257,7 +259,7 @@ class PpoRun(LanguageRun):
     def _watch(self, step: int, figures: dict[str, float], answers: int) -> None:
         """Say what leaves its healthy range, once until it has come back."""
         clipped, state = self.clipped, self._state()
-        found = {"explained_variance": 0.0, **figures, "clip_share": clipped[0] / max(clipped[1], 1.0)}
+        found = {"explained_variance": 0.0, **figures, "clip_share": float(clipped[0]) / max(float(clipped[1]), 1.0)}
         found |= {"step": step, "answers": answers}
         state["first"] = state["first"] or found
         ringing = alarms(found, state["first"], self.cfg.ppo)
