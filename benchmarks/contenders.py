@@ -23,7 +23,6 @@ BEST: dict[str, dict[str, Any]] = {
     "dpo": {"precompute_ref_log_probs": True},
     "rm": {},
 }
-SPARE = {"posttrain_spare": "true"}
 
 
 def lora(rank: int, task: str = "CAUSAL_LM") -> dict[str, Any]:
@@ -81,6 +80,7 @@ def run_posttrain(name: str, stage: str, rows: Path, model_dir: str, batch: int,
     """name: posttrain for its defaults, posttrain_spare for what takes the least memory."""
     import posttrain
 
+    recompute = "true" if name == "posttrain_spare" else "auto"
     words = {"train.epochs=1"} if stage != "ppo" else {
         "train.max_steps=2", f"rollout.max_new_tokens={NEW_TOKENS}", "ppo.minibatches=2", "ppo.epochs=2", "ppo.stop_kl=null",
         "reward.function=posttrain.rules:code_spans", "data.eval_rows=0", "data.shape=messages",
@@ -91,7 +91,7 @@ def run_posttrain(name: str, stage: str, rows: Path, model_dir: str, batch: int,
             stage, "+peft=lora", f"model.name={model_dir}", f"peft.r={rank}", f"peft.alpha={2 * rank}", f"data.path={rows}",
             "data.eval_share=0", "eval.sets=null", f"train.batch_size={batch}", f"train.grad_accum={accumulation}",
             "train.max_length=1024", "train.save_steps=null", "optim.lr=1e-4", "optim.schedule=constant",
-            "optim.warmup_ratio=0", f"run.dir={out}/run", f"train.gradient_checkpointing={SPARE.get(name, 'auto')}", *words,
+            "optim.warmup_ratio=0", f"run.dir={out}/run", f"train.gradient_checkpointing={recompute}", *words,
         )  # fmt: skip
         lines = [json.loads(line) for line in (Path(out) / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,14 +90,26 @@ def random_batch(tokens: int, documents: int, vocabulary: int) -> PackedBatch:
 
 def matmul_rate(device: str, size: int) -> float:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2.0 * size**3 / _quickest(device, lambda: torch.mm(a, b))
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second that are read and written by a copy."""
+    x = torch.zeros(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device)
+    y = torch.empty_like(x)
+    return 2.0 * x.numel() * x.element_size() / _quickest(device, lambda: y.copy_(x))
+
+
+def _quickest(device: str, work: Callable[[], Any]) -> float:
+    """Seconds, the best of several times."""
     best = float("inf")
     for _ in range(20):
         _wait(device)
         began = time.perf_counter()
-        torch.mm(a, b)
+        work()
         _wait(device)
         best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
+    return best
 
 
 def _wait(device: str) -> None:
@@ -195,19 +208,6 @@ def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
     }
 
 
-def copy_rate(device: str) -> float:
-    """Bytes a second that are read and written by a copy: the best of several."""
-    x = torch.zeros(2**28 if device == "cuda" else 2**24, dtype=torch.float32, device=device)
-    y, best = torch.empty_like(x), float("inf")
-    for _ in range(20):
-        _wait(device)
-        began = time.perf_counter()
-        y.copy_(x)
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * x.numel() * x.element_size() / best
-
-
 def _numbers(p: torch.Tensor) -> int:
     state = getattr(p, "quant_state", None)
     return state.shape.numel() if state is not None else p.numel()
@@ -279,16 +279,8 @@ def main() -> None:
     run = run_trl if options.trl else run_rollout if options.rollout or options.generate else run_ours
     found = run(options, device)
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(
-        json.dumps(
-            {
-                "device": card,
-                "contender": {run_trl: "trl"}.get(run, "transformers" if options.generate else "posttrain"),
-                **vars(options),
-                **found,
-            }
-        )
-    )
+    contender = "trl" if options.trl else "transformers" if options.generate else "posttrain"
+    print(json.dumps({"device": card, "contender": contender, **vars(options), **found}))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def test_log_probs_with_the_cache_are_those_of_one_pass(family: str) -> None:
     for prompt, answers in zip(prompts, found, strict=True):
         for answer in answers:
             assert answer.ended == (answer.tokens[-1] in ends) and not set(answer.tokens[:-1]) & set(ends)
+            assert len(answer.tokens) <= 14
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([prompt + answer.tokens]), use_cache=False).logits[0].float() / 0.7
             logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]

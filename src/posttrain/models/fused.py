@@ -91,8 +91,12 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     base = layer.base_layer
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return False
-    quantized = getattr(base.weight, "quant_state", None)
-    return (base.weight.dtype if quantized is None else base.compute_dtype or x.dtype) == x.dtype
+    return (_computes_in(base) or x.dtype) == x.dtype
+
+
+def _computes_in(base: Any) -> torch.dtype | None:
+    """None for a quantized layer that takes whatever it is given."""
+    return base.weight.dtype if getattr(base.weight, "quant_state", None) is None else base.compute_dtype
 
 
 def _speaking(layer: Any) -> list[str]:
@@ -110,9 +114,8 @@ def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
     format that the layer computes in. None for another module, and where they do more than add a product."""
     if getattr(getattr(layer, "forward", None), "__func__", None) is not _lora_forward:
         return None
-    base = layer.base_layer
-    dtype = base.weight.dtype if getattr(base.weight, "quant_state", None) is None else base.compute_dtype
-    if dtype is None or not _is_plain(layer, torch.empty(0, dtype=dtype, device=base.weight.device)):
+    dtype = _computes_in(layer.base_layer)
+    if dtype is None or not _is_plain(layer, torch.empty(0, dtype=dtype, device=layer.base_layer.weight.device)):
         return None
     if _dropout(layer, _speaking(layer)):
         return None
@@ -139,8 +142,8 @@ def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
 
 def without_gradient(base: Any, x: Tensor) -> Tensor:
     """base(x) of a layer in NF4: by its dense copy, or by bitsandbytes, which has kernels of its own for a few rows."""
-    dense = getattr(base.weight.quant_state, "dense", None)
-    return base(x) if dense is None else linear(x, dense.to(x.dtype), base.bias)
+    state = base.weight.quant_state
+    return linear(x, dense_weight(base.weight, state, x.dtype), base.bias) if hasattr(state, "dense") else base(x)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -103,11 +103,12 @@ def bands(mask: Tensor) -> list[Band]:
     found = []
     for start in range(0, len(mask), BAND):
         part = mask[start : start + BAND]
-        seen = torch.nn.functional.pad(part.any(0).int(), (1, 1)).diff()
-        edges = zip((seen == 1).nonzero()[:, 0].tolist(), (seen == -1).nonzero()[:, 0].tolist(), strict=True)
-        part = part[:, part.any(0)]
+        seen = part.any(0)
+        edge = torch.nn.functional.pad(seen.int(), (1, 1)).diff()
+        edges = zip((edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist(), strict=True)
+        part = part[:, seen]
         bias = torch.zeros(part.shape).masked_fill_(~part, -torch.inf)
-        found.append(Band(slice(start, start + len(part)), tuple(slice(*edge) for edge in edges), bias))
+        found.append(Band(slice(start, start + len(part)), tuple(slice(*both) for both in edges), bias))
     return found
 
 

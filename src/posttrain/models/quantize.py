@@ -77,9 +77,18 @@ def keep_dense(layers: Iterable[nn.Module]) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     for layer in layers:
-        for parameter in layer.parameters():
-            if (state := getattr(parameter, "quant_state", None)) is not None:
-                state.dense = dequantize_4bit(parameter, state)
+        for weight in _in_four_bits(layer):
+            weight.quant_state.dense = dequantize_4bit(weight, weight.quant_state)
+
+
+def dense_bytes(layer: nn.Module) -> float:
+    """What `keep_dense` takes for it."""
+    states = [weight.quant_state for weight in _in_four_bits(layer)]
+    return float(sum(state.shape.numel() * state.dtype.itemsize for state in states))
+
+
+def _in_four_bits(layer: nn.Module) -> list[Any]:
+    return [parameter for parameter in layer.parameters() if getattr(parameter, "quant_state", None) is not None]
 
 
 def dense_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:

@@ -86,7 +86,7 @@ def _with_adapters(layer: Any, down: Tensor, up: Tensor, *, lays_out: bool) -> F
     """x -> base(x) + (x down') up'. down: [R, in]; up: [out, R], scaled. An x of another format goes the layer's own way."""
     base, other, size = layer.base_layer, layer.forward, len(up)
     quantized = getattr(base.weight, "quant_state", None) is not None
-    into, back = down.T.contiguous(), up.T.contiguous()
+    back = up.T.contiguous()
     if lays_out and not quantized and _fits(base.weight):  # the adapters' first product is some more columns of the base's
         bias = None if base.bias is None else torch.cat([base.bias.detach(), base.bias.new_zeros(len(down))])
         product, wide = _laid_out(torch.cat([base.weight.detach(), down]), bias), back.float()
@@ -95,6 +95,7 @@ def _with_adapters(layer: Any, down: Tensor, up: Tensor, *, lays_out: bool) -> F
             y = product(x).float()  # so small a product is quicker in float32 than oneDNN's in 16 bits
             return y[:, :size].addmm_(y[:, size:], wide).to(x.dtype)
     else:
+        into = down.T.contiguous()
 
         def add(x: Tensor) -> Tensor:
             y = without_gradient(base, x) if quantized else linear(x, base.weight, base.bias)

@@ -117,7 +117,7 @@ class PpoRun(LanguageRun):
 
     def updates(self, step: int, module: nn.Module, inputs: Inputs, table: Any) -> Iterator[Update]:
         cfg, state = self.cfg.ppo, self._state()
-        began = time.monotonic()
+        began, self.clipped = time.monotonic(), (0.0, 0.0)
         seed_step(self.cfg.train.seed, step, ROLLOUT)
         rollout = self.roll(module, inputs, inputs.data.train, inputs.order.micro(step, 0), cfg.samples)
         parts, figures = self._lessons(module, rollout, state["kl_coef"])
@@ -253,13 +253,12 @@ class PpoRun(LanguageRun):
         state.setdefault("first", None)
         state.setdefault("alarms", [])
         state.setdefault("ringing", [])
-        self.clipped = (0.0, 0.0)
         return state
 
     def _watch(self, step: int, figures: dict[str, float], answers: int) -> None:
         """Say what leaves its healthy range, once until it has come back."""
-        clipped, state = self.clipped, self._state()
-        found = {"explained_variance": 0.0, **figures, "clip_share": float(clipped[0]) / max(float(clipped[1]), 1.0)}
+        (clipped, ratios), state = self.clipped, self._state()
+        found = {"explained_variance": 0.0, **figures, "clip_share": float(clipped) / max(float(ratios), 1.0)}
         found |= {"step": step, "answers": answers}
         state["first"] = state["first"] or found
         ringing = alarms(found, state["first"], self.cfg.ppo)

@@ -16,7 +16,7 @@ from posttrain.console import say
 from posttrain.models.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.causal import PackedLM
 from posttrain.models.head import chunk_logits
-from posttrain.models.quantize import keep_dense
+from posttrain.models.quantize import dense_bytes, keep_dense
 from posttrain.stages.build import Built, Inputs
 
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
@@ -39,15 +39,10 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: Built, inputs: Inpu
             if isinstance(part, PackedLM):
                 part.recompute(layers)
     if dense == "auto":
-        dense = layers_to_keep_dense(free, *asked, layers, _dense_bytes(lm.layers[0]), lm.num_layers) if asked else 0
+        dense = layers_to_keep_dense(free, *asked, layers, dense_bytes(lm.layers[0]), lm.num_layers) if asked else 0
         say(f"{dense} of {lm.num_layers} layers have a dense copy of their 4-bit weights (quant.dense_layers=auto)")
     if dense:
         keep_dense(lm.layers[:dense])
-
-
-def _dense_bytes(layer: nn.Module) -> float:
-    states = [state for p in layer.parameters() if (state := getattr(p, "quant_state", None)) is not None]
-    return float(sum(state.shape.numel() * state.dtype.itemsize for state in states))
 
 
 def free_bytes(device: torch.device) -> float:
