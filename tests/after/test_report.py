@@ -12,7 +12,7 @@ import yaml
 
 from posttrain.after.figures import Curve, line_figure, smoothed, thinned
 from posttrain.after.records import before_and_after, chain_table, compare, read_record
-from posttrain.after.report import compare_page, recipe_page, run_page, sweep_page
+from posttrain.after.report import _data_of, compare_page, recipe_page, run_page, sweep_page
 from posttrain.errors import UserError
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>$x^2$'
@@ -325,3 +325,15 @@ def test_colours_follow_the_page():
     assert "var(--c3)" in figure.svg
     assert "#0a0b" not in figure.svg
     assert line_figure("t", [Curve("b", [], [])]) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"path": "my.jsonl", "sources": None}, "my.jsonl"),
+        ({"instance_dir": "photos"}, "photos"),
+        ({"path": None, "sources": {"a": {}, "b": {}}}, "a mixture of a, b"),
+    ],
+)
+def test_a_page_says_what_the_run_learnt_from(data, said):
+    assert _data_of(data) == said

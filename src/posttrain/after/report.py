@@ -89,7 +89,7 @@ def _run_page(run_dir: Path) -> Path:
         kicker=f"{config['stage']} run",
         heading=run_name(run_dir),
         state="done" if manifest else "running",
-        lead=f"{config['model']['name']}, {method}, on {config['data'].get('path') or config['data']['instance_dir']}",
+        lead=f"{config['model']['name']}, {method}, on {_data_of(config['data'])}",
         tiles=_tiles(record),
         changes=before_and_after(record.metrics),
         curves=stage_figures(record) + _run_curves(record),
@@ -101,6 +101,11 @@ def _run_page(run_dir: Path) -> Path:
         particulars=_particulars(record),
         config=yaml.safe_dump(config, sort_keys=False),
     )
+
+
+def _data_of(data: dict[str, Any]) -> str:
+    """What a run learnt from, in a few words: a path, or the names of a mixture's sources."""
+    return data.get("path") or data.get("instance_dir") or "a mixture of " + ", ".join(data.get("sources") or ())
 
 
 def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
