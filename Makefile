@@ -18,7 +18,7 @@ demo: setup ## CPT -> SFT -> DPO on a real 135M model, on two cores, under 20 mi
 	$(BIN)/posttrain run python_expert
 
 demo-dreambooth: setup ## a text-to-image model from scratch learns one new individual, four ways
-	$(BIN)/python benchmarks/dreambooth_demo.py
+	$(BIN)/python scripts/dreambooth_demo.py
 
 check: setup ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
@@ -30,10 +30,10 @@ test: setup ## all tests
 	$(BIN)/pytest -q -n 2
 
 torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
-	$(BIN)/python tests/torture.py --count 200
+	$(BIN)/python scripts/torture.py --count 200
 
 load: setup ## 10 million rows, 100,000 steps, 100 jobs, a recipe of 12 steps: memory and time of each
-	$(BIN)/python tests/load.py
+	$(BIN)/python scripts/load.py
 
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from posttrain.models.base import resolve
+from posttrain.models.hub import resolve
 from rows import write_rows
 
 HERE = Path(__file__).resolve().parent

@@ -83,7 +83,7 @@ def run_posttrain(name: str, stage: str, rows: Path, model_dir: str, batch: int,
     recompute = "true" if name == "posttrain_spare" else "auto"
     words = {"train.epochs=1"} if stage != "ppo" else {
         "train.max_steps=2", f"rollout.max_new_tokens={NEW_TOKENS}", "ppo.minibatches=2", "ppo.epochs=2", "ppo.stop_kl=null",
-        "reward.function=posttrain.rules:code_spans", "data.eval_rows=0", "data.shape=messages",
+        "reward.function=posttrain.rewards:code_spans", "data.eval_rows=0", "data.shape=messages",
     }  # fmt: skip
     accumulation = 2 if stage == "ppo" else 1
     with tempfile.TemporaryDirectory() as out:

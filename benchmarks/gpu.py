@@ -22,16 +22,16 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from posttrain.batch import PackedBatch
 from posttrain.config.schema import Lora
+from posttrain.data.collate import pack
 from posttrain.data.examples import build
-from posttrain.data.packing import pack
 from posttrain.losses.tokens import token_loss
-from posttrain.models.activations import activations, layers_to_recompute, model_of_shapes
-from posttrain.models.adapters import add_method
-from posttrain.models.causal import PackedLM
-from posttrain.models.head import chunk_logits
-from posttrain.models.quantize import keep_dense
-from posttrain.models.sampling import Sampling, sample
-from posttrain.train.optim import make_optimizer
+from posttrain.models.kernels.logprobs import chunk_logits
+from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
+from posttrain.models.language.generation import Sampling, sample
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.peft.attach import add_method
+from posttrain.models.quantization import keep_dense
+from posttrain.training.optimizer import make_optimizer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -161,7 +161,7 @@ def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     for step in range(WARM + TIMED):
         _wait(device)
         began = time.perf_counter()
-        (token_loss(lm(batch), batch.weight).total / batch.count).backward()
+        (token_loss(lm(batch), batch.weight).total / batch.loss_denominator).backward()
         optimizer.step()
         optimizer.zero_grad()
         _wait(device)
@@ -223,7 +223,7 @@ def run_trl(options: argparse.Namespace, device: str) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from posttrain.models.tokenizer import load_tokenizer
+    from posttrain.models.language.tokenizer import load_tokenizer
 
     seconds: list[float] = []
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.rules import code_spans
+from posttrain.rewards import code_spans
 
 EPOCHS, MINIBATCHES, STEPS, KL = 2, 2, 2, 0.05
 

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from posttrain.data.builtin import builtin_rows
+from posttrain.data.sources.builtin.sets import builtin_rows
 
 
 def write_rows(directory: Path, count: int, seed: int = 0, scale: float = 1.0) -> dict[str, Path]:

@@ -327,6 +327,7 @@ def main() -> int:
     parser.add_argument("what", choices=("record", "compare", "group"))
     parser.add_argument("file", help="the record")
     parser.add_argument("--only", help="a regular expression of the cases' names")
+    parser.add_argument("--renamed", action="append", default=[], help="old=new: a key that has another name now")
     parser.add_argument("--ignore", help="a regular expression of differences that are meant")
     args = parser.parse_args()
     if args.what == "group":
@@ -338,7 +339,11 @@ def main() -> int:
         failed = [name for name, each in found.items() if isinstance(each, dict) and "exit" in each]
         print(f"{len(found)} cases{', of which failed: ' + ', '.join(failed) if failed else ''}")
         return 0
-    then = {name: each for name, each in json.loads(Path(args.file).read_text()).items() if not args.only or name in found}
+    recorded = Path(args.file).read_text()
+    for pair in args.renamed:
+        old, new = pair.split("=")
+        recorded = re.sub(rf'(?<=["/.]){re.escape(old)}(?=["=])', new, recorded)
+    then = {name: each for name, each in json.loads(recorded).items() if not args.only or name in found}
     lines = [line for line in differences(then, found) if not (args.ignore and re.search(args.ignore, line))]
     for line in lines:
         print(line)

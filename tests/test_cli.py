@@ -26,7 +26,7 @@ def invoke(*words: str) -> tuple[int, str]:
 
 def test_every_stage_has_a_runner_and_a_config() -> None:
     assert list(STAGES) == list(CONFIGS)
-    assert all(importlib.util.find_spec(f"posttrain.stages.{stage}") for stage in STAGES)
+    assert all(importlib.util.find_spec(f"posttrain.stages.{stage}.stage") for stage in STAGES)
 
 
 def test_help_is_there_at_once_and_loads_nothing() -> None:
@@ -69,7 +69,7 @@ def test_the_settings_that_help_names_exist(stage: str) -> None:
 
     from posttrain.cli import settings_of
     from posttrain.config.compose import compose_run
-    from posttrain.rundir import flatten
+    from posttrain.runs.directory import flatten
 
     pictures = ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
     given = {"ppo": ["init_reward=runs/rm/RUN"], "dreambooth": pictures}.get(stage, [])

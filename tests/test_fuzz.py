@@ -16,18 +16,18 @@ import pytest
 from accelerate import Accelerator
 
 import posttrain
-from posttrain.after.evaluate import evaluate_runs
-from posttrain.after.records import read_record
-from posttrain.after.report import compare_page, run_page
+from posttrain.commands.evaluate import evaluate_runs
 from posttrain.config.compose import compose_run, inherit_model, validate
 from posttrain.config.paths import root
-from posttrain.data.sources import read_rows
+from posttrain.data.sources.source import read_rows
 from posttrain.errors import RunError, Stopped, UserError
-from posttrain.recipe import load_recipe
-from posttrain.rundir import open_run, read_manifest
-from posttrain.stages.language import read_inputs
-from posttrain.stages.start import resolve_start
-from posttrain.train.checkpoint import newest_checkpoint
+from posttrain.launch.recipe import load_recipe
+from posttrain.reports.run_page import compare_page, run_page
+from posttrain.reports.run_records import read_record
+from posttrain.runs.directory import open_run, read_manifest
+from posttrain.stages.language.init import resolve_start
+from posttrain.stages.language.stage import read_inputs
+from posttrain.training.checkpoint import newest_checkpoint
 
 SEED, TIMES = 20261124, 60
 TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]

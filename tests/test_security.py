@@ -11,15 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import posttrain
-from posttrain.after.live import load_live
-from posttrain.after.pipelines import read_result
-from posttrain.after.report import compare_page
-from posttrain.before.plan import make_plan
+from posttrain.commands.plan.plan import make_plan
+from posttrain.commands.sample import read_result
 from posttrain.config.compose import compose_run
 from posttrain.errors import Stopped, UserError
-from posttrain.exits import guarded
-from posttrain.models.pipelines import find_pipeline, pipeline_directory
-from posttrain.rundir import read_manifest, write_json
+from posttrain.launch.exit_codes import guarded
+from posttrain.models.diffusion.pipelines import find_pipeline, pipeline_directory
+from posttrain.models.language.loading import load_model
+from posttrain.reports.run_page import compare_page
+from posttrain.runs.directory import read_manifest, write_json
 from posttrain.secrets import HIDDEN, redact
 
 TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]
@@ -49,7 +49,7 @@ def test_a_pickle_beside_the_weights_is_refused(name: str, run: Path, monkeypatc
     with pytest.raises(UserError, match=f"{name} may be a pickle"):
         posttrain.run("sft", *TINY, f"init={run}", f"run.dir={run.parent / 'next'}")
     with pytest.raises(UserError, match=f"{name} may be a pickle"):
-        load_live(run)
+        load_model(run)
     assert not Path("EXPLODED").exists()
 
 
@@ -97,7 +97,7 @@ def test_weights_that_were_changed_are_not_loaded(run: Path) -> None:
     tensors[sorted(tensors)[0]] += 1.0
     save_file(tensors, file)
     with pytest.raises(UserError, match="its sha256 is not the one in the run's manifest"):
-        load_live(run)
+        load_model(run)
 
 
 @pytest.mark.parametrize("revision", ["null", "main", "v1.0", "0123abc"])
@@ -160,7 +160,7 @@ def test_a_target_in_a_config_is_never_called(tmp_path: Path, monkeypatch: pytes
         compose_run("sft", ["+optim._target_=os.system", "+optim.command='touch EXPLODED'"])
     (tmp_path / "mine" / "hydra" / "launcher").mkdir(parents=True)
     (tmp_path / "mine" / "hydra" / "launcher" / "evil.yaml").write_text("_target_: os.system\ncommand: touch EXPLODED\n")
-    from posttrain.sweep import run_sweep
+    from posttrain.launch.sweep import run_sweep
 
     words = [*TINY, "peft.r=2,4", "hydra/launcher=evil", f"run.dir={tmp_path / 'sweep'}"]
     with pytest.raises(UserError, match=r"hydra.launcher._target_: os.system is no part of Hydra"):
@@ -227,7 +227,7 @@ def test_a_script_in_a_run_is_shown_and_not_run(run: Path) -> None:
     manifest["stage"], manifest["metrics"] = "ppo", {**manifest["metrics"], f"eval/{evil}": 1.0, f"eval/{evil}_before": 2.0}
     manifest["data"][0]["source"] = evil
     (run / "manifest.json").write_text(json.dumps(manifest))
-    from posttrain.after.report import run_page
+    from posttrain.reports.run_page import run_page
 
     for page in (run_page(run), compare_page([run, run], run.parent / "both.html")):
         text = page.read_text()

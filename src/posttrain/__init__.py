@@ -13,6 +13,6 @@ def run(stage: str, *overrides: str) -> dict[str, Any]:
     Raises posttrain.errors.UserError, RunError or Stopped.
     """
     from posttrain.config.compose import compose_run
-    from posttrain.worker import run_config
+    from posttrain.launch.worker import run_config
 
     return run_config(compose_run(stage, list(overrides)))

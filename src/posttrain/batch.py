@@ -11,12 +11,14 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """A micro-batch, as the loop sees it. count: what its sum of losses is divided by, over a whole optimizer step; zero where
-    it counts for nothing. size: how much it is, in the unit of its stage. rows: its examples' numbers in the run's data, for
-    which the stage has names."""
+    """A micro-batch, as the loop sees it.
+
+    loss_denominator: what its sum of losses is divided by, over a whole optimizer step; zero where it counts for nothing.
+    size: how much it is, in the unit of its stage. rows: its examples' numbers in the run's data, for which the stage has names.
+    """
 
     @property
-    def count(self) -> float: ...
+    def loss_denominator(self) -> float: ...
 
     @property
     def size(self) -> int: ...
@@ -26,8 +28,8 @@ class Batch(Protocol):
 
     def to(self, device: torch.device | str) -> Self: ...
 
-    def halves(self) -> tuple[Self, ...]:
-        """Two batches of half the examples each, whose counts add up to this one's; itself alone where there is only one."""
+    def split(self) -> tuple[Self, ...]:
+        """Two batches of half the examples, whose loss denominators add up to this one's; itself alone where there is one."""
         ...
 
 
@@ -56,24 +58,26 @@ class Segment(NamedTuple):
 class PackedBatch:
     """T tokens in a row, and the N next-token predictions among them whose weight is not zero.
 
-    tokens, positions: int64 [1, T]. source: int64 [N], the index in T whose hidden state predicts `target`
-    (int64 [N]). weight: float32 [N], never zero. owner: int64 [N], the answer (0..num_answers-1) that each
-    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. ends: int64 [num_answers], the index in T
-    of each answer's last token that counts: its end of turn. rows: number of each example's sequence in the run's data.
-    count: what the sum of this batch's losses is divided by, over a whole optimizer step (weights of tokens, or of pairs).
+    tokens, positions: int64 [1, T]. logit_index: int64 [N], the index in T whose hidden state predicts `target`
+    (int64 [N]). weight: float32 [N], never zero. sequence_id: int64 [N], the answer (0..num_answers-1) that each
+    prediction belongs to; in a pair, 2k is the chosen and 2k+1 the rejected answer. eos_index: int64 [num_answers], the
+    index in T of each answer's last token that counts: its end of turn. rows: number of each example's sequence in the run's
+    data.
+    loss_denominator: what the sum of this batch's losses is divided by, over a whole optimizer step (weights of tokens, or
+    of pairs).
     """
 
     tokens: Tensor
     positions: Tensor
     segments: tuple[Segment, ...]
-    source: Tensor
+    logit_index: Tensor
     target: Tensor
     weight: Tensor
-    owner: Tensor
-    ends: Tensor
+    sequence_id: Tensor
+    eos_index: Tensor
     num_answers: int
     rows: tuple[int, ...]
-    count: float
+    loss_denominator: float
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -81,7 +85,7 @@ class PackedBatch:
         """T"""
         return self.tokens.shape[1]
 
-    def halves(self) -> tuple[PackedBatch, ...]:
+    def split(self) -> tuple[PackedBatch, ...]:
         """Cut between two examples: an example is a document, or a prompt with its answers."""
         heads = [segment for segment in self.segments if segment.prefix_start == segment.prefix_stop]
         if len(heads) < 2:
@@ -91,27 +95,27 @@ class PackedBatch:
 
     def _part(self, first: int, last: int, start: int, stop: int) -> PackedBatch:
         """Examples first:last, which are tokens start:stop."""
-        predicted = (self.source >= start) & (self.source < stop)
-        answered = (self.ends >= start) & (self.ends < stop)
+        predicted = (self.logit_index >= start) & (self.logit_index < stop)
+        answered = (self.eos_index >= start) & (self.eos_index < stop)
         of = {"example": slice(first, last), "answer": answered, "prediction": predicted}
         inside = [segment for segment in self.segments if start <= segment.start < stop]
         return PackedBatch(
             tokens=self.tokens[:, start:stop],
             positions=self.positions[:, start:stop],
             segments=tuple(Segment(*(max(0, place - start) for place in segment)) for segment in inside),
-            source=self.source[predicted] - start,
+            logit_index=self.logit_index[predicted] - start,
             target=self.target[predicted],
             weight=self.weight[predicted],
-            owner=self.owner[predicted] - int((self.ends < start).sum()),
-            ends=self.ends[answered] - start,
+            sequence_id=self.sequence_id[predicted] - int((self.eos_index < start).sum()),
+            eos_index=self.eos_index[answered] - start,
             num_answers=int(answered.sum()),
             rows=self.rows[first:last],
-            count=self.count * (last - first) / len(self.rows),
+            loss_denominator=self.loss_denominator * (last - first) / len(self.rows),
             extra={name: value[of[PER.get(name, "prediction")]] for name, value in self.extra.items()},
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        names = ("tokens", "positions", "source", "target", "weight", "owner", "ends")
+        names = ("tokens", "positions", "logit_index", "target", "weight", "sequence_id", "eos_index")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
         return replace(self, **moved, extra=extra)
@@ -142,17 +146,17 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Pictures, in parts of one shape each. count: how many are of the individual; size: how many there are."""
+    """Pictures, in parts of one shape each. loss_denominator: how many are of the individual; size: how many there are."""
 
     parts: tuple[ImagePart, ...]
     rows: tuple[int, ...]
-    count: float
+    loss_denominator: float
 
     @property
     def size(self) -> int:
         return sum(len(part.level) for part in self.parts)
 
-    def halves(self) -> tuple[ImageBatch, ...]:
+    def split(self) -> tuple[ImageBatch, ...]:
         """Picture by picture: the total is a sum over all of them."""
         if self.size < 2:
             return (self,)
@@ -161,7 +165,7 @@ class ImageBatch:
         for start, stop in ((0, self.size // 2), (self.size // 2, self.size)):
             spans = [(max(0, start - end), min(len(part.level), stop - end)) for part, end in zip(self.parts, ends, strict=False)]
             parts = tuple(_cut(part, *span) for part, span in zip(self.parts, spans, strict=True) if span[0] < span[1])
-            found.append(replace(self, parts=parts, count=self.count * (stop - start) / self.size))
+            found.append(replace(self, parts=parts, loss_denominator=self.loss_denominator * (stop - start) / self.size))
         return tuple(found)
 
     def to(self, device: torch.device | str) -> ImageBatch:
@@ -183,7 +187,7 @@ Metrics = dict[str, tuple[Tensor, float | Tensor]]  # name -> (sum, count)
 
 @dataclass
 class LossOutput:
-    """A sum, not a mean: the loop divides once by the `count` of the whole optimizer step.
+    """A sum, not a mean: the loop divides once by the `loss_denominator` of the whole optimizer step.
 
     total: scalar tensor with gradient. metrics: name -> (sum, count), detached, on any device; each is averaged as sum / count
     over everything that was seen since the last logged step. rows: name -> a value for each unit, detached; kept in evaluation.

@@ -10,7 +10,7 @@ import typer
 
 from posttrain import __version__
 from posttrain.config import completion
-from posttrain.exits import guarded
+from posttrain.launch.exit_codes import guarded
 
 STAGES = {
     "cpt": ("Continued pre-training on documents.", "data.path=corpus.jsonl", "data.path=corpus.jsonl train.max_length=2048"),
@@ -83,7 +83,7 @@ def _overrides(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _recipes(incomplete: str) -> list[str]:
-    from posttrain.recipe import recipe_names
+    from posttrain.launch.recipe import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
@@ -122,12 +122,12 @@ def _add_stage(name: str, about: str, with_data: str, more: str) -> None:
             if cfg or info:
                 print(composing.show(name, words, config_dir, cfg, info))
             elif multirun:
-                from posttrain.sweep import run_sweep
+                from posttrain.launch.sweep import run_sweep
 
                 run_sweep(name, words, config_dir)
             else:
                 config = composing.compose_run(name, words, config_dir)
-                from posttrain.worker import run_config
+                from posttrain.launch.worker import run_config
 
                 run_config(config)
 
@@ -151,7 +151,7 @@ def recipe(
     ] = False,
 ) -> None:
     """Run a recipe: stages in a chain, each from the one before; what is done already is skipped."""
-    from posttrain.pipeline import run_recipe
+    from posttrain.launch.recipe_runner import run_recipe
 
     _end(lambda: run_recipe(name, overrides or [], from_step=from_step, fresh=fresh, list_only=listing))
 
@@ -164,7 +164,7 @@ def report(
     """Put runs side by side on one page."""
 
     def command() -> None:
-        from posttrain.after.report import compare_page
+        from posttrain.reports.run_page import compare_page
 
         print(compare_page(runs, out))
 
@@ -183,7 +183,7 @@ def evaluate(
     def command() -> None:
         import json
 
-        from posttrain.after.evaluate import evaluate_runs, show_evaluation
+        from posttrain.commands.evaluate import evaluate_runs, show_evaluation
         from posttrain.console import console
 
         console.stderr = as_json  # progress, apart from the JSON
@@ -206,7 +206,7 @@ def talk(
     """Talk with a run's result."""
 
     def command() -> None:
-        from posttrain.after.chat import chat
+        from posttrain.commands.chat import chat
 
         chat(runs, system, prompt, temperature, top_p, max_new_tokens, seed)
 
@@ -227,7 +227,7 @@ def draw_samples(
     """Draw pictures with DreamBooth runs: adapters of one base take turns, by their runs' names."""
 
     def command() -> None:
-        from posttrain.after.pipelines import sample
+        from posttrain.commands.sample import sample
 
         sample(runs, prompt, out, images, seed, steps, guidance, size)
 
@@ -245,7 +245,7 @@ def merge(
     onto: Annotated[str, typer.Option("--onto", help="auto, or on a quantized base full or dequantized weights.")] = "auto",
 ) -> None:
     """Put a run's adapter into the weights of its full-precision base, and check the result against the live model."""
-    from posttrain.after.merge import merge_run
+    from posttrain.commands.merge import merge_run
 
     _end(lambda: merge_run(run, out, max_kl, onto))
 
@@ -260,7 +260,7 @@ def compose_adapters(
     """Make one adapter of several: their weighted sum, exactly."""
 
     def command() -> None:
-        from posttrain.after.blend import compose_runs
+        from posttrain.commands.compose import compose_runs
         from posttrain.errors import UserError
 
         try:
@@ -280,7 +280,7 @@ def rebuild(
     """Rebuild a run from what it says of itself, and see whether the result agrees."""
 
     def command() -> None:
-        from posttrain.after.reproduce import reproduce
+        from posttrain.commands.reproduce import reproduce
 
         reproduce(run, out)
 
@@ -297,7 +297,7 @@ def verify(
     """Does a stop change anything? A few steps of your own config, straight through and stopped half-way."""
 
     def command() -> None:
-        from posttrain.before.verify_resume import verify_resume
+        from posttrain.commands.verify_resume import verify_resume
 
         _require_stage(stage)
         verify_resume(stage, overrides or [], steps, config_dir)
@@ -317,7 +317,7 @@ def plan_run(
     def command() -> None:
         import json
 
-        from posttrain.before.plan import make_plan, parse_memory, show_plan
+        from posttrain.commands.plan.plan import make_plan, parse_memory, show_plan
         from posttrain.console import console
 
         _require_stage(stage)
@@ -341,8 +341,8 @@ def preview_run(
     """What the model will see: tokens by their weight, packs, lengths, and rows that are wrong. Loads no weights."""
 
     def command() -> None:
-        from posttrain.before.preview import make_preview
-        from posttrain.before.preview_page import preview_page, show_preview
+        from posttrain.commands.preview.page import preview_page, show_preview
+        from posttrain.commands.preview.preview import make_preview
         from posttrain.errors import UserError
 
         _require_stage(stage)
@@ -364,7 +364,7 @@ def _require_stage(name: str) -> None:
 @app.command(rich_help_panel="Before a run")
 def doctor() -> None:
     """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""
-    from posttrain.before.doctor import examine
+    from posttrain.commands.doctor import examine
 
     _end(examine)
 

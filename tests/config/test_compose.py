@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.compose import compose_run, expand, show, validate
-from posttrain.config.digest import digest
 from posttrain.config.paths import root
 from posttrain.config.schema import MixedSource
-from posttrain.data.choice import sources_of
+from posttrain.data.selection import sources_of
 from posttrain.errors import UserError
+from posttrain.runs.identity import digest
 
 STAGES = ("cpt", "sft", "dpo")
 GROUPS = ("model", "peft", "quant", "data", "optim", "train", "experiment")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from posttrain.config.compose import compose_run, validate
-from posttrain.data.conversations import Encoder
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.collate import BatchSampler
 from posttrain.data.mixture import Curriculum, auto_alpha, draw, read_mixture, seen
-from posttrain.data.packing import Order
 
 RNG = np.random.default_rng(0)
 SIZES = [RNG.integers(1, 900, 300), RNG.integers(1, 400, 500), RNG.integers(300, 1000, 40)]
@@ -83,19 +83,19 @@ def test_a_source_that_ends_can_end_the_run() -> None:
     assert [len(units) for units in by_source(drawn)][2] == 40  # the third is short of tokens first
     assert all(len(set(units)) == len(units) for units in by_source(drawn))
     assert len(draw(SIZES[:1], [1.0], 7, 1000, None, "stop")) == 300
-    assert draw(SIZES[:1], [1.0], 7, 650, None, "repeat").tolist() == Order.shuffled(300, 4, 1, 1, 7, 650).drawn.tolist()
+    assert draw(SIZES[:1], [1.0], 7, 650, None, "repeat").tolist() == BatchSampler.shuffled(300, 4, 1, 1, 7, 650).drawn.tolist()
 
 
 def test_processes_share_the_draws_of_a_step() -> None:
     drawn = draw(SIZES, SHARES, 7, 500, None, "repeat")
-    one, two = Order(drawn, 8, 2, 1), Order(drawn, 4, 2, 2)
+    one, two = BatchSampler(drawn, 8, 2, 1), BatchSampler(drawn, 4, 2, 2)
     for step in range(one.num_steps):
         both = [unit for m in zip(*(two.micro(step, rank) for rank in (0, 1)), strict=True) for units in m for unit in units]
         assert both == [unit for units in one.micro(step, 0) for unit in units] == drawn[step * 16 : step * 16 + 16].tolist()
 
 
 def test_steps_that_draw_something_new() -> None:
-    assert Order(np.array([0, 1, 1, 0, 2, 0]), 2, 1, 1).first_seen() == [0, 2]
+    assert BatchSampler(np.array([0, 1, 1, 0, 2, 0]), 2, 1, 1).first_seen() == [0, 2]
 
 
 @pytest.mark.parametrize(("size", "alpha"), [(1e3, 0.1), (1e9, 0.3), (10**9.5, 0.4), (1e10, 0.5), (1e11, 0.8), (1e13, 0.8)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posttrain.losses.diffusion import Prediction, added, denoising_loss, min_snr_weight, mixed, offset_noise, target
-from posttrain.models.diffusion import noising
+from posttrain.models.diffusion.families import noising
 
 diffusers: Any = library
 Z, E = torch.tensor([[[[1.0, -2.0]]]]), torch.tensor([[[[0.5, 3.0]]]])

@@ -81,7 +81,7 @@ def test_clipped_policy_loss_by_hand() -> None:
     output = policy_loss(logps, old, advantages, clip=0.2)
     # min(1.5, 1.2), min(-1.5, -1.2), min(0.5, 0.8), min(-0.5, -0.8)
     assert output.total.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
-    assert float(output.metrics["clip_share"][0]) == 4
+    assert float(output.metrics["clip_fraction"][0]) == 4
     output.total.backward()
     # no gradient where going on would not be punished: up from 1.5 at A > 0, down from 0.5 at A < 0
     assert logps.grad is not None and logps.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import posttrain
 from posttrain.errors import UserError
-from posttrain.rundir import sha256
+from posttrain.runs.directory import sha256
 
 TINY = (
     "model=tiny",
@@ -92,7 +92,7 @@ def test_plain_libraries_load_the_result(chain: Path) -> None:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    from posttrain.data.builtin import builtin_rows
+    from posttrain.data.sources.builtin.sets import builtin_rows
 
     rows = builtin_rows("general", "eval")[:4]
     total = count = 0.0

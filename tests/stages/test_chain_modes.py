@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import posttrain
 from posttrain.errors import UserError
-from posttrain.models.quantize import keep_as_quantized
+from posttrain.models.quantization import keep_as_quantized
 
 IDS = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 TINY = (
@@ -75,7 +75,7 @@ def test_a_stack_is_the_sum_of_what_each_stage_learned(tmp_path: Path) -> None:
     words = (*TINY, *METHODS["lora"])
     run("sft", *words, f"run.dir={tmp_path}/a")
     run("sft", *words, f"init={tmp_path}/a", "train.seed=5", f"run.dir={tmp_path}/b")
-    from posttrain.models.merged import Adapter
+    from posttrain.models.peft.merge import Adapter
 
     first, both = (Adapter(tmp_path / name / "adapter", "test") for name in "ab")
     for module in both.modules:

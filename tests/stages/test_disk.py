@@ -15,9 +15,9 @@ import torch
 
 import posttrain
 from posttrain.errors import RunError, UserError
-from posttrain.rundir import sha256
-from posttrain.train.checkpoint import newest_checkpoint
-from posttrain.train.loop import Loop
+from posttrain.runs.directory import sha256
+from posttrain.training.checkpoint import newest_checkpoint
+from posttrain.training.loop import Loop
 
 MiB = 2**20
 
@@ -78,7 +78,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def no_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory may be on a disk of a few MiB."""
-    monkeypatch.setattr("posttrain.rundir.MIN_FREE_BYTES", 0)
+    monkeypatch.setattr("posttrain.runs.directory.MIN_FREE_BYTES", 0)
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -135,9 +135,9 @@ def test_no_room_for_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_room_is_seen_before_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("posttrain.train.checkpoint.check_room", lambda *_: None)
-    monkeypatch.setattr("posttrain.stages.assembly.check_room", lambda *_: None)
-    monkeypatch.setattr("posttrain.train.checkpoint.free_bytes", lambda path: 1024)
+    monkeypatch.setattr("posttrain.training.checkpoint.check_room", lambda *_: None)
+    monkeypatch.setattr("posttrain.stages.stage.check_room", lambda *_: None)
+    monkeypatch.setattr("posttrain.training.checkpoint.free_bytes", lambda path: 1024)
     with pytest.raises(RunError, match=r"checkpoint of step 2 could not be written .*needs \d+\.\d MiB and 0.0 MiB are free"):
         posttrain.run(*options(run))
     assert not list((run / "checkpoints").glob("*"))
@@ -169,7 +169,7 @@ def test_what_the_system_refuses_within_a_save(code: int, tmp_path: Path, monkey
         if len(calls) > 9:
             raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr("posttrain.train.checkpoint.flush", flush)
+    monkeypatch.setattr("posttrain.training.checkpoint.flush", flush)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written .*earlier ones are kept") as found:
         posttrain.run(*options(run))
     assert os.strerror(code) in str(found.value)
@@ -184,7 +184,7 @@ def test_other_writes_that_fail_are_named_too(tmp_path: Path, monkeypatch: pytes
     def log(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
-    monkeypatch.setattr("posttrain.train.tracking.Tracker.log", log)
+    monkeypatch.setattr("posttrain.training.tracking.Tracker.log", log)
     with pytest.raises(RunError, match=r"metrics.jsonl: the disk is full; free some space; .* the same command goes on"):
         posttrain.run(*options(tmp_path / "run"))
 
@@ -193,6 +193,6 @@ def test_out_of_memory_says_what_a_plan_would_try(tmp_path: Path, monkeypatch: p
     def load(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr("posttrain.stages.build.load_causal", load)
+    monkeypatch.setattr("posttrain.stages.language.build.load_causal", load)
     with pytest.raises(RunError, match=r"^out of memory; try train.gradient_checkpointing=true, or .* \(posttrain plan sft"):
         posttrain.run(*options(tmp_path / "run"))

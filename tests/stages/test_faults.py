@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import posttrain
 from posttrain.errors import Stopped, UserError
-from posttrain.rundir import sha256
-from posttrain.train.checkpoint import FILES, RECORD, _sha256_of
+from posttrain.runs.directory import sha256
+from posttrain.training.checkpoint import FILES, RECORD, _sha256_of
 
 STEPS, STOPPED, SAVE = 9, 6, 2
 ROWS = [f"question {i} has {i * i} words" for i in range(64)]
@@ -64,7 +64,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a base model was loaded before the fault was named")
 
-    monkeypatch.setattr("posttrain.stages.build.load_causal", load)
+    monkeypatch.setattr("posttrain.stages.language.build.load_causal", load)
 
 
 def newest(run: Path) -> Path:

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
 from posttrain.config.schema import Lora
-from posttrain.data.packing import Order
-from posttrain.models.adapters import add_method
+from posttrain.data.collate import BatchSampler
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.causal import load_causal
-from posttrain.models.scorer import PackedScorer
-from posttrain.train.loop import seed_step
+from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.peft.attach import add_method
+from posttrain.training.loop import seed_step
 
 STEPS, BATCH, ACCUMULATION, SEED, LR = 10, 2, 2, 7, 3e-3
 # No white space after a turn, which TRL would count as a part of the answer.
@@ -80,7 +80,7 @@ def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -
     model = add_method(
         model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1)
     )  # fmt: skip
-    order = Order.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
+    order = BatchSampler.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = [data[unit] for step in range(STEPS) for unit in order.step(step)]
     job = trainer(
         model=model,
@@ -106,7 +106,7 @@ def test_rm(tmp_path: Path) -> None:
     scorer = PackedScorer(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
     model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
     model.score.weight.data.copy_(scorer.score.weight)
-    order = Order.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
+    order = BatchSampler.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = Dataset.from_list([data[unit] for step in range(STEPS) for unit in order.step(step)])
     rate = 3 * LR  # from a head of zeros: enough to move
     config = RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=0.01, **(COMMON | {"learning_rate": rate}))

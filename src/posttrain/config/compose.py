@@ -25,8 +25,10 @@ from pydantic import ValidationError
 
 from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG, MixedSource
+from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.rundir import flatten, read_config
+from posttrain.runs.directory import flatten, read_config
+from posttrain.runs.earlier import RENAMED_KEYS
 
 NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
@@ -81,7 +83,16 @@ def plain(config: Any) -> dict[str, Any]:
 def normalise(hydra: Hydra, stage: str, overrides: list[str]) -> list[str]:
     """`+peft=qlora`, `++peft=qlora`, `peft=qlora`, `peft=null` and `~peft` all mean what they say; odd values are quoted."""
     known = _group_choices(hydra, stage)
-    return [_normal(hydra, known, quoted(hydra, line)) for line in overrides]
+    return [_normal(hydra, known, quoted(hydra, _renamed(line))) for line in overrides]
+
+
+def _renamed(line: str) -> str:
+    """With a key of an earlier version under its new name, which is said."""
+    key, separator, value = line.partition("=")
+    sign, name = key[: len(key) - len(key.lstrip("+~"))], key.lstrip("+~")
+    if new := RENAMED_KEYS.get(name):
+        say(f"{name} is {new} now; the old name works until the next version")
+    return f"{sign}{new or name}{separator}{value}"
 
 
 def quoted(hydra: Hydra, line: str) -> str:

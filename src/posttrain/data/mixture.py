@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig, TrainConfig
-from posttrain.data.account import Account
-from posttrain.data.choice import sources_of
-from posttrain.data.conversations import Encoder
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.collate import BatchSampler, permutation
 from posttrain.data.examples import Examples, join
-from posttrain.data.packing import Order, permutation
-from posttrain.data.prepare import Part, prepare
+from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.data.selection import sources_of
+from posttrain.data.stats import SourceStats
 
 # data.alpha=auto by the bytes of domain text, straight lines over the logarithm between these (SPEC: below 1 GB 0.1 to 0.3, to
 # 10 GB 0.3 to 0.5, above 0.5 to 0.8)
@@ -31,7 +31,7 @@ _AUTO_ALPHA = ((1e7, 0.1), (1e9, 0.3), (1e10, 0.5), (1e11, 0.8))
 class Mixture:
     """Tokenised sources and the share of tokens that each is to have. Units are numbered through, source after source."""
 
-    parts: list[Part]
+    parts: list[PreparedSource]
     shares: list[float]
 
     @cached_property
@@ -44,12 +44,12 @@ class Mixture:
         return self.parts[0].held_out
 
     @property
-    def account(self) -> Account:
-        return self.parts[0].account
+    def stats(self) -> SourceStats:
+        return self.parts[0].stats
 
     @property
-    def held_out_account(self) -> Account:
-        return self.parts[0].held_out_account
+    def held_out_stats(self) -> SourceStats:
+        return self.parts[0].held_out_stats
 
     @property
     def key(self) -> str:
@@ -68,15 +68,15 @@ class Mixture:
         """The row that a sequence of `train` is from, as messages say it, with its source where there are several."""
         starts = np.cumsum([0, *(len(part.train.rows) for part in self.parts)])
         part = self.parts[int(np.searchsorted(starts, sequence, side="right")) - 1]
-        place = part.account.where(int(self.train.rows[sequence]))
+        place = part.stats.where(int(self.train.rows[sequence]))
         return place if len(self.parts) == 1 else f"{part.name}: {place}"
 
-    def record(self, order: Order) -> list[dict[str, Any]]:
+    def record(self, order: BatchSampler) -> list[dict[str, Any]]:
         """For the manifest: each source with the share asked and seen, how often it was gone through, and its share in each
         epoch, which is one pass over the first source."""
         found = seen(order.drawn, self.sizes)
         asked = zip(self.parts, self.shares, found, strict=True)
-        return [{"name": p.name, **vars(p.account), "share": share, **figures} for p, share, figures in asked]
+        return [{"name": p.name, **vars(p.stats), "share": share, **figures} for p, share, figures in asked]
 
 
 def read_mixture(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Mixture:
@@ -85,13 +85,13 @@ def read_mixture(data: DataConfig, stage: str, encoder: Encoder, max_length: int
     return Mixture(parts, shares_of(data, parts))
 
 
-def shares_of(data: DataConfig, parts: list[Part]) -> list[float]:
+def shares_of(data: DataConfig, parts: list[PreparedSource]) -> list[float]:
     """What is asked of each source. parts: the first of them, by whose size data.alpha=auto goes."""
     if data.sources:
         return [source.share for source in data.sources.values()]
     if len(sources_of(data)) == 1:
         return [1.0]
-    alpha = data.alpha if isinstance(data.alpha, float) else auto_alpha(parts[0].account.bytes)
+    alpha = data.alpha if isinstance(data.alpha, float) else auto_alpha(parts[0].stats.bytes)
     return [alpha, 1 - alpha]
 
 
@@ -116,16 +116,16 @@ class Curriculum:
     end: float
 
 
-def make_order(
+def make_sampler(
     mixture: Mixture, data: DataConfig, train: TrainConfig, world_size: int, curriculum: Curriculum | None = None
-) -> Order:  # fmt: skip
+) -> BatchSampler:  # fmt: skip
     """The units of the whole run. train.epochs are passes over the first source; train.max_steps wins over them."""
     per_step = train.batch_size * train.grad_accum * world_size
     sizes = mixture.sizes
     total = train.max_steps * per_step if train.max_steps else None
     passes = None if total else math.ceil(train.epochs * len(sizes[0]))
     drawn = draw(sizes, mixture.shares, train.seed, total, passes, data.exhausted, curriculum)
-    return Order(drawn, train.batch_size, train.grad_accum, world_size)
+    return BatchSampler(drawn, train.batch_size, train.grad_accum, world_size)
 
 
 def draw(

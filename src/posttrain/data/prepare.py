@@ -1,4 +1,4 @@
-"""From a data config to tokenised train and held-out examples, with an account of every row."""
+"""From a data config to tokenised train and held-out examples, with an stats of every row."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from typing import Any
 
 from posttrain.config.schema import DataConfig, Source
 from posttrain.console import Meter, say
-from posttrain.data import store
-from posttrain.data.account import Account
-from posttrain.data.builtin import builtin_rows
-from posttrain.data.choice import sources_of
-from posttrain.data.conversations import Encoder
-from posttrain.data.encode import Piece
+from posttrain.data import example_store as store
+from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples
+from posttrain.data.formats import recognise
 from posttrain.data.parallel import in_order
-from posttrain.data.shapes import recognise
-from posttrain.data.sources import Row, fingerprint, read_rows
+from posttrain.data.selection import sources_of
+from posttrain.data.sources.builtin.sets import builtin_rows
+from posttrain.data.sources.source import Row, fingerprint, read_rows
 from posttrain.data.split import Canonical, Split, sound_rows
+from posttrain.data.stage_examples import RowEncoder
+from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
 
 PIECE = 1024  # rows that are tokenised, and for documents packed, together
 
 
 @dataclass(frozen=True)
-class Part:
+class PreparedSource:
     """One source, tokenised. key names all of it: rows, split, tokenizer, options, code."""
 
     name: str
     train: Examples
     held_out: Examples
-    account: Account
-    held_out_account: Account
+    stats: SourceStats
+    held_out_stats: SourceStats
     key: str
 
 
-def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> list[Part]:
+def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> list[PreparedSource]:
     """Read, check, split and tokenise every source of `data` for `stage`, or read it back from the cache.
 
     Raises UserError for anything wrong with the data, naming file and row.
@@ -66,12 +66,12 @@ def held_out_rows(data: DataConfig, stage: str, encoder: Encoder, max_length: in
     split = Split(source, data, stage, data.eval_path)
     deque(split.train, maxlen=0)  # past what is trained on, as far as that goes
     where = data.eval_path or source.path
-    return Piece(where, split.shape, stage, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
+    return RowEncoder(where, split.shape, stage, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
 
 
 def prepare_source(
     name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path, first: bool
-) -> Part:
+) -> PreparedSource:
     """One source. first: the one with data.eval_path."""
     eval_path = data.eval_path if first else None
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
@@ -84,8 +84,8 @@ def prepare_source(
         make()
     parts, report = _loaded(path, make)
     places = {"train": source.path, "held_out": eval_path or source.path}  # the cache may be of the same content elsewhere
-    accounts = {part: Account(**fields).moved(places[part]) for part, fields in report.items()}
-    return Part(name, parts["train"], parts["held_out"], accounts["train"], accounts["held_out"], key)
+    stats_of = {part: SourceStats(**fields).moved(places[part]) for part, fields in report.items()}
+    return PreparedSource(name, parts["train"], parts["held_out"], stats_of["train"], stats_of["held_out"], key)
 
 
 def _loaded(path: Path, make: Callable[[], None]) -> tuple[dict[str, Examples], dict[str, Any]]:
@@ -105,20 +105,20 @@ def _tokenise(
 ) -> None:  # fmt: skip
     split = Split(source, data, stage, eval_path)
     shape, skips = split.shape, data.on_error == "skip"
-    account, held_account = Account(source.path, shape, mark), Account(eval_path or source.path, shape, mark)
-    work = Piece(source.path, shape, stage, encoder, max_length, skips)
+    stats, held_stats = SourceStats(source.path, shape, mark), SourceStats(eval_path or source.path, shape, mark)
+    work = RowEncoder(source.path, shape, stage, encoder, max_length, skips)
     with store.Store(path) as out:
         with Meter(f"reading {name}", None) as meter:
             for found, counted in in_order(work.examples, _pieces(split.train)):
                 out.add("train", found)
-                account.add(counted)
-                meter.advance(f"{account.tokens:,} tokens", by=counted.rows)
-        found, counted = Piece(held_account.source, shape, stage, encoder, max_length, skips).examples(split.held_out())
+                stats.add(counted)
+                meter.advance(f"{stats.tokens:,} tokens", by=counted.rows)
+        found, counted = RowEncoder(held_stats.source, shape, stage, encoder, max_length, skips).examples(split.held_out())
         out.add("held_out", found)
-        held_account.add(counted)
-        account.filtered = split.filtered
-        _refuse_untrained(account, data.max_untrained_share)
-        out.close({"train": asdict(account), "held_out": asdict(held_account)})
+        held_stats.add(counted)
+        stats.filtered = split.filtered
+        _refuse_untrained(stats, data.max_untrained_share)
+        out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
 
 
 def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -135,7 +135,7 @@ def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tupl
     assert isinstance(first, dict)  # read_rows has raised what is wrong with it
     kind = recognise(first)
     stage = {"text": "cpt", "pairs": "dpo"}.get(kind, "sft")
-    examples, _ = Piece(path, kind, stage, encoder, max_length, skips=False).examples(chosen)
+    examples, _ = RowEncoder(path, kind, stage, encoder, max_length, skips=False).examples(chosen)
     return examples, {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
 
 
@@ -143,19 +143,19 @@ def canonical_rows(data: DataConfig, stage: str) -> list[Canonical]:
     """All rows to train on of the first source, as `stage` takes them. Raises UserError for rows that it does not take."""
     source = next(iter(sources_of(data).values()))
     split = Split(source, data, stage)
-    return list(sound_rows(split.train, split.shape, Account(source.path, split.shape, ""), data.on_error == "skip"))
+    return list(sound_rows(split.train, split.shape, SourceStats(source.path, split.shape, ""), data.on_error == "skip"))
 
 
-def _refuse_untrained(account: Account, allowed: float) -> None:
-    if account.untrained == account.rows or account.untrained > allowed * account.rows:
+def _refuse_untrained(stats: SourceStats, allowed: float) -> None:
+    if stats.untrained == stats.rows or stats.untrained > allowed * stats.rows:
         raise UserError(
-            f"data.path: {account.untrained} of {account.rows} rows of {account.source} have no token to train on (prompts "
+            f"data.path: {stats.untrained} of {stats.rows} rows of {stats.source} have no token to train on (prompts "
             f"longer than train.max_length, empty answers, weights of 0); raise train.max_length or data.max_untrained_share"
         )
 
 
 def _key(marks: list[str], options: dict[str, Any], stage: str, encoder: Encoder, max_length: int) -> str:
     """Content, options, tokenizer, and this package's own code: whatever could change a token or a weight."""
-    code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [p.read_text() for p in sorted(Path(__file__).parent.rglob("*.py"))]
     parts = [marks, options, stage, encoder.identity, asdict(encoder.weighing), max_length, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -9,10 +9,10 @@ from itertools import chain, islice
 from typing import Any
 
 from posttrain.config.schema import DataConfig, Source
-from posttrain.data.account import Account
-from posttrain.data.shapes import check_fits, recognise, to_canonical
-from posttrain.data.sources import Row, read_rows, row_name, split_rows
-from posttrain.data.weights import row_weight
+from posttrain.data.chat.loss_weights import row_weight
+from posttrain.data.formats import check_fits, recognise, to_canonical
+from posttrain.data.sources.source import Row, read_rows, row_name, split_rows
+from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError, did_you_mean
 
 Canonical = tuple[int, dict[str, Any]]  # number in the source, canonical row
@@ -75,17 +75,17 @@ class Split:
                 self._held.append(row)
 
 
-def sound_rows(rows: Iterable[Row], shape: str, account: Account, skips: bool) -> Iterator[Canonical]:
-    """Canonical rows; one with a mistake in it raises UserError, or with `skips` is counted in the account."""
+def sound_rows(rows: Iterable[Row], shape: str, stats: SourceStats, skips: bool) -> Iterator[Canonical]:
+    """Canonical rows; one with a mistake in it raises UserError, or with `skips` is counted in the stats."""
     for number, row in rows:
         try:
             if isinstance(row, UserError):
                 raise row
-            yield number, to_canonical(row, shape, where=account.where(number))
+            yield number, to_canonical(row, shape, where=stats.where(number))
         except UserError as error:
             if not skips:
                 raise
-            account.note("skipped", str(error))
+            stats.note("skipped", str(error))
 
 
 def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:

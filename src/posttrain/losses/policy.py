@@ -75,7 +75,7 @@ def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, *, clip: float) 
         total,
         {
             "loss": (total.detach(), count),
-            "clip_share": (((ratio - 1).abs() > clip).float().sum(), count),
+            "clip_fraction": (((ratio - 1).abs() > clip).float().sum(), count),
             "update_kl": (kl_estimate(old, logps.detach(), "k3").sum(), count),
         },
     )

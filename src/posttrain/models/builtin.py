@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
+from huggingface_hub import constants
 
-from posttrain.cache import cache_root
 from posttrain.console import say
 from posttrain.errors import UserError
+from posttrain.runs.cache import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -116,9 +118,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _make_smollm2(out: Path) -> str:
-    from posttrain.models.base import offline
+def offline() -> bool:
+    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}
 
+
+def _make_smollm2(out: Path) -> str:
     reason = "offline mode"
     if not offline():
         say(f"model smollm2: fetching {HUB_ID} from the hub, once")

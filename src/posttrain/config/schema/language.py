@@ -104,5 +104,5 @@ class RewardConfig(Strict):
     weights: list[float] | None
     clip: Rate | None
     whiten: bool
-    missing_end: Annotated[float, Field(ge=0)]
+    missing_eos_penalty: Annotated[float, Field(ge=0)]
     gold: str | None  # a reward model's run, or module:name

@@ -31,26 +31,26 @@ class LanguageModel(ModelConfig):
 
 
 class Method(Strict):
-    """What is trained. saves: weights of the model itself, or an adapter in peft's format. is_sum: the change of a layer is a
-    sum B A, so it can lie on top of another one, and both are one of summed rank."""
+    """What is trained. output: weights of the model itself, or an adapter in peft's format. is_additive: the change of a layer is
+    a sum B A, so it can lie on top of another one, and both are one of summed rank."""
 
-    saves: ClassVar[Literal["model", "adapter"]] = "adapter"
-    is_sum: ClassVar[bool] = False
+    output: ClassVar[Literal["model", "adapter"]] = "adapter"
+    is_additive: ClassVar[bool] = False
     lr_factor: Rate
 
 
 class Full(Method):
-    saves = "model"
+    output = "model"
     method: Literal["none"]
 
 
 class Head(Method):
-    saves = "model"
+    output = "model"
     method: Literal["head"]
 
 
 class Partial(Method):
-    saves = "model"
+    output = "model"
     method: Literal["partial"]
     layers: Rate  # how many at the top, or below 1 their share
 
@@ -70,13 +70,13 @@ class Targeted(Adapted):
 
 
 class Lora(Targeted):
-    is_sum = True
+    is_additive = True
     method: Literal["lora", "qlora", "rslora", "pissa"]
     alpha: Rate
 
 
 class LoraPlus(Targeted):
-    is_sum = True
+    is_additive = True
     method: Literal["loraplus"]
     alpha: Rate
     lr_ratio: Rate  # learning rate of B over that of A

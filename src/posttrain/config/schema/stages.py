@@ -39,7 +39,7 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
-        if self.quant.method != "none" and (self.peft.saves == "model" or self.peft.method == "pissa"):
+        if self.quant.method != "none" and (self.peft.output == "model" or self.peft.method == "pissa"):
             how = {"none": "in full", "pissa": "by pissa, which writes into the base"}.get(
                 self.peft.method, f"by {self.peft.method}"
             )
@@ -48,7 +48,7 @@ class Stage(Strict):
             raise ValueError("quant=int8 cannot be trained by dora, which has to read the whole weight; say quant=nf4")
         if self.quant.method != "none" and self.train.fsdp:
             raise ValueError(f"train.fsdp does not shard a base in {self.quant.method}; say quant=none, or train.fsdp=false")
-        if self.train.fsdp and not (self.peft.saves == "model" or self.peft.is_sum):
+        if self.train.fsdp and not (self.peft.output == "model" or self.peft.is_additive):
             raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
         return self
 
@@ -57,7 +57,7 @@ class Stage(Strict):
         """Of a frozen base 16 bit, of weights that are trained (or that PiSSA writes into) 32, unless the user says otherwise."""
         if self.model.dtype != "auto":
             return self.model.dtype
-        return "float32" if self.peft.saves == "model" or self.peft.method == "pissa" else "bfloat16"
+        return "float32" if self.peft.output == "model" or self.peft.method == "pissa" else "bfloat16"
 
 
 class LanguageStage(Stage):
@@ -160,7 +160,7 @@ class Ppo(LanguageStage):
         if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
             raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
         if self.rollout.engine == "vllm" and not (
-            self.peft.is_sum and self.peft.method != "pissa" and self.quant.method == "none"
+            self.peft.is_additive and self.peft.method != "pissa" and self.quant.method == "none"
         ):
             raise ValueError(
                 "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"

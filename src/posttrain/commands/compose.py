@@ -1,0 +1,216 @@
+"""`posttrain compose`: several finished adapters as one, whose change is their weighted sum.
+
+Sums of LoRA are exact: ranks add up (LoraHub, Huang et al. 2023, arXiv 2307.13269; task arithmetic, Ilharco et al. 2023,
+arXiv 2212.04089). The result is a finished run's directory, so that every other command knows what to do with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from posttrain.commands.merge import refuse_scorer, require_empty
+from posttrain.commands.sample import compose_pipelines, is_pipeline_run
+from posttrain.console import Meter, say
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.collate import pack
+from posttrain.data.prepare import prepare_set
+from posttrain.errors import UserError, did_you_mean
+from posttrain.losses.tokens import token_loss
+from posttrain.models.hub import resolve
+from posttrain.models.language.loading import load_base
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.models.peft.attach import load_adapter
+from posttrain.models.peft.export import Factors, write_lora
+from posttrain.models.peft.merge import Adapter, copy_tokenizer
+from posttrain.runs.directory import Run, checked_weights, parent_record, read_config, read_manifest
+from posttrain.runs.identity import digest
+
+STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a sum."""
+
+    run: Path
+    manifest: dict[str, Any]
+    weights: Path
+    adapter: Adapter
+
+
+def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn: Path | None) -> dict[str, Any]:
+    """Write the sum of adapters to `out`; returns its manifest.
+
+    words: run directories, or one expression such as "A + B - C" or "0.5*A + B" with spaces around + and -. weights: one a
+    run; None: all 1, or those of the expression. learn: a file on which they are learned. Raises UserError, with nothing
+    written, for adapters of different bases, adapters that are no sums, and weights that do not fit.
+    """
+    runs, factors = parse_sum(words, weights)
+    if learn and (weights or factors != [1.0] * len(runs)):
+        raise UserError("--learn: the weights are to be learned, so give none")
+    require_empty(out)
+    if any(is_pipeline_run(run) for run in runs):
+        if learn:
+            raise UserError("--learn: weights of diffusion models' adapters are not learned; give --weights")
+        return compose_pipelines(runs, factors, out)
+    parts = [_read(run) for run in runs]
+    _require_one_base(parts)
+    if learn:
+        factors = learn_weights(parts, learn)
+    say("  ".join(f"{factor:+.4g} × {part.run.name}" for factor, part in zip(factors, parts, strict=True)))
+    return _write(parts, factors, out, learn)
+
+
+def parse_sum(words: list[str], weights: list[float] | None) -> tuple[list[Path], list[float]]:
+    """Run directories and their weights."""
+    if len(words) == 1 and not Path(words[0]).expanduser().is_dir() and re.search(r"\s[+-]\s|\*", words[0]):
+        if weights:
+            raise UserError("--weights: the expression has its own; leave them out")
+        return _parse_expression(words[0])
+    if weights is not None and len(weights) != len(words):
+        raise UserError(f"--weights: {len(weights)} weights for {len(words)} runs; give one a run")
+    return [Path(word).expanduser() for word in words], weights or [1.0] * len(words)
+
+
+def _parse_expression(text: str) -> tuple[list[Path], list[float]]:
+    runs, factors = [], []
+    terms = re.split(r"\s+([+-])\s+", " + " + text.strip() if not text.strip().startswith("- ") else " " + text.strip())
+    for sign, term in zip(terms[1::2], terms[2::2], strict=True):
+        found = re.fullmatch(r"(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?(\S.*)", term.strip())
+        if not found:
+            raise UserError(f"'{term}' is no term of a sum; write A + B - C or 0.5*A + B, with spaces around + and -")
+        factors.append((-1.0 if sign == "-" else 1.0) * float(found[1] or 1))
+        runs.append(Path(found[2]).expanduser())
+    return runs, factors
+
+
+def _read(run: Path) -> Part:
+    if not (run / "manifest.json").exists():
+        siblings = [p.name for p in run.parent.iterdir() if (p / "manifest.json").exists()] if run.parent.is_dir() else []
+        raise UserError(f"{run} is no finished run (no manifest.json){did_you_mean(run.name, siblings)}")
+    manifest = read_manifest(run)
+    if manifest["weights"]["kind"] == "model":
+        raise UserError(f"{run} is a whole model; only adapters can be composed")
+    refuse_scorer(manifest, run)
+    weights = checked_weights(run, manifest, "compose")
+    adapter = Adapter(weights, "compose")
+    if adapter.kind != "LORA":
+        raise UserError(
+            f"{run}: the change of {adapter.kind.lower()} is no sum of matrices that others could be added to; merge it"
+        )
+    return Part(run, manifest, weights, adapter)
+
+
+def _require_one_base(parts: list[Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if part.manifest["base"]["digest"] != first.manifest["base"]["digest"]:
+            raise UserError(
+                f"{part.run} belongs to another base ({part.manifest['base']['name']}) than {first.run} "
+                f"({first.manifest['base']['name']}): their changes cannot be added"
+            )
+
+
+def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Factors]:
+    """Factors of sum_i weight_i B_i A_i for every layer that one of them changes."""
+    found: dict[str, list[Factors]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module in adapter.modules:
+            factors = adapter.factors(module)
+            found.setdefault(module, []).append(Factors(factors.a, factors.b * weight))
+    return {m: Factors(torch.cat([f.a for f in fs]), torch.cat([f.b for f in fs], dim=1)) for m, fs in found.items()}
+
+
+def learn_weights(parts: list[Part], path: Path) -> list[float]:
+    """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
+    first = parts[0]
+    tokenizer = load_tokenizer(str(first.weights), None, False, None)
+    examples, kind = prepare_set(str(path), ROWS, Encoder(tokenizer), LENGTH)
+    if kind == "pairs":
+        raise UserError(f"--learn: {path} holds pairs; give conversations, completions or text")
+    model: Any = load_adapter(load_base(first.manifest, "cpu", first.manifest["dtype"], True), first.weights)
+    names = ["default", *(f"part{i}" for i in range(1, len(parts)))]
+    for name, part in zip(names[1:], parts[1:], strict=True):
+        model.load_adapter(str(part.weights), name)
+    model.base_model.set_adapter(names)
+    model.requires_grad_(False)
+    lm = PackedLM(model, "documents").eval()
+    scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
+    optimizer = torch.optim.Adam([scales], lr=RATE)
+    handles = _scale_outputs(model, names, scales)
+    batches = [pack(examples, range(i, min(i + 4, len(examples)))) for i in range(0, len(examples), 4)]
+    losses = []
+    with Meter("weights", STEPS) as meter:
+        for step in range(STEPS):
+            batch = batches[step % len(batches)]
+            loss = token_loss(lm(batch), batch.weight).total / batch.loss_denominator
+            (gradient,) = torch.autograd.grad(loss, [scales])
+            scales.grad = gradient
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            meter.advance(f"loss {losses[-1]:.4f}")
+    for handle in handles:
+        handle.remove()
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"--learn: the loss on {path} is not finite")
+    return [round(float(value), 6) for value in scales.detach()]
+
+
+def _scale_outputs(model: Any, names: list[str], scales: Tensor) -> list[Any]:
+    """Every adapter's output times its scale: gradients reach the scales alone."""
+
+    def scaled(index: int) -> Any:
+        return lambda module, inputs, output: output * scales[index].to(output.dtype)
+
+    handles = []
+    for module in model.modules():
+        for index, name in enumerate(names):
+            if name in getattr(module, "lora_B", {}):
+                handles.append(module.lora_B[name].register_forward_hook(scaled(index)))
+    return handles
+
+
+def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | None) -> dict[str, Any]:
+    first = parts[0]
+    base = first.manifest["base"]
+    with torch.device("meta"):
+        skeleton = _skeleton(base)
+    transposed = bool(first.adapter.config.get("fan_in_fan_out"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        made = Path(scratch) / "run"
+        made.mkdir()
+        write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base["path"], skeleton, transposed)
+        copy_tokenizer(first.weights, made / "adapter")
+        config = read_config(first.run) | {"stage": first.manifest["stage"]}
+        (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        sums = [{"run": str(p.run.resolve()), "weight": w} for p, w in zip(parts, weights, strict=True)]
+        (made / "compose.json").write_text(json.dumps({"sum": sums, "learned_on": str(learn) if learn else None}, indent=2))
+        record = {key: first.manifest[key] for key in ("base", "weights", "tokenizer", "dtype", "quant")}
+        record |= {"stage": "compose", "parents": [parent_record("init", p.run.resolve()) for p in parts], "sum": sums}
+        record |= {"peft": {"method": "lora"}, "metrics": {}, "data": [], "steps": 0, "tokens": 0, "seconds": 0.0, "seed": None}
+        manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})
+        shutil.rmtree(out, ignore_errors=True)
+        made.rename(out)
+    say(f"composed adapter {out / 'adapter'}")
+    return manifest
+
+
+def _skeleton(base: dict[str, Any]) -> Any:
+    """The base without weights, for the names of its layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(base["path"], base["revision"]).directory)
+    return AutoModelForCausalLM.from_config(config)

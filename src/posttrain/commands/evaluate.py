@@ -1,0 +1,145 @@
+"""`posttrain eval`: what a finished run's result, or a bare model, makes of held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from posttrain.config.schema import DataConfig
+from posttrain.console import console
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.prepare import held_out_of, prepare, prepare_set
+from posttrain.errors import UserError, did_you_mean
+from posttrain.evaluation.calibration import wilson
+from posttrain.evaluation.held_out import EvalSet, eval_batches, own_metrics, reward_task, set_metrics
+from posttrain.models.language.loading import LoadedModel, device_here, is_scorer, load_model, load_models, scorer, switch
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.tokenizer import stop_tokens
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import read_config
+
+KEYS = ("data.path", "rows", "max_length", "tasks", "limit")
+DEFAULTS = {"rows": 256, "max_length": 1024}
+
+
+def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
+    """Figures of every run (or model) among `words`; the other words are KEY=VALUE settings.
+
+    data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
+    the model has by its own likelihood a token, with a 95 % interval. Without it: what the run's own config holds out. tasks=A,B:
+    tasks of lm-eval. Raises UserError before a model is loaded.
+    """
+    runs, settings = _sort_words(words)
+    if len(runs) == 1 and is_scorer(runs[0]):
+        return {Path(runs[0]).name: _scored(runs[0], settings)}
+    live, names = load_models(runs, device_here())
+    if "tasks" in settings:
+        return {name: _lm_eval(live, names, name, settings) for name in names}
+    sets = _sets(runs[0], live, settings)
+    found = {}
+    for name in names:
+        switch(live, names, name)
+        lm = PackedLM(live.model, "flex" if live.model.device.type == "cuda" else "documents")
+        metrics = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
+        found[name] = metrics | _intervals(sets, metrics)
+    return found
+
+
+def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    runs, settings = [], {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or "/" in key:
+            runs.append(word)
+        elif key not in KEYS:
+            raise UserError(f"unknown key '{key}'{did_you_mean(key, list(KEYS))} (there are: {', '.join(KEYS)})")
+        else:
+            settings[key] = value
+    if not runs:
+        raise UserError("give a run directory, or a model: posttrain eval RUN data.path=FILE")
+    for key in ("rows", "max_length", "limit"):
+        if key in settings and not settings[key].isdigit():
+            raise UserError(f"{key}: '{settings[key]}' is no whole number")
+    return runs, settings
+
+
+def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
+    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
+    if "data.path" in settings:
+        return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
+    file = Path(run).expanduser() / "config.yaml"
+    if not file.exists():
+        raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
+    config = read_config(file.parent)
+    data = DataConfig.model_validate(config["data"])
+    own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
+    sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
+    wanted = config["eval"]
+    named = (wanted["sets"] or {}).items()
+    return sets + [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
+
+
+def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
+    """A reward model's figures on the pairs at data.path, or on those that its run has held out."""
+    if "tasks" in settings:
+        raise UserError(f"tasks: {run} is a reward model, which writes nothing")
+    live = load_model(run, device_here())
+    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    config = read_config(Path(run).expanduser())
+    rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
+    data = config["data"]
+    if "data.path" in settings:
+        data |= {
+            "path": settings["data.path"],
+            "sources": None,
+            "alpha": None,
+            "shape": "auto",
+            "eval_path": None,
+            "eval_share": 0.0,
+            "skip_rows": 0,
+            "max_rows": rows,
+        }
+    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())[0]
+    examples = prepared.train if "data.path" in settings else prepared.held_out
+    task = reward_task(config["rm"]["centering"])
+    return own_metrics(scorer(live), eval_batches(task, examples), task, torch.device(live.model.device), lambda: None)[0]
+
+
+def _intervals(sets: list[EvalSet], metrics: dict[str, float]) -> dict[str, float]:
+    found = {}
+    for each in sets:
+        if f"{each.name}/accuracy" in metrics:
+            low, high = wilson(metrics[f"{each.name}/accuracy"], len(each.examples))
+            found |= {f"{each.name}/accuracy_low": low, f"{each.name}/accuracy_high": high}
+    return found
+
+
+def _lm_eval(live: LoadedModel, names: list[str], name: str, settings: dict[str, str]) -> dict[str, float]:
+    try:
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(f"tasks: lm-eval is not installed ({error}); pip install 'posttrain[eval]'") from None
+    switch(live, names, name)
+    limit = int(settings["limit"]) if "limit" in settings else None
+    found: Any = simple_evaluate(
+        model=HFLM(pretrained=live.model, tokenizer=live.tokenizer), tasks=settings["tasks"].split(","), limit=limit
+    )
+    return {
+        f"{task}/{metric.split(',')[0]}": value
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    }
+
+
+def show_evaluation(found: dict[str, dict[str, float]]) -> None:
+    """Metrics down, runs across."""
+    table = Table("held out", *found)
+    for metric in dict.fromkeys(name for metrics in found.values() for name in metrics):
+        table.add_row(metric, *(f"{metrics[metric]:.4f}" if metric in metrics else "" for metrics in found.values()))
+    console.print(table)

@@ -1,0 +1,131 @@
+"""`posttrain merge`: a run's adapter in the weights of its full-precision base, checked against the live model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from posttrain.commands.sample import is_pipeline_run, merge_pipeline
+from posttrain.console import console, say
+from posttrain.errors import RunError, UserError
+from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, write_logprobs
+from posttrain.models.hub import resolve
+from posttrain.models.language.loading import load_model
+from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.peft.merge import UNMERGEABLE, Adapter, copy_tokenizer, write_merged
+from posttrain.runs.directory import checked_weights, read_manifest, write_json
+
+FIGURES = "merge.json"
+
+
+def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[str, Any]:
+    """Write a plain model directory to `out`; returns the figures of every candidate, and which was kept.
+
+    On a quantized base two candidates are built, onto the base's own weights (full) and onto the de-quantized ones; the one
+    nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. Raises UserError for what
+    cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
+    """
+    if is_pipeline_run(run):
+        require_empty(out)
+        return merge_pipeline(run, out)
+    manifest = read_manifest(run)
+    if manifest["weights"]["kind"] == "model":
+        raise UserError(f"run: {run} is a whole model already, in {run / manifest['weights']['path']}; there is nothing to merge")
+    refuse_scorer(manifest, run)
+    require_empty(out)
+    adapter = Adapter(checked_weights(run, manifest, "run"), "run")
+    if reason := UNMERGEABLE.get(adapter.kind):
+        raise UserError(f"run: its adapter cannot be merged ({reason}); load it beside its base")
+    base_dir = resolve(manifest["base"]["path"], manifest["base"]["revision"]).directory
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        candidates = _build(run, manifest, adapter, base_dir, Path(scratch))
+        if onto not in ("auto", *candidates):
+            raise UserError(f"--onto: there is no '{onto}' here (there are: auto, {', '.join(candidates)})")
+        best = min(candidates, key=lambda name: candidates[name].kl) if onto == "auto" else onto
+        _show(candidates, best)
+        if not candidates[best].kl <= max_kl:
+            raise RunError(
+                f"the merged model is {candidates[best].kl:.4f} nats a token from the live one, more than --max-kl {max_kl}; "
+                f"nothing was written"
+            )
+        figures = {"run": str(run.resolve()), "kept": best, "max_kl": max_kl}
+        figures |= {"candidates": {name: asdict(found) for name, found in candidates.items()}}
+        write_json(Path(scratch) / best / FIGURES, figures)
+        shutil.rmtree(out, ignore_errors=True)
+        (Path(scratch) / best).rename(out)
+    say(f"merged model {out}")
+    return figures
+
+
+def refuse_scorer(manifest: dict[str, Any], run: Path) -> None:
+    """Raises UserError for a reward model: merged as a language model it would lose its head."""
+    if manifest["stage"] == "rm":
+        raise UserError(
+            f"run: {run} is a reward model; peft loads it on AutoModelForSequenceClassification as it is, and "
+            "init_reward= takes it; there is no language model to merge"
+        )
+
+
+def require_empty(out: Path) -> None:
+    """Raises UserError where something lies at `out` that would be overwritten."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists already; give a new directory")
+
+
+def _build(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
+    """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
+    rows = _live_answers(run, manifest, adapter, base_dir, scratch)
+    write_merged(base_dir, adapter, scratch / "full")
+    found = {}
+    for name in ("full", "dequantized"):
+        if (scratch / name).exists():
+            copy_tokenizer(run / manifest["weights"]["path"], scratch / name)
+            found[name] = _compare(scratch, name, manifest["dtype"], rows)
+    return found
+
+
+def _live_answers(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
+    """The rows to compare on, with the live model's log-probs on disk; and the candidate that needs its quantized weights."""
+    live = load_model(run)
+    rows = held_out_rows(run, live.tokenizer)
+    say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
+    write_logprobs(live.model, rows, scratch / "live.safetensors")
+    if manifest["quant"]["method"] != "none":
+        write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model))
+    return rows
+
+
+def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreement:
+    model = load_causal(str(scratch / name), None, dtype, "cpu", False, None).eval()
+    return agreement(scratch / "live.safetensors", model, rows)
+
+
+def _dequantizer(model: Any) -> Any:
+    """Layer's name in the base -> its weight as the quantized base computes with it; None where it is not quantized."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    layers = {n.removesuffix(".base_layer"): m for n, m in model.get_base_model().named_modules()}
+    quantized = {n: m for n, m in layers.items() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+
+    def weight(name: str) -> Tensor | None:
+        return dequantize_module_weight(quantized[name]).cpu() if name in quantized else None
+
+    return weight
+
+
+def _show(candidates: dict[str, Agreement], best: str) -> None:
+    table = Table("onto", "KL a token", "same top", "perplexity: live", "merged", "")
+    for name, found in candidates.items():
+        figures = (f"{found.kl:.2e}", f"{found.top1:.2%}", f"{found.perplexity_live:.4f}", f"{found.perplexity:.4f}")
+        table.add_row(name, *figures, "kept" if name == best else "")
+    console.print(table)
+    easier = min(candidates, key=lambda name: candidates[name].perplexity)
+    if candidates[easier].perplexity < 0.99 * candidates[best].perplexity:
+        say(f"perplexity is lower onto {easier}: quantization had cost that much; --onto {easier} keeps it (see --max-kl)")

@@ -1,0 +1,262 @@
+"""`posttrain plan`: what a run will cost in memory and time, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from posttrain.commands.plan.images import image_plan
+from posttrain.commands.plan.memory import count
+from posttrain.commands.plan.roles import cache_bytes, role_bytes
+from posttrain.config.compose import compose_run
+from posttrain.config.memory_savers import memory_savers
+from posttrain.config.schema import STAGE_CONFIG, Dreambooth, Ppo
+from posttrain.console import console, say
+from posttrain.data.chat.encoder import Encoder, chat_template
+from posttrain.data.chat.loss_weights import weighing_of
+from posttrain.data.mixture import make_sampler, read_mixture
+from posttrain.data.selection import replays, sources_of
+from posttrain.data.sources.source import is_local
+from posttrain.errors import UserError
+from posttrain.models.hub import resolve
+from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import read_manifest
+
+GB = 1e9
+# Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
+CARDS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "T4": 65e12}
+USED = 0.4
+
+
+def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[str, Any]:
+    """Memory by part, per device, whether it fits, what would make it fit, steps, tokens and time; ready for JSON.
+
+    memory: bytes to fit in; None: this machine's. Raises UserError as the run itself would.
+    """
+    capacity, device = (memory, "the given memory") if memory else capacity_here()
+    plan = _plan(stage, words, capacity)
+    plan |= {"capacity_bytes": capacity, "device": device}
+    plan["changes"] = [] if plan["fits"] else _changes(stage, words, capacity)
+    return plan
+
+
+def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    if isinstance(cfg, Dreambooth):
+        plan = image_plan(cfg, capacity)
+        plan["seconds"] = _seconds(plan["flops"], 1, cfg.base_dtype)
+        return plan
+    name, frozen = _source(cfg)
+    source = resolve(name, cfg.model.revision, weights=False)
+    data = _data(cfg, name)
+    longest, shards = data["longest"], cfg.train.processes if cfg.train.fsdp else 1
+    tokens = min(cfg.train.batch_size * longest, data["largest_batch"])
+    model = AutoConfig.from_pretrained(source.directory, trust_remote_code=cfg.model.trust_remote_code)
+    found = count(cfg, model, tokens, cfg.train.batch_size, frozen)
+    sharded = ("weights", "adapters", "frozen adapter", "gradients", "optimizer")
+    memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
+    if stage == "dpo":
+        memory["reference"] = 8.0 * data["units"]
+    updates, shared = 1, True
+    if isinstance(cfg, Ppo):
+        memory["key-value cache"] = cache_bytes(cfg, model, 4 if cfg.base_dtype == "float32" else 2)
+        roles, shared = role_bytes(cfg, found.parts, source.path)
+        memory |= roles
+        updates = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
+    fixed, recomputes = sum(memory.values()), cfg.train.gradient_checkpointing
+    kept = found.activations_recomputed if recomputes is True else found.activations
+    if recomputes == "auto":  # as many layers as it takes, whose share of both figures this is
+        kept = max(min(kept, capacity - fixed), found.activations_recomputed)
+    seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, cfg.base_dtype)
+    return {
+        "stage": stage,
+        "model": cfg.model.name,
+        "method": cfg.peft.method,
+        "quant": cfg.quant.method,
+        "total_numbers": found.total_numbers,
+        "trained_numbers": found.trained_numbers,
+        "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},
+        "memory_with_recomputation": round(fixed + found.activations_recomputed),
+        "memory_without_recomputation": round(fixed + found.activations),
+        "total_bytes": round(fixed + kept),
+        "fits": fixed + kept <= capacity,
+        "micro_batch_tokens": tokens,
+        "steps": data["steps"],
+        "tokens": round(data["tokens"]),
+        "tokens_are": data["tokens_are"],
+        "seconds": seconds,
+        "assumptions": _assumptions(cfg, stage, seconds, shared),
+    }
+
+
+def _source(cfg: Any) -> tuple[str, float]:
+    """Where the model's shapes are, and bytes of the adapter that will lie under a new one."""
+    if cfg.init is None:
+        return cfg.model.name, 0.0
+    directory = Path(cfg.init).expanduser()
+    if not (directory / "manifest.json").exists():
+        return cfg.init, 0.0
+    manifest = read_manifest(directory)
+    weights = directory / manifest["weights"]["path"]
+    if manifest["weights"]["kind"] == "model":
+        return str(weights), 0.0
+    stacked = cfg.peft.is_additive and cfg.chain.mode in ("auto", "stack")
+    return manifest["base"]["path"], float((weights / "adapter_model.safetensors").stat().st_size) if stacked else 0.0
+
+
+def _data(cfg: Any, source: str) -> dict[str, Any]:
+    """Steps and tokens: counted where the rows are at hand, else at most."""
+    train = cfg.train
+    per_step = train.batch_size * train.grad_accum * train.processes
+    local = not replays(cfg.data) and all(is_local(source.path) for source in sources_of(cfg.data).values())
+    if not local:
+        if not train.max_steps:
+            raise UserError(
+                f"train.max_steps: the rows of {cfg.data.path} are not at hand, so give the number of steps to plan for"
+            )
+        units = train.max_steps * per_step
+        upper = {"longest": train.max_length, "largest_batch": train.batch_size * train.max_length, "units": units}
+        return upper | {"steps": train.max_steps, "tokens": units * train.max_length, "tokens_are": "at most"}
+    template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
+    tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
+    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer), weighing_of(cfg))
+    data = read_mixture(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())
+    examples = data.train
+    lengths = examples.unit_tokens()
+    if isinstance(cfg, Ppo):
+        lengths = examples.splits[:, 0] + cfg.ppo.samples * cfg.rollout.max_new_tokens  # the prompt, and answers at their longest
+    order = make_sampler(data, cfg.data, train, train.processes)
+    largest = int(sum(sorted(lengths.tolist())[-train.batch_size :]))
+    tokens = sum(int(lengths[unit]) for step in range(min(order.num_steps, 2000)) for unit in order.step(step))
+    tokens = tokens * order.num_steps / min(order.num_steps, 2000)
+    found = {"longest": int(lengths.max()), "largest_batch": largest, "units": len(examples)}
+    return found | {"steps": order.num_steps, "tokens": tokens, "tokens_are": "exact" if order.num_steps <= 2000 else "about"}
+
+
+def _changes(stage: str, words: list[str], capacity: int) -> list[dict[str, Any]]:
+    """The first three single changes, in the order one would try them, with which the run fits; else several together."""
+    tries, fitting = memory_savers(STAGE_CONFIG.validate_python(compose_run(stage, words))), []
+    for change in tries:
+        plan = _plan_or_none(stage, [*words, *change.split()], capacity)
+        if plan and plan["fits"]:
+            fitting.append({"override": change, "total_bytes": plan["total_bytes"], "fits": True})
+        if len(fitting) == 3:
+            break
+    return fitting or _together(stage, words, tries, capacity)
+
+
+def _together(stage: str, words: list[str], tries: list[str], capacity: int) -> list[dict[str, Any]]:
+    """One change after another, each kept if it goes with the ones before and output something, until the run fits."""
+    kept: list[str] = []
+    best: dict[str, Any] = {"total_bytes": math.inf, "fits": False}
+    for change in tries:
+        plan = _plan_or_none(stage, [*words, *kept, *change.split()], capacity)
+        if plan and plan["total_bytes"] < best["total_bytes"] and not best["fits"]:
+            best, kept = plan, [*kept, *change.split()]
+    return [{"override": " ".join(kept), "total_bytes": best["total_bytes"], "fits": best["fits"]}] if kept else []
+
+
+def _plan_or_none(stage: str, words: list[str], capacity: int) -> dict[str, Any] | None:
+    """None where the settings do not go together."""
+    try:
+        return _plan(stage, words, capacity)
+    except UserError:
+        return None
+
+
+def capacity_here() -> tuple[int, str]:
+    """Bytes of the first GPU, else of this machine's memory that is free to take."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, properties.name
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = re.search(r"MemAvailable:\s+(\d+) kB", text)
+        return int(free[1] if free else 0) * 1024, "this machine's memory"
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+
+
+def parse_memory(text: str | None) -> int | None:
+    """`48GB`, `23.5GiB` or a number of bytes. Raises UserError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(B|[KMGT]i?B)?\s*", text, flags=re.IGNORECASE)
+    if not found:
+        raise UserError(f"--memory: '{text}' is no size; write 48GB or 24GiB")
+    unit = (found[2] or "B").upper()
+    return int(float(found[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0]))
+
+
+def _seconds(flops_a_token: float, tokens: float, dtype: str) -> float | None:
+    rate = _rate(dtype)
+    return round(flops_a_token * tokens / rate, 1) if rate else None
+
+
+def _rate(dtype: str) -> float | None:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        peak = next((peak for part, peak in CARDS.items() if part in name), None)
+        return peak * USED if peak else None
+    side = 768
+    a = torch.ones(side, side, dtype=getattr(torch, dtype))
+    _ = a @ a
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.2:
+        _ = a @ a
+        done += 1
+    return 2 * side**3 * done / (time.perf_counter() - began) * 0.7  # the rest of a step is not matrix products
+
+
+def _assumptions(cfg: Any, stage: str, seconds: float | None, shared: bool) -> list[str]:
+    said = ["the largest micro-batch decides on memory; a framework's own workspace (about 1 GB on CUDA) is not in it"]
+    if stage == "dpo":
+        said.append("the reference is a table of log-probs, computed by the model itself before training; no second model")
+    if stage == "ppo":
+        base = "policy, reference, value and reward share one base" if shared else "not all roles can share the policy's base"
+        said.append(f"{base}; time is of the updates, the answers' writing comes on top")
+    if seconds is None:
+        said.append("no rate is known for this card, so no time is given")
+    else:
+        said.append(
+            f"time is an estimate from {'a measured product of matrices' if not torch.cuda.is_available() else '40 % of peak'}"
+        )
+    if cfg.optim.name != "adamw" and not torch.cuda.is_available():
+        said.append(f"optim={cfg.optim.name} needs CUDA: plain AdamW is counted, as it would run here")
+    return said
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table and some lines."""
+    table = Table("memory of one device", "GB")
+    for part, size in plan["memory"].items():
+        table.add_row(part, f"{size / GB:.3f}")
+    table.add_row("total", f"{plan['total_bytes'] / GB:.3f}", style="bold")
+    say(f"{plan['stage']} of {plan['model']}, peft={plan['method']} quant={plan['quant']}")
+    trained, total = plan["trained_numbers"], plan["total_numbers"]
+    say(f"training {trained:,} of {total:,} numbers ({trained / total:.2%})")
+    console.print(table)
+    verdict = "fits in" if plan["fits"] else "does not fit in"
+    say(f"{verdict} {plan['capacity_bytes'] / GB:.1f} GB ({plan['device']})")
+    say(f"with all layers recomputed (train.gradient_checkpointing=true): {plan['memory_with_recomputation'] / GB:.3f} GB")
+    for change in plan["changes"]:
+        outcome = "fits" if change["fits"] else "still too much"
+        say(f"  {change['override']}: {change['total_bytes'] / GB:.3f} GB, {outcome}")
+    clock = f", about {plan['seconds'] / 60:.0f} min" if plan["seconds"] else ""
+    if "images" in plan:
+        work = f"{plan['images']:,} pictures of {plan['image_side']}x{plan['image_side']}"
+    else:
+        work = f"{plan['tokens_are']} {plan['tokens']:,} tokens"
+    say(f"{plan['steps']:,} steps, {work}{clock}")
+    for line in plan["assumptions"]:
+        say(f"- {line}")

@@ -1,0 +1,53 @@
+"""What PPO's other roles add to the policy's memory, by the rule that `stages/ppo/actor_critic.py` casts them by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import Ppo
+from posttrain.runs.directory import read_manifest
+
+BASE = ("weights", "quantized weights", "quantization constants")
+TRAINED = ("adapters", "gradients", "optimizer")
+
+
+def role_bytes(cfg: Ppo, parts: dict[str, float], base: str) -> tuple[dict[str, float], bool]:
+    """Bytes by role beside the policy, and whether all roles share one base. parts: the policy's own; base: where its base is."""
+    rewards = {
+        name: Path(run).expanduser() for name, run in (("reward", cfg.init_reward), ("gold", _run(cfg.reward.gold))) if run
+    }
+    in_place = cfg.peft.output == "adapter" and cfg.peft.method != "pissa"
+    shared = in_place and cfg.peft.is_additive and all(_shares(cfg, run, base) for run in rewards.values())
+    whole = sum(parts.get(part, 0.0) for part in BASE)
+    trained = sum(parts.get(part, 0.0) for part in TRAINED)
+    found = {} if in_place else {"reference model": whole}
+    for name, run in rewards.items():
+        kind = read_manifest(run)["weights"]["kind"]
+        own = sum(file.stat().st_size for file in (run / kind).glob("*.safetensors"))
+        found[f"{name} adapter" if shared else f"{name} model"] = own if shared or kind == "model" else whole + own
+    if cfg.ppo.advantage == "gae":
+        # in full training its weights are among what is trained; their gradients and moments come on top
+        found["value adapter, gradients, optimizer" if shared else "value model"] = trained if shared else whole + trained
+    return found, shared
+
+
+def cache_bytes(cfg: Ppo, config: Any, itemsize: int) -> float:
+    """Keys and values of the answers that grow together, at their longest."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2.0 * text.num_hidden_layers * heads * width * cfg.train.max_length * cfg.rollout.batch_size * itemsize
+
+
+def _run(name: str | None) -> str | None:
+    return None if name and ":" in name else name
+
+
+def _shares(cfg: Ppo, run: Path, base: str) -> bool:
+    manifest = read_manifest(run)
+    if manifest["weights"]["kind"] != "adapter" or manifest["quant"] != cfg.quant.model_dump():
+        return False
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    return adapter["peft_type"] == "LORA" and not adapter.get("use_dora") and manifest["base"]["path"] == base

@@ -1,0 +1,160 @@
+"""What is wrong with data that tokenises well: what a loss curve would not show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.split import Canonical
+from posttrain.data.stats import SourceStats
+from posttrain.errors import UserError
+
+SHOWN = 8  # places that a finding names
+_LIKE_SPECIAL = re.compile(r"<\|[\w-]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+
+
+@dataclass
+class Finding:
+    """what: in words, to stand after a number. is_mistake: what --strict refuses."""
+
+    what: str
+    is_mistake: bool = True
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if len(self.places) < SHOWN:
+            self.places.append(place)
+
+    @property
+    def line(self) -> str:
+        more = ", ..." if self.count > len(self.places) else ""
+        where = f": {', '.join(self.places)}{more}" if self.places else ""
+        return f"{self.count:,} {self.what}{where}"
+
+
+def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
+    """What became of rows on the way to tokens."""
+    skipped = stats.places.get("skipped", [])
+    counted = (
+        ("skipped", "rows with a mistake", True, stats.skipped),
+        ("untrained", "rows dropped, as no token of theirs would count", True, stats.untrained),
+        ("truncated", f"rows cut to {max_length} tokens", True, stats.truncated),
+        ("", "tokens across the border of prompt and answer, which do not count", False, stats.border_tokens),
+        ("", "rows left out, of less quality", False, stats.filtered),
+    )
+    found = []
+    for name, what, is_mistake, count in counted:
+        places = skipped if name == "skipped" else [place.rsplit(", ", 1)[-1] for place in stats.places.get(name, [])]
+        found.append(Finding(what, is_mistake, count, places[:SHOWN]))
+    return found
+
+
+def of_rows(rows: Iterable[Canonical], held_out: Iterable[Canonical], where: Callable[[int], str]) -> list[Finding]:
+    """Empty and repeated rows, and rows that are held out as well."""
+    empty, twice, both = Finding("empty rows"), Finding("rows that repeat an earlier one"), Finding("rows that are also held out")
+    apart = {_content(row) for _, row in held_out}
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        if not "".join(_texts(row)).strip():
+            empty.add(where(number))
+        name = _content(row)
+        if name in apart:
+            both.add(where(number))
+        if name in seen:
+            twice.add(f"{where(number)} (as {seen[name]})")
+        seen.setdefault(name, number)
+    return [empty, twice, both]
+
+
+def of_tokens(
+    rows: Iterable[Canonical], encoder: Encoder, tokenizer: Any, where: Callable[[int], str], max_length: int
+) -> list[Finding]:
+    """What training reads against what inference would: beginnings, ends, special tokens, templates."""
+    doubled = Finding("rows that begin with the beginning-of-text token twice")
+    endless = Finding("answers that are trained without an end of turn")
+    unknown = Finding("rows with a token that the tokenizer does not know")
+    plain = Finding("rows with what looks like a special token, but is plain text to this tokenizer")
+    special = Finding("rows whose own words hold a special token of this tokenizer")
+    other = Finding("conversations whose prompt is rendered otherwise in training than for inference")
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = set(encoder.end_tokens())
+    rows = list(rows)
+    encoded = _encoded(encoder, rows)
+    for number, row in rows:
+        place = where(number)
+        marks = {mark for text in _texts(row) for mark in _LIKE_SPECIAL.findall(text)}
+        if marks - added:
+            plain.add(f"{place} ({min(marks - added)})")
+        if marks & added:
+            special.add(f"{place} ({min(marks & added)})")
+        if number not in encoded:
+            continue  # it stands among the mistakes
+        for tokens, weights in encoded[number]:
+            if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
+                doubled.add(place)
+            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
+                unknown.add(place)
+            last = max((k for k, weight in enumerate(weights) if weight), default=None)
+            if last is not None and tokens[last] not in ends and len(tokens) <= max_length and "text" not in row:
+                endless.add(place)
+        if difference := _prompt_difference(encoder, tokenizer, row):
+            other.add(f"{place} ({difference})")
+    return [doubled, endless, unknown, plain, special, other]
+
+
+def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
+    """The sequences of each row that can be encoded: all at once where none has a mistake."""
+    try:
+        return _sequences(encoder, rows)
+    except UserError:
+        each = {}
+        for row in rows:
+            with suppress(UserError):
+                each |= _sequences(encoder, [row])
+        return each
+
+
+def _sequences(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
+    numbers = [number for number, _ in rows]
+    if not rows or "chosen" not in rows[0][1]:
+        return {n: [(one.tokens, one.weights)] for n, one in zip(numbers, encoder.encode_many(rows, str), strict=True)}
+    return {
+        number: [([*pair.prompt, *a.tokens], [0.0] * len(pair.prompt) + a.weights) for a in (pair.chosen, pair.rejected)]
+        for number, pair in zip(numbers, encoder.encode_pairs(rows, str), strict=True)
+    }
+
+
+def _prompt_difference(encoder: Encoder, tokenizer: Any, row: dict[str, Any]) -> str:
+    """Where a conversation up to its last answer leaves what inference would put before that answer; empty where nowhere."""
+    messages = row.get("messages")
+    if not messages or messages[-1]["role"] != "assistant" or len(messages) < 2:
+        return ""
+    trained = encoder.encode_conversation(messages, row.get("tools")).tokens
+    asked = encoder.encode_prompt({"messages": messages[:-1], "tools": row.get("tools")})
+    at = next((k for k, (a, b) in enumerate(zip(asked, trained, strict=False)) if a != b), None)
+    if at is None or at >= len(asked) - 1:  # the last token may grow together with the answer's first letters
+        return ""
+    shown = [tokenizer.decode(tokens[at : at + 6]) for tokens in (trained, asked)]
+    return f"token {at + 1}: {shown[0]!r} in training, {shown[1]!r} for inference"
+
+
+def _texts(value: Any) -> Sequence[str]:
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict) and "role" in value:
+        values = [v for k, v in value.items() if k != "role"]
+    return [text for each in values for text in _texts(each)]
+
+
+def _content(row: dict[str, Any]) -> str:
+    said = {key: value for key, value in row.items() if key != "weight"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""`posttrain preview`: what the model will see, through the very functions that a run uses, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from posttrain.batch import PackedBatch
+from posttrain.commands.preview.encoder import encoder_of
+from posttrain.commands.preview.findings import Finding, of_rows, of_stats, of_tokens
+from posttrain.config.compose import compose_run
+from posttrain.config.schema import STAGE_CONFIG, LanguageStage, Source
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.collate import pack, pack_pairs
+from posttrain.data.mixture import Mixture, draw, shares_of
+from posttrain.data.prepare import PreparedSource
+from posttrain.data.selection import SELF, sources_of
+from posttrain.data.split import Split, sound_rows
+from posttrain.data.stage_examples import RowEncoder
+from posttrain.data.stats import SourceStats
+from posttrain.errors import UserError
+
+BUCKETS = 12  # of the lengths' histogram
+_PACKS = {"dpo": pack_pairs, "rm": pack_pairs}
+
+
+@dataclass(frozen=True)
+class Token:
+    """text: what it decodes to; where a letter takes several tokens, it stands with the last. weight: of predicting it."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class PreviewSegment:
+    """A document, or one part of a pair, as it lies in the pack. row: its number in the source. weight: of the pair, if it is a
+    part of one."""
+
+    what: str
+    row: int | None
+    tokens: list[Token]
+    weight: float = 1.0
+
+
+@dataclass
+class Seen:
+    """One source: its stats over the rows that were looked at, the lengths of its sequences, and what is wrong."""
+
+    name: str
+    stats: SourceStats
+    share: float
+    lengths: list[int] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    complete: bool = True  # were these all rows?
+
+
+@dataclass
+class Preview:
+    stage: str
+    model: str
+    sources: list[Seen]
+    units: list[list[PreviewSegment]]  # of the first step, in the order of their drawing
+    max_length: int
+    notes: list[str]
+
+    @property
+    def mistakes(self) -> list[str]:
+        return [f.line for seen in self.sources for f in seen.findings if f.is_mistake and f.count]
+
+
+def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> Preview:
+    """rows: of each source, the first so many are looked at; None: all. units: at most so many of the first step's packs.
+
+    Raises UserError for a config that does not fit, or a source of which no row can be used.
+    """
+    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    if not isinstance(cfg, LanguageStage):
+        raise UserError(f"{stage} reads no text; its own report shows what it trains on")
+    encoder, tokenizer = encoder_of(cfg)
+    found, notes = [], []
+    for i, (name, source) in enumerate(sources_of(cfg.data).items()):
+        if source.path == SELF:
+            notes.append(f"{name}: the base model writes it when the run begins, so there is nothing to look at yet")
+            continue
+        eval_path = cfg.data.eval_path if not i else None
+        found.append(_look(cfg, name, source, eval_path, encoder, tokenizer, rows))
+    mixture = Mixture([part for part, _ in found], _shares(cfg, [part for part, _ in found]))
+    for (_, seen), share in zip(found, mixture.shares, strict=True):
+        seen.share = share
+    train = cfg.train
+    per_step = min(units, train.batch_size * train.grad_accum * train.processes)
+    drawn = draw(mixture.sizes, mixture.shares, train.seed, per_step, None, cfg.data.exhausted)
+    shown = [_segments(stage, mixture, int(unit), tokenizer) for unit in drawn]
+    return Preview(stage, cfg.model.name, [seen for _, seen in found], shown, cfg.example_length, notes)
+
+
+def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
+    """Of the sources that can be looked at."""
+    known = shares_of(cfg.data, parts)
+    names = list(sources_of(cfg.data))
+    kept = [known[names.index(part.name)] for part in parts]
+    return [share / sum(kept) for share in kept]
+
+
+def _look(
+    cfg: LanguageStage, name: str, source: Source, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
+) -> tuple[PreparedSource, Seen]:
+    stage: str = cfg.stage  # type: ignore[attr-defined]
+    if most is not None:  # and not a row more is read or downloaded
+        source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
+    split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), stage, eval_path)
+    raw = list(split.train)
+    complete = most is None or len(raw) < most
+    held_raw = split.held_out() if complete else split.held_so_far
+    piece = RowEncoder(source.path, split.shape, stage, encoder, cfg.example_length, skips=True)
+    (train, stats), (held_out, held_stats) = piece.examples(raw), piece.examples(held_raw)
+    if not len(train):
+        raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")
+    stats.filtered = split.filtered
+
+    def sound(rows: Any) -> Any:
+        return list(sound_rows(rows, split.shape, SourceStats(source.path, split.shape, ""), skips=True))
+
+    rows, held_rows = sound(raw), sound(held_raw)
+
+    def where(number: int) -> str:
+        return stats.where(number).rsplit(", ", 1)[-1]
+
+    findings = [
+        *of_stats(stats, cfg.example_length),
+        *of_rows(rows, held_rows, where),
+        *of_tokens(rows, encoder, tokenizer, where, cfg.example_length),
+    ]
+    lengths = np.diff(train.offsets).tolist()
+    seen = Seen(name, stats, 1.0, lengths, [f for f in findings if f.count], complete)
+    return PreparedSource(name, train, held_out, stats, held_stats, ""), seen
+
+
+def _first_mistake(stats: SourceStats) -> str:
+    return (stats.places.get("skipped") or [""])[0]
+
+
+def _segments(stage: str, mixture: Mixture, unit: int, tokenizer: Any) -> list[PreviewSegment]:
+    batch = _PACKS.get(stage, pack)(mixture.train, [unit])
+    weights = weights_of(batch)
+    rows = [int(mixture.train.rows[i]) for i in batch.rows for _ in range(3 if stage in _PACKS else 1)]
+    kinds = ("prompt", "chosen", "rejected") if stage in _PACKS else ("",)
+    weight = float(batch.extra["pair_weight"][0]) if stage in _PACKS else 1.0
+    found = []
+    for k, segment in enumerate(batch.segments):
+        span = slice(segment.start, segment.stop)
+        tokens = _tokens(batch.tokens[0, span].tolist(), weights[span].tolist(), tokenizer)
+        found.append(PreviewSegment(kinds[k % len(kinds)], rows[k] if k < len(rows) else None, tokens, weight))
+    return found
+
+
+def weights_of(batch: PackedBatch) -> np.ndarray:
+    """float32 [T]: the weight of predicting each token of the pack, as the loss will take it."""
+    weights = np.zeros(batch.tokens.shape[1], np.float32)
+    answers = [segment for segment in batch.segments if segment.prefix_stop > segment.prefix_start]
+    of_pair = batch.extra.get("pair_weight")
+    taken = batch.weight if of_pair is None else batch.weight * of_pair[batch.sequence_id // 2]
+    for source, owner, weight in zip(batch.logit_index.tolist(), batch.sequence_id.tolist(), taken.tolist(), strict=True):
+        opens = answers and source == answers[owner].prefix_stop - 1  # an answer's first token, which its prompt predicts
+        weights[answers[owner].start if opens else source + 1] = weight
+    return weights
+
+
+def _tokens(ids: Sequence[int], weights: Sequence[float], tokenizer: Any) -> list[Token]:
+    found, waiting = [], list[int]()
+    for token, weight in zip(ids, weights, strict=True):
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        whole = not text.endswith("\ufffd") or len(waiting) > 4
+        found.append(Token(text if whole else "", weight))
+        waiting = [] if whole else waiting
+    return found
+
+
+def histogram(lengths: Sequence[int], max_length: int) -> list[tuple[int, int, int]]:
+    """(from, to, how many): tokens of the rows, in equal steps from the shortest to the longest."""
+    low = min(max_length, min(lengths, default=1))
+    top = max(low, min(max_length, max(lengths, default=1)))
+    step = -(-(top - low + 1) // BUCKETS)
+    counts = np.bincount([min((length - low) // step, BUCKETS - 1) for length in lengths], minlength=-(-(top - low + 1) // step))
+    return [(low + i * step, low + (i + 1) * step - 1, int(n)) for i, n in enumerate(counts)]

@@ -1,0 +1,41 @@
+"""`posttrain reproduce`: rebuild a run from what it says of itself, and see whether the result agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.commands.compare_runs import RunComparison, compare_runs
+from posttrain.console import say
+from posttrain.errors import RunError, UserError
+from posttrain.launch.subprocess_runner import run_child
+from posttrain.runs.directory import read_config, read_manifest
+from posttrain.runs.identity import digest
+
+
+def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
+    """Run `run`'s config again, in `out` (default: beside it); the new run says first what differs today.
+
+    Raises UserError for what is no finished run, RunError where the result does not agree.
+    """
+    manifest, config = read_manifest(run), read_config(run)
+    if digest(config) != manifest["config_digest"]:
+        raise UserError(
+            f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
+        )
+    place = out or run.resolve().with_name(f"{run.resolve().name}-again")
+    if manifest.get("changes"):
+        said = "; ".join(f"{each['change']} from step {each['step']}" for each in manifest["changes"])
+        say(f"its settings changed on the way ({said}); the new run has the last ones throughout")
+    config["run"] = {**config["run"], "dir": str(place), "stop_after": None, "reproduces": str(run.resolve())}
+    code = run_child(config, f"the run in {place}")
+    if code == UserError.exit_code:
+        raise UserError("the message is above")
+    if code:
+        raise RunError(f"the run in {place} failed (exit {code}), its own message is above; the same command goes on")
+    found = compare_runs(run, place)
+    for each in found:
+        say(f"{each.part:<12}{each.text}")
+    if wrong := [each.part for each in found if not each.same]:
+        raise RunError(f"{place} does not agree with {run}: {', '.join(wrong)}")
+    say(f"{place} is {run} again, bit for bit")
+    return found

@@ -1,0 +1,298 @@
+"""Canonical rows -> tokens and loss weights, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.chat.alignment import Message, Rendered, Span
+from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
+from posttrain.data.chat.template import ChatTemplate, chat_template, template_hash
+from posttrain.data.chat.tokenize import Tokeniser, Tokens, shared_length
+from posttrain.errors import UserError
+
+__all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """weights[i] is the weight of the loss on predicting tokens[i]; borders counts the tokens of weight 0 that lie
+    partly in trained text."""
+
+    tokens: list[int]
+    weights: list[float]
+    borders: int
+
+    @property
+    def last_trained(self) -> int:
+        """Index of the last token that counts, -1 where none does."""
+        return max((k for k, weight in enumerate(self.weights) if weight), default=-1)
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Two answers, and the tokens that come before both; the answers' own tokens start where they differ or count.
+    weight: of the row, which is in none of the tokens' own."""
+
+    prompt: list[int]
+    chosen: Encoded
+    rejected: Encoded
+    weight: float
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A text to tokenise; `document`: with the beginning and the end of a document that a chat template would write."""
+
+    rendered: Rendered
+    document: bool
+    factors: list[Factor]
+    weight: float  # of the row
+
+    @property
+    def is_whole(self) -> bool:
+        """Does all of the text count alike?"""
+        return self.document and not self.factors and self.rendered.spans == [(0, len(self.rendered.text))]
+
+
+class Encoder:
+    """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
+
+    stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate). weighing: how much which
+    trained tokens count. identity: a hash of all else that decides which tokens and weights come out.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), weighing: Weighing = PLAIN) -> None:
+        if not tokenizer.is_fast:
+            raise UserError("model.name: its tokenizer has no tokenizer.json, which exact loss masks need (offsets)")
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self.weighing = weighing
+        self._template: ChatTemplate | None = None
+        self._tokeniser = Tokeniser(tokenizer)
+        self.identity = _identity(tokenizer, self._stops)
+        added = tokenizer("x")["input_ids"]
+        self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+    def weighing_as(self, weighing: Weighing) -> Encoder:
+        """The same tokens, weighed otherwise."""
+        other = copy.copy(self)
+        other.weighing = weighing
+        return other
+
+    def encode(self, row: Row) -> Encoded | EncodedPair:
+        """Encode a canonical row of any shape."""
+        return self.encode_pair(row) if "chosen" in row else self._encode([self._source(row)])[0]
+
+    def encode_many(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[Encoded]:
+        """Encode rows other than pairs, each with its number, all at once; errors start with `where` of the number."""
+        sources = []
+        for number, row in rows:
+            with _naming(where, number):
+                sources.append(self._source(row))
+        return self._encode(sources)
+
+    def encode_text(self, row: Row) -> Encoded:
+        """A document: every token counts, the end of the document too."""
+        return self._encode([self._source({"text": row["text"]})])[0]
+
+    def encode_conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Encoded:
+        """Count each assistant turn's own words and its end-of-turn token, and nothing else."""
+        return self._encode([self._conversation(messages, tools)])[0]
+
+    def encode_completion(self, prompt: str, completion: str) -> Encoded:
+        """Plain text without template; the completion and the end of the document count."""
+        return self._encode([self._continuation(prompt, completion, 1.0)])[0]
+
+    def encode_pair(self, row: Row) -> EncodedPair:
+        """Encode prompt, chosen and rejected: all three texts, or a list of messages and two answers.
+
+        Each answer is tokenised together with the prompt; the prompt is what both begin with, up to the first token
+        that counts in either. Raises UserError if the answers are the same.
+        """
+        return _pair(*self._encode_both([self._answers(row)])[0], row_weight(row))
+
+    def encode_pairs(self, rows: Sequence[tuple[int, Row]], where: Callable[[int], str]) -> list[EncodedPair]:
+        """Encode pairs, each with its number, all at once; errors start with `where` of the number."""
+        sources, pairs = [], []
+        for number, row in rows:
+            with _naming(where, number):
+                sources.append(self._answers(row))
+        for (number, row), answers in zip(rows, self._encode_both(sources), strict=True):
+            with _naming(where, number):
+                pairs.append(_pair(*answers, row_weight(row)))
+        return pairs
+
+    def encode_prompt(self, row: Row) -> list[int]:
+        """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
+        return self._prompts([self._prompt(row)])[0]
+
+    def encode_prompts(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[tuple[list[int], list[int]]]:
+        """The prompt of each row and the tokens of its `reference_of`; errors start with `where` of the row's number."""
+        prompts, known = [], []
+        for number, row in rows:
+            with _naming(where, number):
+                prompts.append(self._prompt(row))
+            known.append(reference_of(row))
+        return list(zip(self._prompts(prompts), self._tokeniser.ids(known), strict=True))
+
+    def _prompt(self, row: Row) -> tuple[str, bool]:
+        """The text, and whether it stands for itself, as a document does."""
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
+            return row["prompt"], True
+        return self._chat_template.render_prompt(prompt_of(row), row.get("tools")), False
+
+    def _prompts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        found = self._tokeniser.ids([text for text, _ in texts])
+        return [[*self._start, *ids] if plain else ids for ids, (_, plain) in zip(found, texts, strict=True)]
+
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos."""
+        texts = sorted(self._chat_template.ends) if self._tokenizer.chat_template else []
+        texts += [text for text in (self._tokenizer.eos_token, *self._stops) if text]
+        ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return list(dict.fromkeys(found[0] for found in ids if len(found) == 1))
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self._tokenizer, self._stops)
+        return self._template
+
+    def _source(self, row: Row) -> _Source:
+        weight = row_weight(row)
+        if "messages" in row:
+            return self._conversation(row["messages"], row.get("tools"), weight=weight)
+        if "completion" in row:
+            return self._continuation(row["prompt"], row["completion"], weight)
+        return _document("", row["text"], [], weight)
+
+    def _conversation(
+        self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0, weight: float = 1.0
+    ) -> _Source:  # fmt: skip
+        if not messages:
+            raise UserError("a conversation needs at least one message")
+        rendered = self._chat_template.render(messages, tools, first)
+        turns = [message for message in messages[first:] if message["role"] == "assistant"]
+        return _Source(rendered, False, self.weighing.factors(rendered, turns), weight)
+
+    def _continuation(self, prompt: str, completion: str, weight: float) -> _Source:
+        rendered = Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+        return _document(prompt, completion, self.weighing.factors(rendered, [{"content": completion}]), weight)
+
+    def _answers(self, row: Row) -> tuple[_Source, _Source]:
+        return self._answer(row["prompt"], row["chosen"]), self._answer(row["prompt"], row["rejected"])
+
+    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
+        if isinstance(prompt, str) and isinstance(answer, str):
+            return _document(prompt, answer, [], 1.0)
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        return self._conversation([*before, *after], None, first=len(before))
+
+    def _encode(self, sources: Sequence[_Source]) -> list[Encoded]:
+        if all(source.is_whole for source in sources) and not self.weighing.gamma:
+            ids = self._tokeniser.ids([source.rendered.text for source in sources])
+            return [self._finished(tokens, [1.0] * len(tokens), 0, source) for tokens, source in zip(ids, sources, strict=True)]
+        found = self._tokeniser.tokens([source.rendered.text for source in sources])
+        return [self._weighed(tokens, source) for tokens, source in zip(found, sources, strict=True)]
+
+    def _encode_both(self, answers: Sequence[tuple[_Source, _Source]]) -> list[tuple[Encoded, Encoded]]:
+        found = self._tokeniser.pairs([(chosen.rendered.text, rejected.rendered.text) for chosen, rejected in answers])
+        weighed = self._weighed
+        return [(weighed(x, c), weighed(y, r)) for (x, y), (c, r) in zip(found, answers, strict=True)]
+
+    def _weighed(self, tokens: Tokens, source: _Source) -> Encoded:
+        weights, borders = _weights(tokens.offsets, source.rendered.spans)
+        if source.factors or self.weighing.gamma:
+            weigh(weights, tokens.offsets, source.rendered.spans, source.factors, self.weighing)
+        return self._finished(tokens.ids, weights, borders, source)
+
+    def _finished(self, tokens: list[int], weights: list[float], borders: int, source: _Source) -> Encoded:
+        """With the row's own weight, and a document's beginning and end."""
+        shaped = source.factors or self.weighing.gamma
+        end_weight = weights[-1] if shaped and weights else 1.0  # the end counts as what it ends
+        if source.weight != 1:
+            weights, end_weight = [source.weight * weight for weight in weights], source.weight * end_weight
+        if not source.document:
+            return Encoded(tokens, weights, borders)
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
+        whole = source.rendered.spans[0][0] == 0
+        start_weights = [source.weight if whole else 0.0] * len(self._start)
+        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders)
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left."""
+    prompt = row.get("messages", row.get("prompt"))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError("nothing stands before the answer, so there is no prompt")
+    return messages
+
+
+def reference_of(row: Row) -> str:
+    """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
+    answer = row.get("completion", row.get("chosen", row.get("messages")))
+    if isinstance(answer, list):
+        answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
+    return answer if isinstance(answer, str) else ""
+
+
+@contextmanager
+def _naming(where: Callable[[int], str], number: int) -> Iterator[None]:
+    """What is wrong within starts with where the row is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where(number)}: {error}") from error
+
+
+def _pair(chosen: Encoded, rejected: Encoded, weight: float) -> EncodedPair:
+    if chosen.tokens == rejected.tokens:
+        raise UserError("chosen and rejected are the same; leave the row out")
+    shared = min(_first_trained(chosen), _first_trained(rejected), shared_length(chosen.tokens, rejected.tokens))
+    return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
+
+
+def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
+    """sha256 over vocabulary, merges, special tokens, chat template and stops."""
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}  # nothing is padded
+    parts = [tokenizer.backend_tokenizer.to_str(), template_hash(tokenizer), str(special), str(stops)]
+    return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
+
+
+def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Source:
+    whole = prompt + text
+    return _Source(Rendered(whole, [(len(prompt), len(whole))]), True, factors, weight)
+
+
+def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:
+    """1 for each token that lies wholly in a span; and the number of tokens that lie in one only partly."""
+    starts, stops = [a for a, _ in offsets], [b for _, b in offsets]
+    weights, borders = [0.0] * len(offsets), set()
+    for start, stop in spans:
+        low, high = bisect_left(starts, start), min(bisect_right(stops, stop), bisect_left(starts, stop))
+        weights[low:high] = [1.0] * max(high - low, 0)
+        inner = range(bisect_right(stops, start), bisect_left(starts, stop))  # tokens with any letter in the span
+        borders.update(k for k in (*inner[:1], *inner[-1:]) if starts[k] < start or stops[k] > stop)
+    return weights, len(borders)
+
+
+def _first_trained(encoded: Encoded) -> int:
+    return next((k for k, weight in enumerate(encoded.weights) if weight), len(encoded.tokens))
+
+
+def _after(encoded: Encoded, start: int) -> Encoded:
+    return Encoded(encoded.tokens[start:], encoded.weights[start:], encoded.borders)

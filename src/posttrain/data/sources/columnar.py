@@ -1,0 +1,59 @@
+"""Rows of files that keep columns: Parquet and Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import UserError
+
+NumberedRow = Iterator[tuple[int, Any]]
+
+
+def parquet_rows(file: Path, name: str, _: str) -> NumberedRow:
+    from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        with parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=1024)
+
+    return _columnar(file, name, batches, "Parquet")
+
+
+def arrow_rows(file: Path, name: str, _: str) -> NumberedRow:
+    """Arrow's stream, which datasets writes, or its file format."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                yield from pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(source)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+    return _columnar(file, name, batches, "Arrow")
+
+
+def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> NumberedRow:
+    if not file.stat().st_size:
+        return
+    import pyarrow
+
+    try:
+        yield from enumerate((without_nulls(row) for batch in batches() for row in batch.to_pylist()), 1)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
+        raise UserError(f"{name}: not valid {kind} ({str(error).splitlines()[0]})") from error
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that an object within the row does not have: a column gives every object all fields of any, null where
+    it has none, and a template would write them."""
+    return {name: _within(value) for name, value in row.items()}
+
+
+def _within(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _within(each) for name, each in value.items() if each is not None}
+    return [_within(each) for each in value] if isinstance(value, list) else value

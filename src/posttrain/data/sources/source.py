@@ -1,0 +1,184 @@
+"""Raw rows of a source: files, directories of them, the hub and the built-in sets; and which rows are held out."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.sources.builtin.sets import PARTS, builtin_rows
+from posttrain.data.sources.columnar import without_nulls
+from posttrain.data.sources.files import COMPRESSIONS, KNOWN, READERS, Row, file_rows, kind_of
+from posttrain.data.sources.hub import hub_commit, hub_rows
+from posttrain.errors import UserError, did_you_mean
+
+__all__ = ["Row", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
+
+_BUILTIN = "builtin:"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_CONTENT = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+_FILE = 2**40  # rows of the second file of a source are numbered from here, and so on
+SAMPLED_FROM = 2**32  # bytes: of a larger file so many samples stand for the whole
+_SAMPLES, _SAMPLE = 64, 2**16
+
+
+def read_rows(
+    path: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    few: bool = False,
+    sound: bool = True,
+) -> Iterator[Row]:
+    """Rows of a file, of all files of a directory or a pattern (`data/*.jsonl.gz`), of a directory that datasets has saved, of
+    a hub data set (`org/name`) or of `builtin:NAME`, read as they are needed.
+
+    They are numbered from 1, by line in JSONL, else by record; `row_name` says where a number is. Files are told by their
+    extension: .jsonl, .ndjson, .json (a list of objects, an object with one such list, or JSONL), .csv and .tsv with a header,
+    .parquet, .arrow. .txt is text: with blank lines in it, a document is what stands between them; without any, each line is a
+    document. .md and .rst are one document. Behind any of them may stand .gz, .bz2, .xz, .zst or .zip
+    (an archive of one file). subset, split and revision
+    are the hub's; split also names the part of a built-in or saved set. few: the caller will stop before the end, so a set of
+    the hub need not be downloaded.
+
+    sound: raise for a row that cannot be read; else it comes as the UserError that says why. Raises UserError, naming file and
+    line, for a file that cannot be read at all.
+    """
+    for number, row in _rows(path, subset, split, revision, few):
+        if sound and isinstance(row, UserError):
+            raise row
+        yield number, row
+
+
+def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[Row]:
+    if path.startswith(_BUILTIN):
+        yield from enumerate(builtin_rows(path.removeprefix(_BUILTIN), split), 1)
+    elif _is_hub_id(path):
+        yield from hub_rows(path, subset, split, revision, few)
+    elif _is_saved(path):
+        yield from _saved(path, split)
+    else:
+        for i, file in enumerate(files_of(path)):
+            yield from ((i * _FILE + number, row) for number, row in file_rows(Path(file).expanduser(), file))
+
+
+def row_name(path: str, number: int) -> str:
+    """Where row `number` of a source is, as messages say it."""
+    files = _files_once(path)
+    return f"{files[number // _FILE] if files else path}, row {number % _FILE}"
+
+
+@lru_cache(maxsize=16)
+def _files_once(path: str) -> list[str]:
+    """The files of a source that is made of files; asked for every row, looked up once."""
+    several = is_local(path) and not _is_saved(path) and not path.startswith(_BUILTIN)
+    return files_of(path) if several else []
+
+
+def is_local(path: str) -> bool:
+    """False for what is on the hub."""
+    return path.startswith(_BUILTIN) or not _is_hub_id(path)
+
+
+def split_rows(rows: Iterable[Row], eval_share: float) -> Iterator[tuple[bool, Row]]:
+    """Each row with whether it is held out: that is if a hash of its content, in [0, 1), is below `eval_share`.
+
+    So a row keeps its side when the data grows or is shuffled, and duplicates of it are on the same side.
+    """
+    return ((isinstance(row, dict) and eval_share > 0 and place(row) < eval_share, (number, row)) for number, row in rows)
+
+
+def place(row: dict[str, Any]) -> float:
+    """A number in [0, 1) from the sha256 of the row as JSON with sorted keys, without columns that hold nothing."""
+    content = _CONTENT.encode({name: value for name, value in row.items() if value is not None}).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
+
+
+def fingerprint(path: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> str:
+    """What identifies the data: sha256 of a file's bytes, of all files' or of a built-in set's rows; a hub id with its
+    commit. Of a file above SAMPLED_FROM bytes its size and samples all over it stand for the whole."""
+    if path.startswith(_BUILTIN):
+        name = path.removeprefix(_BUILTIN)
+        rows = [builtin_rows(name, part) for part in PARTS[name]] if name in PARTS else builtin_rows(name, "eval")
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    if _is_hub_id(path):
+        return f"hub:{path}@{hub_commit(path, subset, split, revision)}:{subset or ''}:{split}"
+    directory = Path(path).expanduser()
+    files = sorted(str(p) for p in directory.rglob("*") if p.is_file()) if _is_saved(path) else files_of(path)
+    found = [_of_file(file) for file in files]
+    return found[0] if len(found) == 1 else hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _of_file(name: str) -> str:
+    file = Path(name).expanduser()
+    try:
+        with file.open("rb") as raw:
+            size = file.stat().st_size
+            if size <= SAMPLED_FROM:
+                return hashlib.file_digest(raw, "sha256").hexdigest()
+            found = hashlib.sha256(str(size).encode())
+            for i in range(_SAMPLES):
+                raw.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+                found.update(raw.read(_SAMPLE))
+            return f"samples:{found.hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def files_of(path: str) -> list[str]:
+    """The file, or all of a directory or a pattern, in order; each checked to exist and to be of a kind that is read."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [_known(path)]
+    if place.is_dir():
+        inside = sorted(str(p) for p in place.rglob("*") if p.is_file() and KNOWN.fullmatch(p.name) and p.name[0] != ".")
+        if not inside:
+            raise UserError(f"{path}: is a directory without a file that is read ({', '.join(READERS)})")
+        return inside
+    if glob.has_magic(path):
+        found = sorted(p for p in glob.glob(str(place), recursive=True) if Path(p).is_file())
+        if not found:
+            raise UserError(f"{path}: no file is of this pattern")
+        return [_known(p) for p in found]
+    beside = [p.name for p in place.parent.iterdir() if p.is_file()] if place.parent.is_dir() else []
+    near = did_you_mean(place.name, beside)
+    raise UserError(f"{path}: no such file" + (near or "; give a file, a directory, a hub id org/name or builtin:NAME"))
+
+
+def _known(path: str) -> str:
+    if not kind_of(Path(path))[0]:
+        known = f"{', '.join(READERS)}, all but .parquet and .arrow also with {', '.join(COMPRESSIONS)} behind"
+        raise UserError(f"{path}: unknown extension '{Path(path).suffix}'; read are {known}")
+    return path
+
+
+def _is_hub_id(path: str) -> bool:
+    return bool(_HUB_ID.fullmatch(path)) and not KNOWN.fullmatch(path) and not Path(path).exists()
+
+
+def _is_saved(path: str) -> bool:
+    """Is it a directory that datasets' save_to_disk has made?"""
+    directory = Path(path).expanduser()
+    return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _saved(path: str, split: str) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(Path(path).expanduser()))
+    except Exception as error:  # a damaged directory: any kind may come out of it
+        raise UserError(f"{path}: cannot be read as a saved data set ({' '.join(str(error).split())[:200]})") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise UserError(f"data.split: {path} has no split '{split}' (there are: {', '.join(map(str, found))})")
+        found = found[split]
+    if not len(found):
+        raise UserError(f"{path}: is empty; give a data set with at least one row")
+    yield from ((number, without_nulls(dict(row))) for number, row in enumerate(found, 1))

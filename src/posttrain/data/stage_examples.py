@@ -1,0 +1,135 @@
+"""Canonical rows -> the examples of a stage: tokens, what each counts, and where answers begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.examples import Examples, build, group
+from posttrain.data.sources.source import Row
+from posttrain.data.split import Canonical, sound_rows
+from posttrain.data.stats import SourceStats
+from posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """What turns rows of one source into examples; sent to other processes as it is."""
+
+    source: str
+    shape: str
+    stage: str
+    encoder: Encoder
+    max_length: int
+    skips: bool  # rows with a mistake are counted, not an end
+
+    def examples(self, rows: list[Row]) -> tuple[Examples, SourceStats]:
+        stats = SourceStats(self.source, self.shape, "")
+        sound = list(sound_rows(rows, self.shape, stats, self.skips))
+        try:
+            found, counted = self._encoded(sound)
+        except UserError:
+            if not self.skips:
+                raise
+            found, counted = self._encoded([row for row in sound if self._encodes(row, stats)])
+        stats.add(counted)
+        return found, stats
+
+    def _encoded(self, rows: list[Canonical]) -> tuple[Examples, SourceStats]:
+        stats = SourceStats(self.source, self.shape, "")
+        return encode(rows, self.stage, self.encoder, self.max_length, stats), stats
+
+    def _encodes(self, row: Canonical, stats: SourceStats) -> bool:
+        try:
+            self._encoded([row])
+        except UserError as error:
+            stats.note("skipped", str(error))
+            return False
+        return True
+
+
+def encode(rows: list[Canonical], stage: str, encoder: Encoder, max_length: int, stats: SourceStats) -> Examples:
+    """Canonical rows -> examples of one stage; fills in `stats`."""
+    stats.rows = len(rows)
+    stats.bytes = sum(_letters(row) for _, row in rows)
+    build = {"cpt": _documents, "dpo": _pairs, "rm": _scored_pairs, "ppo": _prompts}.get(stage, _conversations)
+    found = build(encoder, rows, max_length, stats)
+    stats.tokens = found.num_tokens
+    stats.trained_tokens = int((found.weights[:] != 0).sum())  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return found
+
+
+def _letters(value: Any) -> int:
+    """Bytes of all texts in a row; of letters beyond ASCII about so many."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_letters, values))
+
+
+def _documents(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
+    pieces = []
+    for (number, _), item in zip(rows, encoder.encode_many(rows, stats.where), strict=True):
+        for start in range(0, len(item.tokens), max_length):
+            stop = start + max_length
+            if len(item.tokens[start:stop]) > 1:  # a lone token predicts nothing and is predicted by nothing
+                pieces.append((item.tokens[start:stop], item.weights[start:stop], number))
+    return group(build(pieces), max_length)
+
+
+def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
+    kept = []
+    for number, row in rows:
+        if "messages" in row and all(message["role"] != "assistant" for message in row["messages"]):
+            raise UserError(f"{stats.where(number)}: has no assistant's turn, so there is nothing to learn; drop the row")
+    for (number, _), item in zip(rows, encoder.encode_many(rows, stats.where), strict=True):
+        if len(item.tokens) > max_length:
+            stats.note("truncated", stats.where(number))
+        stats.border_tokens += item.borders
+        tokens, weights = item.tokens[:max_length], item.weights[:max_length]
+        if any(weights[1:]):
+            kept.append((tokens, weights, number))
+        else:
+            stats.note("untrained", stats.where(number))
+    return build(kept)
+
+
+def _scored_pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
+    """As `_pairs`, but an answer ends with its end of turn, where it is scored: what a template puts after it is left out."""
+    return _pairs(encoder, rows, max_length, stats, to_the_end=True)
+
+
+def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
+    """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
+    are left out."""
+    kept, splits = [], []
+    for (number, _), (tokens, known) in zip(rows, encoder.encode_prompts(rows, stats.where), strict=True):
+        if len(tokens) <= max_length:
+            kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
+            splits.append((len(tokens), len(tokens) + len(known)))
+        else:
+            stats.note("untrained", stats.where(number))
+    return build(kept, splits)
+
+
+def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats, to_the_end: bool = False) -> Examples:
+    kept, splits, margins, pair_weights = [], [], [], []
+    for (number, row), pair in zip(rows, encoder.encode_pairs(rows, stats.where), strict=True):
+        room = max_length - len(pair.prompt)
+        answers = (pair.chosen, pair.rejected)
+        if any(len(a.tokens) > room for a in answers):
+            stats.note("truncated", stats.where(number))
+        stats.border_tokens += sum(a.borders for a in answers)
+        lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
+        cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
+        if not pair.prompt or not pair.weight or not all(any(weights) for _, weights in cut):
+            stats.note("untrained", stats.where(number))
+            continue
+        (chosen, w_chosen), (rejected, w_rejected) = cut
+        tokens = [*pair.prompt, *chosen, *rejected]
+        kept.append((tokens, [0.0] * len(pair.prompt) + [*w_chosen, *w_rejected], number))
+        splits.append((len(pair.prompt), len(pair.prompt) + len(chosen)))
+        margins.append(float(row.get("margin", 0.0)))
+        pair_weights.append(pair.weight)
+    return build(kept, splits, margins, pair_weights)

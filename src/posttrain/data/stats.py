@@ -1,0 +1,50 @@
+"""What became of the rows of a source."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from posttrain.data.sources.source import row_name
+
+NAMED = 20  # rows of each kind that an account names
+
+
+@dataclass
+class SourceStats:
+    """What became of a source's rows; goes into the manifest. places: the first rows that were cut, left out or skipped."""
+
+    source: str
+    shape: str
+    fingerprint: str
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0  # of the rows' texts
+    trained_tokens: int = 0
+    truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
+    untrained: int = 0  # rows left out because no token of theirs would count
+    border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
+    filtered: int = 0  # rows left out for their quality
+    skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def where(self, number: int) -> str:
+        return row_name(self.source, number)
+
+    def moved(self, source: str) -> SourceStats:
+        """The same, of rows that lie at `source` now."""
+        there = lambda place: source + place.removeprefix(self.source) if place.startswith(self.source) else place  # noqa: E731
+        places = {what: [there(place) for place in found] for what, found in self.places.items()}
+        return replace(self, source=source, places=places)
+
+    def note(self, what: str, place: str) -> None:
+        """Count a row as truncated, untrained or skipped."""
+        setattr(self, what, getattr(self, what) + 1)
+        self.places[what] = [*self.places.get(what, []), place][:NAMED]
+
+    def add(self, other: SourceStats) -> None:
+        """Count another piece of the same source."""
+        for name, value in asdict(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        for what, found in other.places.items():
+            self.places[what] = [*self.places.get(what, []), *found][:NAMED]

@@ -1,0 +1,87 @@
+"""How far two models agree on held-out rows, one of them in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posttrain.config.schema import DataConfig
+from posttrain.console import say
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.examples import Examples
+from posttrain.data.prepare import held_out_of, prepare_set
+from posttrain.errors import UserError
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import read_config
+
+ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """kl: mean KL(live || other) in nats a token. top1: share of positions with the same likeliest token. perplexity: of both."""
+
+    kl: float
+    top1: float
+    perplexity_live: float
+    perplexity: float
+
+
+def held_out_rows(run: Path, tokenizer: Any) -> list[Tensor]:
+    """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself."""
+    encoder = Encoder(tokenizer)
+    sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
+    config = read_config(run)
+    try:
+        data = DataConfig.model_validate(config["data"])
+        sources.append(held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root()))
+    except (UserError, ValidationError) as error:
+        say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")
+    return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources))]
+
+
+def _first_tokens(examples: Examples, count: int) -> list[Tensor]:
+    rows, left = [], count
+    for i in range(len(examples.rows)):
+        tokens = torch.from_numpy(examples.sequence(i)[0].astype("int64"))[: min(LENGTH, left)]
+        if len(tokens) > 1:
+            rows.append(tokens)
+            left -= len(tokens)
+        if left < 2:
+            break
+    return rows
+
+
+@torch.no_grad()
+def write_logprobs(model: Any, rows: list[Tensor], path: Path) -> None:
+    """float32 log-probs [T, V] of every row, on disk: a model's answers, to be compared when it is gone."""
+    save_file({f"{i:04d}": _logprobs(model, row) for i, row in enumerate(rows)}, path)
+
+
+@torch.no_grad()
+def agreement(path: Path, model: Any, rows: list[Tensor]) -> Agreement:
+    """Of the model whose log-probs lie at `path` (live) with `model`."""
+    kl, same, count, losses = 0.0, 0, 0, [0.0, 0.0]
+    predicted = 0
+    live_rows = load_file(path)
+    for i, row in enumerate(rows):
+        live, other = live_rows[f"{i:04d}"], _logprobs(model, row)
+        kl += float((live.double().exp() * (live.double() - other.double())).sum())
+        same += int((live.argmax(-1) == other.argmax(-1)).sum())
+        count += len(row)
+        for which, logps in enumerate((live, other)):
+            losses[which] -= float(logps[:-1].gather(1, row[1:, None]).double().sum())
+        predicted += len(row) - 1
+    return Agreement(kl / count, same / count, *(math.exp(loss / predicted) for loss in losses))
+
+
+def _logprobs(model: Any, row: Tensor) -> Tensor:
+    logits = model(input_ids=row[None].to(model.device)).logits[0, -len(row) :]  # soft tokens come before
+    return logits.float().log_softmax(-1).cpu()

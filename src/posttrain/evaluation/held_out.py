@@ -1,0 +1,169 @@
+"""What a model knows before and after a stage: the stage's own held-out rows, and every set in `eval.sets`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.console import Meter
+from posttrain.data.collate import pack, pack_pairs
+from posttrain.data.examples import Examples
+from posttrain.evaluation.calibration import score_summary
+from posttrain.losses.preference import likelihood_preference, reward_loss
+from posttrain.losses.tokens import answer_sums, token_loss
+from posttrain.runs.directory import write_json
+from posttrain.training.loop import evaluate
+from posttrain.training.objective import Objective
+
+EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
+
+
+ANSWER = "answer"  # the set of held-out rows in which only what stands behind the reasoning counts
+Rows = dict[str, list[float]]  # name -> a value for each held-out unit
+
+
+@dataclass(frozen=True)
+class Task:
+    """What makes a language stage itself: how units become a batch, and what is asked of the model."""
+
+    pack: Callable[[Examples, Sequence[int]], PackedBatch]
+    objective: Objective
+    needs_reference: bool = False  # the objective reads batch.extra["reference"], the answers' log-probs at the start
+    summary: Callable[[dict[str, Tensor]], dict[str, float]] | None = None  # metrics of all held-out units together
+    scores: bool = False  # the model is one that scores answers (models/language/reward_model.py)
+
+
+def _tokens(module: nn.Module, batch: PackedBatch) -> LossOutput:
+    return token_loss(module(batch), batch.weight)
+
+
+def _likelihood(module: nn.Module, batch: PackedBatch) -> LossOutput:
+    logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
+    lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
+    return likelihood_preference(logps, lengths)
+
+
+def reward_task(centering: float) -> Task:
+    """Scores of both answers of a pair, and what all held-out pairs say together."""
+
+    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
+        output = reward_loss(module(batch), batch.extra["margin"], batch.extra["pair_weight"], centering=centering)
+        lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
+        return replace(output, rows={**output.rows, "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
+
+    return Task(pack_pairs, objective, summary=score_summary, scores=True)
+
+
+TOKENS = Task(pack, _tokens)
+LIKELIHOOD = Task(pack_pairs, _likelihood)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One set of `eval.sets`: its examples, its kind (text, conversation or pairs) and a hash of both."""
+
+    name: str
+    examples: Examples
+    kind: str
+
+    @property
+    def task(self) -> Task:
+        return LIKELIHOOD if self.kind == "pairs" else TOKENS
+
+    def fingerprint(self) -> str:
+        content = (self.examples.tokens, self.examples.weights, self.examples.offsets, self.examples.splits)
+        return hashlib.sha256(b"".join(a[:].tobytes() for a in content) + self.kind.encode()).hexdigest()
+
+
+def eval_batches(task: Task, examples: Examples) -> list[PackedBatch]:
+    """All units in order, as many to a batch as fit EVAL_TOKENS."""
+    return [task.pack(examples, units) for units in by_tokens(examples, EVAL_TOKENS)]
+
+
+def by_tokens(examples: Examples, most: int) -> Iterator[list[int]]:
+    """Units in order, as many together as have at most so many tokens."""
+    units: list[int] = []
+    total = 0
+    for unit, size in enumerate(examples.unit_tokens().tolist()):
+        if units and total + size > most:
+            yield units
+            units, total = [], 0
+        units.append(unit)
+        total += size
+    if units:
+        yield units
+
+
+def own_metrics(
+    module: nn.Module, batches: list[PackedBatch], task: Task, device: torch.device, each: Callable[[], None]
+) -> tuple[dict[str, float], Rows]:
+    """The stage's own held-out metrics, as eval/loss, eval/accuracy, ..., and the values of each unit; empty where no row is
+    held out."""
+    if not batches:
+        return {}, {}
+    found, rows = evaluate(module, batches, task.objective, device, each)
+    found |= {"perplexity": math.exp(found["loss"])} if task is TOKENS else {}
+    found |= task.summary(rows) if task.summary else {}
+    return {f"eval/{name}": value for name, value in found.items()}, {name: values.tolist() for name, values in rows.items()}
+
+
+def set_metrics(
+    module: nn.Module, sets: list[EvalSet], identity: str | None, cache: Path, device: torch.device, check: Callable[[], None]
+) -> dict[str, float]:
+    """<set>/loss, <set>/perplexity or <set>/accuracy of every set.
+
+    With an `identity` (a hash of the model's weights and precision) each figure is computed once and then read from the cache.
+    """
+    named: dict[str, float] = {}
+    for each in sets:
+        found = _measured(module, each, identity, cache, device, check)
+        named |= {f"{each.name}/{name}": value for name, value in found.items()}
+        if each.name == ANSWER:
+            counted = float((each.examples.weights[:] != 0).sum())
+            named[f"{ANSWER}/logp"] = -found["loss"] * counted / len(each.examples)  # of a whole answer
+        if each.kind == "text":
+            named[f"{each.name}/perplexity"] = math.exp(found["loss"])
+    return named
+
+
+def remember(sets: list[EvalSet], metrics: dict[str, float], identity: str, cache: Path) -> None:
+    """Keep what was measured on the weights called `identity`: the next stage starts from them."""
+    for each in sets:
+        names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith(("perplexity", "/logp"))]
+        _write(_path(each, identity, cache), {n.split("/", 1)[1]: metrics[n] for n in names})
+
+
+def _measured(
+    module: nn.Module, each: EvalSet, identity: str | None, cache: Path, device: torch.device, check: Callable[[], None]
+) -> dict[str, float]:
+    path = _path(each, identity, cache) if identity else None
+    if path and path.exists():
+        return json.loads(path.read_text())
+    batches = eval_batches(each.task, each.examples)
+    with Meter(each.name, len(batches)) as meter:
+
+        def advance() -> None:
+            meter.advance()
+            check()
+
+        found, _ = evaluate(module, batches, each.task.objective, device, advance)
+    if path:
+        _write(path, found)
+    return found
+
+
+def _path(each: EvalSet, identity: str, cache: Path) -> Path:
+    return cache / "measured" / f"{hashlib.sha256(f'{identity} {each.fingerprint()}'.encode()).hexdigest()[:32]}.json"
+
+
+def _write(path: Path, values: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)

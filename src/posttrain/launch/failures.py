@@ -1,0 +1,49 @@
+"""What a run can meet on a machine, by name: a disk that refuses, a memory that is full."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RunError, UserError
+
+DISK = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "a file would be larger than this system or its limits (ulimit -f) allow; raise them",
+    errno.EROFS: "the disk is mounted read-only; mount it for writing",
+    errno.EIO: "the disk does not answer; see to it",
+    errno.ESTALE: "the network disk has gone; see to it",
+    errno.ENODEV: "the disk has gone; see to it",
+}
+GOES_ON = "what was saved is kept, and the same command goes on from there"
+
+
+def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError | None:
+    """What happened to the run in `directory` in one line with a way on, or None for what has no name."""
+    from posttrain.training.guard import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return RunError(f"out of memory; {_smaller(config)}; {GOES_ON}")
+    where = getattr(error, "filename", None) or directory
+    number = getattr(error, "errno", None)
+    said = next((text for code, text in DISK.items() if code == number or f"os error {code}" in str(error)), None)
+    if said:
+        return RunError(f"{where}: {said}; {GOES_ON}")
+    if isinstance(error, OSError) and not directory.is_dir():
+        return RunError(f"run.dir: {directory} has vanished while the run was at work; bring it back, the same command goes on")
+    return None
+
+
+def _smaller(config: dict[str, Any]) -> str:
+    """What `posttrain plan` would try."""
+    from posttrain.config.memory_savers import memory_savers
+    from posttrain.config.schema import STAGE_CONFIG
+
+    try:
+        found = memory_savers(STAGE_CONFIG.validate_python(config))
+    except (UserError, AttributeError):  # a stage that no plan is made for
+        found = []
+    tries = ", or ".join(found[:3]) or "a smaller train.batch_size"
+    return f"try {tries} in a new run.dir (posttrain plan {config['stage']} ... says what each would take)"

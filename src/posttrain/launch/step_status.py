@@ -1,0 +1,112 @@
+"""Where a step of a recipe stands: what its directory was made from, against what it would be made from today."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.reports.run_records import plain
+from posttrain.runs.directory import flatten, read_manifest, sha256
+from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest
+
+FILE_KEYS = ("data.path", "data.eval_path", "model.chat_template", "data.instance_dir", "data.class_dir", "data.mask")
+RUN_KEYS = ("init", "init_reward", "reward.gold", "rm.policy")  # config keys that name a run
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """why: what to tell the user. seconds: time that went into the directory so far."""
+
+    action: Literal["new", "skip", "resume", "redo"]
+    why: str = ""
+    seconds: float = 0.0
+
+
+def made_from(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any]:
+    """Everything that decides a step's result: its config, the steps before, and the content of local files.
+
+    parents: config key (init, init_reward, reward.gold) -> run directory of a step. The identity of one that has not run is
+    None.
+    """
+    kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+    flat = {key: value for key, value in flatten(kept).items() if key not in parents}  # where a parent lies does not matter
+    identities = {key: _identity(parent) for key, parent in parents.items()}
+    parts = {"config": flat, "input": identities, "files": _local_files(config, parents)}
+    return {"digest": digest(parts), **parts, "input_name": {key: p.name.partition("-")[2] for key, p in parents.items()}}
+
+
+def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str | None) -> StepStatus:
+    """parts: of made_from, today. record: the file with those of `directory`. again: the flag that wants it redone."""
+    if not directory.exists():
+        return StepStatus("new")
+    if again:
+        return StepStatus("redo", f"redone, {again}")
+    try:
+        then = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return StepStatus("redo", "redone, there is no record of what it was made from")
+    if then["digest"] != parts["digest"]:
+        return StepStatus("redo", f"redone, {_difference(then, parts)}")
+    if not (directory / "manifest.json").exists():
+        return StepStatus("resume", "goes on where it stopped", then["seconds"])
+    manifest = read_manifest(directory)
+    gone = [name for name in _weights(manifest) if not (directory / name).exists()]
+    if gone:
+        return StepStatus("redo", f"redone, its {gone[0]} is missing")
+    return StepStatus("skip", "done already (same config, data and input)", then["seconds"])
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    before, after = then["config"], now["config"]
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    said = [f"{key} {plain(before.get(key))} -> {plain(after.get(key))}" for key in keys[:3]]
+    said += [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
+    said += [f"{path} changed" for path in now["files"] if then["files"].get(path, "") not in ("", now["files"][path])]
+    changed = [now["input_name"][key] for key, identity in now["input"].items() if (then["input"] or {}).get(key) != identity]
+    said += [f"its input {name} changed" for name in changed]
+    return ", ".join(said) or "its files changed"
+
+
+def _identity(run_dir: Path) -> dict[str, Any] | None:
+    if not (run_dir / "manifest.json").exists():
+        return None
+    manifest = read_manifest(run_dir)
+    return {"config": manifest["config_digest"], "weights": _weights(manifest)}
+
+
+def _weights(manifest: dict[str, Any]) -> dict[str, str]:
+    prefix = manifest["weights"]["path"] + "/"
+    return {name: value for name, value in manifest["files"].items() if name.startswith(prefix)}
+
+
+def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
+    """Hashes of the data, template and model that the config names and this disk has."""
+    flat = flatten(config)
+    named = [*(flat.get(key) for key in FILE_KEYS), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
+    models = [config["model"]["name"], *(flat.get(key) for key in RUN_KEYS if key not in parents)]
+    found = {str(name): _content(Path(name).expanduser()) for name in named if name}
+    found |= {str(name): _model(Path(name).expanduser()) for name in models if name}
+    return {name: value for name, value in found.items() if value}
+
+
+def _content(path: Path) -> str:
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        return ""
+    inside = sorted(p for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256("".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in inside).encode()).hexdigest()
+
+
+def _model(path: Path) -> str:
+    """A finished run by its manifest, a model's directory by its weights (hashed once, then remembered)."""
+    if (path / "manifest.json").is_file():
+        return sha256(path / "manifest.json")
+    if not path.is_dir() or not list(path.glob("*.safetensors")):
+        return ""
+    from posttrain.models.hub import digest as weights_digest
+
+    return weights_digest(path)

@@ -1,0 +1,30 @@
+"""A run in a process of its own, from a config that was checked before it starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import yaml
+
+from posttrain.errors import Stopped
+from posttrain.training.signals import forward_to
+
+
+def worker_command(config_file: str) -> list[str]:
+    return [sys.executable, "-m", "posttrain.launch.worker", config_file]
+
+
+def run_child(config: dict[str, Any], what: str) -> int:
+    """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+        yaml.safe_dump(config, f, sort_keys=False)
+        f.flush()
+        child = subprocess.Popen(worker_command(f.name))
+        with forward_to(child) as stop:
+            code = child.wait()
+    if stop.requested and code in (Stopped.exit_code, *range(-64, 1)):
+        raise Stopped(f"in {what}; the same command goes on")
+    return code

@@ -1,0 +1,139 @@
+"""One run in one process (or one of several): open its directory, hand over to its stage, end with the right exit code.
+
+`python -m posttrain.launch.worker CONFIG.yaml` is what sweeps, recipes and multi-process runs start.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain.config.schema import STAGE_CONFIG
+from posttrain.console import say
+from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.exit_codes import guarded
+from posttrain.launch.failures import named
+from posttrain.runs.directory import Run, open_run, read_manifest
+from posttrain.training.signals import leaving_at_once
+
+
+def run_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Run a composed, validated config to its end, or go on where it stopped; returns the manifest.
+
+    Raises UserError, RunError or Stopped.
+    """
+    launched = "WORLD_SIZE" in os.environ
+    if config["train"]["processes"] > 1 and not launched:
+        return _launch(config)
+    with leaving_at_once():
+        return _run(config, launched)
+
+
+def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
+    run = _open_shared(config) if launched and int(os.environ["WORLD_SIZE"]) > 1 else open_run(config)
+    if run.finished:
+        say(f"{run.dir} is finished already, with this very config: nothing to do")
+        return read_manifest(run.dir)
+    stage = importlib.import_module(f"posttrain.stages.{config['stage']}.stage")
+    try:
+        return stage.run(STAGE_CONFIG.validate_python(config), run)
+    except Stopped:
+        _leave_group()
+        raise
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise named(error, config, run.dir) or error from None
+    finally:
+        run.close()
+
+
+def _leave_group() -> None:
+    """All processes stop at the same step: part in order, or torch complains about each of them."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _open_shared(config: dict[str, Any]) -> Run:
+    """Rank 0 opens the directory; the others learn where it is, or why it cannot be had."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    message: list[Any] = [None, None]
+    run = None
+    if state.is_main_process:
+        try:
+            run = open_run(config)
+            message[0] = str(run.dir)
+        except UserError as e:
+            message[1] = str(e)
+    broadcast_object_list(message)
+    if message[1]:
+        raise UserError(message[1])
+    return run or Run(Path(message[0]), config)
+
+
+def _launch(config: dict[str, Any]) -> dict[str, Any]:
+    """`train.processes` copies of this worker on one machine, under torch's own launcher (what torchrun is made of)."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    run = open_run(config)  # refuses what can be refused before anything starts
+    config = {**config, "run": {**config["run"], "dir": str(run.dir)}}
+    if run.lock:
+        run.lock.release()
+    count = config["train"]["processes"]
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+        yaml.safe_dump(config, f)
+        f.flush()
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+        )
+        try:
+            elastic_launch(launch, sys.executable)("-m", "posttrain.launch.worker", f.name)
+        except SignalException:
+            raise Stopped("stopped by a signal; the same command goes on") from None
+        except ChildFailedError as e:
+            raise _meaning(e.get_first_failure()[1].exitcode, count) from None
+    return read_manifest(run.dir)
+
+
+def _meaning(code: int, count: int) -> BaseException:
+    """What the first of `count` processes to end with `code` has said itself."""
+    if code == Stopped.exit_code:
+        return Stopped("stopped by a signal; the same command goes on")
+    if code == UserError.exit_code:
+        return UserError("the message is above")
+    return RunError(f"one of {count} processes failed (exit {code}); its own message is above")
+
+
+def main(path: str) -> int:
+    """Exit code of the run that the file at `path` describes."""
+    return guarded(lambda: run_config(yaml.safe_load(Path(path).read_text())))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

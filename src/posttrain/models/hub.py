@@ -1,0 +1,82 @@
+"""Which model a name means, where its files are, and a digest that tells it from every other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+
+from posttrain.errors import UserError, did_you_mean
+from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
+from posttrain.runs.cache import cache_root
+
+
+class BaseInfo(NamedTuple):
+    """name: as the user gave it. path: a hub id or an absolute directory, by which peft finds the base again."""
+
+    name: str
+    path: str
+    revision: str | None
+    digest: str
+
+
+class ResolvedModel(NamedTuple):
+    path: str  # a hub id or an absolute directory
+    directory: Path
+    revision: str | None
+    origin: str
+
+
+def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedModel:
+    """A built-in name, a directory or a hub id -> files on disk. UserError for anything else."""
+    if name in BUILTIN:
+        if revision:
+            raise UserError(f"model.revision: '{name}' is made by the tool and has no revisions; leave it null")
+        directory, origin = builtin_directory(name)
+        return ResolvedModel(str(directory), directory, None, origin)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model.name: the directory '{name}' has no config.json; give one made by save_pretrained")
+        return ResolvedModel(str(directory.resolve()), directory.resolve(), None, "a directory")
+    try:
+        files = FILES if weights else [pattern for pattern in FILES if pattern != "*.safetensors"]
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=[*files, "*.py"]))
+    except Exception as error:  # the hub's client has no common class for its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        hint = did_you_mean(name, sorted(BUILTIN)) or f"; made by the tool: {', '.join(sorted(BUILTIN))}"
+        raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
+    # a snapshot's directory is named after its commit
+    return ResolvedModel(name, directory, directory.name, "the hub")
+
+
+def context_length(name: str, revision: str | None) -> int | None:
+    """Tokens that the model of `name` was made for, where its config says so."""
+    config = json.loads((resolve(name, revision, weights=False).directory / "config.json").read_text())
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings", config.get("n_positions"))
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 over the hashes of all safetensors files; read anew only when a file's size or time has changed."""
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))  # a pipeline has one a part
+    if not files:
+        raise UserError(f"model.name: {directory} holds no safetensors file; convert the model with save_pretrained")
+    stats = [(str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
+    cached = cache_root() / "digests" / key
+    if cached.is_file():
+        return cached.read_text()
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            whole.update(f"{path.relative_to(directory)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    scratch = cached.with_suffix(f".{os.getpid()}")
+    scratch.write_text(whole.hexdigest())
+    scratch.replace(cached)
+    return whole.hexdigest()

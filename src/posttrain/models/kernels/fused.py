@@ -1,0 +1,269 @@
+"""The same functions as transformers' and peft's modules, with fewer passes over memory and fewer numbers kept for the backward.
+
+Linear layers with LoRA: the update is added into the layer's own output, in the base's number format, with the scale folded into
+B. RMSNorm and SwiGLU: what can be computed again from what is kept anyway is not kept. Only modules whose source is the one that
+these functions were written after are touched; a call that asks for more (DoRA, autocast) takes the module's own way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from posttrain.models.quantization import dense_weight
+
+
+def fuse(model: nn.Module) -> None:
+    """Give every module of `model` that has a leaner way its leaner way. Weights and names stay as they are."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    kinds = [LoraLinear, *_four_bit()]
+    for module in model.modules():
+        if type(module) in kinds and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):  # pyright: ignore
+            _replace(module, _lora_forward)
+        elif _is_like(module, LlamaRMSNorm):
+            _replace(module, _norm_forward)
+        elif _is_like(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | _silu_kinds()):  # pyright: ignore
+            _replace(module, _mlp_forward)
+
+
+OWN = "_own_forward"  # of a module that has a leaner way: what it did before
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if not hasattr(module, OWN):
+        setattr(module, OWN, module.forward)
+        module.forward = forward.__get__(module)
+
+
+@cache
+def _source(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return kind.__qualname__  # code without source is taken for unlike any other
+
+
+def _is_like(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return _source(type(module)) == _source(kind)
+
+
+@cache
+def _silu_kinds() -> type[nn.Module]:
+    from transformers.activations import ACT2FN
+
+    return type(ACT2FN["silu"])
+
+
+def _four_bit() -> list[type[nn.Module]]:
+    try:
+        from peft.tuners.lora.bnb import Linear4bit
+    except ImportError:  # without bitsandbytes peft does not have it
+        return []
+    return [Linear4bit]
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """peft's forward of a linear layer, for plain LoRA adapters; whatever else is left to peft."""
+    if args or kwargs or not _is_plain(self, x):
+        return self._own_forward(x, *args, **kwargs)
+    return _with_lora(self, x, None)
+
+
+def _is_plain(layer: Any, x: Tensor) -> bool:
+    """Is this call `_LoraLinear`, of `x`? Not with a base that trains, another format, DoRA, hooks, autocast, two dropouts."""
+    names = _speaking(layer)
+    if not names or layer.merged or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
+        return False
+    if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names):
+        return False
+    if any(part[name]._forward_hooks or part[name]._forward_pre_hooks for name in names for part in (layer.lora_A, layer.lora_B)):
+        return False
+    if len(names) > 1 and _dropout(layer, names):
+        return False
+    base = layer.base_layer
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return False
+    return (_computes_in(base) or x.dtype) == x.dtype
+
+
+def _computes_in(base: Any) -> torch.dtype | None:
+    """None for a quantized layer that takes whatever it is given."""
+    return base.weight.dtype if getattr(base.weight, "quant_state", None) is None else base.compute_dtype
+
+
+def _speaking(layer: Any) -> list[str]:
+    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _dropout(layer: Any, names: Sequence[str]) -> float:
+    """The largest share of its inputs that one of these adapters does not hear."""
+    parts = [layer.lora_dropout[name] for name in names] if layer.training else []
+    return max((part.p for part in parts if isinstance(part, nn.Dropout)), default=0.0)
+
+
+def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """All that the active adapters of a layer that `fuse` has changed add, as two factors: A [R, in] and s B [out, R], in the
+    format that the layer computes in. None for another module, and where they do more than add a product."""
+    if getattr(getattr(layer, "forward", None), "__func__", None) is not _lora_forward:
+        return None
+    dtype = _computes_in(layer.base_layer)
+    if dtype is None or not _is_plain(layer, torch.empty(0, dtype=dtype, device=layer.base_layer.weight.device)):
+        return None
+    if _dropout(layer, _speaking(layer)):
+        return None
+    with torch.no_grad():
+        return _joined(*_factors(layer), dtype)
+
+
+def _factors(layer: Any) -> tuple[list[Tensor], tuple[float, ...]]:
+    names = _speaking(layer)
+    factors = [part for name in names for part in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+    return factors, tuple(float(layer.scaling[name]) for name in names)
+
+
+def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
+    names, base = _speaking(layer), layer.base_layer
+    factors, scales = _factors(layer)
+    quantized = getattr(base.weight, "quant_state", None)
+    if quantized is not None and not torch.is_grad_enabled():
+        x = x if gated is None else silu(x) * gated
+        down, up = _joined(factors, scales, x.dtype)
+        return without_gradient(base, x).add_((x @ down.T) @ up.T)
+    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+
+
+def without_gradient(base: Any, x: Tensor) -> Tensor:
+    """base(x) of a layer in NF4: by its dense copy, or by bitsandbytes, which has kernels of its own for a few rows."""
+    state = base.weight.quant_state
+    return linear(x, dense_weight(base.weight, state, x.dtype), base.bias) if hasattr(state, "dense") else base(x)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W' + b + sum_i s_i (drop(x) A_i') B_i' (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen.
+
+    x: [..., in], or with `gated` silu(x) * gated, which is made again in the backward, as is what dropout leaves of it. factors:
+    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gated: Tensor | None, weight: Tensor, bias: Tensor | None,
+        quantized: Any, scales: tuple[float, ...], dropout: float, *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        flat = (x if gated is None else silu(x) * gated).view(-1, x.shape[-1])
+        down, up = _joined(factors, scales, x.dtype)
+        heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        inner = heard @ down.T
+        y = linear(flat, dense_weight(weight, quantized, x.dtype), bias).addmm_(inner, up.T)
+        trains = any(ctx.needs_input_grad[OTHERS:])
+        needs_x = trains or gated is not None
+        ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, mask, weight, down, up)
+        ctx.quantized, ctx.scales, ctx.heard = quantized, scales, 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
+        ctx.factors = [(factor.shape[0], factor.dtype) for factor in factors]
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gated, inner, mask, weight, down, up = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        behind = grad @ up
+        of_x = of_gated = None
+        if any(ctx.needs_input_grad[:2]):
+            of_x = grad @ dense_weight(weight, ctx.quantized, grad.dtype)
+            of_x = of_x.addmm_(behind, down) if mask is None else of_x.add_(_heard(behind @ down, mask, ctx.heard))
+            of_x = of_x.view(*grads[0].shape[:-1], -1)
+        if gated is not None:
+            assert of_x is not None
+            active, of_x, of_gated = _through_silu(of_x, x, gated)
+            x = active.mul_(gated)
+        heard: Any = x if x is None or mask is None else _heard(x.view(mask.shape), mask, ctx.heard)
+        return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
+
+
+def _heard(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What dropout with this mask leaves of x, or of a gradient behind it."""
+    return torch.ops.aten.native_dropout_backward(x, mask, scale)
+
+
+def _joined(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All A one above the other [R, in], and all s B side by side [out, R]."""
+    up = [(b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
+    return torch.cat([a.to(dtype) for a in factors[0::2]]), torch.cat(up, dim=1)
+
+
+OTHERS = 7  # arguments of _LoraLinear before its factors
+
+
+def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor) -> list[Tensor | None]:
+    found: list[Tensor | None] = [None] * len(ctx.factors)
+    at = 0
+    for i, scale in enumerate(ctx.scales):
+        (rank, dtype), (_, dtype_up) = ctx.factors[2 * i : 2 * i + 2]
+        rows = slice(at, at + rank)
+        at = rows.stop
+        if ctx.needs_input_grad[OTHERS + 2 * i]:
+            found[2 * i] = (behind[:, rows].T @ x.view(-1, x.shape[-1])).to(dtype)
+        if ctx.needs_input_grad[OTHERS + 2 * i + 1]:
+            found[2 * i + 1] = (grad.T @ inner[:, rows]).to(dtype_up).mul_(scale)
+    return found
+
+
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """w * x / sqrt(mean(x^2) + eps), in float32 up to the product with w (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normal = x.float() * scale
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (grads[0] * normal.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0, dtype=weight.dtype)
+        inner = (grads[0] * weight).float()
+        of_x = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        return of_x.to(x.dtype), of_weight, None
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)). What goes into `down` is kept as the two that it is made of."""
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    if hasattr(down, OWN) and gate.dtype == up.dtype and _is_plain(down, gate):
+        return _with_lora(down, gate, up)
+    return down(_SiluProduct.apply(gate, up))
+
+
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up, elementwise (Shazeer 2020, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return _through_silu(grads[0], *ctx.saved_tensors)[1:]
+
+
+def _through_silu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(gate), and the gradients of gate and up from that of silu(gate) * up."""
+    active = silu(gate)
+    return active, torch.ops.aten.silu_backward(grad * up, gate), grad * active

@@ -1,0 +1,132 @@
+"""What a backward pass needs to have kept, counted on a model of shapes alone, and how many layers must be recomputed for it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from posttrain.batch import Segment
+from posttrain.config import schema
+from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.peft.attach import NEW, add_method
+
+KeptBytes = TypeVar("KeptBytes")
+
+
+def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: schema.Method) -> nn.Module:
+    """The model with its method, on the meta device: shapes without numbers."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(method), 1000)
+    return with_magnitudes(model, method)
+
+
+def same_shapes(method: schema.Method) -> schema.Method:
+    """A method that needs no weights to begin from, with the shapes of `method`, but for DoRA's magnitudes: PiSSA and DoRA
+    compute their start."""
+    if method.method not in ("pissa", "dora"):  # type: ignore[attr-defined]
+        return method
+    fields = {key: value for key, value in method.model_dump().items() if key in schema.Lora.model_fields}
+    return schema.Lora.model_validate({**fields, "method": "lora"})
+
+
+def with_magnitudes(model: nn.Module, method: schema.Method) -> nn.Module:
+    """The same with DoRA's magnitudes, where `method` is DoRA, on every layer that `same_shapes` of it has adapted."""
+    if isinstance(method, schema.Dora):
+        module: Any
+        for module in list(model.modules()):
+            if NEW in getattr(module, "lora_B", {}):
+                size, dtype = module.lora_B[NEW].out_features, getattr(torch, method.dtype)
+                module.register_parameter("magnitude", nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
+    return model
+
+
+class Cost(NamedTuple):
+    """Bytes that a forward pass leaves for the backward, each storage once and no parameter's, and the operations of both."""
+
+    kept: float
+    flops: float
+
+
+def cost(
+    forward: Callable[[], KeptBytes],
+    outputs: Callable[[KeptBytes], list[Tensor]],
+    weights: Iterable[Tensor] = (),
+    operations: dict[Any, Any] | None = None,
+) -> tuple[KeptBytes, Cost]:
+    """What `forward` gives, and what it and the backward pass from its outputs cost. weights: of which views are not counted
+    either. operations: how to count what torch's own counter does not know."""
+    own = {weight.untyped_storage()._cdata for weight in weights}
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage()._cdata not in own:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with FlopCounterMode(display=False, custom_mapping=operations) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = forward()
+        if trained := [output.sum() for output in outputs(found) if output.requires_grad]:
+            torch.stack(trained).sum().backward()
+    return found, Cost(float(sum(storage.nbytes() for storage in storages.values())), float(counter.get_total_flops()))
+
+
+class Activations(NamedTuple):
+    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
+
+    whole: float
+    recomputed: float
+    flops: float
+
+
+def activations(model: nn.Module, tokens: int, sequences: int) -> Activations:
+    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes.
+
+    The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
+    layer's input and one layer's inside.
+    """
+    lm = PackedLM(model, "documents")
+    lm.train()
+    length = max(1, tokens // sequences)
+    bounds = [*range(0, length * sequences, length), tokens]
+    segments = tuple(Segment(a, b) for a, b in pairwise(bounds))
+    with torch.device("meta"):
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        mask = DocumentMask(segments, tokens, torch.device("meta"))
+        hidden, (whole, flops) = cost(lambda: lm.hidden(ids, mask, input_ids=ids), lambda hidden: [hidden], model.parameters())
+    head: Any = lm.causal.get_output_embeddings()
+    layers = lm.causal.config.get_text_config().num_hidden_layers
+    inputs = float(hidden.numel() * hidden.element_size() * layers)
+    return Activations(whole, min(whole, inputs + whole / layers), flops + 4.0 * tokens * head.weight.numel())
+
+
+def layers_to_recompute(free: float, fixed: float, kept: float, inputs: float, layers: int) -> int:
+    """How many of `layers` must be recomputed so that all fits in `free`. fixed: what else will be asked for; kept, inputs: bytes
+    that a layer leaves for the backward, and what of it recomputation still needs."""
+    over = fixed + layers * kept - free
+    if over <= 0:
+        return 0
+    # the layer that is being recomputed is there in whole
+    return min(layers, math.ceil((over + kept) / max(kept - inputs, 1.0)))
+
+
+def layers_to_keep_dense(
+    free: float, fixed: float, kept: float, inputs: float, recomputed: int, dense: float, layers: int
+) -> int:
+    """Of how many of `layers` a dense copy of `dense` bytes has room beside what `layers_to_recompute` counts.
+
+    All this is an estimate: half of what seems left is not touched.
+    """
+    inside = kept if recomputed else 0.0
+    left = free - fixed - (layers - recomputed) * kept - recomputed * inputs - inside
+    return max(0, min(layers, math.floor(left / 2 / max(dense, 1.0))))

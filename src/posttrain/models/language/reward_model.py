@@ -1,0 +1,108 @@
+"""Reward models: a body that reads packs, and a head that gives an answer one number at its end of turn."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from posttrain.batch import PackedBatch
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.peft.export import WEIGHTS
+from posttrain.tensors import whole
+
+HEAD = "score"  # the head's name in transformers' classes for sequence classification
+
+
+class PackedScorer(PackedLM):
+    """r = w h at the last token that counts, of every answer of a pack (Stiennon et al. 2020, arXiv 2009.01325).
+
+    Saved as transformers' AutoModelForSequenceClassification with one label. The language model's own head stays unused.
+    """
+
+    def __init__(self, model: nn.Module, attention: str) -> None:
+        super().__init__(model, attention)
+        causal = self.causal
+        output: Any = causal.get_output_embeddings()
+        words: Any = causal.get_input_embeddings()
+        if output.weight is not words.weight:
+            output.weight.requires_grad_(False)
+        width = causal.config.get_text_config().hidden_size
+        self.score = nn.Linear(width, 1, bias=False, device=causal.device)
+        # at random it would begin with an opinion on every pair, which a small set takes its whole length to unlearn
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """Scores: float32 [num_answers]."""
+        hidden, ends = self.read(batch, batch.eos_index)
+        return self.score(hidden[ends].float())[:, 0]
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """What the head says before each target, where only its past is seen: float32 [N]."""
+        hidden, source = self.read(batch, batch.logit_index)
+        return self.score(hidden[source].float())[:, 0]
+
+    def save(self, out_dir: Path, is_writer: bool) -> None:
+        """A model directory for AutoModelForSequenceClassification. Every process must call it; one of them writes."""
+        copies: dict[int, Tensor] = {}
+        state = {n: copies.setdefault(id(p), whole(p)) for n, p in self.causal.state_dict(keep_vars=True).items()}
+        state[f"{HEAD}.weight"] = whole(self.score.weight)
+        if is_writer:
+            config = copy.deepcopy(self.causal.config)
+            config.num_labels = 1
+            with torch.device("meta"):
+                classifier = AutoModelForSequenceClassification.from_config(config)
+            own = set(classifier.state_dict())
+            classifier.config.architectures = [type(classifier).__name__]
+            classifier.save_pretrained(out_dir, state_dict={name: value for name, value in state.items() if name in own})
+
+    def save_adapter(self, out_dir: Path, base_path: str, is_writer: bool) -> None:
+        """An adapter directory that peft puts on AutoModelForSequenceClassification: body and head."""
+        super().save_adapter(out_dir, base_path, is_writer)
+        weight = whole(self.score.weight)
+        if is_writer:
+            _add_head(out_dir, weight)
+
+    def load_head(self, directory: Path) -> None:
+        """Take the head of a saved reward model."""
+        with torch.no_grad():
+            self.score.weight.copy_(saved_head(directory))
+
+
+def saved_head(directory: Path) -> Tensor:
+    """w of the reward model saved in `directory` (adapter or whole model): float32 [1, H]. KeyError where it has none."""
+    for file in sorted(directory.glob("*.safetensors")):
+        for name, value in load_file(file).items():
+            if name.endswith(f"{HEAD}.weight"):
+                return value.float()
+    raise KeyError(HEAD)
+
+
+def padding_apart(tokenizer: Any, ends: list[int]) -> int | None:
+    """Give the tokenizer a padding token that ends no answer, and return its id.
+
+    transformers scores a sequence at its last token that is not padding: where padding is the end of turn, as many tokenizers
+    have it, that would be the token before.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        special = [i for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special and i not in ends]
+        if not special:
+            return None
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special[0])
+    return tokenizer.pad_token_id
+
+
+def _add_head(directory: Path, weight: Tensor) -> None:
+    file = directory / "adapter_config.json"
+    config: dict[str, Any] = json.loads(file.read_text())
+    config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
+    file.write_text(json.dumps(config, indent=2))
+    prefix = "base_model." if config["peft_type"] in ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING") else "base_model.model."
+    tensors = load_file(directory / WEIGHTS) | {f"{prefix}{HEAD}.weight": weight}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

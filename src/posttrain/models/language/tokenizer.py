@@ -1,0 +1,56 @@
+"""Tokenizers of transformers, without the models: quick to import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer
+
+from posttrain.errors import UserError
+from posttrain.models.hub import ResolvedModel, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name`, its vocabulary as it is. chat_template: a template's text, in place of its own.
+
+    name: as for `load_causal`, or a directory with a tokenizer alone (a run's adapter).
+    """
+    directory = Path(name).expanduser()
+    if (directory / "tokenizer_config.json").is_file():
+        return _tokenizer(ResolvedModel(name, directory, None, "a directory"), trust_remote_code, chat_template)
+    return _tokenizer(trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, chat_template)
+
+
+def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
+    file = resolve(name, revision, weights=False).directory / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
+
+
+def trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ResolvedModel:
+    source = resolve(name, revision, weights)
+    if trust_remote_code and source.revision != revision and source.origin == "the hub":
+        raise UserError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
+    return source
+
+
+def _tokenizer(source: ResolvedModel, trust_remote_code: bool, chat_template: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.name: no tokenizer can be loaded from {source.path} ({first_line(error)})") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

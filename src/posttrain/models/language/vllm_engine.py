@@ -1,0 +1,62 @@
+"""Answers written by vLLM, which keeps the base in memory of its own and is handed the policy's adapter before every rollout."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posttrain.models.language.generation import Answer, Sampling
+
+if TYPE_CHECKING:
+    from posttrain.models.language.packed_lm import PackedLM
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
+
+
+class Engine:
+    """base: directory or hub id of the frozen base. rank: of the whole adapter, stacked ones added up."""
+
+    def __init__(self, base: str, *, rank: int, max_length: int, memory_share: float, seed: int) -> None:
+        import vllm  # pyright: ignore[reportMissingImports]
+
+        self.base = base
+        self.llm: Any = vllm.LLM(
+            model=base, dtype="bfloat16", enable_lora=True, max_loras=1, max_lora_rank=next(r for r in RANKS if r >= rank),
+            max_model_len=max_length, gpu_memory_utilization=memory_share, logprobs_mode="processed_logprobs", seed=seed,
+        )  # fmt: skip
+        self.rollouts = 0
+
+    def sample(
+        self, lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int, sampling: Sampling, ends: Sequence[int]
+    ) -> list[list[Answer]]:
+        """As `sampling.sample`, but for two figures: log-probs are of what top-k and top-p leave, and an answer's entropy is
+        the mean of -log p over its tokens, which is the entropy in expectation."""
+        from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        self.rollouts += 1
+        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # from the step's own random numbers
+        wanted = [
+            SamplingParams(
+                n=samples, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
+                max_tokens=sampling.max_new_tokens, stop_token_ids=list(ends), ignore_eos=True, logprobs=0, detokenize=False,
+                seed=seed,
+            )
+            for seed in seeds
+        ]  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            lm.save_adapter(Path(folder), self.base, is_writer=True)
+            policy = LoRARequest(f"policy-{self.rollouts}", self.rollouts, folder)
+            inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+            found = self.llm.generate(inputs, wanted, use_tqdm=False, lora_request=policy)
+        return [[_answer(output, ends) for output in each.outputs] for each in found]
+
+
+def _answer(output: Any, ends: Sequence[int]) -> Answer:
+    tokens = list(output.token_ids)
+    logps = [float(place[token].logprob) for token, place in zip(tokens, output.logprobs, strict=True)]
+    return Answer(tokens, logps, tokens[-1] in ends, -sum(logps) / len(logps))

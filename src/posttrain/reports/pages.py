@@ -1,0 +1,76 @@
+"""What the pages share: templates, links, and tables and pictures of several runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from posttrain.reports.plots import COLORS, Curve, Figure, line_figure, smoothed
+from posttrain.reports.run_records import Record, direction, show
+from posttrain.runs.directory import write_text
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    write_text(path, _TEMPLATES.get_template(template).render(written=time.strftime("%Y-%m-%d %H:%M"), **values))
+    return path
+
+
+def run_name(directory: Path) -> str:
+    return directory.resolve().name
+
+
+def page_link(run_dir: Path, page: Path) -> str:
+    """Relative address of a run's page as seen from `page`; empty when there is none."""
+    target = run_dir / "report.html"
+    return "./" + quote(os.path.relpath(target.resolve(), page.parent.resolve())) if target.exists() else ""
+
+
+def metric_grid(metrics: list[dict[str, float]], names: list[str], rated: list[str]) -> list[list[Cell]]:
+    """One row of cells a run. The best of each `rated` column is marked, where its values differ."""
+    best = {name: best_of(name, [m.get(name) for m in metrics]) if name in rated else None for name in names}
+    return [[Cell(show(n, m.get(n)), best[n] == i) for n in names] for i, m in enumerate(metrics)]
+
+
+def overlays(records: list[tuple[str, Record]]) -> list[Figure]:
+    """Loss curves of runs of one stage; beyond eight, the first stands out and the rest are grey."""
+    stage = "".join({record.config["stage"] for _, record in records})
+    train = _overlay(f"Training loss, {stage}", [(label, *r.series("train/loss")) for label, r in records], True)
+    held_out = [(label, *r.series("eval/loss")) for label, r in records]
+    seen_more = any(len(x) > 2 for _, x, _ in held_out)  # else before and after only: the table says it
+    return [f for f in (train, _overlay(f"Held-out loss, {stage}", held_out, False) if seen_more else None) if f]
+
+
+def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smooth: bool) -> Figure | None:
+    few = len(series) <= COLORS
+    curves = [
+        Curve(label, x, smoothed(y) if smooth else y, color=i + 1 if few or not i else 0, strong=not i)
+        for i, (label, x, y) in enumerate(series)
+    ]
+    return line_figure(title, curves, note="moving average" if smooth else "")
+
+
+def best_of(name: str, values: Sequence[float | None]) -> int | None:
+    known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and value == value]
+    distinct = len({show(name, value) for value, _ in known}) > 1
+    return min(known)[1] if distinct and direction(name) else None

@@ -1,0 +1,210 @@
+"""What run directories say, as reports and tables need it: metrics before and after, curves, lineage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from posttrain.errors import UserError
+from posttrain.runs.directory import is_number, read_config, read_manifest
+
+LOWER_IS_BETTER = ("loss", "perplexity", "percent")
+HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "logp", "clip_i", "clip_t", "dino")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's directory as read. manifest: None while the run has not finished. history: the lines of metrics.jsonl."""
+
+    dir: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any] | None
+    history: list[dict[str, Any]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The manifest's metrics; of an unfinished run what was measured so far, under the same names."""
+        if self.manifest:
+            return self.manifest["metrics"]
+        found: dict[str, float] = {}
+        for line in self.history:
+            held_out = {k: v for k, v in line.items() if "/" in k and not k.startswith("train/")}
+            found |= held_out if line["step"] else {f"{k}_before": v for k, v in held_out.items()}
+        return found
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of one metric."""
+        pairs = [(line["step"], line[name]) for line in self.history if name in line and math.isfinite(line[name])]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A metric before and after, in words. verdict: better, worse, or empty where neither can be said."""
+
+    name: str
+    before: str
+    after: str
+    text: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ChainRow:
+    """A state of the model in a recipe: its held-out figures, and those of the state it was made from."""
+
+    label: str
+    values: dict[str, float]
+    before: dict[str, float] = field(default_factory=dict)
+
+    def change(self, name: str) -> Change:
+        return compare(name, self.before.get(name), self.values.get(name))
+
+
+def read_record(directory: Path) -> Record:
+    """Raises UserError when `directory` is no run or cannot be read. A line cut short by a kill is left out."""
+    metrics = directory / "metrics.jsonl"
+    if not (directory / "config.yaml").exists():
+        raise UserError(f"{directory} is no run (no config.yaml); give a run's directory")
+    config = read_config(directory)
+    found = read_manifest(directory) if (directory / "manifest.json").exists() else None
+    try:
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+    except OSError as e:
+        raise UserError(f"{directory} cannot be read: {e}") from None
+    return Record(directory, config, found, [line for line in map(_line, lines) if line])
+
+
+def _line(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    numbers = {name: value for name, value in found.items() if is_number(value)} if isinstance(found, dict) else {}
+    return numbers if "step" in numbers else {}
+
+
+@contextmanager
+def as_written(what: Path) -> Iterator[None]:
+    """Turns what is missing from a damaged record, or is of another kind, into a UserError about `what`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise UserError(f"{what} is not as posttrain writes it ({reason}); is a file of it damaged?") from e
+
+
+def direction(name: str) -> int:
+    """-1 where lower is better, +1 where higher is, 0 where neither can be said."""
+    kind = name.rsplit("/", 1)[-1]
+    return -1 if kind in LOWER_IS_BETTER else int(kind in HIGHER_IS_BETTER)
+
+
+def show(name: str, value: float | None) -> str:
+    """A metric's value in the notation of its kind."""
+    if value is None:
+        return "—"
+    kind = name.rsplit("/", 1)[-1]
+    formats = {"accuracy": "{:.1%}", "percent": "{:+.2f} %", "perplexity": "{:,.2f}"}
+    return formats[kind].format(value) if kind in formats else f"{value:.4f}"
+
+
+def compare(name: str, before: float | None, after: float | None) -> Change:
+    if before is None or after is None:
+        return Change(name, show(name, before), show(name, after), "", "")
+    difference = after - before
+    text = _difference(name, before, difference)
+    good = difference * direction(name)
+    tiny = not any(digit in text for digit in "123456789")
+    verdict = "" if tiny or good == 0 else "better" if good > 0 else "worse"
+    return Change(name, show(name, before), show(name, after), text, verdict)
+
+
+def _difference(name: str, before: float, difference: float) -> str:
+    kind = name.rsplit("/", 1)[-1]
+    if kind == "accuracy":
+        return f"{100 * difference:+.1f} points"
+    if kind in ("loss", "perplexity") and before > 0:
+        return f"{100 * difference / before:+.2f} %"
+    return f"{difference:+.2f} points" if kind == "percent" else f"{difference:+.4f}"
+
+
+def before_and_after(metrics: dict[str, float]) -> list[Change]:
+    """Every metric of both sides (or, in a run under way, of one): own held-out rows first, then set by set."""
+    names = {name.removesuffix("_before") for name in metrics} - {"forgetting/percent"}
+    ordered = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
+    twins = [(n, metrics.get(f"{n}_before"), metrics.get(n)) for n in ordered]
+    return [compare(*twin) for twin in twins]
+
+
+def chain_table(records: list[tuple[str, Record]]) -> tuple[list[str], list[ChainRow]]:
+    """Columns (one figure a set, and forgetting) and rows (the start, then after every step) of a recipe.
+
+    records: step names with their finished runs. Forgetting is counted from the start of the whole chain.
+    """
+    if not records:
+        return [], []
+    first = records[0][1]
+    rows = [ChainRow("start" if first.manifest and first.manifest["parents"] else "base", _before(first.metrics))]
+    rows += [ChainRow(f"after {name}", dict(r.metrics), _before(r.metrics)) for name, r in records]
+    origin = rows[0].values.get("general/loss")
+    for row in rows[1:]:
+        row.values.pop("forgetting/percent", None)
+        if origin and "general/loss" in row.values:
+            row.values["forgetting/percent"] = 100 * (row.values["general/loss"] - origin) / origin
+            row.before["forgetting/percent"] = 100 * (row.before["general/loss"] - origin) / origin
+    columns = summary_columns([row.values for row in rows])
+    return [name for name in columns if not name.startswith("eval/")], rows
+
+
+def summary_columns(metrics: list[dict[str, float]]) -> list[str]:
+    """The stage's own loss and accuracy, one figure a set (the general one last), and forgetting."""
+    names = list(dict.fromkeys(n for found in metrics for n in found if not n.endswith("_before")))
+    sets = dict.fromkeys(n.split("/")[0] for n in names if not n.startswith(("eval/", "forgetting/")))
+    columns = [n for n in ("eval/loss", "eval/accuracy", "eval/reward", "eval/kl") if n in names]
+    figures = (_headline(each, names) for each in sets)
+    columns += sorted((name for name in figures if name), key=lambda name: name.startswith("general/"))
+    return columns + [n for n in names if n == "forgetting/percent"]
+
+
+def _before(metrics: dict[str, float]) -> dict[str, float]:
+    return {n.removesuffix("_before"): v for n, v in metrics.items() if n.endswith("_before")}
+
+
+def _headline(group: str, names: list[str]) -> str | None:
+    """One figure for a set, if it has one: accuracy of pairs, perplexity of text, loss (forgetting is counted in it), drift."""
+    wanted = ("accuracy", "loss") if group == "general" else ("accuracy", "perplexity", "loss", "percent")
+    return next((f"{group}/{kind}" for kind in wanted if f"{group}/{kind}" in names), None)
+
+
+def own_result(record: Record) -> Change | None:
+    """What the stage was trained for, on its own held-out rows."""
+    m = record.metrics
+    name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
+    return compare(name, m.get(f"{name}_before"), m[name]) if name else None
+
+
+def amount(manifest: dict[str, Any]) -> tuple[int, str]:
+    """How much a run trained on, and in what."""
+    unit = "images" if "images" in manifest else "tokens"
+    return manifest[unit], unit
+
+
+def plain(value: Any) -> str:
+    """A config's value as one would type it."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return "null" if value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

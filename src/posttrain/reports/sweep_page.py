@@ -1,0 +1,176 @@
+"""The page of a sweep: which settings won, as a table and, where the sweep has the shape for it, a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.reports.forgetting import KEY, Choice, choice_figure, choices, describe
+from posttrain.reports.pages import metric_grid, overlays, page_link, run_name, write_page
+from posttrain.reports.plots import Curve, Figure, line_figure
+from posttrain.reports.run_records import Record, read_record, show, summary_columns
+
+METRIC = "eval/loss"
+# Settings that change what the held-out loss is, not only how low it gets.
+_OTHER_LOSS = ("dpo.", "data", "model", "eval.", "train.max_length", "init")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep; record: None when it left no config."""
+
+    overrides: dict[str, str]
+    status: str
+    dir: Path
+    metrics: dict[str, float]
+    error: str
+    record: Record | None
+
+    @property
+    def loss(self) -> float:
+        value = self.metrics[METRIC] if METRIC in self.metrics else float("inf")
+        return value if value == value else float("inf")
+
+
+def sweep_page(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Write `path` and return it.
+
+    rows: {overrides: {key: value} or ['key=value'], status, dir, metrics}, and where it failed perhaps `error`, one line.
+    """
+    jobs = sorted((_job(row, path) for row in rows), key=lambda job: job.loss)
+    keys = _swept(jobs)
+    done = [job for job in jobs if job.loss < float("inf")]
+    columns = summary_columns([job.metrics for job in jobs])
+    caution = [key for key in keys if key.startswith(_OTHER_LOSS)]
+    chosen = _choices(done) if KEY in keys else []
+    failed = sum(job.status == "failed" for job in jobs)
+    return write_page(
+        path,
+        "sweep.html",
+        title=f"sweep {run_name(path.parent)}",
+        kicker="sweep",
+        heading=run_name(path.parent),
+        state="failed" if failed == len(jobs) else "done",
+        lead=_lead(jobs, done, keys, failed),
+        metric=METRIC,
+        keys=keys,
+        columns=columns,
+        heat=_heat(done, keys) if len(keys) == 2 else None,
+        plot=_plot(done, keys[0]) if len(keys) == 1 else None,
+        choice=choice_figure(chosen),
+        chosen=describe(chosen),
+        jobs=_table(jobs, keys, columns, path),
+        caution=f"{METRIC} is not the same quantity in all jobs: {', '.join(caution)} changes what is measured."
+        if caution
+        else "",
+        curves=overlays([(_label(job, keys), job.record) for job in jobs if job.record]),
+    )
+
+
+def _choices(done: list[Job]) -> list[Choice]:
+    return choices([(job.overrides[KEY], job.metrics, _weight(job)) for job in done if KEY in job.overrides])
+
+
+def _weight(job: Job) -> float:
+    return float((job.record.config if job.record else {}).get("forgetting", {}).get("weight", 1.0))
+
+
+def alpha_star(rows: list[dict[str, Any]], path: Path) -> str:
+    """What a sweep over data.alpha has chosen, in words; empty for other sweeps."""
+    done = [job for job in (_job(row, path) for row in rows) if job.loss < float("inf")]
+    return describe(_choices(done)) if KEY in _swept(done) else ""
+
+
+def _job(row: dict[str, Any], path: Path) -> Job:
+    overrides = row["overrides"]
+    if not isinstance(overrides, dict):
+        overrides = dict(line.partition("=")[::2] for line in overrides)
+    directory = Path(row["dir"])
+    directory = directory if directory.is_dir() else path.parent / directory
+    record = read_record(directory) if (directory / "config.yaml").exists() else None
+    error = "" if row["status"] != "failed" else row["error"] if "error" in row else _last_line(directory / "job.log")
+    settings = {key.lstrip("+"): str(value) for key, value in overrides.items()}
+    return Job(settings, row["status"], directory, row["metrics"] or {}, error, record)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "failed without a message")
+
+
+def _swept(jobs: list[Job]) -> list[str]:
+    """Keys whose value is not the same in all jobs."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def _lead(jobs: list[Job], done: list[Job], keys: list[str], failed: int) -> str:
+    count = f"{len(jobs)} jobs" + (f", {failed} failed" if failed else "")
+    if not done:
+        return count
+    fixed = [f"{key}={value}" for key, value in jobs[0].overrides.items() if key not in keys]
+    best = f"best: {_label(done[0], keys)} with {METRIC} {show(METRIC, done[0].loss)}"
+    return f"{count}; {best}" + (f"; all with {' '.join(fixed)}" if fixed else "")
+
+
+def _label(job: Job, keys: list[str]) -> str:
+    parts = [f"{key.rsplit('.', 1)[-1]} {job.overrides[key]}" for key in keys if key in job.overrides]
+    return ", ".join(parts) or run_name(job.dir)
+
+
+def _table(jobs: list[Job], keys: list[str], columns: list[str], path: Path) -> list[dict[str, Any]]:
+    grid = metric_grid([job.metrics for job in jobs], columns, columns)
+    return [
+        {
+            "settings": [job.overrides.get(key, "—") for key in keys],
+            "status": job.status,
+            "cells": cells,
+            "error": job.error,
+            "best": not i and job.loss < float("inf"),
+            "href": page_link(job.dir, path),
+            "name": run_name(job.dir),
+        }
+        for i, (job, cells) in enumerate(zip(jobs, grid, strict=True))
+    ]
+
+
+def _numbers(jobs: list[Job], key: str) -> list[float] | None:
+    """Distinct values of a swept key in order; None when one of them is no number."""
+    try:
+        return sorted({float(job.overrides[key]) for job in jobs})
+    except (ValueError, KeyError):
+        return None
+
+
+def _heat(done: list[Job], keys: list[str]) -> dict[str, Any] | None:
+    """A cell for every pair of values; the best of jobs that share one. Needs numbers on both axes."""
+    down, across = _numbers(done, keys[0]), _numbers(done, keys[1])
+    if not down or not across:
+        return None
+    best: dict[tuple[float, float], float] = {}
+    for job in reversed(done):  # from worst to best
+        best[float(job.overrides[keys[0]]), float(job.overrides[keys[1]])] = job.loss
+    order = sorted(set(best.values()), reverse=True)
+
+    def cell(row: float, column: float) -> dict[str, Any]:
+        if (row, column) not in best:
+            return {"text": "—", "heat": 0, "best": False}
+        value = best[row, column]
+        return {
+            "text": show(METRIC, value),
+            "heat": round(55 * (order.index(value) + 1) / len(order)),
+            "best": value == order[-1],
+        }
+
+    rows = [(f"{row:g}", [cell(row, column) for column in across]) for row in down]
+    return {"row_key": keys[0], "column_key": keys[1], "columns": [f"{c:g}" for c in across], "rows": rows}
+
+
+def _plot(done: list[Job], key: str) -> Figure | None:
+    x = _numbers(done, key)
+    if not x or len(x) < 2:
+        return None
+    points = sorted((float(job.overrides[key]), job.loss) for job in done)
+    curve = Curve(METRIC, [p[0] for p in points], [p[1] for p in points], style="points")
+    return line_figure("Lower is better", [curve], x_label=key, x_ticks=x)

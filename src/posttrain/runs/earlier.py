@@ -1,0 +1,22 @@
+"""What earlier versions called things: keys of configs that still work for one version, and runs that still open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> new, since 0.2
+
+
+def current_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config as today's version writes it. `config` stays as it is."""
+    for old, new in RENAMED_KEYS.items():
+        config = _moved(config, old.split("."), new.split("."))
+    return config
+
+
+def _moved(tree: dict[str, Any], old: list[str], new: list[str]) -> dict[str, Any]:
+    """With the value at `old` at `new`, which lies in the same section."""
+    if len(old) == 1:
+        return {new[0] if key == old[0] else key: value for key, value in tree.items()}
+    section = tree.get(old[0])
+    return {**tree, old[0]: _moved(section, old[1:], new[1:])} if isinstance(section, dict) else tree

@@ -1,0 +1,76 @@
+"""Log-probs of the answers under the stage's start: computed once, kept by content, shared by epochs and jobs of a sweep.
+
+The reference of a stage is the model it starts from, whatever adapters that carries, so its log-probs are the policy's own
+before the first step. They are computed in the very batches that the first epoch will draw: the same numbers come out of the
+same kernels, and the first step's margin is exactly zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from posttrain.batch import PackedBatch
+from posttrain.console import Meter
+from posttrain.data.collate import BatchSampler, pack_pairs
+from posttrain.data.examples import Examples
+from posttrain.losses.tokens import answer_sums
+
+
+def attach(batch: PackedBatch, reference: Tensor) -> PackedBatch:
+    """reference: float32 [num_answers], chosen and rejected in turn."""
+    return replace(batch, extra={**batch.extra, "reference": reference})
+
+
+def digest_of(table: Tensor) -> str:
+    return hashlib.sha256(table.numpy().tobytes()).hexdigest()[:32]
+
+
+def reference_logps(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
+    """float32 [num_answers] on the CPU, without dropout."""
+    module.eval()
+    with torch.no_grad():
+        moved = batch.to(device)
+        return answer_sums(module(moved), moved.sequence_id, moved.num_answers).float().cpu()
+
+
+def train_reference(
+    module: nn.Module, examples: Examples, order: BatchSampler, accelerator: Accelerator, path: Path, check: Callable[[], None]
+) -> Tensor:
+    """float32 [units, 2]: chosen and rejected log-probs of every unit that the run will draw; NaN for the others."""
+    if path.exists():
+        return load_file(path)["reference"]
+    table = torch.full((len(examples), 2), float("nan"))
+    steps = order.first_seen()
+    with Meter("reference", len(steps)) as meter:
+        for step in steps:
+            for units in order.micro(step, accelerator.process_index):
+                # with nothing of its own a process still takes part: under FSDP the others wait for it
+                found = reference_logps(module, pack_pairs(examples, units or [0]), accelerator.device).view(-1, 2)[: len(units)]
+                new = torch.tensor([bool(table[unit].isnan().any()) for unit in units], dtype=torch.bool)
+                table[torch.tensor(units, dtype=torch.int64)[new]] = found[new]
+            meter.advance()
+            check()
+    if accelerator.num_processes > 1:
+        table = _union(table, accelerator)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{accelerator.process_index}.tmp")
+        save_file({"reference": table}, temporary)
+        temporary.replace(path)
+    return table
+
+
+def _union(table: Tensor, accelerator: Accelerator) -> Tensor:
+    """Every process has filled its own units; a unit that two have filled (an epoch's seam) takes the mean."""
+    known = ~table.isnan()
+    both = torch.stack([table.nan_to_num(), known.float()]).to(accelerator.device)
+    total, times = accelerator.reduce(both, "sum").cpu()  # type: ignore[union-attr]
+    return torch.where(times > 0, total / times.clamp(min=1), torch.nan)

@@ -1,0 +1,37 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), with the stage's own start as the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.config.schema import Dpo
+from posttrain.data.collate import pack_pairs
+from posttrain.evaluation.held_out import Task
+from posttrain.losses.preference import dpo_loss
+from posttrain.losses.tokens import answer_sums
+from posttrain.runs.directory import Run
+from posttrain.stages.language.stage import run_language
+
+
+def run(cfg: Dpo, run: Run) -> dict[str, Any]:
+    """Train to the end, or go on; returns the manifest."""
+    options = cfg.dpo
+
+    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
+        logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
+        lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
+        return dpo_loss(
+            logps,
+            batch.extra["reference"],
+            lengths,
+            batch.extra["pair_weight"],
+            beta=options.beta,
+            kind=options.loss,
+            label_smoothing=options.label_smoothing,
+        )
+
+    return run_language(cfg, run, Task(pack_pairs, objective, needs_reference=True))

@@ -1,0 +1,53 @@
+"""Pictures that the frozen model makes of a prompt, once: kept by model, prompt and seed, and added to where more are wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from posttrain.console import Meter, say
+from posttrain.models.diffusion.families import encode_texts, negative_texts
+from posttrain.models.diffusion.image_generation import Drawing, draw
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import write_json
+from posttrain.stages.stage import content_hash
+from posttrain.training.signals import StopSignal
+
+
+def class_images(
+    pipe: Any, identity: str, prompt: str, count: int, seed: int, how: Drawing, stop: StopSignal, name: str
+) -> list[Path]:
+    """The first `count` pictures of `prompt`. identity: names the model, its precision included. name: what is shown meanwhile.
+
+    Picture i is drawn by seed + i, so it is the same however many there are. Raises Stopped between batches; what is there stays.
+    """
+    recipe = {"model": identity, "prompt": prompt, "seed": seed, **how._replace(batch_size=0)._asdict()}
+    folder = cache_root() / "class_images" / content_hash(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        files = [folder / f"{i:05d}.png" for i in range(count)]
+        missing = [i for i, file in enumerate(files) if not file.exists()]
+        if missing:
+            already = count - len(missing)
+            write_json(folder / "recipe.json", recipe)
+            say(f"{name}: drawing {len(missing)} pictures of '{prompt}'" + (f", {already} are there already" if already else ""))
+            _fill(pipe, prompt, missing, files, seed, how, stop, name)
+    return files
+
+
+def _fill(
+    pipe: Any, prompt: str, missing: list[int], files: list[Path], seed: int, how: Drawing, stop: StopSignal, name: str
+) -> None:
+    texts, negative = encode_texts(pipe, [prompt]), negative_texts(pipe)
+    with Meter(name, len(missing)) as meter:
+        for start in range(0, len(missing), how.batch_size):
+            chosen = missing[start : start + how.batch_size]
+            rows = {key: value.expand(len(chosen), *value.shape[1:]) for key, value in texts.items()}
+            for i, image in zip(chosen, draw(pipe, rows, negative, [seed + i for i in chosen], how), strict=True):
+                scratch = files[i].with_suffix(".tmp")
+                image.save(scratch, format="PNG")
+                scratch.replace(files[i])
+                meter.advance()
+            stop.check()

@@ -1,0 +1,91 @@
+"""What holds a stage to its start: EWC's Fisher of general text, or L2, as a part of every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from posttrain.console import Meter
+from posttrain.data.collate import pack
+from posttrain.data.examples import Examples
+from posttrain.losses.ewc import ewc_penalty, fisher_diagonal
+from posttrain.training.checkpoint import trainable
+from posttrain.training.objective import StepCallback
+
+
+class EwcPenalty:
+    """The penalty on what is trained, for where it stood when this was made. There is nothing to save: the start is made anew."""
+
+    def __init__(self, module: nn.Module, importance: dict[str, Tensor] | None, strength: float) -> None:
+        """importance: by parameter; None: all alike (L2)."""
+        named = trainable(module)
+        self.params = list(named.values())
+        self.start = [p.detach().clone() for p in self.params]
+        self.importance = [
+            torch.ones((), device=p.device) if importance is None else importance[name].to(p.device) for name, p in named.items()
+        ]
+        self.strength = strength
+
+    def penalty(self) -> Tensor:
+        return ewc_penalty(self.params, self.start, self.importance, self.strength)
+
+    def after_step(self, done: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class CompositeCallback:
+    """Several of what has a part in a step, as one. Their states have names of their own."""
+
+    def __init__(self, methods: Sequence[StepCallback]) -> None:
+        self.methods = methods
+
+    def penalty(self) -> Tensor:
+        return torch.stack([method.penalty() for method in self.methods]).sum()
+
+    def after_step(self, done: int) -> None:
+        for method in self.methods:
+            method.after_step(done)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value for method in self.methods for name, value in method.state().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for method in self.methods:
+            method.load(state)
+
+
+def fisher(
+    module: nn.Module, examples: Examples, device: torch.device, path: Path, is_writer: bool, check: Callable[[], None]
+) -> dict[str, Tensor]:
+    """Diagonal Fisher of what is trained, on every sequence of `examples`, from the file at `path` where it is there."""
+    if path.exists():
+        return load_file(path)
+    named, count = trainable(module), len(examples.rows)
+    module.eval()
+
+    def log_likelihoods() -> Iterator[Tensor]:
+        with Meter("fisher", count) as meter:
+            for unit in range(len(examples)):
+                for i in examples.sequences(unit):
+                    batch = pack(examples.only(i), [0]).to(device)
+                    yield (module(batch) * batch.weight).sum()
+                    meter.advance()
+                    check()
+
+    found = dict(zip(named, fisher_diagonal(log_likelihoods(), list(named.values())), strict=True))
+    if is_writer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({name: value.cpu().contiguous() for name, value in found.items()}, temporary)
+        temporary.replace(path)
+    return found

@@ -1,0 +1,88 @@
+"""Memory for time: recomputation of as many layers as memory asks for and no more (`train.gradient_checkpointing=auto`), and
+dense copies of as many layers' 4-bit weights as it has room for (`quant.dense_layers=auto`)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from posttrain.config.schema import LanguageStage, Nf4, Ppo
+from posttrain.console import say
+from posttrain.models.kernels.logprobs import chunk_logits
+from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.quantization import dense_bytes, keep_dense
+from posttrain.stages.language.build import PreparedData, TrainableModel
+
+USED = 0.9  # of what is free; allocators do not fill it to the last byte
+MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW's two moments
+
+
+def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, inputs: PreparedData, device: torch.device) -> None:
+    """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense."""
+    lm, wanted = built.module, cfg.train.gradient_checkpointing
+    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
+    free, asked = USED * free_bytes(device), _asked(cfg, built, inputs, device) if "auto" in (wanted, dense) else None
+    layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
+    if layers == "auto":
+        layers = layers_to_recompute(free, *asked, lm.num_layers) if asked else 0
+        if layers:
+            are = "layers are recomputed in the backward to save memory"
+            say(f"{layers} of {lm.num_layers} {are} (train.gradient_checkpointing=auto)")
+    if layers:
+        for part in module.modules():
+            if isinstance(part, PackedLM):
+                part.recompute(layers)
+    if dense == "auto":
+        dense = layers_to_keep_dense(free, *asked, layers, dense_bytes(lm.layers[0]), lm.num_layers) if asked else 0
+        say(f"{dense} of {lm.num_layers} layers have a dense copy of their 4-bit weights (quant.dense_layers=auto)")
+    if dense:
+        keep_dense(lm.layers[:dense])
+
+
+def free_bytes(device: torch.device) -> float:
+    """What this process may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _asked(
+    cfg: LanguageStage, built: TrainableModel, inputs: PreparedData, device: torch.device
+) -> tuple[float, float, float] | None:
+    """Bytes that training will yet ask for beside activations, and those that a layer leaves for the backward, whole and
+    recomputed. None where they cannot be counted."""
+    tokens, sequences = _largest_batch(cfg, inputs), cfg.train.batch_size
+    kept, first = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
+    if kept is None or first is None:
+        return None
+    width = built.module.causal.config.get_text_config().hidden_size
+    itemsize = built.dtype.itemsize
+    fixed = MOMENTS * built.trained + 10.0 * chunk_logits(device.type) + 3.0 * tokens * width * itemsize
+    return fixed, kept - first, float(tokens * width * itemsize)
+
+
+def _largest_batch(cfg: LanguageStage, inputs: PreparedData) -> int:
+    """Tokens that a micro-batch has at most."""
+    if isinstance(cfg, Ppo):
+        return cfg.train.batch_size * (cfg.train.max_length + (cfg.ppo.samples - 1) * cfg.rollout.max_new_tokens)
+    sizes = sorted(inputs.data.train.unit_tokens().tolist(), reverse=True)
+    return sum(sizes[: cfg.train.batch_size]) or cfg.train.max_length
+
+
+def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int, layers: int) -> float | None:
+    """Bytes that a model of the same kind with `layers` layers keeps; None where it cannot be made so small."""
+    config: Any = copy.deepcopy(built.module.causal.config)
+    config.get_text_config().num_hidden_layers = layers
+    if kinds := getattr(config.get_text_config(), "layer_types", None):
+        config.get_text_config().layer_types = kinds[:layers]
+    try:
+        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences).whole
+    except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
+        return None

@@ -1,0 +1,93 @@
+"""Who plays policy, reference, value and reward: adapters on one base where the runs share it, else models of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from posttrain.config.schema import Ppo
+from posttrain.console import say
+from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
+from posttrain.models.language.loading import load_model, scorer
+from posttrain.models.language.packed_lm import PackedLM, count_numbers
+from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.peft.attach import INIT, NEW, put_beside
+from posttrain.runs.directory import read_manifest
+from posttrain.stages.language.build import PreparedData, TrainableModel, attention_of, build_model
+from posttrain.stages.language.init import InitSource, find_base, merged_start
+from posttrain.training.loop import seed_step
+
+
+def build_actor_critic(
+    cfg: Ppo, built: TrainableModel, inputs: PreparedData, starts: dict[str, InitSource], device: torch.device
+) -> tuple[ActorCritic, TrainableModel]:
+    """starts: of the reward model and of the gold one, where there are such. The numbers of all roles are counted in."""
+    policy, adapters, scorers = built.module, dict[str, list[str]](), dict[str, PackedScorer]()
+    under = [INIT] if INIT in getattr(policy.model, "peft_config", {}) else []
+    reference: PackedLM | None = None
+    if cfg.peft.output == "adapter" and cfg.peft.method != "pissa" and inputs.start.mode != "continue":
+        adapters = {"policy": [*under, NEW], "reference": under}
+    elif cfg.peft.is_additive and cfg.peft.method != "pissa" and inputs.start.adapter:
+        put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
+        adapters = {"policy": [NEW], "reference": [INIT]}
+    else:
+        frozen = build_model(cfg, inputs.start, inputs.base, 1, device).module
+        reference = frozen.requires_grad_(False).eval()
+    shared = bool(adapters) and cfg.peft.is_additive and all(_on_this_base(cfg, inputs, start) for start in starts.values())
+    for name, start in starts.items():
+        if shared and start.adapter:
+            put_beside(policy.model, start.adapter, name)  # pyright: ignore
+            adapters[name] = [name]
+            scorers[name] = _scorer_on(cfg, policy, start, device)
+        else:
+            scorers[name] = scorer(load_model(start.parents[0]["path"], str(device)))
+        scorers[name].score.requires_grad_(False)
+    if cfg.ppo.advantage == "gae":
+        start = starts.get("reward")
+        seed_step(cfg.train.seed, 0, 1)
+        if shared:
+            add_beside(policy.model, NEW, VALUE, getattr(torch, cfg.peft.dtype))  # type: ignore[attr-defined]
+            adapters["value"] = [*adapters.get("reward", under), VALUE]
+            scorers["value"] = _scorer_on(cfg, policy, start, device)
+        else:
+            scorers["value"] = _critic(cfg, start or inputs.start, inputs, device)
+        if not start:
+            nn.init.zeros_(scorers["value"].score.weight)
+    for name in ("reward", "gold"):
+        if name in scorers and name not in adapters:
+            scorers[name].requires_grad_(False)
+    roles = ActorCritic(policy, reference, scorers, adapters)
+    if not shared:
+        apart = [
+            name for name in ("reference", "value", "reward", "gold") if name in scorers or (name == "reference" and reference)
+        ]
+        apart = [name for name in apart if name not in adapters]
+        if apart:
+            say(f"models of their own in memory beside the policy: {', '.join(apart)}")
+    return roles, replace(built, trained=count_numbers(roles)[0], total=count_numbers(roles)[1])
+
+
+def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
+    """Is it an adapter that can take turns with the policy's: a LoRA on the same weights in the same number format?"""
+    if not start.adapter or start.mode != "stack" or start.base_digest != inputs.base.digest:
+        return False
+    manifest = read_manifest(start.adapter.parent)
+    return manifest["quant"] == cfg.quant.model_dump()
+
+
+def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
+    """A head of its own over the policy's model."""
+    found = PackedScorer(policy.model, attention_of(cfg, device))
+    if start and start.scorer:
+        found.load_head(start.scorer)
+    return found
+
+
+def _critic(cfg: Ppo, start: InitSource, inputs: PreparedData, device: torch.device) -> PackedScorer:
+    base = find_base(start, None if start.scorer else inputs.base.revision)
+    start, base = merged_start(cfg, start, base)
+    found = build_model(cfg, start, base, 1, device, scores=True).module
+    assert isinstance(found, PackedScorer)
+    return found

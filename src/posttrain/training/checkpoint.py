@@ -1,0 +1,231 @@
+"""Checkpoints: complete or absent, verified when read, and without a pickle.
+
+checkpoints/step-000040/ holds weights.safetensors (what is trained), optimizer.safetensors, method.safetensors (what AdaLoRA
+remembers; empty for others), and checkpoint.json with the step, the run's counters, size and sha256 of the files, and a sha256 of
+itself. There is no random state in it: every step is seeded from the run's seed and its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from posttrain.errors import RunError, UserError
+from posttrain.runs.directory import flush, free_bytes, sha256
+from posttrain.tensors import whole
+
+RECORD = "checkpoint.json"
+FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one on disk. state: the counters of the run."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[0])
+
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[1])
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[2])
+
+
+def save_checkpoint(
+    directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
+    *, keep: int, is_writer: bool, spare: int | None = None,
+) -> None:  # fmt: skip
+    """Write step `step` beside, flush, read back, rename; then drop all older ones but the newest `keep` and that of
+    step `spare`. Every process must call it.
+
+    Raises RunError for numbers that are not finite, and when the disk refuses; the older checkpoints are then untouched.
+    """
+    parts: dict[str, dict[str, Tensor]] = dict(
+        zip(FILES, (gather_weights(module), _gather_optimizer(module, optimizer), method), strict=True)
+    )
+    if not is_writer:
+        return
+    final = directory / f"step-{step:06d}"
+    if _is_whole(final):  # the very same, from before a stop that came before the next step
+        return
+    temporary = directory / f".step-{step:06d}.{os.getpid()}.tmp"
+    if broken := next((name for part in parts.values() for name, value in part.items() if not _is_finite(value)), None):
+        raise RunError(f"after step {step} {broken} is not finite; it is not saved, earlier checkpoints are kept")
+    try:
+        directory.mkdir(exist_ok=True)
+        for leftover in directory.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        _check_space(directory, sum(value.nbytes for part in parts.values() for value in part.values()))
+        temporary.mkdir()
+        _write(temporary, step, parts, state)
+        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one of the same step
+        os.rename(temporary, final)
+        flush(directory)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"checkpoint of step {step} could not be written to {directory}: {e}; earlier ones are kept") from None
+    # what is newer was damaged, or this run would have gone on from it
+    for old in [path for path in _newest_first(directory) if _step_of(path) <= step and _step_of(path) != spare][keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """All files of a checkpoint, each flushed and compared with what it was to hold. Raises OSError."""
+    for name, tensors in parts.items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, directory / name)
+        flush(directory / name)
+        with safe_open(directory / name, framework="pt") as found:
+            if any(not torch.equal(found.get_tensor(key), value) for key, value in tensors.items()):
+                raise OSError(f"{name} does not hold what was written; is the disk sound?")
+    files = {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in parts}
+    text = json.dumps({"files": files, "state": state, "step": step}, indent=2, sort_keys=True)
+    (directory / RECORD).write_text(json.dumps({"sha256": _sha256_of(text), **json.loads(text)}, indent=2))
+    flush(directory / RECORD)
+    flush(directory)
+
+
+def check_room(directory: Path, module: nn.Module, optimizer: str) -> None:
+    """Raises UserError unless two checkpoints of this module fit: the last good one stays while the next is written."""
+    moments = 2 if "8bit" in optimizer and torch.cuda.is_available() else 8  # AdamW's two, bytes a number
+    size = sum(p.nbytes + moments * p.numel() for p in trainable(module).values())
+    free = free_bytes(directory.parent)
+    if free < 2 * size:
+        raise UserError(
+            f"run.dir: two checkpoints of {size / 2**20:.0f} MiB do not fit in the {free / 2**20:.0f} MiB that are free under "
+            f"{directory.parent}; free some or give another run.dir"
+        )
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = free_bytes(directory)
+    if free < needed:
+        raise OSError(f"it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free")
+
+
+def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not. No tensor is read yet.
+
+    Raises UserError when checkpoints are there and none of them is whole.
+    """
+    damaged = []
+    for path in _newest_first(directory):
+        try:
+            return _verified(path), damaged
+        except _DAMAGE as e:
+            damaged.append(f"checkpoint {path.name} is damaged ({e})")
+    if damaged:
+        raise UserError(f"run.dir: no usable checkpoint in {directory}: {'; '.join(damaged)}; remove {directory} to start over")
+    return None, []
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_verified(path))
+    except _DAMAGE:
+        return False
+
+
+def _verified(path: Path) -> Checkpoint:
+    record = json.loads((path / RECORD).read_text())
+    if record.pop("sha256", None) != _sha256_of(json.dumps(record, indent=2, sort_keys=True)):
+        raise ValueError(f"{RECORD} does not match its sha256")
+    if path.name != f"step-{record['step']:06d}":
+        raise ValueError(f"{RECORD} is of step {record['step']}")
+    for name in FILES:
+        expected, file = record["files"][name], path / name
+        if not file.exists():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise ValueError(f"{name} does not match its sha256")
+    return Checkpoint(path, record["step"], record["state"])
+
+
+def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:
+    """Put weights and optimizer state back, exactly. Raises UserError when they do not fit the model's."""
+    params, weights, kept = trainable(module), checkpoint.weights, checkpoint.optimizer
+    wrong = sorted(set(params) ^ set(weights)) or [n for n, p in params.items() if weights[n].shape != p.shape]
+    wrong = wrong or sorted({key.rpartition("|")[0] for key in kept} - set(params))
+    if wrong:
+        raise UserError(f"run.dir: {checkpoint.path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more) differ")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(_like(weights[name], p))
+    names = {id(p): name for name, p in params.items()}
+    for number, grouped in enumerate(optimizer.param_groups):
+        for position, p in enumerate(grouped["params"]):
+            if hasattr(optimizer, "init_state"):  # bitsandbytes: keep its paged buffers, fill them in place
+                optimizer.init_state(grouped, p, number, position)  # type: ignore[attr-defined]
+            slots = optimizer.state[p]
+            prefix = names[id(p)] + "|"
+            for key in (k for k in kept if k.startswith(prefix)):
+                slot, value = key.removeprefix(prefix), kept[key]
+                if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
+                    slots[slot].copy_(value)
+                elif isinstance(slots.get(slot), int):
+                    slots[slot] = int(value)
+                else:
+                    slots[slot] = _like(value, p) if value.shape == p.shape else value
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All trainable tensors, whole and on the CPU. Under FSDP every process must call it."""
+    return {name: whole(p.detach()) for name, p in trainable(module).items()}
+
+
+def _gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    slots = {}
+    for name, p in trainable(module).items():
+        for slot, value in optimizer.state.get(p, {}).items():
+            slots[f"{name}|{slot}"] = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+    return slots
+
+
+def _like(value: Tensor, p: Tensor) -> Tensor:
+    if isinstance(p, DTensor):
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    return value.to(p.device)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name)), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

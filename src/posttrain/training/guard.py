@@ -1,0 +1,85 @@
+"""What must not reach the weights: numbers that are not finite, losses far out of line, batches too large for the memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from posttrain.batch import Batch
+from posttrain.errors import RunError
+
+B = TypeVar("B", bound=Batch)
+LEFT_OUT = "left_out.json"  # in a run's directory: the rows of every batch that was not learnt from, and why
+NAMED = 4  # rows of a batch that a message names
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """skip_nonfinite: updates that may be left out in a run. spike_mads: how far above the median of the last spike_steps
+    losses one may lie, in their median absolute deviation; None: anywhere."""
+
+    skip_nonfinite: int = 0
+    spike_mads: float | None = None
+    spike_steps: int = 64
+
+
+class Spike(Exception):
+    """A loss is out of line; nothing was stepped."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        super().__init__(f"loss {entry['loss']:.4g} is above {entry['limit']:.4g}")
+        self.entry = entry
+
+
+def check_update(
+    limits: GuardConfig, state: dict[str, Any], step: int, loss: float, norm: float, rows: list[int]
+) -> dict[str, Any] | None:
+    """None for an update that may be taken, else what to write down of one that may be left out. `state` remembers losses.
+
+    Raises Spike, or RunError where too much has been left out already; its `entry` is then still to be written down.
+    """
+    entry = {"step": step, "loss": loss, "grad_norm": norm, "rows": rows}
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return entry | {"loss": str(loss), "grad_norm": str(norm), "why": "not finite"}  # JSON knows no NaN
+    if limits.spike_mads is not None:
+        seen: list[float] = state.setdefault("losses", [])
+        if len(seen) >= limits.spike_steps:
+            limit = spike_limit(seen, limits.spike_mads)
+            if loss > limit:
+                raise Spike(entry | {"limit": limit, "why": "spike"})
+        state["losses"] = [*seen, loss][-limits.spike_steps :]
+    return None
+
+
+def spike_limit(losses: list[float], mads: float) -> float:
+    """median + mads * MAD, and at least a thousandth of the median for a MAD, or a flat curve would have no room at all."""
+    middle = statistics.median(losses)
+    spread = statistics.median(abs(loss - middle) for loss in losses)
+    return middle + mads * max(spread, 1e-3 * abs(middle))
+
+
+def not_finite(entry: dict[str, Any], limits: GuardConfig) -> RunError:
+    rows = entry["rows"]
+    others = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    more = f"; {limits.skip_nonfinite} such updates were left out before" if limits.skip_nonfinite else ""
+    return RunError(
+        f"step {entry['step']}: loss or gradient is not finite (loss {entry['loss']}, gradient norm {entry['grad_norm']}); "
+        f"no step was taken{more}. Rows of the batch: {'; '.join(rows[:NAMED])}{others} (all of them in {LEFT_OUT}). The last "
+        f"checkpoint is kept; train.skip_nonfinite={limits.skip_nonfinite + 1} leaves it out"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA says it by a class of its own, a CPU's allocator by its words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def halved(batches: list[B]) -> list[B]:
+    """Each batch in two; as it is where nothing can be divided."""
+    return [half for batch in batches for half in batch.split()]

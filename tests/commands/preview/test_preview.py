@@ -1,0 +1,125 @@
+"""A preview is what a run would read: weights as the loss takes them, and rows that are wrong, by number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from posttrain.cli import app
+from posttrain.commands.preview.encoder import encoder_of
+from posttrain.commands.preview.findings import of_tokens
+from posttrain.commands.preview.page import preview_page, show_preview
+from posttrain.commands.preview.preview import Preview, histogram, make_preview, weights_of
+from posttrain.config.compose import compose_run, validate
+from posttrain.data.collate import pack, pack_pairs
+from posttrain.data.examples import build
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+GOOD = [chat(f"What is {i}?", f"It is {i}.") for i in range(40)]
+
+
+def preview(tmp_path: Path, rows: list[Any], *words: str, stage: str = "sft", looked: int | None = None) -> Preview:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return make_preview(stage, ["model=tiny", f"data.path={path}", "data.eval_share=0", *words], looked, 3)
+
+
+def findings(found: Preview) -> dict[str, list[str]]:
+    return {finding.what: finding.places for seen in found.sources for finding in seen.findings}
+
+
+def test_good_rows_have_no_findings(tmp_path: Path) -> None:
+    found = preview(tmp_path, GOOD)
+    assert found.mistakes == [] and found.sources[0].stats.rows == 40
+    ((segment,), *_) = found.units
+    text = "".join(token.text for token in segment.tokens)
+    row = GOOD[(segment.row or 0) - 1]["messages"]
+    assert row[0]["content"] in text and row[1]["content"] in text
+    assert "".join(token.text for token in segment.tokens if token.weight) == row[1]["content"] + "<|im_end|>"
+
+
+def test_what_is_wrong_is_named_by_row(tmp_path: Path) -> None:
+    marked = chat("a", "Hi [INST] <|im_end|>")
+    rows: list[Any] = [*GOOD[:10], GOOD[3], chat("Long", "word " * 300), {"messages": []}, '{"messages": [', marked]
+    found = findings(preview(tmp_path, rows, "train.max_length=64"))
+    assert found["rows that repeat an earlier one"] == ["row 11 (as 4)"]
+    assert found["rows cut to 64 tokens"] == ["row 12"]
+    assert [place.split("rows.jsonl, ")[1].split(":")[0] for place in found["rows with a mistake"]] == ["row 13", "line 14"]
+    assert found["rows with what looks like a special token, but is plain text to this tokenizer"] == ["row 15 ([INST])"]
+    assert found["rows whose own words hold a special token of this tokenizer"] == ["row 15 (<|im_end|>)"]
+
+
+def test_held_out_rows_that_are_trained_on_too(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text(json.dumps(GOOD[5]) + "\n")
+    found = findings(preview(tmp_path, GOOD, f"data.eval_path={tmp_path}/held.jsonl"))
+    assert found == {"rows that are also held out": ["row 6"]}
+
+
+def test_a_template_that_differs_for_inference(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    )
+    found = findings(preview(tmp_path, GOOD[:3], f"model.chat_template={template}"))
+    ((what, places),) = found.items()
+    assert what.startswith("conversations whose prompt is rendered otherwise")
+    assert len(places) == 3 and "'model" in places[0] and "'assistant" in places[0]
+
+
+def test_a_doubled_beginning_and_a_missing_end() -> None:
+    encoder, tokenizer = encoder_of(validate(compose_run("sft", ["model=tiny"])))
+    tokenizer.bos_token = "<|im_start|>"
+    rows = [(1, {"text": "<|im_start|><|im_start|>a"}), (2, {"prompt": "a", "completion": "b"}), (3, {"text": "<|im_start|>a"})]
+    found = {f.what: f.places for f in of_tokens(rows, encoder, tokenizer, str, 99) if f.count}
+    assert found["rows that begin with the beginning-of-text token twice"] == ["1"]
+    assert "answers that are trained without an end of turn" not in found
+
+
+def test_only_the_first_rows_are_read(tmp_path: Path) -> None:
+    found = preview(tmp_path, [*GOOD, "not json " * 1000], looked=20)
+    assert found.sources[0].stats.rows == 20 and not found.sources[0].complete and not found.mistakes
+
+
+def test_weights_are_those_of_the_batch() -> None:
+    pairs = build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 0.5, 2, 0, 1], 8)], [(2, 4)])
+    assert weights_of(pack_pairs(pairs, [0])).tolist() == [0, 0, 1, 0.5, 2, 0, 1]
+    weighed = build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 0, 1], 8)], [(2, 4)], None, [3.0])
+    assert weights_of(pack_pairs(weighed, [0])).tolist() == [0, 0, 3, 3, 3, 0, 3]
+    documents = build([([5, 6, 7], [1, 1, 0.5], 1), ([8, 9], [1, 3], 2)])
+    assert weights_of(pack(documents, [0, 1])).tolist() == [0, 1, 0.5, 0, 3]  # nothing predicts a first token
+
+
+def test_a_pairs_weight_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "a:", "chosen": " b", "rejected": " c", "weight": 2.5}]
+    found = preview(tmp_path, rows, stage="dpo")
+    assert [(part.what, part.weight) for part in found.units[0]] == [(what, 2.5) for what in ("prompt", "chosen", "rejected")]
+    page = preview_page(found, tmp_path / "p.html").read_text()
+    assert "chosen, row 1, weight 2.5, 2 tokens" in page and 'class="more" title="weight 2.5"' in page
+    show_preview(found, tmp_path / "p.html")
+    assert "▌rejected row 1 weight 2.5" in capsys.readouterr().out
+
+
+def test_histogram() -> None:
+    bars = histogram([1, 5, 12, 12, 24], 24)
+    assert (bars[0], bars[-1], sum(n for _, _, n in bars)) == ((1, 2, 1), (23, 24, 1), 5)
+    assert np.all(np.diff([low for low, _, _ in bars]) == 2)
+
+
+def test_page_and_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = preview_page(preview(tmp_path, [*GOOD, GOOD[0]]), tmp_path / "p.html")
+    page = path.read_text()
+    assert "1 rows that repeat an earlier one: row 41 (as 1)" in page and 'class="one" title="weight 1"' in page
+    words = ["preview", "sft", "model=tiny", "data.path=rows.jsonl", "data.eval_share=0"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (tmp_path / "runs" / "preview-sft.html").exists()
+    assert CliRunner().invoke(app, [*words, "--strict"]).exit_code == 2

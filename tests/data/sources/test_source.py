@@ -1,0 +1,180 @@
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from posttrain.data.sources.source import Row, fingerprint, place, read_rows, split_rows
+from posttrain.errors import UserError
+
+ROWS = [{"text": "one"}, {"text": "zwölf"}]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.jsonl", '{"text": "one"}\n\n{"text": "zwölf"}\r\n', [(1, ROWS[0]), (3, ROWS[1])]),
+        ("a.jsonl", '\ufeff{"text": "one"}', [(1, ROWS[0])]),
+        ("a.ndjson", '{"text": "a\u2028b"}\n', [(1, {"text": "a\u2028b"})]),
+        ("a.json", json.dumps(ROWS, indent=1), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.json", "\n".join(map(json.dumps, ROWS)), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.json", '{"messages": [{"role": "user"}]}', [(1, {"messages": [{"role": "user"}]})]),
+        (
+            "a.csv",
+            'text,n\n"one\ntwo",1\nzwölf,2\n',
+            [(1, {"text": "one\ntwo", "n": "1"}), (2, {"text": "zwölf", "n": "2"})],
+        ),
+        ("a.tsv", "text\tn\none, two\t1\n", [(1, {"text": "one, two", "n": "1"})]),
+        ("a.txt", "one\ntwo\nthree\n", [(1, {"text": "one"}), (2, {"text": "two"}), (3, {"text": "three"})]),
+        ("a.txt", "\none\ntwo\r\n \r\n\nthree\n", [(1, {"text": "one\ntwo"}), (2, {"text": "three"})]),
+        ("a.md", "# Title\n\nBody\n", [(1, {"text": "# Title\n\nBody"})]),
+    ],
+)
+def test_reads(tmp_path: Path, name: str, text: str, expected: list[tuple[int, dict[str, str]]]) -> None:
+    assert list(read_rows(write(tmp_path / name, text))) == expected
+
+
+def test_reads_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(read_rows(str(tmp_path / "a.parquet"))) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+def test_csv_cells_may_be_long(tmp_path: Path) -> None:
+    ((_, row),) = read_rows(write(tmp_path / "a.csv", "text\n" + "x" * 200_000))
+    assert len(row["text"]) == 200_000
+
+
+def test_reads_built_in_sets() -> None:
+    first = next(read_rows("builtin:general", split="eval"))
+    assert first[0] == 1 and list(first[1]) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.jsonl", b"\n \n", "a.jsonl: is empty"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xe9"}\n',
+            "a.jsonl, line 2: not UTF-8 (byte 0xe9 at place 11 of the line)",
+        ),
+        ("a.jsonl", b"\xff\xfe\x00" * 50, "a.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl, row 2: is a list, not an object"),
+        ("a.json", b'["b"]', "a.json, row 1: is a text, not an object"),
+        ("a.json", b'[{"text": "a"},\n {"text": }]', "a.json, line 2: not valid JSON"),
+        ("a.json", b'{"text": "a"}\n{"text": \n', "a.json, line 2: not valid JSON"),
+        ("a.json", b"[]", "a.json: is empty"),
+        ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: has 1 cells where the header has 2"),
+        ("a.csv", b"a,b\n1,2,3\n", "a.csv, line 2: has 3 cells where the header has 2"),
+        ("a.csv", b'a,b\n1,"2\n', "a.csv, line 2: not valid CSV"),
+        ("a.csv", b"a,b\n", "a.csv: is empty"),
+        ("a.parquet", b"PAR2", "a.parquet: not valid Parquet"),
+        ("a.txt", b"\n\n", "a.txt: is empty"),
+        ("a.docx", b"x", "unknown extension '.docx'; read are .jsonl"),
+    ],
+)
+def test_says_what_is_wrong(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        list(read_rows(str(tmp_path / name)))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_names_a_near_one(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(UserError, match=r"no such file - did you mean 'train\.jsonl'"):
+        list(read_rows(str(tmp_path / "trian.jsonl")))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "{}")
+    os.chmod(path, 0)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [
+        (ConnectionError("offline mode is enabled"), "cannot reach the hub .* give a local file"),
+        (ValueError("Unknown split \"tran\". Should be one of ['train']."), r"data\.split: .*'tran'.*\['train'\]"),
+        (ValueError("Config name is missing. Please pick one"), r"data\.subset: "),
+        (RuntimeError("two\nlines"), r"data\.path: cannot load org/name from the hub \(RuntimeError: two lines\)"),
+    ],
+)
+def test_trouble_with_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, raised: Exception, says: str) -> None:
+    def load_dataset_builder(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
+    with pytest.raises(UserError, match=says) as error:
+        list(read_rows("org/name", split="tran"))
+    assert "\n" not in str(error.value)
+
+
+def held(rows: list[Row], share: float = 0.1) -> list[Row]:
+    return [row for is_held, row in split_rows(rows, share) if is_held]
+
+
+def kept(rows: list[Row], share: float = 0.1) -> list[Row]:
+    return [row for is_held, row in split_rows(rows, share) if not is_held]
+
+
+def test_split_keeps_rows_on_their_side() -> None:
+    rows = [(n, {"id": n, "text": str(n)}) for n in range(1, 2001)]
+    train, held_out = (part(rows) for part in (kept, held))
+    assert sorted(train + held_out, key=lambda item: item[0]) == rows
+    assert 160 <= len(held_out) <= 240  # 200 expected, standard deviation 13.4
+    grown = [*rows[:1000], (0, {"id": -1, "text": "new"}), *rows[1000:]]
+    more = [row for _, row in held(grown)]
+    assert [row for row in more if row["id"] != -1] == [row for _, row in held_out]
+    swapped = [(n, {"text": row["text"], "id": row["id"]}) for n, row in rows]
+    assert held(swapped + rows)[: len(held_out)] == held_out
+    assert len(held(swapped + rows)) == 2 * len(held_out)
+
+
+def test_split_extremes() -> None:
+    rows = [(n, {"text": str(n)}) for n in range(50)]
+    assert kept(rows, 0.0) == rows and not held(rows, 0.0)
+
+
+def test_place_is_of_the_content() -> None:
+    text = '{"a": "ü", "b": 1}'
+    expected = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
+    assert place({"b": 1, "a": "ü"}) == expected
+
+
+def test_a_column_that_holds_nothing_does_not_move_a_row() -> None:
+    """Of the same rows as JSONL and as Parquet, the same are held out."""
+    assert place({"text": "a", "note": None}) == place({"text": "a"}) != place({"text": "a", "note": ""})
+
+
+def test_split_reads_no_more_than_it_must() -> None:
+    read = []
+    rows = ((read.append(n), (n, {"text": str(n)}))[1] for n in range(10_000))
+    next(split_rows(rows, 0.5))
+    assert len(read) == 1
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    assert fingerprint(path) == hashlib.sha256(b'{"text": "a"}\n').hexdigest()
+    assert fingerprint("builtin:general") != fingerprint("builtin:reference")
+    with pytest.raises(UserError, match="no such file"):
+        fingerprint(str(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="did you mean 'general'"):
+        fingerprint("builtin:generel")

@@ -1,0 +1,105 @@
+"""Batches laid out by hand, and the order of a run."""
+
+import numpy as np
+
+from posttrain.batch import Segment
+from posttrain.data.collate import BatchSampler, pack, pack_pairs
+from posttrain.data.example_store import Store, load
+from posttrain.data.examples import build, group, join
+
+CONVERSATIONS = build([([5, 6, 7, 8], [0, 0, 1, 1], 1), ([9, 10], [0, 1], 2), ([11, 12, 13], [1, 0, 0.5], 3)])
+
+
+def test_pack_documents() -> None:
+    batch = pack(CONVERSATIONS, [0, 2])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 11, 12, 13]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.segments == (Segment(0, 4), Segment(4, 7))
+    # token 11 opens its document: nothing predicts it, whatever its weight
+    assert batch.logit_index.tolist() == [1, 2, 5]
+    assert batch.target.tolist() == [7, 8, 13]
+    assert batch.weight.tolist() == [1, 1, 0.5]
+    assert batch.sequence_id.tolist() == [0, 0, 1]
+    assert (batch.rows, batch.loss_denominator, batch.num_answers) == ((0, 2), 2.5, 2)
+
+
+def test_packing_leaves_the_examples_as_they_were() -> None:
+    before = CONVERSATIONS.weights.copy()
+    pack(CONVERSATIONS, [2])
+    assert np.array_equal(before, CONVERSATIONS.weights)
+
+
+def test_pack_pairs_shares_the_prompt() -> None:
+    # prompt 1 2, chosen 3 4, rejected 5 6 7 (6 untrained)
+    pairs = build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 1, 0, 1], 8)], [(2, 4)])
+    batch = pack_pairs(pairs, [0])
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert batch.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 7, 0, 2))
+    # both answers' first tokens are predicted by the prompt's last
+    assert batch.logit_index.tolist() == [1, 2, 1, 5]
+    assert batch.target.tolist() == [3, 4, 5, 7]
+    assert batch.sequence_id.tolist() == [0, 0, 1, 1]
+    assert (batch.num_answers, batch.loss_denominator) == (2, 1.0)
+
+
+def test_pairs_count_by_their_weights() -> None:
+    rows = [([1, 2, 3, 4], [0, 0, 1, 1], number) for number in range(3)]
+    pairs = join([build(rows[:2], 2 * [(2, 3)], None, [0.25, 3.0]), build(rows[2:], [(2, 3)])])
+    batch = pack_pairs(pairs, [2, 0, 1])
+    assert batch.extra["pair_weight"].tolist() == [1.0, 0.25, 3.0] and batch.loss_denominator == 4.25
+    assert batch.weight.tolist() == 6 * [1.0]  # the tokens' own are left alone
+
+
+def test_group_fills_units_without_cutting() -> None:
+    lengths = [5, 3, 7, 2, 4, 6]
+    pieces = build([([i] * n, [1.0] * n, i) for i, n in enumerate(lengths)])
+    packed = group(pieces, 9)
+    assert sum(packed.unit_tokens()) == sum(lengths) and max(packed.unit_tokens()) <= 9
+    assert len(packed) == 3  # 27 tokens fill three units of nine
+    seen = sorted(int(packed.sequence(i)[0][0]) for u in range(len(packed)) for i in packed.sequences(u))
+    assert seen == list(range(6))
+
+
+def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5], [2.0])
+    with Store(tmp_path / "x") as store:
+        for piece in (CONVERSATIONS, CONVERSATIONS):
+            store.add("train", piece)
+        store.add("held_out", pairs)
+        store.close({"rows": 3})
+    parts, report = load(tmp_path / "x")
+    assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]
+    for name in vars(pairs):
+        assert np.array_equal(getattr(parts["held_out"], name), getattr(pairs, name)), name
+    # piece after piece is as all at once, and as joined without a copy
+    for twice in (parts["train"], join([CONVERSATIONS, CONVERSATIONS])):
+        assert twice.num_tokens == 18 and len(twice) == 6
+        assert [twice.sequence(i)[0].tolist() for i in range(6)] == 2 * [CONVERSATIONS.sequence(i)[0].tolist() for i in range(3)]
+        assert [list(twice.sequences(u)) for u in range(6)] == [[i] for i in range(6)]
+        assert pack(twice, [3, 5]).tokens.tolist() == [[5, 6, 7, 8, 11, 12, 13]]
+
+
+def order(batch_size: int, grad_accum: int, world_size: int = 1, total: int = 20) -> BatchSampler:
+    return BatchSampler.shuffled(10, batch_size, grad_accum, world_size, seed=3, total_units=total)
+
+
+def test_every_epoch_draws_every_unit_once() -> None:
+    drawn = [unit for step in range(order(4, 1).num_steps) for unit in order(4, 1).step(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+
+
+def test_a_step_is_the_same_units_however_it_is_split() -> None:
+    whole = order(8, 1).step(1)
+    assert [u for micro in order(1, 8).micro(1, 0) for u in micro] == whole
+    by_rank = [order(2, 2, 2).micro(1, rank) for rank in (0, 1)]
+    assert [u for m in range(2) for rank in (0, 1) for u in by_rank[rank][m]] == whole
+
+
+def test_the_last_step_takes_what_is_left() -> None:
+    assert order(8, 1).num_steps == 3
+    assert len(order(8, 1).step(2)) == 4
+    # 4 units over two processes with batches of 3: one has three, the other one
+    assert [len(m) for r in (0, 1) for m in order(3, 2, 2, total=16).micro(1, r)] == [3, 1]
+    # 1 unit left: the second process has an empty micro-batch, not a missing one
+    assert order(3, 2, 2, total=13).micro(1, 1) == [[]]

@@ -1,0 +1,176 @@
+from typing import Any
+
+import pytest
+
+from posttrain.data.formats import SHAPES, check_fits, recognise, to_canonical
+from posttrain.errors import UserError
+
+Q, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+S = {"role": "system", "content": "s"}
+PAIR = {"prompt": [Q], "chosen": [A], "rejected": [B]}
+HUMAN, GPT, GPT2 = ({"from": f, "value": v} for f, v in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "expected"),
+    [
+        ({"messages": [S, Q, A], "id": 3}, "messages", {"messages": [S, Q, A]}),
+        ({"prompt": "q", "prompt_id": "1", "messages": [Q, A]}, "messages", {"messages": [Q, A]}),
+        ({"conversations": [Q, A]}, "messages", {"messages": [Q, A]}),
+        ({"messages": None, "conversations": [HUMAN, GPT]}, "sharegpt", {"messages": [Q, A]}),
+        (
+            {"messages": [Q, CALL], "tools": '[{"name": "f"}]'},
+            "messages",
+            {"messages": [Q, CALL | {"content": ""}], "tools": [{"name": "f"}]},
+        ),
+        ({"messages": [Q | {"name": None}, A | {"weight": 0}]}, "messages", {"messages": [Q, A | {"weight": 0}]}),
+        ({"system": "s", "conversations": [HUMAN, GPT]}, "sharegpt", {"messages": [S, Q, A]}),
+        (
+            {"conversations": [HUMAN, {"from": "chatgpt", "value": "a"}, {"from": "observation", "value": "o"}, GPT]},
+            "sharegpt",
+            {"messages": [Q, A, {"role": "tool", "content": "o"}, A]},
+        ),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", {"messages": [Q, A]}),
+        ({"instruction": "q", "input": None, "output": "a"}, "alpaca", {"messages": [Q, A]}),
+        (
+            {"instruction": "q", "input": "x", "output": "a", "system": "s", "history": [["q", "b"]], "text": "all"},
+            "alpaca",
+            {"messages": [S, Q, B, {"role": "user", "content": "q\nx"}, A]},
+        ),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion", {"prompt": "q", "completion": "a"}),
+        ({"prompt": [Q], "completion": [A]}, "prompt_completion", {"messages": [Q, A]}),
+        ({"prompt": [S, Q], "completion": "a"}, "prompt_completion", {"messages": [S, Q, A]}),
+        ({"prompt": "q", "response": "a"}, "prompt_completion", {"messages": [Q, A]}),
+        ({"question": "q", "answer": "a"}, "prompt_completion", {"messages": [Q, A]}),
+        ({"text": "t", "url": "u"}, "text", {"text": "t"}),
+        ({"content": "t"}, "text", {"text": "t"}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, "pairs", PAIR | {"prompt": [S, Q]}),
+        (
+            {"instruction": "q", "input": "x", "chosen": "a", "rejected": "b"},
+            "pairs",
+            PAIR | {"prompt": [{"role": "user", "content": "q\nx"}]},
+        ),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT2}, "pairs", PAIR),
+        ({"prompt": [Q], "chosen": [A], "rejected": [B]}, "pairs", PAIR),
+        ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]}, "pairs", PAIR),
+        ({"prompt": "q", "chosen": [A], "rejected": [B]}, "pairs", PAIR),
+        ({"prompt": "q", "chosen": [S, Q, A], "rejected": [S, Q, B]}, "pairs", PAIR | {"prompt": [S, Q]}),
+        (
+            {"chosen": [Q, A, Q, A], "rejected": [Q, A, Q, B]},
+            "pairs",
+            {"prompt": [Q, A, Q], "chosen": [A], "rejected": [B]},
+        ),
+        ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, "pairs", {"prompt": [Q], "chosen": [A], "rejected": [A, Q, B]}),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "pairs", PAIR),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"}, "pairs", PAIR),
+    ],
+)
+def test_recognised_and_canonical(row: dict[str, Any], shape: str, expected: dict[str, Any]) -> None:
+    assert recognise(row) == shape
+    assert to_canonical(row, shape, "f, row 1") == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "t"},
+        {"messages": [Q, A]},
+        {"prompt": "q", "completion": "a"},
+        PAIR,
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_canonical_rows_stay_as_they_are(row: dict[str, Any]) -> None:
+    assert to_canonical(row, recognise(row), "f, row 1") == row
+
+
+def test_hh_transcript_with_several_turns() -> None:
+    start = "\n\nHuman: Hi: there\n\nSecond paragraph\n\nAssistant: Hello\n\nHuman: q\n\nAssistant:"
+    found = to_canonical({"chosen": start + " a", "rejected": start + " b"}, "pairs", "f, row 1")
+    assert [m["content"] for m in found["prompt"]] == ["Hi: there\n\nSecond paragraph", "Hello", "q"]
+    assert (found["chosen"], found["rejected"]) == ([A], [B])
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "says"),
+    [
+        ({"messages": [{"content": "q"}]}, "messages", "messages[0] has no role; its keys are content"),
+        (
+            {"messages": [Q, {"role": "asistant", "content": "a"}]},
+            "messages",
+            "messages[1] has the unknown role 'asistant' - did you mean 'assistant'",
+        ),
+        ({"messages": [Q, {"role": "assistant", "content": None}]}, "messages", "content of messages[1] is null"),
+        ({"messages": [Q, {"role": "assistant"}]}, "messages", "messages[1] has no content"),
+        ({"messages": [Q, "a"]}, "messages", "messages[1] is str, not an object"),
+        ({"messages": []}, "messages", "messages is an empty conversation"),
+        ({"messages": None}, "messages", "messages is null, not a list"),
+        ({"messages": "hi"}, "messages", "messages is str, not a list"),
+        ({"messages": [Q, A], "tools": "{"}, "messages", "tools is not valid JSON"),
+        ({"text": "t"}, "messages", "has no messages or conversations; its columns are text"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "add(1)"}]}, "sharegpt", "value is not valid JSON"),
+        ({"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]}, "sharegpt", "without the name of a function"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown role 'alien'"),
+        ({"conversations": [{"from": "gpt", "value": float("nan")}]}, "sharegpt", "value of conversations[0] is NaN"),
+        ({"instruction": "q", "output": 3}, "alpaca", "output is int where text is needed"),
+        ({"instruction": "q", "input": "", "ouput": "a"}, "alpaca", "has no output - did you mean 'ouput'"),
+        (
+            {"instruction": "q", "output": "a", "history": ["x"]},
+            "alpaca",
+            "history is not a list of [question, answer]",
+        ),
+        ({"prompt": "q"}, "prompt_completion", "has no completion"),
+        ({"text": None}, "text", "text is null"),
+        ({"prompt": "q", "rejected": "b"}, "pairs", "has no chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "pairs", "rejected is null"),
+        ({"chosen": "a", "rejected": "b"}, "pairs", "no prompt"),
+        ({"chosen": [Q, A], "rejected": [S, Q, B]}, "pairs", "no first message in common"),
+        ({"prompt": "q", "chosen": [Q, A], "rejected": [Q]}, "pairs", "rejected ends with a message of the user"),
+    ],
+)
+def test_malformed_rows_name_file_and_row(row: dict[str, Any], shape: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        to_canonical(row, shape, "data.jsonl, row 7")
+    assert str(error.value).startswith("data.jsonl, row 7: ") and says in str(error.value)
+
+
+def test_unknown_columns() -> None:
+    with pytest.raises(UserError, match=r"^data\.shape: the columns foo, bar make no known shape") as error:
+        recognise({"foo": 1, "bar": 2})
+    assert all(shape in str(error.value) for shape in SHAPES)
+
+
+def test_what_fits_which_stage() -> None:
+    taken = {stage: [] for stage in ("cpt", "sft", "dpo")}
+    for stage, fitting in taken.items():
+        for shape in SHAPES:
+            try:
+                check_fits(shape, stage)
+                fitting.append(shape)
+            except UserError:
+                pass
+    assert taken["cpt"] == ["text"] and taken["dpo"] == ["pairs"]
+    assert taken["sft"] == ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "says"),
+    [
+        ("pairs", "sft", "use posttrain dpo"),
+        ("alpaca", "cpt", "use posttrain sft, or give data with a text column"),
+        ("text", "dpo", "use posttrain cpt, or give data with prompt, chosen and rejected"),
+    ],
+)
+def test_misfits_come_with_a_hint(shape: str, stage: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_fits(shape, stage)
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
+    called = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    row = {"conversations": [HUMAN, called, {"from": "observation", "value": "2"}, GPT]}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert to_canonical(row, "sharegpt", "row 1") == {"messages": [Q, said, {"role": "tool", "content": "2"}, A]}

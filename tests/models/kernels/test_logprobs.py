@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.models.kernels.logprobs import Head, token_logprobs
+
+N, H, V = 11, 6, 17
+
+
+def case(scale: float, softcap: float | None, trained: bool) -> tuple[Tensor, Tensor, Head, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(N, H, requires_grad=True)
+    weight, bias = torch.randn(V, H, requires_grad=trained), torch.randn(V, requires_grad=trained)
+    return hidden, torch.randint(V, (N,)), Head(weight, bias, scale, softcap), torch.randn(N)
+
+
+def plain(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
+    logits = (hidden @ head.weight.T + head.bias) * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(-1)[torch.arange(N), target]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 2.0), (3.0, 2.0)])
+@pytest.mark.parametrize(("rows", "words"), [(1, 1), (4, 5), (11, 17), (100, 100)])
+def test_logprobs_and_gradients_are_those_of_log_softmax(
+    scale: float, softcap: float | None, trained: bool, rows: int, words: int
+) -> None:
+    hidden, target, head, chooses = case(scale, softcap, trained)
+    leaves = [hidden, head.weight, head.bias] if trained else [hidden]
+    want = plain(hidden, target, head)
+    wanted = torch.autograd.grad((want * chooses).sum(), leaves)
+    got = token_logprobs(hidden, target, head, rows, words)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    for have, need in zip(torch.autograd.grad((got * chooses).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(have, need, rtol=1e-6, atol=2e-6)
+
+
+def test_frozen_head_keeps_no_logits_for_the_backward() -> None:
+    hidden, target, head, _ = case(1.0, None, False)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        token_logprobs(hidden, target, head, 4, 5).sum().backward()
+    assert kept == [(N, H)]
+
+
+def test_no_predictions_give_no_gradient() -> None:
+    hidden, target, head, _ = case(1.0, None, False)
+    token_logprobs(hidden[:0], target[:0], head).sum().backward()
+    assert not hidden.grad.any()
+
+
+def test_half_precision_gives_float32_logprobs() -> None:
+    hidden, target, head, _ = case(1.0, None, False)
+    half = head._replace(weight=head.weight.bfloat16(), bias=head.bias.bfloat16())
+    got = token_logprobs(hidden.bfloat16(), target, half)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, plain(hidden, target, head), rtol=0, atol=0.1)
+
+
+def test_gradient_of_a_sure_model_survives_half_precision() -> None:
+    """log p is -1e-3 and less: the gradient is (1 - p) times something, and 1 - p must not drown in bfloat16's rounding of p."""
+    torch.manual_seed(0)
+    target, hidden = torch.arange(V), torch.zeros(V, V)
+    hidden[target, target] = 10.0
+    weight = torch.eye(V) + 0.01 * torch.randn(V, V)
+    halves = [t.bfloat16() for t in (hidden, weight)]
+    exact = [t.double() for t in halves]
+    leaf = exact[0].requires_grad_()
+    want = (leaf @ exact[1].T).log_softmax(-1)[target, target]
+    assert want.min() > -2e-3
+    got = token_logprobs(halves[0].requires_grad_(), target, Head(halves[1], None, 1.0, None), 8, 5)
+    torch.testing.assert_close(got, want.float(), rtol=0.01, atol=0)
+    (have,) = torch.autograd.grad(got.sum(), halves[0])
+    (need,) = torch.autograd.grad(want.sum(), leaf)
+    assert (have.double() - need).norm() < 0.02 * need.norm()

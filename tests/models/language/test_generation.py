@@ -1,0 +1,69 @@
+"""Answers that are drawn with a cache, after prompts read in a pack, are what the model says in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.models.kernels.test_fused import SHAPE
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from posttrain.models.language.generation import Sampling, sample
+from posttrain.models.language.packed_lm import PackedLM
+
+FAMILIES = {
+    "llama": (LlamaConfig(**SHAPE), "documents"),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=16), "documents"),
+    "mistral with a window": (MistralConfig(**SHAPE, sliding_window=6), "documents"),
+    "gemma2: window, softcap": (Gemma2Config(**SHAPE, sliding_window=6, head_dim=16), "dense"),
+    "gemma3: some layers with a window": (Gemma3TextConfig(**SHAPE, sliding_window=6, head_dim=16), "documents"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_with_the_cache_are_those_of_one_pass(family: str) -> None:
+    """Prompts shorter and longer than the window, read in two groups; answers end at different steps."""
+    config, attention = FAMILIES[family]
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data *= 3  # far from even chances
+    lm = PackedLM(model, attention)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in (1, 13, 4, 9, 8)]
+    ends = list(range(12))
+    found = sample(lm, prompts, 3, Sampling(14, 0.7, 1.0, 0, 9), ends)
+    assert [len(answers) for answers in found] == [3] * 5
+    assert len({len(answer.tokens) for answers in found for answer in answers}) > 3
+    for prompt, answers in zip(prompts, found, strict=True):
+        for answer in answers:
+            assert answer.ended == (answer.tokens[-1] in ends) and not set(answer.tokens[:-1]) & set(ends)
+            assert len(answer.tokens) <= 14
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer.tokens]), use_cache=False).logits[0].float() / 0.7
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = logps.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+            assert answer.logps == pytest.approx(expected.tolist(), abs=1e-4)
+            assert answer.entropy == pytest.approx(float(-(logps.exp() * logps).sum(-1).mean()), abs=1e-4)
+
+
+def test_top_k_and_top_p_leave_out_the_rest() -> None:
+    """Of chances 0.5, 0.3, 0.15, 0.05: the two likeliest, or those that are needed for 0.9 of all."""
+    logps = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
+    rest = {"max_new_tokens": 1, "temperature": 1.0, "at_once": 1}
+    cut = [Sampling(**rest, top_p=1.0, top_k=2), Sampling(**rest, top_p=0.9, top_k=0), Sampling(**rest, top_p=1.0, top_k=0)]
+    expected = [[0.0, 0.5, 0.0, 0.3], [0.0, 0.5, 0.15, 0.3], [0.05, 0.5, 0.15, 0.3]]
+    for sampling, chances in zip(cut, expected, strict=True):
+        assert sampling.allowed(logps)[0].tolist() == pytest.approx(chances)
+
+
+def test_greedy_answers_are_those_of_generate() -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    lm, prompts = PackedLM(model, "documents"), [[1, 5, 9, 4], [7, 3], [8, 8, 2, 6, 5, 4, 3]]
+    for prompt, (answer,) in zip(prompts, sample(lm, prompts, 1, Sampling(9, 1.0, 1.0, 1, 2), ends=[11]), strict=True):
+        theirs = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=11, pad_token_id=0
+        )
+        assert answer.tokens == theirs[0, len(prompt) :].tolist()

@@ -1,0 +1,273 @@
+"""A pack must give what each document gives alone: log-probs and gradients, for each family and each attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from posttrain.batch import PackedBatch, Segment
+from posttrain.errors import UserError
+from posttrain.models.kernels import masks
+from posttrain.models.kernels.attention import _by_document
+from posttrain.models.kernels.masks import DocumentMask, dense_mask, flex_mask_mod, runs
+from posttrain.models.language.packed_lm import PackedLM
+
+V = 61
+SMALL = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, dict] = {
+    "Llama": SMALL,
+    "Qwen3": {**SMALL, "head_dim": 8},
+    "Gemma3": {**SMALL, **SLIDING, "head_dim": 8},
+    "Mistral": {**SMALL, "sliding_window": 5},
+    "SmolLM3": {**SMALL, "no_rope_layers": [1, 0]},
+    "Phi3": {**SMALL, "sliding_window": 5},
+    "GPT2": {**GPT, **NO_DROPOUT},
+    "GPTNeoX": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
+    "Cohere": {**SMALL, "logit_scale": 0.25},
+    "Granite": {**SMALL, "logits_scaling": 4.0},
+    "Gemma2": {**SMALL, **SLIDING, "head_dim": 8, "final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5},
+    "GptOss": {**SMALL, **SLIDING, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+CLASSES = {"GPT2": "GPT2LMHeadModel"}
+SINKS_OR_SOFTCAP = {"Gemma2", "GptOss"}
+
+
+def build(family: str, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(
+        **{**FAMILIES[family], **changes}
+    )
+    model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
+    for parameter in model.parameters():  # larger than the initialisation, so that an error shows
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.5)
+    return model
+
+
+def batch_of(documents: list[list[int]], pairs: list[tuple[int, int, int]]) -> tuple[PackedBatch, list[list[int]]]:
+    """Documents, then pairs (lengths of prompt, chosen, rejected) that share their prompt; and all sequences alone."""
+    numbers = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(3, V, (n,), generator=numbers).tolist()  # noqa: E731
+    tokens, positions, segments, source, target, owner, alone = [], [], [], [], [], [], []
+    for document in documents:
+        start = len(tokens)
+        segments.append(Segment(start, start + len(document)))
+        source += range(start, start + len(document) - 1)
+        target += document[1:]
+        owner += [len(alone)] * (len(document) - 1)
+        tokens += document
+        positions += range(len(document))
+        alone.append(document)
+    for lengths in pairs:
+        prompt, start = draw(lengths[0]), len(tokens)
+        segments.append(Segment(start, start + len(prompt)))
+        tokens += prompt
+        positions += range(len(prompt))
+        for answer in (draw(lengths[1]), draw(lengths[2])):
+            begin = len(tokens)
+            segments.append(Segment(begin, begin + len(answer), start, start + len(prompt)))
+            source += [start + len(prompt) - 1, *range(begin, begin + len(answer) - 1)]
+            target += answer
+            owner += [len(alone)] * len(answer)
+            tokens += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+            alone.append(prompt + answer)
+    n = len(source)
+    batch = PackedBatch(
+        torch.tensor([tokens]), torch.tensor([positions]), tuple(segments), torch.tensor(source), torch.tensor(target),
+        torch.ones(n), torch.tensor(owner), torch.zeros(0, dtype=torch.int64), len(alone), tuple(range(len(alone))), float(n),
+    )  # fmt: skip
+    return batch, alone
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["documents", "dense"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_equals_its_documents_alone(family: str, attention: str) -> None:
+    model = build(family)
+    if attention == "documents" and family in SINKS_OR_SOFTCAP:
+        with pytest.raises(UserError, match=r"model\.attention.*dense"):
+            PackedLM(model, attention)
+        return
+    batch, alone = batch_of([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15]], [(9, 4, 6), (2, 3, 1)])
+    chooses = torch.randn(len(batch.logit_index), generator=torch.Generator().manual_seed(2))
+    wanted = []
+    for k, sequence in enumerate(alone):
+        logps = model(input_ids=torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+        count = int((batch.sequence_id == k).sum())
+        wanted.append(logps[-count - 1 : -1].gather(1, torch.tensor(sequence[-count:])[:, None])[:, 0])
+    (torch.cat(wanted) * chooses).sum().backward()
+    want = gradients(model)
+    lm = PackedLM(model, attention).train()
+    got = lm(batch)
+    torch.testing.assert_close(got, torch.cat(wanted), rtol=0, atol=1e-5)
+    (got * chooses).sum().backward()
+    have = gradients(model)
+    assert have.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(have[name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, float(gradient.abs().max())), msg=name)
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    batch, _ = batch_of([[5, 6, 7, 8]], [(4, 2, 3)])
+    results = []
+    for recompute in (False, True):
+        model = build("Llama")
+        lm = PackedLM(model, "documents").train()
+        if recompute:
+            lm.recompute(1)
+        lm(batch).sum().backward()
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        assert torch.equal(results[1][name], gradient)
+
+
+def test_generation_after_packing_is_plain_generation() -> None:
+    model = build("Llama").eval()
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    ask = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(prompt, **ask)
+    PackedLM(model, "documents")
+    assert torch.equal(model.generate(prompt, **ask), plain)
+
+
+def test_dense_mask_by_hand() -> None:
+    # one document of 2, then a prompt of 2 with two answers of 1 and 2
+    segments = (Segment(0, 2), Segment(2, 4), Segment(4, 5, 2, 4), Segment(5, 7, 2, 4))
+    rows = ["1......", "11.....", "..1....", "..11...", "..111..", "..11.1.", "..11.11"]
+    assert dense_mask(segments, 7).tolist() == [[c == "1" for c in row] for row in rows]
+    narrow = ["1......", "11.....", "..1....", "..11...", "...11..", "...1.1.", ".....11"]
+    assert dense_mask(segments, 7, window=2).tolist() == [[c == "1" for c in row] for row in narrow]
+
+
+def test_runs_by_hand() -> None:
+    """Short documents side by side up to 128 tokens; a prompt is never cut from its answers."""
+    short, long = [Segment(0, 60), Segment(60, 120), Segment(120, 170)], [Segment(170, 500)]
+    pair = [Segment(500, 540), Segment(540, 600, 500, 540), Segment(600, 660, 500, 540), Segment(660, 670)]
+    found = runs([*short, *long, *pair])
+    assert [run.length for run in found] == [120, 50, 330, 160, 10]
+    assert found[0].segments == (Segment(0, 60), Segment(60, 120))
+    assert found[3].segments == (Segment(0, 40), Segment(40, 100, 0, 40), Segment(100, 160, 0, 40))
+
+
+def test_bands_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a document of 2, and a prompt of 2 with answers of 1 and 2: what a band does not see is left out, also in the middle."""
+    monkeypatch.setattr(masks, "BAND", 2)
+    found = masks.bands(dense_mask((Segment(0, 2), Segment(2, 4), Segment(4, 5, 2, 4), Segment(5, 7, 2, 4)), 7))
+    assert [band.rows for band in found] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    assert [band.columns for band in found] == [(slice(0, 2),), (slice(2, 4),), (slice(2, 6),), (slice(2, 4), slice(5, 7))]
+    no = -torch.inf
+    assert [band.bias.tolist() for band in found[1:]] == [[[0, no], [0, 0]], [[0, 0, 0, no], [0, 0, no, 0]], [[0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("window", [None, 7, 200])
+@pytest.mark.parametrize("memory", [0, 3])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-6), (torch.bfloat16, 0.01)])
+def test_scores_written_out_give_what_the_dense_mask_gives(
+    window: int | None, memory: int, dtype: torch.dtype, within: float
+) -> None:
+    """Output and gradients of three runs against all scores of the pack in float64; float64 goes the way of half precision.
+    The last is a long prompt with two answers, the second of which lies two bands away from it."""
+    segments = (
+        Segment(0, 50), Segment(50, 90), Segment(90, 100, 50, 90), Segment(100, 120, 50, 90), Segment(120, 260),
+        Segment(260, 460), Segment(460, 760, 260, 460), Segment(760, 860, 260, 460),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    sizes = ((6, 0, 8), (2, memory, 8), (2, memory, 5))
+    heads = [torch.randn(1, n, 860 + m, d, dtype=dtype, requires_grad=True) for n, m, d in sizes]
+    mask = DocumentMask(
+        segments, 860, torch.device("cpu"), [(heads[1][:, :, :memory], heads[2][:, :, :memory])] if memory else ()
+    )
+    assert [run.length for run in mask.runs] == [120, 140, 600]
+    exact = [x.detach().double().requires_grad_() for x in heads]
+    groups = [x.repeat_interleave(3, dim=1) for x in exact[1:]]
+    scores = (exact[0] @ groups[0].transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, 860, window, memory), -torch.inf)
+    want, got = scores.softmax(-1) @ groups[1], _by_document(*heads, mask, dropout=0.0, scaling=0.3, window=window)
+    chooses = torch.randn_like(want)
+    needed = torch.autograd.grad((want * chooses).sum(), exact)
+    had = torch.autograd.grad((got * chooses.to(dtype)).sum(), heads)
+    for have, need in zip((got, *had), (want, *needed), strict=True):
+        assert (have.double() - need).norm() <= within * need.norm()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7])
+def test_flex_mask_is_the_dense_mask(window: int | None) -> None:
+    batch, _ = batch_of([[5] * 9, [6]], [(8, 5, 7), (1, 1, 2)])
+    n = batch.size
+    mod = flex_mask_mod(batch.segments, window, torch.device("cpu"))
+    query, key = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    zero = torch.zeros_like(query)
+    assert torch.equal(mod(zero, zero, query, key), dense_mask(batch.segments, n, window))
+
+
+def test_flex_blocks_can_be_made() -> None:
+    batch, _ = batch_of([[5] * 130, [6] * 140], [])
+    blocks = DocumentMask(batch.segments, batch.size, torch.device("cpu")).blocks(None)
+    assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+
+
+def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
+    from posttrain.models.language.packed_lm import load_causal
+    from posttrain.models.language.tokenizer import load_tokenizer
+
+    directory = tmp_path / "base"
+    build("Llama", pad_token_id=5, tie_word_embeddings=False).save_pretrained(directory)
+    load_tokenizer("tiny", None, False, None).save_pretrained(directory)
+    model = load_causal(str(directory), None, "float32", "cpu", False, None)
+    PackedLM(model, "documents")(batch_of([[5, 6, 7]], [])[0]).sum().backward()
+    assert float(model.get_input_embeddings().weight.grad[5].abs().sum()) > 0
+
+
+def test_a_state_space_model_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=V, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"model\.name: layers of type linear_attention"):
+        PackedLM(transformers.MambaForCausalLM(config), "documents")
+
+
+def test_attention_that_ignores_the_pack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("Llama")
+    whole = DocumentMask.__init__
+
+    def one_document(self, segments, num_tokens, device):
+        whole(self, (Segment(0, num_tokens),), num_tokens, device)
+
+    monkeypatch.setattr(DocumentMask, "__init__", one_document)
+    with pytest.raises(UserError, match="documents would see one another"):
+        PackedLM(model, "documents")
+
+
+def test_a_wrong_head_is_refused() -> None:
+    model = build("Granite")
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * forward(hidden)
+    with pytest.raises(UserError, match="KL"):
+        PackedLM(model, "documents")
+
+
+def test_chunked_attention_is_refused() -> None:
+    model = build("Llama")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(UserError, match="chunked_attention"):
+        PackedLM(model, "documents")
+
+
+def test_the_check_leaves_random_numbers_and_mode_alone() -> None:
+    model = build("GPT2").train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    lm = PackedLM(model, "documents")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert lm.training and model.training

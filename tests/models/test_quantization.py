@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.config.schema import Lora
+from posttrain.errors import UserError
+from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
+from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.models.peft.attach import add_method
+from posttrain.models.quantization import nf4
+
+LORA = Lora(method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
+    plain = load_causal(str(base), None, "float32", "cpu", False, None)
+    model = load_causal(str(base), None, "float32", "cpu", False, nf4(True, "float32", "cpu"))
+    linear = model.model.layers[0].mlp.down_proj
+    original = plain.model.layers[0].mlp.down_proj.weight.data
+    packed, state = bnb.functional.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=True)
+    weight = bnb.functional.dequantize_4bit(packed, state)
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(linear(x), x @ weight.T, rtol=0, atol=1e-5)
+    assert linear.weight.quant_state.nested
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
+    expected = 2 * 64 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64  # embedding and head, attention, MLP, norms
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    assert count_numbers(model)[1] == expected
+    lora = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128)) // 2  # r (in + out) a matrix
+    assert count_numbers(add_method(model, LORA)) == (lora, expected + lora)
+
+
+def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
+    from posttrain.batch import PackedBatch, Segment
+
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    lm = PackedLM(add_method(model, LORA), "documents")
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    batch = PackedBatch(
+        tokens, torch.tensor([[0, 1, 2, 0, 1]]), (Segment(0, 3), Segment(3, 5)), torch.tensor([0, 1, 3]),
+        torch.tensor([6, 7, 9]), torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([2, 4]), 2, (0, 1), 3.0,
+    )  # fmt: skip
+    lm(batch).sum().backward()
+    assert all(bool(p.grad.any()) for n, p in lm.named_parameters() if "lora_B" in n)
+
+
+def test_evaluation_leaves_the_4_bit_weights_as_they_are(base: Path) -> None:
+    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    linear = model.model.layers[0].mlp.down_proj
+    before = linear.weight.data.clone(), linear.weight.quant_state.nested
+    with torch.no_grad():
+        model.eval()(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(linear.weight.data, before[0])
+    assert linear.weight.quant_state.nested == before[1]
+
+
+def test_a_device_without_a_4_bit_kernel_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("no kernel for this device\nlong story")
+
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", absent)
+    with pytest.raises(UserError, match=r"quant\.method: .*no kernel for this device.*quant=none") as caught:
+        nf4(True, "bfloat16", "cpu")
+    assert "\n" not in str(caught.value)

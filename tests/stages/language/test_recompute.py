@@ -1,0 +1,80 @@
+"""train.gradient_checkpointing: as many layers as memory asks for, and the same run whatever their number."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import posttrain
+from posttrain.errors import UserError
+from posttrain.models.language.activations import layers_to_keep_dense, layers_to_recompute
+from posttrain.stages.language import recompute
+
+RUN = ("sft", "model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=20", "eval.sets=null")
+
+
+def test_layers_by_hand() -> None:
+    """Ten layers leave 100 each, of which 10 are inputs; 50 are asked for besides."""
+    assert layers_to_recompute(1050, 50, 100, 10, 10) == 0
+    assert layers_to_recompute(1049, 50, 100, 10, 10) == 2  # 101 too much with the one that is there in whole: two spare 180
+    assert layers_to_recompute(600, 50, 100, 10, 10) == 7  # 550 / 90
+    assert layers_to_recompute(0, 50, 100, 10, 10) == 10
+
+
+def test_dense_layers_by_hand() -> None:
+    """As above, 1250 free: 200 are left, of which half is not touched. With 7 layers recomputed 1250 - 50 - 300 - 70 - 100."""
+    assert layers_to_keep_dense(1250, 50, 100, 10, 0, 30, 10) == 3
+    assert layers_to_keep_dense(1250, 50, 100, 10, 7, 60, 10) == 6
+    assert layers_to_keep_dense(1250, 50, 100, 10, 7, 1, 10) == 10
+    assert layers_to_keep_dense(1000, 50, 100, 10, 0, 30, 10) == 0
+
+
+def trained(tmp_path: Path, name: str, *words: str) -> dict[str, torch.Tensor]:
+    posttrain.run(*RUN, *words, f"run.dir={tmp_path / name}")
+    return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+
+def test_little_memory_recomputes_layers_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = trained(tmp_path, "plain", "+peft=lora")
+    assert "recomputed" not in capsys.readouterr().out
+    monkeypatch.setattr(recompute, "free_bytes", lambda device: 1e6)
+    little = trained(tmp_path, "little", "+peft=lora")
+    said = re.search(r"(\d+) of (\d+) layers are recomputed", capsys.readouterr().out)
+    assert said and said[1] == said[2]
+    one = trained(tmp_path, "one", "+peft=lora", "train.gradient_checkpointing=1")
+    for other in (little, one):
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_dense_copies_of_four_bit_weights_change_nothing_but_what_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In whatever number, with recomputation too; and a weight is made dense once where it has a copy."""
+    from bitsandbytes import functional
+
+    made, make, keep = [], functional.dequantize_4bit, recompute.keep_dense
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda weight, state: made.append(state) or make(weight, state))
+    monkeypatch.setattr(recompute, "keep_dense", lambda layers: made.clear() or keep(layers))
+    qlora = ("+peft=qlora", "model.dtype=bfloat16")
+    plain = trained(tmp_path, "plain", *qlora)
+    times, weights = len(made), len({id(state) for state in made})
+    assert times > 3 * weights
+    for number, words in {"auto": (), "1": ("train.gradient_checkpointing=true",)}.items():
+        other = trained(tmp_path, number, *qlora, f"quant.dense_layers={number}", *words)
+        assert all(torch.equal(plain[key], other[key]) for key in plain)
+        assert len(made) == weights if number == "auto" else len(made) > weights
+        assert ("have a dense copy" in capsys.readouterr().out) == (number == "auto")
+    with pytest.raises(UserError, match="dense_layers"):
+        posttrain.run(*RUN, "+peft=qlora", "quant.dense_layers=-1")
+    with pytest.raises(UserError, match="dense_layers"):
+        posttrain.run(*RUN, "+peft=lora", "quant.dense_layers=1")
+
+
+def test_it_is_a_number_of_layers_or_a_word() -> None:
+    for word in ("0", "some"):
+        with pytest.raises(UserError, match="gradient_checkpointing"):
+            posttrain.run(*RUN, "+peft=lora", f"train.gradient_checkpointing={word}")

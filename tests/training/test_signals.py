@@ -1,0 +1,65 @@
+"""A signal in every phase of a run: nothing is lost, and what goes on is the run that was asked for."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import posttrain
+from posttrain.errors import Stopped
+from posttrain.runs.directory import sha256
+
+SIZE = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=3", "train.batch_size=2", "data.max_rows=30", "eval.rows=1")
+STAGES = {
+    "sft": ("data.eval_rows=2",),
+    "ppo": ("data.eval_rows=2", "rollout.max_new_tokens=4", "reward.function=posttrain.rewards:brevity", "train.grad_accum=2",
+            "ppo.minibatches=1"),
+}  # fmt: skip
+
+
+def strike(monkeypatch: pytest.MonkeyPatch, place: str, time: int, number: signal.Signals) -> None:
+    """The signal comes as the function at `place` is called for the time-th time."""
+    module, _, name = place.rpartition(".")
+    import importlib
+
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    calls = list[int]()
+
+    def struck(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == time:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+
+    monkeypatch.setattr(place, struck)
+
+
+PHASES = {
+    "reading": ("sft", "posttrain.stages.language.stage.read_inputs", 1, "between steps"),
+    "loading": ("sft", "posttrain.stages.language.build.load_causal", 1, "between steps"),
+    "measuring before": ("sft", "posttrain.stages.language.stage.own_metrics", 1, "between steps"),
+    "measuring after": ("sft", "posttrain.stages.language.stage.own_metrics", 2, "between steps"),
+    "a step": ("sft", "posttrain.training.loop.check_update", 2, "after step 2 of 3, saved"),
+    "answering before": ("ppo", "posttrain.stages.ppo.stage.sample", 1, "between steps"),
+    "a rollout": ("ppo", "posttrain.stages.ppo.stage.sample", 3, "after step 1 of 3, saved"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_is_obeyed_and_the_run_goes_on(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, place, time, words = PHASES[phase]
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[len(phase) % 3]
+    settings = [stage, *SIZE, *STAGES[stage]]
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with monkeypatch.context() as patch:
+        strike(patch, place, time, number)
+        with pytest.raises(Stopped, match=words):
+            posttrain.run(*settings, f"run.dir={tmp_path / 'stopped'}")
+    assert {each: signal.getsignal(each) for each in before} == before  # handlers are put back
+    posttrain.run(*settings, f"run.dir={tmp_path / 'stopped'}")
+    posttrain.run(*settings, f"run.dir={tmp_path / 'straight'}")
+    files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("stopped", "straight")]
+    assert sha256(files[0]) == sha256(files[1])
