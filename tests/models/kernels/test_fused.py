@@ -62,7 +62,7 @@ def test_in_float32_it_equals_the_plain_path(family: str, adapters: int, dropout
     (logits, gradients), (lean_logits, lean_gradients) = logits_and_gradients(plain), logits_and_gradients(lean)
     assert float((logits - lean_logits).abs().max()) < 1e-5
     assert difference(gradients, lean_gradients) < 2e-5  # rounding; 1.08e-5 was seen on one kind of processor
-    assert max(float((gradients[n] - lean_gradients[n]).norm() / gradients[n].norm()) for n in gradients) < 5e-6
+    assert max(float((gradients[n] - lean_gradients[n]).norm() / gradients[n].norm()) for n in gradients) < 1e-5
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_autocast() -> None:
