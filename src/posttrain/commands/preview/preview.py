@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from posttrain.batch import PackedBatch
-from posttrain.commands.preview.encoder import encoder_of
 from posttrain.commands.preview.findings import Finding, of_rows, of_stats, of_tokens
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG, LanguageStage, Source
+from posttrain.config.schema import LanguageStage, Source
+from posttrain.config.stages import typed_config
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.mixture import Mixture, draw, shares_of
@@ -22,6 +22,7 @@ from posttrain.data.split import Split, sound_rows
 from posttrain.data.stage_examples import RowEncoder
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
+from posttrain.stages.language.prepare import open_language
 
 BUCKETS = 12  # of the lengths' histogram
 _PACKS = {"dpo": pack_pairs, "rm": pack_pairs}
@@ -77,10 +78,11 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
 
     Raises UserError for a config that does not fit, or a source of which no row can be used.
     """
-    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    cfg = typed_config(compose_run(stage, words))
     if not isinstance(cfg, LanguageStage):
         raise UserError(f"{stage} reads no text; its own report shows what it trains on")
-    encoder, tokenizer = encoder_of(cfg)
+    opened = open_language(cfg, weights=False)
+    encoder, tokenizer = opened.encoder, opened.tokenizer
     found, notes = [], []
     for i, (name, source) in enumerate(sources_of(cfg.data).items()):
         if source.path == SELF:
@@ -109,7 +111,7 @@ def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
 def _look(
     cfg: LanguageStage, name: str, source: Source, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
 ) -> tuple[PreparedSource, Seen]:
-    stage: str = cfg.stage  # type: ignore[attr-defined]
+    stage = cfg.stage
     if most is not None:  # and not a row more is read or downloaded
         source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
     split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), stage, eval_path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.config.schema import Sft, Stage
+from posttrain.config.schema import Conversational, Stage
 from posttrain.data.chat.alignment import Message, Rendered, Span, content_of
 from posttrain.errors import UserError
 
@@ -66,7 +66,7 @@ class Weighing:
 
 def weighing_of(cfg: Stage) -> Weighing:
     """What a run's config says of it."""
-    if not isinstance(cfg, Sft):
+    if not isinstance(cfg, Conversational):
         return PLAIN
     cot, other = cfg.cot, cfg.weights
     spans = (cot.reasoning_weight, cot.answer_weight, other.tool_calls, other.earlier_turns)

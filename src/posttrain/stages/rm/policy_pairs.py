@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.config.schema import DataConfig, Rm
+from posttrain.config.schema import DataConfig
 from posttrain.console import Meter, say
 from posttrain.data.chat.encoder import Encoder, prompt_of, reference_of
 from posttrain.data.prepare import canonical_rows
@@ -17,17 +17,18 @@ from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import stop_tokens
 from posttrain.rewards import RewardFunction, load_function
-from posttrain.runs.directory import Run, read_manifest, write_text
-from posttrain.training.loop import seed_step
+from posttrain.runs.directory import read_manifest, write_text
+from posttrain.stages.rm.config import Rm
+from posttrain.training.seeding import seed_step
 
 AT_ONCE = 32  # answers that are written at a time
 
 
-def own_pairs(cfg: Rm, run: Run) -> DataConfig:
+def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
     """Data of pairs.jsonl in the run's directory, which is written first if it is not there: `rm.samples` answers of `rm.policy`
     to each prompt of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
     assert cfg.rm.policy and cfg.rm.rule
-    rule, path = load_function(cfg.rm.rule, "rm.rule"), run.dir / "pairs.jsonl"
+    rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / "pairs.jsonl"
     directory = Path(cfg.rm.policy).expanduser()
     if not (directory / "manifest.json").exists() or read_manifest(directory)["stage"] == "rm":
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
