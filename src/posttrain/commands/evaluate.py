@@ -10,14 +10,14 @@ from rich.table import Table
 
 from posttrain.config.schema import DataConfig
 from posttrain.console import console
-from posttrain.data.chat.encoder import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
+from posttrain.data.row_use import USES
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, eval_batches, own_metrics, reward_task, set_metrics
 from posttrain.models.language.loading import LoadedModel, device_here, is_scorer, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import stop_tokens
+from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_config
 
@@ -67,7 +67,7 @@ def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
     if "data.path" in settings:
         return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
@@ -76,7 +76,7 @@ def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
     config = read_config(file.parent)
     data = DataConfig.model_validate(config["data"])
-    own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
+    own = held_out_of(data, USES[config["stage"]], encoder, config["train"]["max_length"], cache_root())
     sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
     wanted = config["eval"]
     named = (wanted["sets"] or {}).items()
@@ -88,7 +88,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_model(run, device_here())
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     config = read_config(Path(run).expanduser())
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
@@ -103,7 +103,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
             "skip_rows": 0,
             "max_rows": rows,
         }
-    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())[0]
+    prepared = prepare(DataConfig.model_validate(data), USES["rm"], encoder, length, cache_root())[0]
     examples = prepared.train if "data.path" in settings else prepared.held_out
     task = reward_task(config["rm"]["centering"])
     return own_metrics(scorer(live), eval_batches(task, examples), task, torch.device(live.model.device), lambda: None)[0]

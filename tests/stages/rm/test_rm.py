@@ -18,6 +18,7 @@ from posttrain.config.schema import DataConfig
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import pack_pairs
 from posttrain.data.prepare import prepare
+from posttrain.data.row_use import USES
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import correlation, expected_calibration_error, reliability, score_summary
 from posttrain.losses.preference import reward_loss
@@ -53,7 +54,7 @@ def examples(**extra: Any) -> tuple[Any, Encoder]:
     tokenizer = AutoTokenizer.from_pretrained(builtin_directory("tiny")[0])
     encoder = Encoder(tokenizer)
     data = DataConfig.model_validate({**compose_run("rm", list(TINY))["data"], **extra})
-    return prepare(data, "rm", encoder, 512, cache_root())[0], encoder
+    return prepare(data, USES["rm"], encoder, 512, cache_root())[0], encoder
 
 
 def test_loss_by_hand() -> None:

@@ -19,14 +19,14 @@ from posttrain.config.compose import compose_run
 from posttrain.config.memory_savers import memory_savers
 from posttrain.config.schema import STAGE_CONFIG, Dreambooth, Ppo
 from posttrain.console import console, say
-from posttrain.data.chat.encoder import Encoder, chat_template
 from posttrain.data.chat.loss_weights import weighing_of
 from posttrain.data.mixture import make_sampler, read_mixture
+from posttrain.data.row_use import USES
 from posttrain.data.selection import replays, sources_of
 from posttrain.data.sources.source import is_local
 from posttrain.errors import UserError
 from posttrain.models.hub import resolve
-from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_manifest
 
@@ -127,10 +127,9 @@ def _data(cfg: Any, source: str) -> dict[str, Any]:
         units = train.max_steps * per_step
         upper = {"longest": train.max_length, "largest_batch": train.batch_size * train.max_length, "units": units}
         return upper | {"steps": train.max_steps, "tokens": units * train.max_length, "tokens_are": "at most"}
-    template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
-    tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
-    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer), weighing_of(cfg))
-    data = read_mixture(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())
+    tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, cfg.model.chat_template)
+    encoder = make_encoder(tokenizer, source, cfg.model.revision, weighing_of(cfg))
+    data = read_mixture(cfg.data, USES[cfg.stage], encoder, cfg.example_length, cache_root())
     examples = data.train
     lengths = examples.unit_tokens()
     if isinstance(cfg, Ppo):

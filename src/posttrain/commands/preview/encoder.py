@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.chat.encoder import Encoder, chat_template
+from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import weighing_of
-from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.directory import read_manifest
 
 
@@ -20,6 +20,5 @@ def encoder_of(cfg: Any) -> tuple[Encoder, Any]:
         manifest = read_manifest(directory)
         tokenizer_at = str(directory / manifest["weights"]["path"])
         source = tokenizer_at if manifest["weights"]["kind"] == "model" else manifest["base"]["path"]
-    template = chat_template(model.chat_template) if model.chat_template else None
-    tokenizer = load_tokenizer(tokenizer_at, revision, model.trust_remote_code, template)
-    return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing_of(cfg)), tokenizer
+    tokenizer = load_tokenizer(tokenizer_at, revision, model.trust_remote_code, model.chat_template)
+    return make_encoder(tokenizer, source, revision, weighing_of(cfg)), tokenizer

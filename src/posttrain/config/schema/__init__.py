@@ -1,7 +1,7 @@
 """Every config key there is, its type and its bounds: what a composed config is checked against."""
 
 from posttrain.config.schema.basic import Strict
-from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, Source
+from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, SourceConfig
 from posttrain.config.schema.language import PpoConfig, RewardConfig
 from posttrain.config.schema.model import (
     AdaLora,
@@ -66,7 +66,7 @@ __all__ = [
     "RewardConfig",
     "Rm",
     "Sft",
-    "Source",
+    "SourceConfig",
     "Stage",
     "Strict",
     "Targeted",

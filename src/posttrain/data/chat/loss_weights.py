@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config.schema import Sft, Stage
-from posttrain.data.chat.alignment import Message, Rendered, Span, content_of
+from posttrain.data.chat.alignment import Rendered, Span, content_of
+from posttrain.data.rows import CanonicalRow, Message
 from posttrain.errors import UserError
 
 Factor = tuple[int, int, float]  # characters start:stop of a rendered text, by what the weights of tokens in them are multiplied
@@ -76,7 +77,7 @@ def weighing_of(cfg: Stage) -> Weighing:
 PLAIN = Weighing(None, 1.0, 1.0, 1.0, 1.0, 0.0, 1)
 
 
-def row_weight(row: dict[str, Any]) -> float:
+def row_weight(row: CanonicalRow) -> float:
     """The row's own weight; 1 where it says none."""
     return 1.0 if row.get("weight") is None else _checked(row["weight"], "weight")
 

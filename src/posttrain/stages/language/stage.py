@@ -17,17 +17,18 @@ from torch import nn
 from posttrain.batch import LossOutput, Metrics, PackedBatch
 from posttrain.config.schema import DataConfig, Guarded, LanguageStage
 from posttrain.console import say
-from posttrain.data.chat.encoder import Encoder, chat_template
+from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, weighing_of
 from posttrain.data.collate import zero_weight
 from posttrain.data.mixture import Curriculum, make_sampler, read_mixture
 from posttrain.data.prepare import held_out_rows, prepare_set
+from posttrain.data.row_use import USES
 from posttrain.data.selection import SELF, replayed, replays
 from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet, Rows, Task, eval_batches, own_metrics, remember, set_metrics
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.models.language.self_replay import Replay
-from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import Run, write_json, write_text
 from posttrain.stages.dpo.reference import attach, digest_of, reference_logps, train_reference
@@ -211,9 +212,8 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
     """Base, tokenizer and tokenised data: everything a mistake of the user can be in."""
     start, model = resolve_start(cfg), cfg.model
     base = find_base(start, model.revision)
-    template = chat_template(model.chat_template) if model.chat_template else None
-    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
-    encoder = Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer), weighing_of(cfg))
+    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
+    encoder = make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg))
     sources = cfg.data
     ewc = cfg.ewc if isinstance(cfg, Guarded) and cfg.ewc.lam and cfg.ewc.importance == "fisher" else None
     own = str(directory / "self_replay.jsonl")
@@ -222,7 +222,7 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
         written = replay.write(cache_root(), frozen_dtype(cfg), accelerator.device, model.trust_remote_code, check)
         _copy(written, Path(own))
         sources = replayed(sources, own)
-    data = read_mixture(sources, cfg.stage, encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
+    data = read_mixture(sources, USES[cfg.stage], encoder, cfg.example_length, cache_root())  # type: ignore[attr-defined]
     sets = [
         EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
         for name, path in (cfg.eval.sets or {}).items()
@@ -243,7 +243,7 @@ def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalS
     """The held-out rows with answers alone counting, for log p(answer | prompt, reasoning), and with all tokens alike."""
     kinds = {"answer": encoder.weighing.of_answers, "plain": PLAIN}
     rows = {name: encoder.weighing_as(weighing) for name, weighing in kinds.items()}
-    found = {name: held_out_rows(data, "sft", encoder, cfg.example_length) for name, encoder in rows.items()}
+    found = {name: held_out_rows(data, USES["sft"], encoder, cfg.example_length) for name, encoder in rows.items()}
     return [EvalSet(name, examples, "conversation") for name, examples in found.items() if len(examples)]
 
 
