@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from posttrain.config.schema.data import DATA_FORMATS
@@ -47,8 +48,9 @@ FORMATS: Registry[Format] = DATA_FORMATS
 
 def guest_files() -> list[Path]:
     """The files of formats that other packages add: their code decides what is tokenised, as ours does."""
-    modules = [sys.modules[FORMATS.module(name)] for name in FORMATS.all()]
-    return sorted(Path(m.__file__) for m in modules if m.__file__ and not m.__name__.startswith(f"{__name__}."))
+    FORMATS.all()
+    files = {sys.modules[entry.module].__file__ for entry in entry_points(group=FORMATS.group)}
+    return sorted(Path(file) for file in files if file)
 
 
 def by_precedence() -> dict[str, Format]:
