@@ -18,7 +18,7 @@ from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.models.language.loading import LoadedModel, device_here, is_scorer, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import stop_tokens
+from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_config
 from posttrain.stages.spec import spec_of
@@ -69,7 +69,7 @@ def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
     if "data.path" in settings:
         return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
@@ -90,11 +90,11 @@ def _own_set(config: dict[str, Any], encoder: Encoder) -> list[EvalSet]:
     """What the run held out itself, where a likelihood says something about it: not of prompts, which have no known answer."""
     spec = REGISTRY.get(config["stage"]) if config["stage"] in REGISTRY.names() else None
     kind = MEASURED_AS.get(spec.rows.examples) if spec and spec.rows else None
-    if kind is None:
+    if spec is None or kind is None:
         say(f"{config['stage']}: its own held-out rows are not measured by likelihood; eval.sets are, or give data.path=FILE")
         return []
     data = DataConfig.model_validate(config["data"])
-    own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
+    own = held_out_of(data, spec.rows, encoder, config["train"]["max_length"], cache_root())
     return [EvalSet("eval", own, kind)] if len(own) else []
 
 
@@ -103,7 +103,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_model(run, device_here())
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     config = read_config(Path(run).expanduser())
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
@@ -118,9 +118,11 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
             "skip_rows": 0,
             "max_rows": rows,
         }
-    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())[0]
+    spec = spec_of(config["stage"])
+    assert spec.rows
+    prepared = prepare(DataConfig.model_validate(data), spec.rows, encoder, length, cache_root())[0]
     examples = prepared.train if "data.path" in settings else prepared.held_out
-    objective = spec_of(config["stage"]).objective_of(typed_config(config))
+    objective = spec.objective_of(typed_config(config))
     batches = pack_by_tokens(objective.pack, examples)
     return own_metrics(scorer(live), batches, objective, torch.device(live.model.device), lambda: None)[0]
 

@@ -7,22 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowUse:
+    """Which rows a stage takes, and what becomes of them.
+
+    Args:
+        name: of the stage, as errors say it.
+        takes: kinds of canonical rows (see `Format.kind`).
+        examples: the kind of examples that they become (data/example_kinds.py): documents, conversations, pairs, scored_pairs
+            or prompts.
+        needs: in words, what to give in place of rows that do not fit.
+    """
+
     name: str
     takes: tuple[str, ...]
     examples: str
     needs: str
-
-
-_PAIRS = "prompt, chosen and rejected"
-_CHATS = "messages, instruction and output, or prompt and completion"
-_PROMPTS = "prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected"
-USES = {
-    use.name: use
-    for use in (
-        RowUse("cpt", ("text",), "documents", "a text column"),
-        RowUse("sft", ("messages", "prompt_completion", "text"), "conversations", _CHATS),
-        RowUse("dpo", ("pairs",), "pairs", _PAIRS),
-        RowUse("rm", ("pairs",), "scored_pairs", _PAIRS),
-        RowUse("ppo", ("messages", "prompt_completion", "pairs"), "prompts", _PROMPTS),
-    )
-}

@@ -115,3 +115,8 @@ def spec_of(name: str) -> StageSpec:
 def _load(place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def row_uses() -> dict[str, RowUse]:
+    """By stage, for those that read rows of text."""
+    return {name: spec.rows for name, spec in stages().items() if spec.rows}

@@ -1,7 +1,7 @@
 """Every config key there is, its type and its bounds: what a composed config is checked against."""
 
 from posttrain.config.schema.basic import Rate, Strict
-from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, Source
+from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, SourceConfig
 from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
 from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig
 from posttrain.config.schema.model import (
@@ -57,7 +57,7 @@ __all__ = [
     "RmConfig",
     "RolloutConfig",
     "SampleConfig",
-    "Source",
+    "SourceConfig",
     "Stage",
     "Strict",
     "Targeted",

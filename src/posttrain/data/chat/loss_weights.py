@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config.schema import Conversational, Stage
-from posttrain.data.chat.alignment import Message, Rendered, Span, content_of
+from posttrain.data.chat.alignment import Rendered, Span, content_of
+from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
 Factor = tuple[int, int, float]  # characters start:stop of a rendered text, by what the weights of tokens in them are multiplied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.data.row_use import USES
+from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec
 
 SPEC = StageSpec(
@@ -13,5 +13,5 @@ SPEC = StageSpec(
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.cpt.config:Cpt",
     steps="posttrain.stages.cpt.stage:steps",
-    rows=USES["cpt"],
+    rows=RowUse("cpt", ("text",), "documents", "a text column"),
 )

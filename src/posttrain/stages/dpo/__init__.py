@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.data.row_use import USES
+from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec
 
 SPEC = StageSpec(
@@ -13,6 +13,6 @@ SPEC = StageSpec(
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.dpo.config:Dpo",
     steps="posttrain.stages.dpo.stage:steps",
-    rows=USES["dpo"],
+    rows=RowUse("dpo", ("pairs",), "pairs", "prompt, chosen and rejected"),
     plan="posttrain.stages.dpo.plan",
 )

@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import DataConfig, Guarded, LanguageStage
-from posttrain.data.chat.encoder import Encoder, chat_template
+from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, weighing_of
 from posttrain.data.collate import BatchSampler
 from posttrain.data.examples import Examples
 from posttrain.data.mixture import Mixture, make_sampler, read_mixture
 from posttrain.data.prepare import held_out_rows, prepare_set
+from posttrain.data.row_use import RowUse
 from posttrain.data.selection import SELF, replayed, replays
 from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet
 from posttrain.models.hub import BaseInfo
 from posttrain.models.language.self_replay import Replay
-from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.summary import lines_of
+from posttrain.stages.spec import spec_of
 from posttrain.stages.steps import Context, Prepared
 
 
@@ -63,11 +65,8 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     """weights: whether those of the base will be wanted, and are fetched, hashed and checked. Raises UserError."""
     start, model = resolve_start(cfg, weights), cfg.model
     base = find_base(start, model.revision, weights)
-    template = chat_template(model.chat_template) if model.chat_template else None
-    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, template)
-    return Opened(
-        start, base, tokenizer, Encoder(tokenizer, stop_tokens(start.source, model.revision, tokenizer), weighing_of(cfg))
-    )
+    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
+    return Opened(start, base, tokenizer, make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg)))
 
 
 def prepare_language(context: Context) -> Prepared[PreparedData]:
@@ -75,7 +74,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     cfg: LanguageStage = context.cfg
     opened = open_language(cfg, context.weights)
     sources, own_text = _with_replay(context, opened)
-    data = read_mixture(sources, cfg.stage, opened.encoder, cfg.example_length, cache_root())
+    data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
     order = make_sampler(data, sources, cfg.train, context.processes)
     start, base = opened.start, opened.base
     sets: list[EvalSet] = []
@@ -98,6 +97,13 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     return Prepared(found, order.num_steps, identity, lines, data.where)
 
 
+def rows_of(cfg: LanguageStage) -> RowUse:
+    """What the stage makes of rows."""
+    use = spec_of(cfg.stage).rows
+    assert use, "a stage of language models reads rows"
+    return use
+
+
 def eval_sets(cfg: LanguageStage, sources: DataConfig, encoder: Encoder) -> list[EvalSet]:
     """The sets of `eval.sets`, and of marked reasoning the held-out rows with answers alone counting."""
     sets = [
@@ -111,7 +117,7 @@ def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalS
     """The held-out rows with answers alone counting, for log p(answer | prompt, reasoning), and with all tokens alike."""
     kinds = {"answer": encoder.weighing.of_answers, "plain": PLAIN}
     rows = {name: encoder.weighing_as(weighing) for name, weighing in kinds.items()}
-    found = {name: held_out_rows(data, "sft", encoder, cfg.example_length) for name, encoder in rows.items()}
+    found = {name: held_out_rows(data, rows_of(cfg), encoder, cfg.example_length) for name, encoder in rows.items()}
     return [EvalSet(name, examples, "conversation") for name, examples in found.items() if len(examples)]
 
 

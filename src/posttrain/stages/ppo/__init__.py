@@ -3,7 +3,7 @@ and with other advantages GRPO and RLOO. A step of the run is one rollout and th
 
 from __future__ import annotations
 
-from posttrain.data.row_use import USES
+from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import INIT, OF_ALL, OF_LANGUAGE, Parent, StageSpec
 
 SPEC = StageSpec(
@@ -17,7 +17,12 @@ SPEC = StageSpec(
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.ppo.config:Ppo",
     steps="posttrain.stages.ppo.stage:steps",
-    rows=USES["ppo"],
+    rows=RowUse(
+        "ppo",
+        takes=("messages", "prompt_completion", "pairs"),
+        examples="prompts",
+        needs="prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
+    ),
     parents=(INIT, Parent("init_reward", "reward"), Parent("reward.gold", "gold")),
     plan="posttrain.stages.ppo.plan",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.data.row_use import USES
+from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import INIT, OF_ALL, OF_LANGUAGE, Parent, StageSpec
 
 SPEC = StageSpec(
@@ -13,7 +13,7 @@ SPEC = StageSpec(
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.rm.config:Rm",
     steps="posttrain.stages.rm.stage:steps",
-    rows=USES["rm"],
+    rows=RowUse("rm", ("pairs",), "scored_pairs", "prompt, chosen and rejected"),
     parents=(INIT, Parent("rm.policy", "policy")),
     measured_by="posttrain.stages.rm.stage:objective",
 )

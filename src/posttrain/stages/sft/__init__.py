@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.data.row_use import USES
+from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec
 
 SPEC = StageSpec(
@@ -13,5 +13,10 @@ SPEC = StageSpec(
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.sft.config:Sft",
     steps="posttrain.stages.sft.stage:steps",
-    rows=USES["sft"],
+    rows=RowUse(
+        "sft",
+        takes=("messages", "prompt_completion", "text"),
+        examples="conversations",
+        needs="messages, instruction and output, or prompt and completion",
+    ),
 )
