@@ -16,7 +16,6 @@ from posttrain.config.schema import LanguageStage, Stage
 from posttrain.console import console, is_main, say
 from posttrain.data.chat.encoder import template_hash
 from posttrain.evaluation.calibration import SUSPICIOUS
-from posttrain.models.peft.export import final_ranks
 from posttrain.reports.run_records import amount
 from posttrain.runs.directory import Run
 from posttrain.stages.language.build import PreparedData, TrainableModel
@@ -61,7 +60,7 @@ def manifest_of(
         "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
         "dtype": str(built.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
-        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
+        "peft": cfg.peft.model_dump() | cfg.peft.record(built.module.model),
         "chain": inputs.start.mode,
         "trainable": {"trained": built.trained, "total": built.total},
         "data": inputs.data.record(inputs.order.until(steps)),

@@ -22,7 +22,6 @@ from posttrain.config.schema import Stage
 from posttrain.console import say
 from posttrain.data.collate import BatchSampler
 from posttrain.errors import UserError
-from posttrain.models.peft.attach import lr_ratio
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run, allowed, code_state, compare, identity_of, library_versions, read_manifest
 from posttrain.stages.manifest import show_outcome
@@ -113,7 +112,7 @@ class StageRun(Generic[In, B]):
         optimizer, note = make_optimizer(
             optim.name,
             whole,
-            partial(lr_ratio, self.cfg.peft),
+            self.cfg.peft.rate_of,
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,

@@ -81,8 +81,8 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
     return {
         "stage": stage,
         "model": cfg.model.name,
-        "method": cfg.peft.method,
-        "quant": cfg.quant.method,
+        "method": cfg.peft.name,
+        "quant": cfg.quant.name,
         "total_numbers": found.total_numbers,
         "trained_numbers": found.trained_numbers,
         "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},

@@ -1,26 +1,8 @@
 """Every config key there is, its type and its bounds: what a composed config is checked against."""
 
-from posttrain.config.schema.basic import Strict
+from posttrain.config.fields import Strict
 from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, Source
 from posttrain.config.schema.language import PpoConfig, RewardConfig
-from posttrain.config.schema.model import (
-    AdaLora,
-    Adapted,
-    Bottleneck,
-    Dora,
-    Full,
-    Head,
-    Lora,
-    LoraPlus,
-    Method,
-    Nf4,
-    Partial,
-    Prefix,
-    Prompt,
-    Ptuning,
-    Targeted,
-    Vera,
-)
 from posttrain.config.schema.stages import (
     STAGE_CONFIG,
     STAGES,
@@ -39,29 +21,15 @@ from posttrain.config.schema.training import TrainConfig
 __all__ = [
     "STAGES",
     "STAGE_CONFIG",
-    "AdaLora",
-    "Adapted",
-    "Bottleneck",
     "Cpt",
     "DataConfig",
-    "Dora",
     "Dpo",
     "Dreambooth",
-    "Full",
     "Guarded",
-    "Head",
     "LanguageStage",
-    "Lora",
-    "LoraPlus",
-    "Method",
     "MixedSource",
-    "Nf4",
-    "Partial",
     "Ppo",
     "PpoConfig",
-    "Prefix",
-    "Prompt",
-    "Ptuning",
     "ReplayConfig",
     "RewardConfig",
     "Rm",
@@ -69,7 +37,5 @@ __all__ = [
     "Source",
     "Stage",
     "Strict",
-    "Targeted",
     "TrainConfig",
-    "Vera",
 ]

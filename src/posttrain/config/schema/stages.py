@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from posttrain.config.schema.basic import Rate, Strict
+from posttrain.config.fields import Rate, Strict
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
 from posttrain.config.schema.language import (
@@ -39,25 +39,19 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
-        if self.quant.method != "none" and (self.peft.output == "model" or self.peft.method == "pissa"):
-            how = {"none": "in full", "pissa": "by pissa, which writes into the base"}.get(
-                self.peft.method, f"by {self.peft.method}"
-            )
-            raise ValueError(f"quant={self.quant.method} cannot be trained {how}; add +peft=qlora, or say quant=none")
-        if self.quant.method == "int8" and self.peft.method == "dora":
-            raise ValueError("quant=int8 cannot be trained by dora, which has to read the whole weight; say quant=nf4")
-        if self.quant.method != "none" and self.train.fsdp:
-            raise ValueError(f"train.fsdp does not shard a base in {self.quant.method}; say quant=none, or train.fsdp=false")
-        if self.train.fsdp and not (self.peft.output == "model" or self.peft.is_additive):
-            raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
+        self.peft.check_base(self.quant)
+        if self.quant.is_quantized and self.train.fsdp:
+            raise ValueError(f"train.fsdp does not shard a base in {self.quant.name}; say quant=none, or train.fsdp=false")
+        if self.train.fsdp and not self.peft.for_fsdp:
+            raise ValueError(f"train.fsdp does not shard peft={self.peft.name}; use peft=lora, or train.fsdp=false")
         return self
 
     @property
     def base_dtype(self) -> str:
-        """Of a frozen base 16 bit, of weights that are trained (or that PiSSA writes into) 32, unless the user says otherwise."""
+        """Of a frozen base 16 bit, of weights that are trained or written into 32, unless the user says otherwise."""
         if self.model.dtype != "auto":
             return self.model.dtype
-        return "float32" if self.peft.output == "model" or self.peft.method == "pissa" else "bfloat16"
+        return "float32" if self.peft.writes_base else "bfloat16"
 
 
 class LanguageStage(Stage):
@@ -157,11 +151,9 @@ class Ppo(LanguageStage):
             )
         if self.train.processes > 1 or self.train.fsdp:
             raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
-        if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
-            raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
-        if self.rollout.engine == "vllm" and not (
-            self.peft.is_additive and self.peft.method != "pissa" and self.quant.method == "none"
-        ):
+        if not self.peft.for_ppo:
+            raise ValueError(f"peft: ppo cannot train {self.peft.name}; use +peft=lora, another adapter, or full training")
+        if self.rollout.engine == "vllm" and (self.quant.is_quantized or not self.peft.for_vllm):
             raise ValueError(
                 "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
             )
@@ -179,7 +171,7 @@ class Dreambooth(Stage):
 
     @model_validator(mode="after")
     def _can_learn(self) -> Dreambooth:
-        data, method = self.data, self.peft.method
+        data = self.data
         if data.instance_dir is None:
             raise ValueError("data.instance_dir: nothing to learn from; give a folder with 3 to 10 pictures of the individual")
         if data.instance_prompt is None and data.captions == "prompt":
@@ -189,11 +181,13 @@ class Dreambooth(Stage):
                 f'data.class_prompt: prior.weight={self.prior.weight:g} needs one, such as "a dog"; '
                 "give it, or say prior.weight=0"
             )
-        if method in ("head", "partial", "adapter", "prefix", "ptuning", "prompt"):
-            raise ValueError(f"peft: {method} is a method of language models; use +peft=lora, a variant of it, or full training")
-        if self.quant.method == "int8":
-            raise ValueError("quant=int8 is of language models; say quant=nf4")
-        if self.quant.method == "nf4" and self.quant.dense_layers:
+        if not self.peft.for_images:
+            raise ValueError(
+                f"peft: {self.peft.name} is a method of language models; use +peft=lora, a variant of it, or full training"
+            )
+        if not self.quant.for_images:
+            raise ValueError(f"quant={self.quant.name} is of language models; say quant=nf4")
+        if self.quant.kept_dense:
             raise ValueError("quant.dense_layers is of language models; say quant.dense_layers=0")
         if self.train.fsdp:
             raise ValueError("train.fsdp shards language models; say train.fsdp=false")

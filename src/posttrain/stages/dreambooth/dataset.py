@@ -20,7 +20,6 @@ from posttrain.models.diffusion.families import FAMILIES, encode_pixels, encode_
 from posttrain.models.diffusion.image_generation import Drawing
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline, native_size, pipeline_directory
 from posttrain.models.hub import BaseInfo
-from posttrain.models.quantization import quantize_blocks
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import Run, parent_record, read_manifest
 from posttrain.stages.dreambooth.class_images import class_images
@@ -83,6 +82,7 @@ def read_images(cfg: Dreambooth, world_size: int, weights: bool = True) -> Image
     per_step = train.batch_size * train.grad_accum * world_size
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(views))
     order = BatchSampler.shuffled(len(views), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    cfg.peft.check_steps(order.num_steps)
     key = content_hash(fingerprint(views), fingerprint(class_views))
     return ImageInputs(
         base, parents, framing, (red, green, blue), instance, views, class_views, token, left_out, order, key
@@ -153,8 +153,8 @@ class DreamboothDataset:
         self.dtype: torch.dtype = getattr(torch, cfg.base_dtype)
         pipe = self.pipe = load_pipeline(inputs.base, self.dtype)
         self.family = FAMILIES[type(pipe).__name__]
-        if cfg.quant.method != "none":
-            quantize_blocks(getattr(pipe, self.family.denoiser), cfg.quant.model_dump(), str(self.device))
+        if cfg.quant.is_quantized:
+            cfg.quant.quantize_blocks(getattr(pipe, self.family.denoiser), str(self.device))
         pipe.to(self.device)
         self.identity = content_hash(inputs.base.digest, str(self.dtype), cfg.quant.model_dump())
         side = inputs.framing.side

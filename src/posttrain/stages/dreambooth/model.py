@@ -15,12 +15,11 @@ from posttrain.models.diffusion.denoiser import save_adapter, save_pipeline, tra
 from posttrain.models.diffusion.families import DiffusionModel, text_encoders
 from posttrain.models.diffusion.pipelines import pipeline_directory
 from posttrain.models.language.packed_lm import count_numbers
-from posttrain.models.peft.adalora import RankAllocator
-from posttrain.models.peft.export import final_ranks
 from posttrain.runs.directory import Run
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 from posttrain.stages.manifest import measured
 from posttrain.training.loop import seed_step
+from posttrain.training.objective import StepCallback
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DreamboothModel:
     trained: int
     total: int
     dtype: torch.dtype
-    schedule: RankAllocator | None
+    schedule: StepCallback | None  # of the method
 
     def manifest(
         self,
@@ -44,7 +43,6 @@ class DreamboothModel:
     ) -> dict[str, Any]:
         """What manifest.json says of a run, but for what every manifest has."""
         base, inputs = gallery.inputs.base, gallery.inputs
-        ranks = final_ranks(self.module.denoiser)
         sources = [{"source": cfg.data.instance_dir, "pictures": len(inputs.instance), "views": len(inputs.views)}]
         if gallery.prior_order:
             origin = cfg.data.class_dir or f"made by the model: {cfg.data.class_prompt}"
@@ -62,7 +60,7 @@ class DreamboothModel:
             "size": inputs.framing.side,
             "dtype": str(self.dtype).removeprefix("torch."),
             "quant": cfg.quant.model_dump(),
-            "peft": cfg.peft.model_dump() | ({"ranks": ranks} if ranks else {}),
+            "peft": cfg.peft.model_dump() | cfg.peft.record(self.module.denoiser),
             "trained_parts": sorted(self.module.trained),
             "trainable": {"trained": self.trained, "total": self.total},
             "data": sources,
@@ -86,9 +84,7 @@ def build_dreambooth(cfg: Dreambooth, gallery: DreamboothDataset, num_steps: int
         for name in text_encoders(gallery.pipe):
             setattr(gallery.pipe, name, None)
     module = DiffusionModel(gallery.pipe, gallery.captions, gallery.texts if encoded else None, parts)
-    denoiser: Any = module.denoiser
-    schedule = RankAllocator(denoiser) if cfg.peft.method == "adalora" else None
-    return DreamboothModel(module, *count_numbers(module), gallery.dtype, schedule)
+    return DreamboothModel(module, *count_numbers(module), gallery.dtype, cfg.peft.step_callback(module.denoiser))
 
 
 def save_dreambooth(
@@ -102,7 +98,7 @@ def save_dreambooth(
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             if kind == "adapter":
-                save_adapter(parts, temporary, cfg.peft.is_additive or cfg.peft.method == "adalora", gallery.inputs.base.path)
+                save_adapter(parts, temporary, cfg.peft, gallery.inputs.base.path)
             else:
                 save_pipeline(pipeline_directory(gallery.inputs.base), parts, temporary)
             shutil.rmtree(final, ignore_errors=True)

@@ -119,7 +119,7 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         return replace(inputs, order=make_sampler(inputs.data, cfg.data, cfg.train, self.accelerator.num_processes, curriculum))
 
     def step_method(self, module: nn.Module, built: TrainableModel, inputs: PreparedData) -> StepCallback | None:
-        """AdaLoRA's schedule and EWC's pull, where there are such."""
+        """What the method does in a step, and EWC's pull, where there are such."""
         found: list[StepCallback] = [built.schedule] if built.schedule else []
         cfg, plain = self.cfg, self.accelerator.unwrap_model(module)
         if isinstance(cfg, Guarded) and cfg.ewc.lam:
@@ -230,6 +230,7 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
     if encoder.weighing.marker:
         sets += _spans(sources, cfg, encoder)
     order = make_sampler(data, sources, cfg.train, accelerator.num_processes)
+    cfg.peft.check_steps(order.num_steps)
     start, base = merged_start(cfg, start, base)
     anchor = None
     if ewc:
