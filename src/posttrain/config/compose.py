@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
 from posttrain.config.schema import MixedSource
 from posttrain.config.stages import REGISTRY, typed_config
@@ -55,9 +56,12 @@ def validate(config: dict[str, Any]) -> Any:
 
 @contextmanager
 def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
-    """A Hydra whose search path is the user's directory, then the shipped one: the first can shadow the second."""
+    """A Hydra whose search path is the user's directory, the shipped one, and those that installed packages bring; an earlier one
+    can shadow those after it."""
     setbase("1.3")
     path = create_config_search_path(str(root("configs")))
+    for folder in (folder for registry in (REGISTRY, *REGISTRIES) for folder in registry.config_dirs()):
+        path.prepend(provider="plugin", path=f"file://{folder.resolve()}", anchor=SearchPathQuery(provider="schema"))  # the last
     if config_dir:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: {config_dir} is no directory")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, Weight, listed
 
 
 class DpoConfig(Strict):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from posttrain.models.quantization import dense_weight
+from posttrain.models.quantization.nf4 import dense_weight
 
 
 def fuse(model: nn.Module) -> None:

@@ -76,6 +76,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
     order = make_sampler(data, sources, cfg.train, context.processes)
+    cfg.peft.check_steps(order.num_steps)
     start, base = opened.start, opened.base
     sets: list[EvalSet] = []
     ewc_text = None

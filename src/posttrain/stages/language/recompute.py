@@ -11,12 +11,12 @@ import psutil
 import torch
 from torch import nn
 
-from posttrain.config.schema import LanguageStage, Nf4
+from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.quantization import dense_bytes, keep_dense
+from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
 
@@ -28,7 +28,7 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
     largest micro-batch."""
     lm, wanted = built.module, cfg.train.gradient_checkpointing
-    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
+    dense = cfg.quant.kept_dense
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":

@@ -122,7 +122,7 @@ def _scorers(cfg: Ppo, tokenizer_hash: str, gold: bool) -> dict[str, InitSource]
     """Where the reward model, and a gold one, begin. gold: whether `reward.gold` names a run and no function."""
     found = {}
     if cfg.init_reward:
-        found["reward"] = resolve_reward(cfg, cfg.init_reward, "init_reward", tokenizer_hash)
+        found["reward"] = resolve_reward(cfg, cfg.init_reward, "init_reward", tokenizer_hash, cfg.ppo.advantage == "gae")
     if cfg.reward.gold and gold:
         found["gold"] = resolve_reward(cfg, cfg.reward.gold, "reward.gold", tokenizer_hash)
     return found
