@@ -25,12 +25,14 @@ from pydantic import ValidationError
 
 from posttrain.config.paths import root
 from posttrain.config.schema import STAGE_CONFIG, MixedSource
+from posttrain.config.schema.basic import UNKNOWN_NAME
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import flatten, read_config
 from posttrain.runs.earlier import RENAMED_KEYS
 
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
+# keys below these need no + before them
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
@@ -206,6 +208,8 @@ def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     message = message[0].lower() + message[1:]
     if complaint["type"] == "value_error":
         return message
+    if complaint["type"] == UNKNOWN_NAME:
+        return f"{key}: {message}"
     if key and path[-1] != str(complaint["loc"][-1]):  # a field of several kinds, each of which has its own complaint
         of_field = [c["msg"] for c in complaints if c["loc"][:-1] == complaint["loc"][:-1]]
         message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])

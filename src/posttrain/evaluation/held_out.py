@@ -17,7 +17,7 @@ from posttrain.console import Meter
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import Examples
 from posttrain.evaluation.calibration import score_summary
-from posttrain.losses.preference import likelihood_preference, reward_loss
+from posttrain.losses.reward import likelihood_preference, reward_loss
 from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.runs.directory import write_json
 from posttrain.training.loop import evaluate

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, LossOutput, Metrics
-from posttrain.training.optimizer import Schedule
+from posttrain.config.choices import Schedule
 
 B = TypeVar("B", bound=Batch)
 Objective = Callable[[nn.Module, B], LossOutput]
