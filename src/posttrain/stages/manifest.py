@@ -63,6 +63,7 @@ def manifest_of(
         "quant": cfg.quant.model_dump(),
         "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
         "chain": inputs.start.mode,
+        "kernels": built.module.report.record(),
         "trainable": {"trained": built.trained, "total": built.total},
         "data": inputs.data.record(inputs.order.until(steps)),
         "held_out": asdict(inputs.data.held_out_stats),

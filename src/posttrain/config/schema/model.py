@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.config.choices import Kernels
 from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict
 
 
@@ -19,6 +20,7 @@ class ModelConfig(Strict):
 
 class LanguageModel(ModelConfig):
     attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
+    kernels: Kernels  # reference: the plain modules of transformers and peft
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
 

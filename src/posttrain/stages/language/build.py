@@ -16,6 +16,7 @@ from posttrain.data.mixture import Mixture
 from posttrain.errors import RunError
 from posttrain.evaluation.held_out import EvalSet
 from posttrain.models.hub import BaseInfo, digest
+from posttrain.models.kernels.attention import chosen_attention
 from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.adalora import RankAllocator
@@ -89,7 +90,7 @@ def build_model(
             remember_start(model)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device))
+    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.model.kernels)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     schedule = RankAllocator(model) if cfg.peft.method == "adalora" else None
@@ -97,10 +98,8 @@ def build_model(
 
 
 def attention_of(cfg: LanguageStage, device: torch.device) -> str:
-    """documents, flex or dense."""
-    if cfg.model.attention != "auto":
-        return cfg.model.attention
-    return "flex" if device.type == "cuda" else "documents"
+    """documents, flex or dense. Raises UserError where it does not run on this device."""
+    return chosen_attention(cfg.model.attention, device)
 
 
 def save_result(cfg: LanguageStage, run: Run, built: TrainableModel, accelerator: Accelerator, inputs: PreparedData) -> Result:

@@ -26,7 +26,8 @@ MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW'
 def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, inputs: PreparedData, device: torch.device) -> None:
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense."""
     lm, wanted = built.module, cfg.train.gradient_checkpointing
-    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
+    # bitsandbytes' own layers know of no dense copies
+    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) and cfg.model.kernels == "auto" else 0
     free, asked = USED * free_bytes(device), _asked(cfg, built, inputs, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
@@ -83,6 +84,6 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
     if kinds := getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types = kinds[:layers]
     try:
-        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences).whole
+        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels).whole
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None

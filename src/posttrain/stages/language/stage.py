@@ -31,7 +31,7 @@ from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import Run, write_json, write_text
 from posttrain.stages.dpo.reference import attach, digest_of, reference_logps, train_reference
-from posttrain.stages.language.build import PreparedData, TrainableModel, build_model, frozen_dtype, save_result
+from posttrain.stages.language.build import PreparedData, TrainableModel, attention_of, build_model, frozen_dtype, save_result
 from posttrain.stages.language.curriculum import perplexities
 from posttrain.stages.language.ewc import CompositeCallback, EwcPenalty, fisher
 from posttrain.stages.language.init import find_base, merged_start, resolve_start
@@ -77,6 +77,8 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         built = build_model(
             self.cfg, inputs.start, inputs.base, inputs.order.num_steps, self.accelerator.device, self.task.scores
         )
+        if warning := built.module.report.warning:
+            say(warning)
         module, built = self.assemble(built, inputs)
         fit_memory(self.cfg, module, built, inputs, self.accelerator.device)
         return module, built
@@ -186,7 +188,8 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         """Names a function: base weights, what an adapter adds, and the precision in which both are computed."""
         cfg = self.cfg
         weights = [base or inputs.base.digest, inputs.start.identity if adapter is None else adapter]
-        return content_hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention)
+        computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels]
+        return content_hash(weights, cfg.quant.model_dump(), *computed)
 
     def save(self, built: TrainableModel, inputs: PreparedData, state: dict[str, Any], after: dict[str, float]) -> dict[str, Any]:
         if self.task.scores:
@@ -209,6 +212,7 @@ def forgetting(before: float, after: float) -> float:
 
 def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, check: Callable[[], None]) -> PreparedData:
     """Base, tokenizer and tokenised data: everything a mistake of the user can be in."""
+    attention_of(cfg, accelerator.device)
     start, model = resolve_start(cfg), cfg.model
     base = find_base(start, model.revision)
     template = chat_template(model.chat_template) if model.chat_template else None
@@ -218,7 +222,7 @@ def read_inputs(cfg: LanguageStage, directory: Path, accelerator: Accelerator, c
     ewc = cfg.ewc if isinstance(cfg, Guarded) and cfg.ewc.lam and cfg.ewc.importance == "fisher" else None
     own = str(directory / "self_replay.jsonl")
     if replays(sources) or (ewc and ewc.path == SELF):
-        replay = Replay(start.source, base.revision, base.digest, tokenizer, encoder.end_tokens(), sources.replay)
+        replay = Replay(start.source, base.revision, base.digest, tokenizer, encoder.end_tokens(), sources.replay, model.kernels)
         written = replay.write(cache_root(), frozen_dtype(cfg), accelerator.device, model.trust_remote_code, check)
         _copy(written, Path(own))
         sources = replayed(sources, own)
