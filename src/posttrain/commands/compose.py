@@ -145,7 +145,7 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
         model.load_adapter(str(part.weights), name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
-    lm = PackedLM(model, "documents").eval()
+    lm = PackedLM(model, "documents", first.manifest.get("kernels", {}).get("choice", "auto")).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
     handles = _scale_outputs(model, names, scales)

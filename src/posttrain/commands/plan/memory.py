@@ -39,7 +39,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     found = tally(cfg, model, base, list(linears(base).values()))
-    kept = activations(model, tokens, sequences)
+    kept = activations(model, tokens, sequences, cfg.model.kernels)
     parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
     if (dense := cfg.quant.kept_dense) != "auto":  # which takes no more than is left
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
+from posttrain.config.choices import Kernels
 from posttrain.config.fields import Strict
 from posttrain.config.interfaces import METHODS, QUANTIZERS, Method, Quantizer
 
@@ -20,6 +21,7 @@ class ModelConfig(Strict):
 
 class LanguageModel(ModelConfig):
     attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
+    kernels: Kernels  # reference: the plain modules of transformers and peft
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
 

@@ -57,6 +57,12 @@ class LanguageStage(Stage):
         """Tokens that a row of data may have."""
         return self.train.max_length
 
+    @model_validator(mode="after")
+    def _dense_copies_are_read(self) -> LanguageStage:
+        if self.model.kernels == "reference" and self.quant.kept_dense not in ("auto", 0):
+            raise ValueError("quant.dense_layers: model.kernels=reference reads no dense copies; say quant.dense_layers=0")
+        return self
+
 
 class Guarded(LanguageStage):
     """A stage that can forget, and mind it."""

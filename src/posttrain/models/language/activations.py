@@ -11,11 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.batch import Segment
+from posttrain.config.choices import Kernels
 from posttrain.config.interfaces import Method
+from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
@@ -60,6 +63,36 @@ def cost(
     return found, Cost(float(sum(storage.nbytes() for storage in storages.values())), float(counter.get_total_flops()))
 
 
+class _Counted(torch.autograd.Function):
+    """Attention without numbers: keeps what the flash kernels keep and does as many products as they, where the meta device would
+    write out all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], device="meta"))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        wide, long = query.shape, key.shape[2]
+        scores = query.new_empty(*wide[:3], long)
+        for _ in range(2):  # scores once more, and their gradient
+            torch.matmul(query, query.new_empty(*wide[:2], wide[3], long))
+        for _ in range(2):  # gradients of key and value
+            torch.matmul(scores.transpose(2, 3), query)
+        return torch.matmul(scores, query.new_empty(*wide[:2], long, wide[3])), torch.empty_like(key), torch.empty_like(value)
+
+
+def _counted(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _Counted.apply(query, key, value)  # pyright: ignore
+
+
+COUNTED = "posttrain_counted"
+register(COUNTED, attention_function("documents", _counted))
+
+
 class Activations(NamedTuple):
     """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
 
@@ -68,13 +101,14 @@ class Activations(NamedTuple):
     flops: float
 
 
-def activations(model: nn.Module, tokens: int, sequences: int) -> Activations:
-    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes.
+def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels = "auto") -> Activations:
+    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes. kernels: as `model.kernels`.
 
     The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
     layer's input and one layer's inside.
     """
-    lm = PackedLM(model, "documents")
+    lm = PackedLM(model, "documents", kernels)
+    lm.causal.set_attn_implementation(COUNTED)
     lm.train()
     length = max(1, tokens // sequences)
     bounds = [*range(0, length * sequences, length), tokens]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.batch import PackedBatch
+from posttrain.config.choices import Kernels
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.export import WEIGHTS
 from posttrain.models.peft.kinds import kind_of
@@ -27,8 +28,8 @@ class PackedScorer(PackedLM):
     Saved as transformers' AutoModelForSequenceClassification with one label. The language model's own head stays unused.
     """
 
-    def __init__(self, model: nn.Module, attention: str) -> None:
-        super().__init__(model, attention)
+    def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
+        super().__init__(model, attention, kernels)
         causal = self.causal
         output: Any = causal.get_output_embeddings()
         words: Any = causal.get_input_embeddings()

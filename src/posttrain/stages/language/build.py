@@ -9,6 +9,7 @@ import torch
 
 from posttrain.config.schema import LanguageStage
 from posttrain.models.hub import BaseInfo
+from posttrain.models.kernels.attention import chosen_attention
 from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
@@ -49,14 +50,12 @@ def build_model(
         model = add_method(model, cfg.peft, num_steps)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device))
+    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.model.kernels)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     return TrainableModel(module, *count_numbers(module), getattr(torch, dtype), cfg.peft.step_callback(model))
 
 
 def attention_of(cfg: LanguageStage, device: torch.device) -> str:
-    """documents, flex or dense."""
-    if cfg.model.attention != "auto":
-        return cfg.model.attention
-    return "flex" if device.type == "cuda" else "documents"
+    """documents, flex or dense. Raises UserError where it does not run on this device."""
+    return chosen_attention(cfg.model.attention, device)

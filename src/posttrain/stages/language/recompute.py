@@ -28,7 +28,7 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
     largest micro-batch."""
     lm, wanted = built.module, cfg.train.gradient_checkpointing
-    dense = cfg.quant.kept_dense
+    dense = cfg.quant.kept_dense if cfg.model.kernels == "auto" else 0  # bitsandbytes' own layers know of no dense copies
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
@@ -81,6 +81,6 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
     if kinds := getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types = kinds[:layers]
     try:
-        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences).whole
+        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels).whole
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None

@@ -76,6 +76,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "quant": cfg.quant.model_dump(),
         "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.model),
         "chain": data.start.mode,
+        "kernels": model.module.report.record(),
         "trainable": {"trained": model.trained, "total": model.total},
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),

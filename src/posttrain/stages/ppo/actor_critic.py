@@ -80,7 +80,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
     """A head of its own over the policy's model."""
-    found = PackedScorer(policy.model, attention_of(cfg, device))
+    found = PackedScorer(policy.model, attention_of(cfg, device), cfg.model.kernels)
     if start and start.scorer:
         found.load_head(start.scorer)
     return found
