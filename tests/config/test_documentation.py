@@ -7,7 +7,7 @@ import pytest
 from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
 from posttrain.config.schema import STAGES
-from posttrain.runs.directory import flatten
+from posttrain.runs.identity import flatten
 
 PAGE = root("configs").parent / "docs" / "configuration.md"
 GIVEN = {  # what a stage cannot do without

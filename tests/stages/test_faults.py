@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import posttrain
 from posttrain.errors import Stopped, UserError
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 from posttrain.training.checkpoint import FILES, RECORD, _sha256_of
 
 STEPS, STOPPED, SAVE = 9, 6, 2

@@ -15,7 +15,7 @@ from rich.table import Table
 from posttrain.console import console
 from posttrain.errors import UserError
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import library_versions
+from posttrain.runs.identity import library_versions
 
 OPTIONAL = {
     "hydra_plugins.hydra_joblib_launcher": "sweep",

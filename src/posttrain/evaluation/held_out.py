@@ -19,7 +19,7 @@ from posttrain.data.examples import Examples
 from posttrain.evaluation.calibration import score_summary
 from posttrain.losses.preference import likelihood_preference, reward_loss
 from posttrain.losses.tokens import answer_sums, token_loss
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.training.loop import evaluate
 from posttrain.training.objective import Objective
 

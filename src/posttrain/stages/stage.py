@@ -24,7 +24,9 @@ from posttrain.data.collate import BatchSampler
 from posttrain.errors import UserError
 from posttrain.models.peft.attach import lr_ratio
 from posttrain.reports.run_page import run_page
-from posttrain.runs.directory import Run, allowed, code_state, compare, identity_of, library_versions, read_manifest
+from posttrain.runs.directory import Run
+from posttrain.runs.identity import allowed, code_state, compare, identity_of, library_versions
+from posttrain.runs.manifest import read_manifest
 from posttrain.stages.manifest import show_outcome
 from posttrain.training.checkpoint import Checkpoint, check_room, newest_checkpoint
 from posttrain.training.guard import GuardConfig
@@ -265,7 +267,7 @@ class StageRun(Generic[In, B]):
     def _say_what_differs(self, other: Path) -> None:
         """From a finished run that this one rebuilds."""
         manifest = read_manifest(other)
-        then = manifest["identity"] | manifest["made_with"]
+        then = manifest.identity | manifest.made_with
         now = self.state["identity"] | self.state["made_with"]
         lines = compare(then, now, sorted(then | now), str(other))
         for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:
@@ -310,8 +312,9 @@ class StageRun(Generic[In, B]):
         said = self.save(built, inputs, state, after)
         manifest: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            manifest = self.run.finish(said | self._told(state) | self.remarks())
-            show_outcome(self.run, manifest, run_page(self.run.dir))
+            finished = self.run.finish(said | self._told(state) | self.remarks())
+            show_outcome(self.run, finished, run_page(self.run.dir))
+            manifest = finished.to_dict()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return manifest

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
 from posttrain.errors import Stopped
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.tensors import whole
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, halved, is_out_of_memory, not_finite

@@ -27,8 +27,8 @@ from posttrain.data.sources.source import is_local
 from posttrain.errors import UserError
 from posttrain.models.hub import resolve
 from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
+from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import read_manifest
 
 GB = 1e9
 # Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
@@ -103,15 +103,9 @@ def _source(cfg: Any) -> tuple[str, float]:
     """Where the model's shapes are, and bytes of the adapter that will lie under a new one."""
     if cfg.init is None:
         return cfg.model.name, 0.0
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        return cfg.init, 0.0
-    manifest = read_manifest(directory)
-    weights = directory / manifest["weights"]["path"]
-    if manifest["weights"]["kind"] == "model":
-        return str(weights), 0.0
-    stacked = cfg.peft.is_additive and cfg.chain.mode in ("auto", "stack")
-    return manifest["base"]["path"], float((weights / "adapter_model.safetensors").stat().st_size) if stacked else 0.0
+    found = open_artifact(cfg.init, "init").supported()
+    stacked = found.kind == "adapter" and cfg.peft.is_additive and cfg.chain.mode in ("auto", "stack")
+    return found.source, float(found.weight_bytes) if stacked else 0.0
 
 
 def _data(cfg: Any, source: str) -> dict[str, Any]:

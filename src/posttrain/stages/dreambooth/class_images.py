@@ -11,7 +11,7 @@ from posttrain.console import Meter, say
 from posttrain.models.diffusion.families import encode_texts, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.stages.stage import content_hash
 from posttrain.training.signals import StopSignal
 

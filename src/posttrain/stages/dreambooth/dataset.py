@@ -21,8 +21,10 @@ from posttrain.models.diffusion.image_generation import Drawing
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline, native_size, pipeline_directory
 from posttrain.models.hub import BaseInfo
 from posttrain.models.quantization import quantize_blocks
+from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import Run, parent_record, read_manifest
+from posttrain.runs.directory import Run
+from posttrain.runs.manifest import Parent
 from posttrain.stages.dreambooth.class_images import class_images
 from posttrain.stages.stage import content_hash
 from posttrain.training.signals import StopSignal
@@ -36,7 +38,7 @@ class ImageInputs:
     smaller than what is made of them."""
 
     base: BaseInfo
-    parents: list[dict[str, str]]
+    parents: list[Parent]
     framing: Framing
     background: tuple[int, int, int]
     instance: list[FoundImage]
@@ -89,22 +91,17 @@ def read_images(cfg: Dreambooth, world_size: int, weights: bool = True) -> Image
     )  # fmt: skip
 
 
-def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[dict[str, str]]]:
+def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[Parent]]:
     """The pipeline to begin with: the model's own, or what a finished run in full has left."""
     if cfg.init is None:
         return find_pipeline(cfg.model.name, cfg.model.revision, weights), []
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        if directory.is_dir() and (directory / "config.yaml").exists():
-            raise UserError(f"init: {directory} is no finished run; finish it with its own command first")
-        return find_pipeline(cfg.init, None, weights), []
-    manifest = read_manifest(directory)
-    if manifest["weights"]["kind"] == "adapter":
+    artifact = open_artifact(cfg.init, "init")
+    if artifact.kind == "adapter":
         raise UserError(
-            f"init: {directory} is an adapter; merge it first (posttrain merge {cfg.init} --out DIR) and say init=DIR, or train "
+            f"init: {cfg.init} is an adapter; merge it first (posttrain merge {cfg.init} --out DIR) and say init=DIR, or train "
             "another on the same base and put both together with posttrain compose"
         )
-    return find_pipeline(str(directory / manifest["weights"]["path"]), None), [parent_record("init", directory.resolve())]
+    return find_pipeline(artifact.source, None, weights), artifact.parents("init")
 
 
 def _check_masks(folder: Path, instance: list[FoundImage]) -> None:

@@ -14,7 +14,7 @@ from posttrain.data.images.folder import as_image, read_view
 from posttrain.evaluation.image_similarity import Similarity
 from posttrain.models.diffusion.families import DiffusionModel, encode_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 
 SEED = 7_000_000  # far from those of class images

@@ -39,7 +39,7 @@ class DreamboothRun(StageRun[ImageInputs, ImageBatch]):
         return read_images(self.cfg, self.accelerator.num_processes)
 
     def identity(self, inputs: ImageInputs) -> dict[str, Any]:
-        parents = [parent["digest"] for parent in inputs.parents]
+        parents = [parent.digest for parent in inputs.parents]
         return super().identity(inputs) | {"model.weights": inputs.base.digest, "init.parents": parents}
 
     def announce(self, inputs: ImageInputs) -> None:

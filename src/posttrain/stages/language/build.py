@@ -22,7 +22,8 @@ from posttrain.models.peft.adalora import RankAllocator
 from posttrain.models.peft.attach import add_frozen, add_method, continue_adapter, merge_into
 from posttrain.models.peft.export import remember_start
 from posttrain.models.quantization import quantization
-from posttrain.runs.directory import Run, sha256
+from posttrain.runs.directory import Run
+from posttrain.runs.files import sha256
 from posttrain.stages.language.init import InitSource
 from posttrain.training.loop import seed_step
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from posttrain.config.schema import LanguageStage, Ppo
 from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.peft.merge import UNMERGEABLE, merged_directory
-from posttrain.runs.directory import checked_weights, parent_record, read_manifest
+from posttrain.runs.artifact import AdapterConfig, Artifact, open_artifact
+from posttrain.runs.manifest import Parent
 
 SAVED_AS = {
     "dora": "LORA",
@@ -38,31 +37,35 @@ class InitSource:
     mode: str = ""
     base_digest: str | None = None
     identity: str = ""
-    parents: list[dict[str, str]] = field(default_factory=list)
+    parents: list[Parent] = field(default_factory=list)
     scorer: Path | None = None
 
 
 def resolve_reward(cfg: Ppo, run: str, field: str, tokenizer_hash: str) -> InitSource:
     """A reward model's run, given in `field`, as where a scorer begins. Raises UserError for anything else, and for one that
     reads other tokens than the policy writes."""
-    directory = Path(run).expanduser()
-    manifest = read_manifest(directory) if (directory / "manifest.json").exists() else None
-    if not manifest or manifest["stage"] != "rm":
-        what = f"a {manifest['stage']} run" if manifest else "no finished run"
+    artifact = open_artifact(run, field)
+    manifest = artifact.manifest
+    if not manifest or not artifact.reward_head:
+        what = f"a {manifest.stage} run" if manifest else "no finished run"
         raise UserError(f"{field}: {run} is {what}; give what posttrain rm has made")
-    weights = checked_weights(directory, manifest, field)
-    if manifest["tokenizer"]["hash"] != tokenizer_hash:
+    artifact.verified()
+    if not manifest.tokenizer or manifest.tokenizer.hash != tokenizer_hash:
         raise UserError(
             f"{field}: {run} has another tokenizer or chat template than the policy; give one made from the same init"
         )
-    parents = [parent_record("reward" if field == "init_reward" else "gold", directory.resolve())]
-    if manifest["weights"]["kind"] == "model":
-        return InitSource(str(weights), str(weights), str(weights), parents=parents, scorer=weights)
-    adapter = json.loads((weights / "adapter_config.json").read_text())
-    stackable = cfg.peft.is_additive and adapter["peft_type"] == "LORA" and not adapter.get("use_dora")
-    base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    mode = "stack" if stackable else "merge"
-    return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, weights)
+    stackable = artifact.kind == "adapter" and cfg.peft.is_additive and _is_plain_lora(artifact.adapter)
+    return source_of(artifact, "reward" if field == "init_reward" else "gold", "stack" if stackable else "merge")
+
+
+def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
+    """mode: what becomes of it where it is an adapter."""
+    base, parents, head = artifact.base, artifact.parents(role), artifact.reward_head
+    if artifact.kind == "model":
+        return InitSource(base.name, base.path, artifact.tokenizer, parents=parents, scorer=head)
+    return InitSource(
+        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head
+    )  # fmt: skip
 
 
 def resolve_start(cfg: LanguageStage) -> InitSource:
@@ -70,35 +73,22 @@ def resolve_start(cfg: LanguageStage) -> InitSource:
     cannot become what `chain.mode` says."""
     if cfg.init is None:
         return InitSource(cfg.model.name, cfg.model.name, cfg.model.name)
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        if directory.is_dir() and not (directory / "config.json").exists():
-            unfinished = (
-                " (it has checkpoints: finish it with its own command first)" if (directory / "checkpoints").is_dir() else ""
-            )
-            raise UserError(f"init: {directory} is no finished run{unfinished}")
-        if not directory.exists() and cfg.init[0] in "./~":
-            raise UserError(f"init: {directory} does not exist")
-        return InitSource(cfg.init, cfg.init, cfg.init)
-    manifest = read_manifest(directory)
-    weights = checked_weights(directory, manifest, "init")
-    is_scorer = manifest["stage"] == "rm"
-    if is_scorer and cfg.stage != "rm":  # type: ignore[attr-defined]
-        raise UserError(f"init: {directory} is a reward model, which writes nothing; give the run that it was made from")
-    scorer = weights if is_scorer else None
-    parents = [parent_record("init", directory.resolve())]
-    if manifest["weights"]["kind"] == "model":
-        return InitSource(str(weights), str(weights), str(weights), parents=parents, scorer=scorer)
-    mode = chain_mode(cfg, json.loads((weights / "adapter_config.json").read_text()))
-    base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, scorer)
+    artifact = open_artifact(cfg.init, "init").supported().verified()
+    if artifact.is_pipeline:
+        raise UserError(f"init: {cfg.init} is of a diffusion model, which {cfg.stage} cannot start from")  # type: ignore[attr-defined]
+    if artifact.reward_head and cfg.stage != "rm":  # type: ignore[attr-defined]
+        raise UserError(f"init: {cfg.init} is a reward model, which writes nothing; give the run that it was made from")
+    return source_of(artifact, "init", chain_mode(cfg, artifact.adapter) if artifact.kind == "adapter" else "")
 
 
-def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
-    """What becomes of an adapter under this stage. parent: its adapter_config.json."""
-    asked, method, kind = cfg.chain.mode, cfg.peft.method, parent["peft_type"]
-    dora = bool(parent.get("use_dora"))
-    stackable = cfg.peft.is_additive and kind == "LORA" and not dora
+def _is_plain_lora(adapter: AdapterConfig) -> bool:
+    return adapter.peft_type == "LORA" and not adapter.use_dora
+
+
+def chain_mode(cfg: LanguageStage, parent: AdapterConfig) -> str:
+    """What becomes of an adapter under this stage."""
+    asked, method, kind, dora = cfg.chain.mode, cfg.peft.method, parent.peft_type, parent.use_dora
+    stackable = cfg.peft.is_additive and _is_plain_lora(parent)
     mode = ("stack" if stackable else "merge") if asked == "auto" else asked
     if mode == "stack" and not stackable:
         which = f"peft={method}" if not cfg.peft.is_additive else f"init's {'dora' if dora else kind.lower()} adapter"

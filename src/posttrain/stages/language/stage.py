@@ -29,7 +29,8 @@ from posttrain.models.language.reward_model import padding_apart
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import Run, write_json, write_text
+from posttrain.runs.directory import Run
+from posttrain.runs.files import write_json, write_text
 from posttrain.stages.dpo.reference import attach, digest_of, reference_logps, train_reference
 from posttrain.stages.language.build import PreparedData, TrainableModel, build_model, frozen_dtype, save_result
 from posttrain.stages.language.curriculum import perplexities
@@ -67,7 +68,7 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         return super().identity(inputs) | {
             "model.weights": inputs.base.digest,
             "init.weights": start.identity,
-            "init.parents": [parent["digest"] for parent in start.parents],
+            "init.parents": [parent.digest for parent in start.parents],
         }
 
     def announce(self, inputs: PreparedData) -> None:

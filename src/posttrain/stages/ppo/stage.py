@@ -25,7 +25,8 @@ from posttrain.losses import policy as losses
 from posttrain.models.hub import context_length
 from posttrain.models.language.generation import Answer, Sampling, sample
 from posttrain.rewards import combined, load_function
-from posttrain.runs.directory import Run, write_json
+from posttrain.runs.directory import Run
+from posttrain.runs.files import write_json
 from posttrain.stages.language.build import PreparedData, TrainableModel
 from posttrain.stages.language.init import InitSource, resolve_reward
 from posttrain.stages.language.stage import LanguageRun, run_language

@@ -17,7 +17,9 @@ from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import stop_tokens
 from posttrain.rewards import RewardFunction, load_function
-from posttrain.runs.directory import Run, read_manifest, write_text
+from posttrain.runs.artifact import open_artifact
+from posttrain.runs.directory import Run
+from posttrain.runs.files import write_text
 from posttrain.training.loop import seed_step
 
 AT_ONCE = 32  # answers that are written at a time
@@ -29,7 +31,8 @@ def own_pairs(cfg: Rm, run: Run) -> DataConfig:
     assert cfg.rm.policy and cfg.rm.rule
     rule, path = load_function(cfg.rm.rule, "rm.rule"), run.dir / "pairs.jsonl"
     directory = Path(cfg.rm.policy).expanduser()
-    if not (directory / "manifest.json").exists() or read_manifest(directory)["stage"] == "rm":
+    policy = open_artifact(cfg.rm.policy, "rm.policy")
+    if not policy.is_run or policy.reward_head:
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
     if not path.exists():
         write_text(path, "".join(json.dumps(pair) + "\n" for pair in _pairs(cfg, directory, rule)))

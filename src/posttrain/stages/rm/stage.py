@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import Rm
 from posttrain.evaluation.held_out import reward_task
-from posttrain.runs.directory import Run, parent_record
+from posttrain.runs.artifact import open_artifact
+from posttrain.runs.directory import Run
 from posttrain.stages.language.build import PreparedData
 from posttrain.stages.language.stage import LanguageRun, run_language
 from posttrain.stages.rm.policy_pairs import own_pairs
@@ -25,4 +25,4 @@ class RmRun(LanguageRun):
 
     def check(self, inputs: PreparedData) -> None:
         if self.cfg.rm.policy:
-            inputs.start.parents.append(parent_record("policy", Path(self.cfg.rm.policy).expanduser().resolve()))
+            inputs.start.parents.extend(open_artifact(self.cfg.rm.policy, "rm.policy").parents("policy"))
