@@ -1,4 +1,4 @@
-"""Log-probs of the answers under the stage's start: computed once, kept by content, shared by epochs and jobs of a sweep.
+"""Log-probs of the answers under the stage's start: computed once, so that epochs and the jobs of a sweep share them.
 
 The reference of a stage is the model it starts from, whatever adapters that carries, so its log-probs are the policy's own
 before the first step. They are computed in the very batches that the first epoch will draw: the same numbers come out of the
@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.batch import PackedBatch
@@ -42,11 +40,10 @@ def reference_logps(module: nn.Module, batch: PackedBatch, device: torch.device)
 
 
 def train_reference(
-    module: nn.Module, examples: Examples, order: BatchSampler, accelerator: Accelerator, path: Path, check: Callable[[], None]
+    module: nn.Module, examples: Examples, order: BatchSampler, accelerator: Accelerator, check: Callable[[], None]
 ) -> Tensor:
-    """float32 [units, 2]: chosen and rejected log-probs of every unit that the run will draw; NaN for the others."""
-    if path.exists():
-        return load_file(path)["reference"]
+    """float32 [units, 2]: chosen and rejected log-probs of every unit that the run will draw; NaN for the others. Every process
+    must call it."""
     table = torch.full((len(examples), 2), float("nan"))
     steps = order.first_seen()
     with Meter("reference", len(steps)) as meter:
@@ -58,14 +55,7 @@ def train_reference(
                 table[torch.tensor(units, dtype=torch.int64)[new]] = found[new]
             meter.advance()
             check()
-    if accelerator.num_processes > 1:
-        table = _union(table, accelerator)
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{accelerator.process_index}.tmp")
-        save_file({"reference": table}, temporary)
-        temporary.replace(path)
-    return table
+    return _union(table, accelerator) if accelerator.num_processes > 1 else table
 
 
 def _union(table: Tensor, accelerator: Accelerator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from posttrain.batch import LossOutput, Metrics, PackedBatch
 from posttrain.config.schema import DataConfig, Guarded, LanguageStage
@@ -28,7 +29,7 @@ from posttrain.evaluation.held_out import EvalSet, Rows, Task, eval_batches, own
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, cached_tensors
 from posttrain.runs.directory import Run
 from posttrain.runs.files import write_json, write_text
 from posttrain.stages.dpo.reference import attach, digest_of, reference_logps, train_reference
@@ -40,7 +41,7 @@ from posttrain.stages.language.recompute import fit_memory
 from posttrain.stages.language.summary import announce
 from posttrain.stages.manifest import manifest_of
 from posttrain.stages.stage import StageRun, content_hash, run_stage
-from posttrain.training.objective import StepCallback, Update
+from posttrain.training.objective import StepCallback, Update, everywhere
 
 
 def run_language(cfg: LanguageStage, run: Run, task: Task, kind: type[LanguageRun] | None = None) -> dict[str, Any]:
@@ -112,10 +113,10 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         if cfg.curriculum.by == "length":
             self.difficulty = train.unit_lengths()
         else:
-            key = content_hash(self._identity(inputs), inputs.data.key, str(self.accelerator.device))
-            path = cache_root() / "difficulty" / f"{key}.safetensors"
-            main = self.accelerator.is_main_process
-            self.difficulty = perplexities(module, train, self.task, self.accelerator.device, path, main, self.stop.check)
+            device, name = self.accelerator.device, "difficulty"
+            key = content_hash(self._identity(inputs), inputs.data.key, str(device))
+            found = self.cached(name, key, lambda: {name: perplexities(module, train, self.task, device, self.stop.check)})
+            self.difficulty = found[name].numpy()
         curriculum = Curriculum(self.difficulty, cfg.curriculum.beta_start, cfg.curriculum.beta_end)
         return replace(inputs, order=make_sampler(inputs.data, cfg.data, cfg.train, self.accelerator.num_processes, curriculum))
 
@@ -127,9 +128,9 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
             importance = None
             if inputs.anchor is not None:
                 trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", inputs.anchor, "").fingerprint()]
-                path = cache_root() / "fisher" / f"{content_hash(self._identity(inputs), trained)}.safetensors"
-                main = self.accelerator.is_main_process
-                importance = fisher(plain, inputs.anchor, self.accelerator.device, path, main, self.stop.check)
+                text, device = inputs.anchor, self.accelerator.device
+                key = content_hash(self._identity(inputs), trained)
+                importance = self.cached("fisher", key, lambda: fisher(plain, text, device, self.stop.check))
             found.append(EwcPenalty(plain, importance, cfg.ewc.lam))
         return CompositeCallback(found) if len(found) > 1 else found[0] if found else None
 
@@ -168,8 +169,9 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
         device, order = self.accelerator.device, inputs.order
         layout = [order.batch_size, order.grad_accum, order.world_size, [order.step(step) for step in order.first_seen()]]
         key = content_hash(self._identity(inputs), inputs.data.key, layout, str(device))
-        path = cache_root() / "reference" / f"{key}.safetensors"
-        table = train_reference(module, inputs.data.train, order, self.accelerator, path, self.stop.check)
+        train, name = inputs.data.train, "reference"
+        make = partial(train_reference, module, train, order, self.accelerator, self.stop.check)
+        table = self.cached(name, key, lambda: {name: make()})[name]
         self.keep("references", {"dpo.reference": digest_of(table)})
         return [attach(batch, reference_logps(module, batch, device)) for batch in held_out], table
 
@@ -181,7 +183,14 @@ class LanguageRun(StageRun[PreparedData, PackedBatch]):
 
     def measure_more(self, module: nn.Module, inputs: PreparedData, trained: bool) -> dict[str, float]:
         identity = None if trained else self._identity(inputs)
-        return set_metrics(module, inputs.sets, identity, cache_root(), self.accelerator.device, self.stop.check)
+        agree = partial(everywhere, self.accelerator)
+        return set_metrics(module, inputs.sets, identity, cache_root(), self.accelerator.device, self.stop.check, agree)
+
+    def cached(self, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, computed once and kept in the cache under a name that says what it depends on. Every process must
+        call it."""
+        path = cache_root() / kind / f"{key}.safetensors"
+        return cached_tensors(path, make, writes=self.accelerator.is_main_process, agree=partial(everywhere, self.accelerator))
 
     def _identity(self, inputs: PreparedData, base: str | None = None, adapter: str | None = None) -> str:
         """Names a function: base weights, what an adapter adds, and the precision in which both are computed."""
