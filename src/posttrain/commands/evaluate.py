@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from posttrain.config.schema import DataConfig
+from posttrain.config.stored import completed
 from posttrain.console import console
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
@@ -74,6 +75,7 @@ def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
     config = live.artifact.config
     if config is None:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
+    config = completed(config)
     data = DataConfig.model_validate(config["data"])
     own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
     sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
@@ -92,6 +94,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
         raise UserError(f"run: {run} is a bare reward model, with no config of a run; give a finished rm run")
     encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
+    config = completed(config)
     data = config["data"]
     if "data.path" in settings:
         data = data | {

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.config.schema import DataConfig
+from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples
@@ -38,7 +39,7 @@ def held_out_rows(run: Path, tokenizer: Any) -> list[Tensor]:
     """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself."""
     encoder = Encoder(tokenizer)
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
-    config = read_config(run)
+    config = completed(read_config(run))
     try:
         data = DataConfig.model_validate(config["data"])
         sources.append(held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root()))

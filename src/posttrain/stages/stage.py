@@ -25,6 +25,7 @@ from posttrain.errors import UserError
 from posttrain.models.peft.attach import lr_ratio
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
+from posttrain.runs.earlier import as_of_today, current_state
 from posttrain.runs.identity import allowed, code_state, compare, identity_of, library_versions
 from posttrain.runs.manifest import read_manifest
 from posttrain.stages.manifest import show_outcome
@@ -38,7 +39,7 @@ from posttrain.training.tracking import Tracker
 
 
 class ReadInputs(Protocol):
-    """All that is read before a weight is loaded. key: names the data; order: which of it a step draws."""
+    """All that is read before a weight is loaded. key: names the data by its content; order: which of it a step draws."""
 
     @property
     def order(self) -> BatchSampler: ...
@@ -239,8 +240,9 @@ class StageRun(Generic[In, B]):
         for line in damaged:
             say(f"{line}; going on from the newest good one")
         self.checkpoint = checkpoint
-        self.state = checkpoint.state if checkpoint else {"changes": []}
+        self.state = current_state(checkpoint.state) if checkpoint else {"changes": []}
         self.keep("identity", identity_of(self.run.config) | self.identity(inputs))
+        self.keep("order", {"data.order": order_hash(inputs.order)}, quietly=True)
         then, now = self.state.get("made_with", {}), self._made_with()
         differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
         self._changed([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
@@ -249,13 +251,16 @@ class StageRun(Generic[In, B]):
             self._say_what_differs(Path(self.cfg.run.reproduces))
         return checkpoint
 
-    def keep(self, name: str, now: dict[str, Any]) -> None:
+    def keep(self, name: str, now: dict[str, Any], quietly: bool = False) -> None:
         """Have checkpoints hold, as `name`, what makes the run itself. Raises UserError where the one that it goes on from holds
-        another, and neither `resume.allow` names the difference nor a difference that was named before explains it."""
+        another, and neither `resume.allow` names the difference nor a difference that was named before explains it. quietly: what
+        is explained so goes without saying."""
         if self.checkpoint and name in self.state:
             follows = any(change["step"] == self.checkpoint.step for change in self.state["changes"])
             whose = f"{self.checkpoint.path} is of another run"
-            self._changed(compare(self.state[name], now, list(now) if follows else allowed(self.run.config), whose))
+            then, incomparable = as_of_today(self.state[name], now)
+            lines = incomparable + compare(then, now, list(now) if follows else allowed(self.run.config), whose)
+            self._changed([] if follows and quietly else lines)
         self.state[name] = now
 
     def _changed(self, lines: list[str]) -> None:
@@ -267,9 +272,9 @@ class StageRun(Generic[In, B]):
     def _say_what_differs(self, other: Path) -> None:
         """From a finished run that this one rebuilds."""
         manifest = read_manifest(other)
-        then = manifest.identity | manifest.made_with
-        now = self.state["identity"] | self.state["made_with"]
-        lines = compare(then, now, sorted(then | now), str(other))
+        identity, lines = as_of_today(manifest.identity, self.state["identity"])
+        then, now = identity | manifest.made_with, self.state["identity"] | self.state["made_with"]
+        lines += compare(then, now, sorted(then | now), str(other))
         for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:
             say(line)
 
@@ -343,6 +348,11 @@ def _precision(cfg: Stage) -> str:
         return {"none": "no", "bf16": "bf16"}[cfg.train.precision]
     full_precision = cfg.model.dtype == "float32" or (cfg.model.dtype == "auto" and cfg.peft.output == "model")
     return "bf16" if full_precision and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def order_hash(order: BatchSampler) -> str:
+    """Names which units a run draws when."""
+    return hashlib.sha256(order.drawn.tobytes()).hexdigest()[:32]
 
 
 def content_hash(*parts: Any) -> str:

@@ -44,7 +44,7 @@ class PreparedData:
 
     @property
     def key(self) -> str:
-        return self.data.key
+        return self.data.content
 
 
 @dataclass(frozen=True)

@@ -260,4 +260,4 @@ def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalS
 def _copy(file: Path, to: Path) -> None:
     """Once; the run's own, so that its manifest lists it."""
     if not to.exists():
-        write_text(to, file.read_text())
+        write_text(to, file.read_text(encoding="utf-8"))

@@ -281,7 +281,7 @@ class PpoRun(LanguageRun):
         if not self.accelerator.is_main_process:
             return
         path = self.run.dir / "samples.json"
-        kept = json.loads(path.read_text()) if path.exists() else []
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         label = {0: "before", num_steps: "after"}.get(done, f"step {done}")
         for i in range(min(SHOWN, len(rollout.texts))):
             if i == len(kept):
