@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from posttrain.batch import PackedBatch
-from posttrain.config.schema import Lora
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
 from posttrain.losses.tokens import token_loss
@@ -31,7 +30,8 @@ from posttrain.models.language.activations import activations, layers_to_recompu
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
-from posttrain.models.quantization import keep_dense
+from posttrain.models.peft.methods.lora import Lora
+from posttrain.models.quantization.nf4 import keep_dense
 from posttrain.training.optimizer import make_optimizer
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -27,10 +27,11 @@ class Registry(Generic[T]):
         group: of entry points, such as "posttrain.peft_methods".
         attribute: what a module calls its entry.
         kind: what an entry is, in errors ("peft method").
+        shared: modules of the package that are no entries, but shared by them.
     """
 
-    def __init__(self, package: str, group: str, attribute: str, kind: str) -> None:
-        self.package, self.group, self.attribute, self.kind = package, group, attribute, kind
+    def __init__(self, package: str, group: str, attribute: str, kind: str, shared: tuple[str, ...] = ()) -> None:
+        self.package, self.group, self.attribute, self.kind, self.shared = package, group, attribute, kind, shared
         self._loaded: dict[str, T] = {}
         self._lock = threading.RLock()
 
@@ -83,7 +84,7 @@ class Registry(Generic[T]):
         found: dict[str, str | EntryPoint] = {}
         spec = find_spec(self.package)
         for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else None):
-            if not module.name.startswith("_"):
+            if not module.name.startswith("_") and module.name not in self.shared:
                 found[module.name] = f"{self.package}.{module.name}"
         for entry in entry_points(group=self.group):
             if entry.name in found:

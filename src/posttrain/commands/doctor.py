@@ -45,7 +45,8 @@ def examine() -> None:
 def _machine() -> list[tuple[str, str]]:
     import torch
 
-    from posttrain.models.quantization import nf4
+    from posttrain.config.interfaces import QUANTIZERS
+    from posttrain.models.quantization import quantizer_of
 
     rows = [("system", platform.platform()), ("cores", f"{_cores()} usable"), ("memory", _memory())]
     if torch.cuda.is_available():
@@ -54,11 +55,12 @@ def _machine() -> list[tuple[str, str]]:
             rows.append((f"gpu {i}", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"))
     else:
         rows.append(("gpu", "none: everything runs on the CPU"))
-    try:
-        nf4(double_quant=True, compute_dtype="bfloat16", device="cuda" if torch.cuda.is_available() else "cpu")
-        rows.append(("nf4", "works"))
-    except UserError as error:
-        rows.append(("nf4", str(error)))
+    for name in QUANTIZERS.names():
+        try:
+            if quantizer_of({"method": name}).try_out("cuda" if torch.cuda.is_available() else "cpu"):
+                rows.append((name, "works"))
+        except UserError as error:
+            rows.append((name, str(error)))
     return rows
 
 

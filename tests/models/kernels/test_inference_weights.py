@@ -15,7 +15,8 @@ from posttrain.models.kernels import inference_weights as weights
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.language import generation as sampling
 from posttrain.models.language.kv_cache import RoomyLayer, roomy_cache
-from posttrain.models.quantization import keep_as_quantized, keep_dense
+from posttrain.models.quantization import keep_as_quantized
+from posttrain.models.quantization.nf4 import keep_dense
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
 

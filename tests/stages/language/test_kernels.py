@@ -125,7 +125,7 @@ def test_a_run_of_a_version_without_the_key_still_begins_another(tmp_path: Path)
 
 def test_flex_without_a_gpu_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.stages.language.build.load_causal", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("posttrain.stages.language.stage.read_mixture", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("posttrain.stages.language.prepare.read_mixture", lambda *_: pytest.fail("read"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     expected = r"^model.attention: flex needs a CUDA device, and this one is cpu; say documents or auto$"
     with pytest.raises(UserError, match=expected):

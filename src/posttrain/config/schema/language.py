@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.config.choices import PREFERENCE_LOSSES, Advantage, KlEstimator
-from posttrain.config.schema.basic import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
 
 
 class DpoConfig(Strict):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, StrictBool
 
 from posttrain.config.choices import Schedule
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, listed
+from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, listed
 
 
 class OptimConfig(Strict):

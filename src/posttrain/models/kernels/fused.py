@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from posttrain.models.quantization import dense_weight
+from posttrain.models.quantization.nf4 import dense_weight
 
 OWN = "_own_forward"  # of a module that has a leaner way: what it did before
 

@@ -16,41 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.batch import Segment
-from posttrain.config import schema
 from posttrain.config.choices import Kernels
+from posttrain.config.interfaces import Method
 from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.peft.attach import NEW, add_method
+from posttrain.models.peft.attach import add_method
 
 KeptBytes = TypeVar("KeptBytes")
 
 
-def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: schema.Method) -> nn.Module:
+def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
     """The model with its method, on the meta device: shapes without numbers."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(method), 1000)
-    return with_magnitudes(model, method)
-
-
-def same_shapes(method: schema.Method) -> schema.Method:
-    """A method that needs no weights to begin from, with the shapes of `method`, but for DoRA's magnitudes: PiSSA and DoRA
-    compute their start."""
-    if method.method not in ("pissa", "dora"):  # type: ignore[attr-defined]
-        return method
-    fields = {key: value for key, value in method.model_dump().items() if key in schema.Lora.model_fields}
-    return schema.Lora.model_validate({**fields, "method": "lora"})
-
-
-def with_magnitudes(model: nn.Module, method: schema.Method) -> nn.Module:
-    """The same with DoRA's magnitudes, where `method` is DoRA, on every layer that `same_shapes` of it has adapted."""
-    if isinstance(method, schema.Dora):
-        module: Any
-        for module in list(model.modules()):
-            if NEW in getattr(module, "lora_B", {}):
-                size, dtype = module.lora_B[NEW].out_features, getattr(torch, method.dtype)
-                module.register_parameter("magnitude", nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
-    return model
+        return add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
 
 
 class Cost(NamedTuple):

@@ -32,6 +32,7 @@ class LoadedModel:
     source: str
     digest: str = ""
     weights: Path = Path()
+    revision: str | None = None  # of source
     kernels: Kernels = "auto"
 
     @property
@@ -72,7 +73,7 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
         return LoadedModel(str(run), model.eval(), tokenizer, str(weights), weights=weights, kernels=kernels)
     base = manifest["base"]
     model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, kernels)
+    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, base["revision"], kernels)
 
 
 def is_scorer(run: str | Path) -> bool:

@@ -91,7 +91,7 @@ class PackedLM(nn.Module):
     def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.model = model
-        self.prompt_kind = prompts.kind_of(model)
+        self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
         if self.causal.device.type != "meta":  # without weights there is nothing to compare
             check_packing(self, attention)
