@@ -1,6 +1,7 @@
 """Any preference loss through its one function: weights, figures, what is refused, and one that an installed package adds."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import posttrain
+from posttrain.commands.plan.plan import make_plan
 from posttrain.config.choices import PREFERENCE_LOSSES
 from posttrain.config.compose import compose_run
 from posttrain.errors import UserError
@@ -86,10 +88,8 @@ def test_what_a_loss_does_not_have_is_refused() -> None:
 
 
 def test_a_mistyped_loss_gets_one_line_with_the_near_name() -> None:
-    expected = (
-        r"^dpo.loss: there is no preference loss 'sigmod' - did you mean 'sigmoid'\? \(there are: ipo, sigmoid, sigmoid_norm\)$"
-    )
-    with pytest.raises(UserError, match=expected):
+    expected = "dpo.loss: input should be one of 'ipo', 'sigmoid', 'sigmoid_norm' - did you mean 'sigmoid'? (got 'sigmod')"
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
         compose_run("dpo", ["model=tiny", "dpo.loss=sigmod"])
 
 
@@ -120,14 +120,15 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_installed_package_adds_a_loss(toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.stages.language.stage.train_reference", lambda *_: pytest.fail("it needs no reference"))
+    monkeypatch.setattr("posttrain.stages.dpo.reference.train_reference", lambda *_: pytest.fail("it needs no reference"))
     found = posttrain.run(*WORDS, "dpo.options.scale=0.5", f"run.dir={tmp_path / 'run'}")
     assert found["steps"] == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     figures = [line for line in lines if "train/loss" in line]
     assert len(figures) == 2 and all(0 < line["train/loss"] < 4 for line in figures)
     assert lines[0]["eval/reward_chosen"] < 0  # beta log p, for want of a reference
+    assert "reference" not in make_plan("dpo", WORDS[1:])["memory"] and "reference" in make_plan("dpo", WORDS[1:-1])["memory"]
     with pytest.raises(UserError, match=r"^dpo.options.scal: dpo.loss=toy has scale - did you mean 'scale'\?$"):
         posttrain.run(*WORDS, "dpo.options.scal=0.5", f"run.dir={tmp_path / 'other'}")
-    with pytest.raises(UserError, match=r"there are: ipo, sigmoid, sigmoid_norm, toy\)$"):
+    with pytest.raises(UserError, match="'ipo', 'sigmoid', 'sigmoid_norm', 'toy' - did you mean 'toy'"):
         compose_run("dpo", ["model=tiny", "dpo.loss=tory"])

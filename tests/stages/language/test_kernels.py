@@ -11,14 +11,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import posttrain
 from posttrain.commands.chat import Conversation
+from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
 from posttrain.errors import UserError
 from posttrain.models.kernels.attention import chosen_attention, default_attention
 from posttrain.models.kernels.fused import OWN
+from posttrain.models.language import packed_lm
 from posttrain.models.language.loading import load_model
 
 SMALL = ["model=tiny", "model.dtype=float32", "train.max_steps=3", "train.batch_size=2", "data.max_rows=12", "data.eval_rows=4"]
-SMALL += ["eval.sets=null", "train.max_length=192", "optim.lr=1e-3", "optim.warmup_ratio=0"]
+SMALL += ["eval.sets=null", "train.max_length=192", "optim.lr=1e-3", "optim.warmup_ratio=0", "train.log_steps=1"]
 PPO = ["reward.function=posttrain.rewards:brevity", "rollout.max_new_tokens=8", "train.grad_accum=4"]
 RUNS = {
     "sft": ["sft", "+peft=lora", "peft.r=4", "peft.dropout=0.1"],
@@ -35,6 +37,11 @@ def result(directory: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tenso
     return lines, load_file(file), manifest
 
 
+def first(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the first step, at which nothing has been learnt."""
+    return next(line for line in lines if line["step"] == 1 and "train/loss" in line)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_both_ways_give_the_same_run_within_rounding(name: str, tmp_path: Path) -> None:
     found = {}
@@ -47,12 +54,40 @@ def test_both_ways_give_the_same_run_within_rounding(name: str, tmp_path: Path) 
     for line, plain in zip(lines, plain_lines, strict=True):
         for key in line.keys() & set(figures):
             assert line[key] == pytest.approx(plain[key], abs=1e-5), (line["step"], key)
+    if name == "dpo":  # each way has a reference of its own
+        assert [first(run)["train/margin"] for run in (lines, plain_lines)] == [0.0, 0.0]
     assert weights.keys() == plain_weights.keys()
     apart = max(float((weights[key] - plain_weights[key]).abs().max()) for key in weights)
     assert apart < 1e-4
     taken = {"RMSNorm": 5, "SwiGLU": 2} | ({"LoRA linear": 14} if "peft.r=4" in RUNS[name] else {})
     assert manifest["kernels"] == {"choice": "auto", "taken_over": taken, "left": []}
     assert plain_manifest["kernels"] == {"choice": "reference", "taken_over": {}, "left": []}
+
+
+def test_reference_calls_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_lm, "token_logprobs", lambda *_: pytest.fail("log-probs tile by tile"))
+    monkeypatch.setattr(packed_lm, "use_kernels", seen := Seen(packed_lm.use_kernels))
+    monkeypatch.setattr("posttrain.models.kernels.choice.inference_weights", lambda _: pytest.fail("weights for inference"))
+    posttrain.run(*RUNS["ppo"], *SMALL, "train.max_steps=1", "model.kernels=reference", f"run.dir={tmp_path / 'run'}")
+    assert set(seen.kernels) == {"reference"}
+
+
+class Seen:
+    """A function, and the last argument of each call."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.kernels = function, list[Any]()
+
+    def __call__(self, *args: Any) -> Any:
+        self.kernels.append(args[-1])
+        return self.function(*args)
+
+
+def test_a_plan_counts_what_the_plain_modules_keep() -> None:
+    words = ["model=tiny", "+peft=lora", "data.max_rows=12", "eval.sets=null", "train.max_length=192", "train.max_steps=1"]
+    lean, plain = (make_plan("sft", [*words, f"model.kernels={kernels}"]) for kernels in ("auto", "reference"))
+    assert plain["memory"]["activations"] > 1.2 * lean["memory"]["activations"]
+    assert {**plain["memory"], "activations": 0} == {**lean["memory"], "activations": 0}
 
 
 def test_what_is_not_taken_over_is_said_before_the_first_step(
@@ -90,7 +125,7 @@ def test_a_run_of_a_version_without_the_key_still_begins_another(tmp_path: Path)
 
 def test_flex_without_a_gpu_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.stages.language.build.load_causal", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("posttrain.stages.language.stage.read_mixture", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("posttrain.stages.language.prepare.read_mixture", lambda *_: pytest.fail("read"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     expected = r"^model.attention: flex needs a CUDA device, and this one is cpu; say documents or auto$"
     with pytest.raises(UserError, match=expected):

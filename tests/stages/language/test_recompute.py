@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import posttrain
 from posttrain.errors import UserError
+from posttrain.models.kernels.candidates import peft_differs
 from posttrain.models.language.activations import layers_to_keep_dense, layers_to_recompute
 from posttrain.stages.language import recompute
 
@@ -56,6 +57,7 @@ def test_dense_copies_of_four_bit_weights_change_nothing_but_what_is_made(
     """In whatever number, with recomputation too; and a weight is made dense once where it has a copy."""
     from bitsandbytes import functional
 
+    peft_differs(True, "cpu")  # asked once a process, of a small weight in 4 bit
     made, make, keep = [], functional.dequantize_4bit, recompute.keep_dense
     monkeypatch.setattr(functional, "dequantize_4bit", lambda weight, state: made.append(state) or make(weight, state))
     monkeypatch.setattr(recompute, "keep_dense", lambda layers: made.clear() or keep(layers))
