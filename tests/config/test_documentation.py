@@ -6,8 +6,8 @@ import pytest
 
 from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGES
 from posttrain.runs.directory import flatten
+from posttrain.stages.spec import stages
 
 PAGE = root("configs").parent / "docs" / "configuration.md"
 GIVEN = {  # what a stage cannot do without
@@ -24,7 +24,7 @@ def test_every_key_is_documented_and_every_documented_key_exists() -> None:
         key for line in table.splitlines() for key in re.findall(r"`([\w.]+)`", line.split("|")[1] if "|" in line else "")
     }
     known = {"stage"}
-    for stage in STAGES:
+    for stage in stages():
         given = GIVEN.get(stage, [])
         known |= set(flatten(compose_run(stage, ["peft=qlora", *given])))
     known = {key for key in known if not key.startswith(FREE)} | {"eval.sets"}

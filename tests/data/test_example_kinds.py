@@ -8,9 +8,10 @@ import pytest
 
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
-from posttrain.data.chat.template import CHATML
+from posttrain.data.chat.template_text import CHATML
 from posttrain.data.examples import Examples
 from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.stages.spec import row_uses
 
 LAST = {"prompt": "x", "completion": " y"}  # a row that fits
 GIVEN = {"ppo": ["reward.function=posttrain.rewards:brevity"]}
@@ -24,7 +25,7 @@ def encoder(make_tokenizer: Any) -> Encoder:
 def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int) -> PreparedSource:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"data.path={folder / 'rows.jsonl'}", "data.eval_share=0", "data.max_untrained_share=1", *GIVEN.get(stage, [])]
-    return prepare(validate(compose_run(stage, words)).data, stage, encoder, most, folder / "cache")[0]
+    return prepare(validate(compose_run(stage, words)).data, row_uses()[stage], encoder, most, folder / "cache")[0]
 
 
 def counting(encoder: Encoder, found: Examples) -> list[str]:
@@ -93,7 +94,7 @@ def test_a_row_that_is_held_out_is_not_trained_on(encoder: Encoder, tmp_path: Pa
     rows = [{"prompt": f"question {k}:", "completion": f" answer {k}"} for k in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = validate(compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0.3", "data.eval_rows=5"])).data
-    found = prepare(data, "sft", encoder, 64, tmp_path / "cache")[0]
+    found = prepare(data, row_uses()["sft"], encoder, 64, tmp_path / "cache")[0]
     train, held_out = (set(part.rows.tolist()) for part in (found.train, found.held_out))
     assert len(held_out) == 5 and len(train) > 20 and not train & held_out
     # those beyond data.eval_rows are on the held-out side all the same

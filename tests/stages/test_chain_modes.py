@@ -23,6 +23,7 @@ from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.cache import cache_root
+from posttrain.stages.spec import row_uses
 
 IDS = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 TINY = (
@@ -55,7 +56,7 @@ def logp_chosen(model: Any, run_dir: Path, words: tuple[str, ...]) -> float:
     """Mean log-prob of the held-out chosen answers, each read alone after its prompt."""
     config = validate(compose_run("dpo", list(words)))
     encoder = Encoder(AutoTokenizer.from_pretrained(run_dir / "adapter"))
-    held_out = prepare(config.data, "dpo", encoder, config.train.max_length, cache_root())[0].held_out
+    held_out = prepare(config.data, row_uses()["dpo"], encoder, config.train.max_length, cache_root())[0].held_out
     found = []
     for unit in range(len(held_out)):
         tokens, weights = (torch.from_numpy(each.copy()) for each in held_out.sequence(unit))
@@ -114,6 +115,8 @@ def test_a_stack_is_the_sum_of_what_each_stage_learned(tmp_path: Path) -> None:
         ("dora", ("peft=lora", "chain.mode=stack"), "which init's dora adapter is not"),
         ("lora", ("peft=dora", "chain.mode=continue"), "peft=dora cannot go on with init's lora adapter"),
         ("lora", ("peft=lora", "peft.r=2", "chain.mode=continue"), "peft.r: the adapter .* has rank 4, not 2"),
+        ("adapter", ("peft=adapter", "peft.r=8", "chain.mode=continue"), "peft.r: the adapter .* has rank 4, not 8"),
+        ("lora", ("peft=pissa", "peft.r=4", "chain.mode=continue"), "peft=pissa cannot go on with init's lora adapter"),
         ("prompt", ("peft=lora", "peft.r=4"), "init: its adapter cannot be merged"),
     ],
 )

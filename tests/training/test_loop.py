@@ -13,18 +13,19 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import LossOutput, PackedBatch
-from posttrain.config.schema import Lora
 from posttrain.data.collate import BatchSampler, pack, zero_weight
 from posttrain.data.examples import Examples, build
 from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.methods.lora import Lora
 from posttrain.training.checkpoint import gather_weights, newest_checkpoint, restore
-from posttrain.training.loop import Loop
-from posttrain.training.objective import Plan, Update
+from posttrain.training.loop import Loop, LoopConfig
+from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.signals import StopSignal
+from posttrain.training.state import TrainState
 from posttrain.training.tracking import Tracker
 
 STEPS = 6
@@ -60,7 +61,7 @@ def make_loop(
     module, optimizer = accelerator.prepare(module, optimizer)
     examples = make_examples()
     order = BatchSampler.shuffled(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)
-    plan = Plan(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
+    loop_config = LoopConfig(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder / "metrics.jsonl", accelerator, "none", {})
     return Loop(
@@ -68,9 +69,9 @@ def make_loop(
         accelerator=accelerator,
         module=module,
         optimizer=optimizer,
-        objective=lambda lm, batch: token_loss(lm(batch), batch.weight),
+        loss=lambda lm, batch: token_loss(lm(batch), batch.weight),
         source=lambda step: [Update([pack(examples, units) for units in order.micro(step, 0)])],
-        plan=plan,
+        config=loop_config,
         tracker=tracker,
         checkpoints=folder / "checkpoints",
         stop=StopSignal(),
@@ -96,24 +97,24 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     """Also with dropout, whose masks depend on the step's number alone."""
     straight = trained(make_loop(tmp_path / "straight", 4, 2, dropout=0.2))
     first = make_loop(tmp_path / "stopped", 4, 2, dropout=0.2)
-    drawn, learnt, seen = first.source, first.objective, list[int]()
+    drawn, learnt, seen = first.source, first.loss, list[int]()
 
     def objective(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
         seen.append(len(batch.rows))
         first.stop.requested |= len(seen) == 5  # the first half of step 3
         return learnt(lm, batch)
 
-    first.objective = objective
+    first.loss = objective
     with pytest.raises(Stopped, match="after step 3 of 6"):
         first.fit(0)
     again = make_loop(tmp_path / "stopped", 4, 2, dropout=0.2)
     checkpoint, damaged = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 3 and not damaged
     restore(checkpoint, again.module, again.optimizer.optimizer)  # type: ignore[attr-defined]
-    again.state = checkpoint.state
+    again.state = TrainState.from_dict(checkpoint.state)
     resumed = trained(again, checkpoint.step)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-    assert again.state["tokens"] == sum(batch.size for step in range(STEPS) for update in drawn(step) for batch in update.batches)
+    assert again.state.seen == sum(batch.size for step in range(STEPS) for update in drawn(step) for batch in update.batches)
 
 
 def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
         total / sum(b.loss_denominator for b in batches), [p for p in loop.module.parameters() if p.requires_grad]
     )
     expected = torch.stack([g.norm() for g in grads]).norm()
-    loop.plan = Plan(1, 0, 1, None, None, 2, 1e-3, "constant", None, seed=5)
+    loop.config = LoopConfig(1, 0, 1, None, None, 2, 1e-3, "constant", None, seed=5)
     loop.fit(0)
     assert seen[0] == pytest.approx(float(expected), rel=1e-5)
 
@@ -140,8 +141,8 @@ def _norm(module: torch.nn.Module) -> float:
 def test_a_loss_that_is_not_finite_never_steps(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 4, 1)
     before = gather_weights(loop.module)
-    fine = loop.objective
-    loop.objective = lambda lm, batch: type(out := fine(lm, batch))(out.total * float("nan"), out.metrics)  # type: ignore[arg-type]
+    fine = loop.loss
+    loop.loss = lambda lm, batch: type(out := fine(lm, batch))(out.total * float("nan"), out.metrics)  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"step 1: .* not finite.*Rows"):
         loop.fit(0)
     assert all(torch.equal(before[name], value) for name, value in gather_weights(loop.module).items())
@@ -160,13 +161,13 @@ def test_every_micro_batch_of_every_step_has_random_numbers_of_its_own(tmp_path:
 
     def drawn(name: str) -> list[tuple[float, float, float]]:
         loop, seen = make_loop(tmp_path / name, 4, 3), list[tuple[float, float, float]]()
-        learnt = loop.objective
+        learnt = loop.loss
 
-        def objective(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
+        def loss(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
             seen.append((float(torch.rand(())), float(np.random.rand()), random.random()))
             return learnt(lm, batch)
 
-        loop.objective = objective
+        loop.loss = loss
         loop.fit(0)
         return seen
 
@@ -196,7 +197,7 @@ def test_the_rate_of_each_step_and_of_b(tmp_path: Path) -> None:
 def test_b_moves_as_its_ratio_says(tmp_path: Path) -> None:
     """AdamW's first step is the rate itself, whatever the gradient: B moves 16 times as far as A."""
     loop = make_loop(tmp_path, 8, 1, b_ratio=16.0)
-    loop.plan = replace(loop.plan, num_steps=1, warmup_steps=0, schedule="constant")
+    loop.config = replace(loop.config, num_steps=1, warmup_steps=0, schedule="constant")
     for group in loop.optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = gather_weights(loop.module)
@@ -210,7 +211,7 @@ def test_gradients_are_clipped_to_their_norm_and_logged_as_they_were(tmp_path: P
     norms = {}
     for limit in (0.01, None):
         loop = make_loop(tmp_path / str(limit), 4, 2)
-        loop.plan = replace(loop.plan, num_steps=1, max_grad_norm=limit)
+        loop.config = replace(loop.config, num_steps=1, max_grad_norm=limit)
         seen = before_each_step(loop, lambda loop=loop: _norm(loop.module))
         loop.fit(0)
         (line,) = [json.loads(line) for line in (tmp_path / str(limit) / "metrics.jsonl").open()]
@@ -245,8 +246,8 @@ def test_a_methods_penalty_is_a_part_of_the_gradient(tmp_path: Path) -> None:
     gradients = {}
     for name in ("without", "with"):
         loop = make_loop(tmp_path / name, 4, 2)
-        loop.plan = replace(loop.plan, max_grad_norm=None)
-        loop.method = Pull(loop.module) if name == "with" else None
+        loop.config = replace(loop.config, max_grad_norm=None)
+        loop.callback = Pull(loop.module) if name == "with" else None
         seen = before_each_step(
             loop, lambda loop=loop: {n: p.grad.clone() for n, p in loop.module.named_parameters() if p.grad is not None}
         )
@@ -255,7 +256,7 @@ def test_a_methods_penalty_is_a_part_of_the_gradient(tmp_path: Path) -> None:
         gradients[name] = seen[0]
     for name, weight in before.items():
         torch.testing.assert_close(gradients["with"][name] - gradients["without"][name], weight, atol=1e-6, rtol=0)
-    assert isinstance(loop.method, Pull) and loop.method.done == [1, 2, 3, 4, 5, 6] and all(loop.method.had_gradients)
+    assert isinstance(loop.callback, Pull) and loop.callback.done == [1, 2, 3, 4, 5, 6] and all(loop.callback.had_gradients)
     lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").open()]
     half = 0.5 * sum(float((weight**2).sum()) for weight in before.values())
     assert lines[0]["train/penalty"] == pytest.approx(half, rel=1e-5) and "train/penalty" not in _lines(tmp_path / "without")[0]
@@ -282,9 +283,9 @@ def test_a_batch_that_counts_for_nothing_changes_nothing(tmp_path: Path) -> None
 
 def test_dropout_is_on_in_training_whatever_an_evaluation_has_left(tmp_path: Path) -> None:
     loop, modes = make_loop(tmp_path, 4, 2), list[bool]()
-    learnt = loop.objective
+    learnt = loop.loss
 
-    def objective(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
+    def loss(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
         modes.append(lm.training)
         return learnt(lm, batch)
 
@@ -292,7 +293,7 @@ def test_dropout_is_on_in_training_whatever_an_evaluation_has_left(tmp_path: Pat
         loop.module.eval()
         return {"eval/loss": 1.0}
 
-    loop.objective, loop.evaluate = objective, measured
-    loop.plan = replace(loop.plan, num_steps=3, eval_steps=1)
+    loop.loss, loop.evaluate = loss, measured
+    loop.config = replace(loop.config, num_steps=3, eval_steps=1)
     loop.fit(0)
     assert modes == [True] * 6

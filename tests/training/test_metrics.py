@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from posttrain.batch import LossOutput
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
-from posttrain.training.loop import evaluate
-from posttrain.training.objective import Averages
+from posttrain.training.metrics import Averages, evaluate
 
 
 def test_sums_over_counts_not_means_of_means() -> None:

@@ -23,14 +23,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGE_CONFIG, MixedSource
+from posttrain.config.schema import MixedSource
+from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import flatten, read_config
 from posttrain.runs.earlier import RENAMED_KEYS
 
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
+# keys below these need no + before them
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
@@ -47,16 +50,19 @@ def compose(stage: str, overrides: list[str], config_dir: Path | None = None) ->
 def validate(config: dict[str, Any]) -> Any:
     """The typed config. Raises UserError naming the first field that is wrong."""
     try:
-        return STAGE_CONFIG.validate_python(config)
+        return typed_config(config)
     except ValidationError as error:
         raise UserError(_first_complaint(error, config)) from None
 
 
 @contextmanager
 def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
-    """A Hydra whose search path is the user's directory, then the shipped one: the first can shadow the second."""
+    """A Hydra whose search path is the user's directory, the shipped one, and those that installed packages bring; an earlier one
+    can shadow those after it."""
     setbase("1.3")
     path = create_config_search_path(str(root("configs")))
+    for folder in (folder for registry in (REGISTRY, *REGISTRIES) for folder in registry.config_dirs()):
+        path.prepend(provider="plugin", path=f"file://{folder.resolve()}", anchor=SearchPathQuery(provider="schema"))  # the last
     if config_dir:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: {config_dir} is no directory")
@@ -184,12 +190,10 @@ def unknown_key(key: str, known: list[str]) -> str:
 def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     complaints = error.errors()
     complaint = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
-    # the tags of unions (stage, method) stand in the location, but in no key of the user's
+    # the tags of unions (a method's name) stand in the location, but in no key of the user's
     path: list[str] = []
     tree: Any = config
-    for part in complaint["loc"][
-        complaint["loc"][:1] == (config.get("stage"),) :
-    ]:  # the first is the stage, and a section's name too
+    for part in complaint["loc"]:
         if isinstance(tree, dict) and part in tree:
             path.append(str(part))
             tree = tree[part]
@@ -233,7 +237,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
         return config
     whole = read_config(stored.parent)
     parent = whole["model"]
-    if "dreambooth" in (whole["stage"], config["stage"]) and whole["stage"] != config["stage"]:
+    if whole["stage"] in REGISTRY.names() and REGISTRY.get(whole["stage"]).reads != REGISTRY.get(config["stage"]).reads:
         raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")
     said = any(line.lstrip("+").startswith(("model=", "model.name=")) for line in overrides)
     if said and config["model"]["name"] != parent["name"]:
@@ -241,7 +245,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
             f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
         )
     kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
-    return {**config, "model": {**parent, **{key: config["model"][key] for key in kept}}}
+    return {**config, "model": {**config["model"], **parent, **{key: config["model"][key] for key in kept}}}
 
 
 def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | None, info: str | None) -> str:

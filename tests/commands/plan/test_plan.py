@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import Segment
-from posttrain.commands.plan.memory import adamw_bytes, nf4_bytes
+from posttrain.commands.plan.memory import adamw_bytes
 from posttrain.commands.plan.plan import make_plan, parse_memory
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.activations import activations, model_of_shapes
@@ -23,6 +23,7 @@ from posttrain.models.language.packed_lm import PackedLM, load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.quantization import quantization
+from posttrain.models.quantization.nf4 import nf4_bytes
 
 SHAPE = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
@@ -41,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def really(directory: Path, words: list[str]) -> dict[str, int]:
     """Bytes of a real model, its gradients and its optimizer after one step."""
-    cfg = STAGE_CONFIG.validate_python(compose_run("sft", [f"model.name={directory}", *words]))
+    cfg = typed_config(compose_run("sft", [f"model.name={directory}", *words]))
     dtype = "float32" if cfg.peft.output == "model" else "bfloat16"
     model: Any = load_causal(str(directory), None, dtype, "cpu", False, quantization(cfg.quant.model_dump(), "cpu"))
     model = add_method(model, cfg.peft, 10)
@@ -90,7 +91,7 @@ def test_tokens_and_steps_are_the_runs_own(directory: Path, tmp_path: Path) -> N
     manifest = posttrain.run("sft", *words, f"run.dir={tmp_path}/run")
     plan = make_plan("sft", words)
     assert (plan["tokens"], plan["steps"]) == (manifest["tokens"], manifest["steps"])
-    assert (plan["trained_numbers"], plan["total_numbers"]) == tuple(manifest["trainable"][k] for k in ("trained", "total"))
+    assert (plan["trained_parameters"], plan["total_parameters"]) == tuple(manifest["trainable"][k] for k in ("trained", "total"))
 
 
 def test_the_papers_examples() -> None:
@@ -112,8 +113,8 @@ def test_a_large_shape_takes_seconds_and_no_weights(tmp_path: Path) -> None:
     words = [f"model.name={tmp_path}", "peft=qlora", "data.path=org/rows", "train.max_steps=10", "train.batch_size=1"]
     plan = make_plan("sft", words, 24 * 10**9)
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert plan["total_numbers"] - plan["trained_numbers"] == 8_030_261_248
-    assert plan["trained_numbers"] == 41_943_040
+    assert plan["total_parameters"] - plan["trained_parameters"] == 8_030_261_248
+    assert plan["trained_parameters"] == 41_943_040
     assert plan["memory"]["quantized weights"] == linear // 2
     assert plan["memory"]["weights"] == 2 * (8_030_261_248 - linear)
     assert plan["fits"] and plan["tokens_are"] == "at most"
@@ -139,7 +140,7 @@ def test_sharding_halves_what_is_sharded(directory: Path) -> None:
 
 @pytest.mark.parametrize("method", [[], ["peft=lora"]])
 def test_activations_are_what_autograd_keeps(directory: Path, method: list[str]) -> None:
-    cfg = STAGE_CONFIG.validate_python(compose_run("sft", [f"model.name={directory}", "model.dtype=float32", *method]))
+    cfg = typed_config(compose_run("sft", [f"model.name={directory}", "model.dtype=float32", *method]))
     real = PackedLM(add_method(load_causal(str(directory), None, "float32", "cpu", False, None), cfg.peft, 10), "documents")
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept: dict[int, Any] = {}

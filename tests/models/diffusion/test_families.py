@@ -10,7 +10,7 @@ import torch
 
 from posttrain.batch import ImagePart
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.losses.diffusion import mixed
 from posttrain.models.diffusion.denoiser import LORA_FILE, load_adapter, read_factors, save_adapter, save_pipeline, trained_parts
@@ -29,7 +29,7 @@ from posttrain.models.diffusion.families import (
 from posttrain.models.diffusion.image_generation import Drawing, draw
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline, native_size, pipeline_directory
 from posttrain.models.diffusion.tiny import TINY
-from posttrain.models.quantization import quantize_blocks
+from posttrain.models.quantization.nf4 import quantize_blocks
 
 PROMPTS = ["a sks dog", "a dog"]
 
@@ -40,7 +40,7 @@ def pipeline(name: str) -> Any:
 
 def method(*words: str) -> Any:
     given = ["model=tiny", "data.instance_dir=x", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
-    return STAGE_CONFIG.validate_python(compose_run("dreambooth", [*given, *words])).peft
+    return typed_config(compose_run("dreambooth", [*given, *words])).peft
 
 
 def part_for(pipe: Any, count: int = 2) -> tuple[ImagePart, torch.Tensor]:
@@ -155,7 +155,7 @@ def test_every_adapter_method_is_read_back_as_it_was(name: str, tmp_path: Path) 
                 p.add_(torch.randn(p.shape) * 0.05)
     live = model_of(pipe)(part, noisy)
     assert not torch.allclose(live, start, atol=1e-3)
-    save_adapter(parts, tmp_path / "adapter", chosen.is_additive or name == "adalora", "base")
+    save_adapter(parts, tmp_path / "adapter", chosen, "base")
     again = pipeline("tiny")
     load_adapter(again, tmp_path / "adapter", "x")
     assert torch.allclose(model_of(again)(part, noisy), live, atol=2e-5)
@@ -170,7 +170,7 @@ def test_nf4_blocks_carry_a_lora(tmp_path: Path) -> None:
     pipe = pipeline("tiny")
     part, noisy = part_for(pipe)
     plain = model_of(pipe)(part, noisy)
-    quantize_blocks(pipe.unet, {"double_quant": True, "compute_dtype": "float32", "method": "nf4"}, "cpu")
+    quantize_blocks(pipe.unet, True, "float32", "cpu")
     kinds = {type(m).__name__ for m in pipe.unet.modules()}
     assert "Linear4bit" in kinds and not torch.equal(model_of(pipe)(part, noisy), plain)
     assert (model_of(pipe)(part, noisy) - plain).norm() / plain.norm() < 0.2

@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.config.schema import Lora
 from posttrain.data.collate import BatchSampler, pack_pairs
 from posttrain.data.examples import Examples, build
 from posttrain.losses.tokens import answer_sums
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.methods.lora import Lora
 from posttrain.stages.dpo.reference import reference_logps, train_reference
 
 CPU = torch.device("cpu")

@@ -1,75 +1,32 @@
 """Every config key there is, its type and its bounds: what a composed config is checked against."""
 
-from posttrain.config.schema.basic import Strict
-from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, Source
-from posttrain.config.schema.language import PpoConfig, RewardConfig
-from posttrain.config.schema.model import (
-    AdaLora,
-    Adapted,
-    Bottleneck,
-    Dora,
-    Full,
-    Head,
-    Lora,
-    LoraPlus,
-    Method,
-    Nf4,
-    Partial,
-    Prefix,
-    Prompt,
-    Ptuning,
-    Targeted,
-    Vera,
-)
-from posttrain.config.schema.stages import (
-    STAGE_CONFIG,
-    STAGES,
-    Cpt,
-    Dpo,
-    Dreambooth,
-    Guarded,
-    LanguageStage,
-    Ppo,
-    Rm,
-    Sft,
-    Stage,
-)
+from posttrain.config.fields import Rate, Strict
+from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, SourceConfig
+from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
+from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig
+from posttrain.config.schema.stages import Conversational, Guarded, LanguageStage, Stage
 from posttrain.config.schema.training import TrainConfig
 
 __all__ = [
-    "STAGES",
-    "STAGE_CONFIG",
-    "AdaLora",
-    "Adapted",
-    "Bottleneck",
-    "Cpt",
+    "Conversational",
     "DataConfig",
-    "Dora",
-    "Dpo",
-    "Dreambooth",
-    "Full",
+    "DpoConfig",
+    "DreamboothConfig",
+    "DriftConfig",
     "Guarded",
-    "Head",
+    "ImageData",
     "LanguageStage",
-    "Lora",
-    "LoraPlus",
-    "Method",
     "MixedSource",
-    "Nf4",
-    "Partial",
-    "Ppo",
     "PpoConfig",
-    "Prefix",
-    "Prompt",
-    "Ptuning",
+    "PriorConfig",
+    "Rate",
     "ReplayConfig",
     "RewardConfig",
-    "Rm",
-    "Sft",
-    "Source",
+    "RmConfig",
+    "RolloutConfig",
+    "SampleConfig",
+    "SourceConfig",
     "Stage",
     "Strict",
-    "Targeted",
     "TrainConfig",
-    "Vera",
 ]

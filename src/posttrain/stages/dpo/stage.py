@@ -1,37 +1,40 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), with the stage's own start as the reference."""
+"""The steps of DPO: pairs that share their prompt, compared with what the stage starts from."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 
 from posttrain.batch import LossOutput, PackedBatch
-from posttrain.config.schema import Dpo
 from posttrain.data.collate import pack_pairs
-from posttrain.evaluation.held_out import Task
-from posttrain.losses.preference import dpo_loss
+from posttrain.losses.pairs import Pairs
+from posttrain.losses.preference import chosen_loss, preference_loss
 from posttrain.losses.tokens import answer_sums
-from posttrain.runs.directory import Run
-from posttrain.stages.language.stage import run_language
+from posttrain.models.language.objectives import answer_lengths
+from posttrain.stages.dpo.config import Dpo
+from posttrain.stages.dpo.reference import references
+from posttrain.stages.language.stage import LanguageSteps
+from posttrain.training.objective import Objective
 
 
-def run(cfg: Dpo, run: Run) -> dict[str, Any]:
-    """Train to the end, or go on; returns the manifest."""
-    options = cfg.dpo
+def steps(cfg: Dpo) -> LanguageSteps:
+    found = objective(cfg)
+    return LanguageSteps(found, references if found.needs_reference else None)
 
-    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
+
+def objective(cfg: Dpo) -> Objective[PackedBatch]:
+    """The loss of `dpo.loss` on pairs; those of most carry the log-probs of both answers under the reference."""
+    dpo, options = cfg.dpo, cfg.dpo.options or {}
+    chosen = chosen_loss(dpo.loss, dpo.label_smoothing, options)
+
+    def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
         logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
-        lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
-        return dpo_loss(
-            logps,
-            batch.extra["reference"],
-            lengths,
+        return preference_loss(
+            dpo.loss,
+            Pairs(logps, batch.extra.get("reference"), answer_lengths(batch)),
             batch.extra["pair_weight"],
-            beta=options.beta,
-            kind=options.loss,
-            label_smoothing=options.label_smoothing,
+            beta=dpo.beta,
+            label_smoothing=dpo.label_smoothing,
+            options=options,
         )
 
-    return run_language(cfg, run, Task(pack_pairs, objective, needs_reference=True))
+    return Objective(pack_pairs, loss, needs_reference=chosen.needs_reference)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from posttrain.config.schema import Ppo
 from posttrain.console import say
 from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
 from posttrain.models.language.loading import load_model, scorer
@@ -15,9 +14,11 @@ from posttrain.models.language.packed_lm import PackedLM, count_numbers
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.directory import read_manifest
-from posttrain.stages.language.build import PreparedData, TrainableModel, attention_of, build_model
+from posttrain.stages.language.build import TrainableModel, attention_of, build_model
 from posttrain.stages.language.init import InitSource, find_base, merged_start
-from posttrain.training.loop import seed_step
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.ppo.config import Ppo
+from posttrain.training.seeding import seed_step
 
 
 def build_actor_critic(
@@ -27,9 +28,9 @@ def build_actor_critic(
     policy, adapters, scorers = built.module, dict[str, list[str]](), dict[str, PackedScorer]()
     under = [INIT] if INIT in getattr(policy.model, "peft_config", {}) else []
     reference: PackedLM | None = None
-    if cfg.peft.output == "adapter" and cfg.peft.method != "pissa" and inputs.start.mode != "continue":
+    if not cfg.peft.writes_base and inputs.start.mode != "continue":
         adapters = {"policy": [*under, NEW], "reference": under}
-    elif cfg.peft.is_additive and cfg.peft.method != "pissa" and inputs.start.adapter:
+    elif cfg.peft.is_additive and not cfg.peft.writes_base and inputs.start.adapter:
         put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
         adapters = {"policy": [NEW], "reference": [INIT]}
     else:
@@ -79,7 +80,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
     """A head of its own over the policy's model."""
-    found = PackedScorer(policy.model, attention_of(cfg, device))
+    found = PackedScorer(policy.model, attention_of(cfg, device), cfg.model.kernels)
     if start and start.scorer:
         found.load_head(start.scorer)
     return found
