@@ -147,13 +147,19 @@ def test_rows_of_a_mixture_that_are_left_out_are_named_with_their_source(
 def test_a_budget_ends_a_run_with_what_is_within_it(tmp_path: Path) -> None:
     """Training hard on a few rows forgets the rest: past the budget the run ends, with the last checkpoint within it."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "zz zz zz zz zz zz zz zz"}) + "\n")
-    words = [f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "optim.lr=0.02", "train.max_steps=12", "train.save_steps=2"]
+    words = [
+        f"data.path={tmp_path}/rows.jsonl",
+        "data.eval_share=0",
+        "optim.lr=0.003",
+        "train.max_steps=12",
+        "train.save_steps=2",
+    ]
     free, lines = run(tmp_path, "free", *words, "forgetting.budget=1%")
     course = {line["step"]: line["forgetting/percent"] for line in lines if "forgetting/percent" in line}
     assert "ended" not in free and free["steps"] == 12 and free["metrics"]["forgetting/percent"] > 1
     last = max([step for step, percent in course.items() if percent <= 1], default=0)
     kept = {path.name for path in (tmp_path / "free" / "checkpoints").iterdir()}
-    assert not last or f"step-{last:06d}" in kept
+    assert last == 6 and kept == {"step-000006", "step-000010", "step-000012"}, "the newest two, and the last within the budget"
     first_over = min(step for step, percent in course.items() if percent > 1)
     stopped, _ = run(tmp_path, "stopped", *words, "forgetting.budget=1", "forgetting.action=stop")
     assert stopped["ended"] == {"step": first_over, "back_to": first_over - 2} and stopped["steps"] == first_over - 2
