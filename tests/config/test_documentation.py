@@ -6,7 +6,7 @@ import pytest
 
 from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
-from posttrain.runs.directory import flatten
+from posttrain.runs.identity import flatten
 from posttrain.stages.spec import stages
 
 PAGE = root("configs").parent / "docs" / "configuration.md"

@@ -115,7 +115,8 @@ def test_lora_starts_at_the_base_is_saved_for_diffusers_and_merges(name: str, te
     how, texts = Drawing(32, 32, 2, None, 2), encode_texts(plain, PROMPTS)
     before = draw(plain, texts, negative_texts(plain), [0, 1], how)
     torch.manual_seed(0)
-    parts = trained_parts(pipe, method("peft=lora", "peft.r=4"), text_encoder, 1, False)
+    chosen = method("peft=lora", "peft.r=4")
+    parts = trained_parts(pipe, chosen, text_encoder, 1, False)
     assert (len(parts) > 1) == text_encoder and not any("text_encoder_3" in part for part in parts)
     after = draw(pipe, encode_texts(pipe, PROMPTS), negative_texts(pipe), [0, 1], how)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))  # B = 0: bit for bit
@@ -126,7 +127,7 @@ def test_lora_starts_at_the_base_is_saved_for_diffusers_and_merges(name: str, te
                     p.copy_(torch.randn(p.shape) * 0.05)
     part, noisy = part_for(pipe)
     live = model_of(pipe)(part, noisy)
-    save_adapter(parts, tmp_path / "adapter", True, "base")
+    save_adapter(parts, tmp_path / "adapter", chosen, "base")
     plain.load_lora_weights(str(tmp_path / "adapter"))
     assert torch.allclose(model_of(plain)(part, noisy), live, atol=1e-5)
     assert not torch.allclose(model_of(pipeline(name))(part, noisy), live, atol=1e-3)

@@ -17,25 +17,24 @@ from posttrain.training.objective import Objective
 
 
 def steps(cfg: Dpo) -> LanguageSteps:
-    """Raises UserError for options that the chosen loss does not have."""
-    loss = chosen_loss(cfg.dpo.loss, cfg.dpo.label_smoothing, cfg.dpo.options or {})
-    return LanguageSteps(objective(cfg), references if loss.needs_reference else None)
+    found = objective(cfg)
+    return LanguageSteps(found, references if found.needs_reference else None)
 
 
 def objective(cfg: Dpo) -> Objective[PackedBatch]:
-    """The loss of `dpo.loss` on pairs whose batch carries the log-probs of both answers under the reference, where it needs
-    those."""
-    options = cfg.dpo
+    """The loss of `dpo.loss` on pairs; those of most carry the log-probs of both answers under the reference."""
+    dpo, options = cfg.dpo, cfg.dpo.options or {}
+    chosen = chosen_loss(dpo.loss, dpo.label_smoothing, options)
 
     def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
         logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
         return preference_loss(
-            options.loss,
+            dpo.loss,
             Pairs(logps, batch.extra.get("reference"), answer_lengths(batch)),
             batch.extra["pair_weight"],
-            beta=options.beta,
-            label_smoothing=options.label_smoothing,
-            options=options.options or {},
+            beta=dpo.beta,
+            label_smoothing=dpo.label_smoothing,
+            options=options,
         )
 
-    return Objective(pack_pairs, loss)
+    return Objective(pack_pairs, loss, needs_reference=chosen.needs_reference)

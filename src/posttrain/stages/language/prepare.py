@@ -18,12 +18,13 @@ from posttrain.data.selection import SELF, replayed, replays
 from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet
 from posttrain.models.hub import BaseInfo
-from posttrain.models.kernels.attention import chosen_attention
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import write_text
+from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
+from posttrain.runs.manifest import Parent
+from posttrain.stages.language.build import attention_of
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.summary import lines_of
 from posttrain.stages.spec import spec_of
@@ -74,8 +75,8 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
 def prepare_language(context: Context) -> Prepared[PreparedData]:
     """Raises UserError for everything a mistake of the user can be in."""
     cfg: LanguageStage = context.cfg
-    if context.weights:
-        chosen_attention(cfg.model.attention, context.device)
+    if context.weights:  # a plan may be of another machine
+        attention_of(cfg, context.device)
     opened = open_language(cfg, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
@@ -96,7 +97,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         "train.processes": context.processes,
         "model.weights": base.digest,
         "init.weights": start.identity,
-        "init.parents": [parent["digest"] for parent in start.parents],
+        "init.parents": [parent.digest for parent in start.parents],
     }
     lines = lines_of(cfg, context.directory, start, base, data, order)
     return Prepared(found, order.num_steps, identity, lines, data.where)
@@ -133,8 +134,15 @@ def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
     if not context.weights or not (replays(cfg.data) or (_wants_fisher(cfg) and cfg.ewc.path == SELF)):  # type: ignore[attr-defined]
         return cfg.data, str(own)
     start, base = opened.start, opened.base
-    ends, options = opened.encoder.end_tokens(), cfg.data.replay
-    replay = Replay(start.source, base.revision, base.digest, opened.tokenizer, ends, options, cfg.model.kernels)
+    replay = Replay(
+        start.source,
+        base.revision,
+        base.digest,
+        opened.tokenizer,
+        opened.encoder.end_tokens(),
+        cfg.data.replay,
+        cfg.model.kernels,
+    )
     trusted = cfg.model.trust_remote_code
     written = replay.write(cache_root(), frozen_dtype(cfg), context.device, trusted, context.check)
     _copy(written, own)
@@ -165,12 +173,12 @@ def with_order(data: PreparedData, order: BatchSampler) -> PreparedData:
     return replace(data, order=order)
 
 
-def with_parents(prepared: Prepared[PreparedData], more: list[dict[str, str]]) -> Prepared[PreparedData]:
+def with_parents(prepared: Prepared[PreparedData], more: list[Parent]) -> Prepared[PreparedData]:
     """With the runs, beside `init`, that this one is made from."""
     start = prepared.data.start
     parents = [*start.parents, *more]
     data = replace(prepared.data, start=replace(start, parents=parents))
-    identity = prepared.identity | {"init.parents": [parent["digest"] for parent in parents]}
+    identity = prepared.identity | {"init.parents": [parent.digest for parent in parents]}
     return replace(prepared, data=data, identity=identity)
 
 

@@ -31,6 +31,8 @@ class LanguageSteps:
 
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
         model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
+        if warning := model.module.report.warning:
+            say(warning)
         fit_memory(context.cfg, model.module, model, largest_batch(context.cfg, prepared.data), context.device)
         return Trainable(model.module, model, model.trained, model.total, lambda: as_given(prepared.data, model))
 
@@ -51,11 +53,8 @@ class LanguageSteps:
 
 
 def build_language(context: Context, data: PreparedData, num_steps: int, scores: bool) -> TrainableModel:
-    """scores: as a reward model. Says which kernels are missing."""
-    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
-    if warning := built.module.report.warning:
-        say(warning)
-    return built
+    """scores: as a reward model."""
+    return build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
 
 
 def as_given(data: PreparedData, model: TrainableModel) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
+from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.hub import context_length
 from posttrain.models.language.actor_critic import ActorCritic
@@ -71,6 +72,8 @@ class PpoSteps:
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         cfg, data = context.cfg, prepared.data
         policy = build_language(context, data, prepared.num_steps, scores=False)
+        if warning := policy.module.report.warning:
+            say(warning)
         roles, policy = build_actor_critic(cfg, policy, data, data.starts, context.device)
         write = start_engine(cfg, data, policy).sample if cfg.rollout.engine == "vllm" else sample
         fit_memory(cfg, roles, policy, _largest_batch(cfg), context.device)
@@ -100,7 +103,7 @@ class PpoSteps:
             updates=ppo.updates,
             loss=ppo.loss,
             measure=ppo.measure,
-            measure_around=measure_sets(context, data, session.module),
+            measure_around=measure_sets(context, data, session),
             compare=compare_ends,
             callback=step_callback(context, data, built.model.policy, session),
         )
