@@ -24,9 +24,9 @@ from posttrain.config.schema import RewardConfig
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.losses.policy import whiten
+from posttrain.runs.earlier import current_function
 
 _WORD = re.compile(r"\w+")
-_RENAMED = {"posttrain.rules": "posttrain.rewards"}  # modules by an earlier version's name, which still works
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def load_function(name: str, field: str) -> RewardFunction:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"{field}: '{name}' is no function; write module:name, as in my_rewards:brevity")
-    if new := _RENAMED.get(module_name):
-        say(f"{field}: {module_name} is {new} now; write {new}:{attribute}")
-        module_name = new
+    if (new := current_function(name)) != name:
+        say(f"{field}: {name} is {new} now; the old name works until the next version")
+        module_name = new.partition(":")[0]
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:

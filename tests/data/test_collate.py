@@ -67,7 +67,7 @@ def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped
             store.add("train", piece)
         store.add("held_out", pairs)
         store.close({"rows": 3})
-    parts, report = load(tmp_path / "x")
+    parts, report, _ = load(tmp_path / "x")
     assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]
     for name in vars(pairs):
         assert np.array_equal(getattr(parts["held_out"], name), getattr(pairs, name)), name

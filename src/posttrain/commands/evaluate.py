@@ -10,6 +10,7 @@ from rich.table import Table
 
 from posttrain.config.schema import DataConfig
 from posttrain.config.stages import REGISTRY, typed_config
+from posttrain.config.stored import completed
 from posttrain.console import console, say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
@@ -76,6 +77,7 @@ def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
     config = live.artifact.config
     if config is None:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
+    config = completed(config)
     wanted = config["eval"]
     named = (wanted["sets"] or {}).items()
     sets = [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
@@ -107,6 +109,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if config is None:
         raise UserError(f"run: {run} is a bare reward model, with no config of a run; give a finished rm run")
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
+    config = completed(config)
     data = config["data"]
     if "data.path" in settings:
         data = data | {

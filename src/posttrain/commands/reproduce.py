@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.commands.compare_runs import RunComparison, compare_runs
+from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.launch.subprocess_runner import run_child
@@ -18,8 +19,8 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
 
     Raises UserError for what is no finished run, RunError where the result does not agree.
     """
-    manifest, config = read_manifest(run), read_config(run)
-    if digest(config) != manifest.config_digest:
+    manifest, config = read_manifest(run), completed(read_config(run))
+    if digest(read_config(run, as_written=True)) != manifest.config_digest:
         raise UserError(
             f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
         )

@@ -30,11 +30,9 @@ from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import CONFIG, read_config
-from posttrain.runs.earlier import RENAMED_KEYS
+from posttrain.runs.earlier import NAMED_BY_USER, RENAMED_KEYS
 from posttrain.runs.identity import flatten
 
-# keys below these need no + before them
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
@@ -132,6 +130,7 @@ def _normal(hydra: Hydra, known: dict[str, str | None], line: str) -> str:
     assert override is not None
     group = override.key_or_group
     if not hydra.config_loader.get_group_options(group):
+        # below these no + is needed
         return f"++{line.lstrip('+')}" if group.startswith(NAMED_BY_USER) and not override.is_delete() else line
     if override.is_delete():
         return f"{group}=none"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.examples import Examples
+from posttrain.runs.earlier import OF_CONTENT
 
 BLOCK = 1 << 22  # bytes that are read at a time
 _DTYPES = {
@@ -26,6 +28,14 @@ _DTYPES = {
     "margins": np.float32,
     "pair_weights": np.float32,
 }
+
+
+class Stored(NamedTuple):
+    """What lies in a directory. content: names tokens, weights, and how they are cut and drawn, by their bytes."""
+
+    parts: dict[str, Examples]
+    report: dict[str, Any]
+    content: str
 
 
 class Store:
@@ -41,6 +51,7 @@ class Store:
         self._temporary.mkdir(parents=True)
         self._counts: dict[str, dict[str, int]] = {}
         self._sums: dict[str, int] = {}  # CRC-32 of each file
+        self._hashes: dict[str, hashlib._Hash] = {}
 
     def __enter__(self) -> Store:
         return self
@@ -58,20 +69,23 @@ class Store:
             with (self._temporary / file_name).open("ab") as file:
                 value.tofile(file)
             self._sums[file_name] = zlib.crc32(value.tobytes(), self._sums.get(file_name, 0))
+            self._hashes.setdefault(file_name, hashlib.sha256()).update(value.tobytes())
         counts["tokens"] += piece.num_tokens
         counts["rows"] += len(piece.rows)
         counts["units"] += len(piece)
 
     def close(self, report: dict[str, object]) -> None:
         """Put the directory in its place; report: what JSON can hold."""
-        found = {"report": report, "counts": self._counts, "crc32": self._sums}
+        hashes = {name: each.hexdigest() for name, each in sorted(self._hashes.items()) if not name.endswith(".rows")}
+        content = OF_CONTENT + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:32]
+        found = {"report": report, "counts": self._counts, "crc32": self._sums, "content": content}
         (self._temporary / "report.json").write_text(json.dumps({"content": found, "crc32": _crc32_of(found)}))
         if not self._path.exists():
             with suppress(OSError):  # another process was quicker, with the same content
                 self._temporary.rename(self._path)
 
 
-def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
+def load(path: Path) -> Stored:
     """Read what a Store wrote: tokens and weights stay on the disk until they are looked at. Raises ValueError for what is not as
     it was written."""
     whole = json.loads((path / "report.json").read_text())
@@ -88,7 +102,7 @@ def load(path: Path) -> tuple[dict[str, Examples], dict[str, Any]]:
             arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
         arrays["splits"] = arrays["splits"].reshape(-1, 2)
         parts[part] = Examples(**arrays)
-    return parts, found["report"]
+    return Stored(parts, found["report"], found["content"])
 
 
 def _crc32_of(content: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ from posttrain.data.prepare import PreparedSource, prepare
 from posttrain.data.row_use import RowUse
 from posttrain.data.selection import sources_of
 from posttrain.data.stats import SourceStats
+from posttrain.runs.earlier import OF_CONTENT
 
 # data.alpha=auto by the bytes of domain text, straight lines over the logarithm between these (SPEC: below 1 GB 0.1 to 0.3, to
 # 10 GB 0.3 to 0.5, above 0.5 to 0.8)
@@ -54,11 +55,19 @@ class Mixture:
 
     @property
     def key(self) -> str:
-        """Names all rows and shares."""
+        """Names all rows and shares, and the code that reads them."""
         if len(self.parts) == 1:
             return self.parts[0].key
         parts = [[part.key for part in self.parts], self.shares]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    @property
+    def content(self) -> str:
+        """Names what was read of all sources, whatever code has read it, and their shares."""
+        if len(self.parts) == 1:
+            return self.parts[0].content
+        parts = [[part.content for part in self.parts], self.shares]
+        return OF_CONTENT + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @property
     def sizes(self) -> list[NDArray[np.int64]]:

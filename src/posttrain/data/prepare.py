@@ -40,7 +40,8 @@ PIECE = 1024  # rows that are tokenised, and for documents packed, together
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source, tokenised. key names all of it: rows, split, tokenizer, options, code."""
+    """One source, tokenised. key names what it was made from: rows, split, tokenizer, options, code. content names what came of
+    it: tokens, weights and their order."""
 
     name: str
     train: Examples
@@ -48,6 +49,7 @@ class PreparedSource:
     stats: SourceStats
     held_out_stats: SourceStats
     key: str
+    content: str
 
 
 def prepare(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, cache: Path) -> list[PreparedSource]:
@@ -89,13 +91,13 @@ def prepare_source(
     make = partial(_tokenise, name, source, data, use, encoder, max_length, path, marks[0], eval_path)
     if not (path / "report.json").exists():
         make()
-    parts, report = _loaded(path, make)
+    parts, report, content = _loaded(path, make)
     places = {"train": source.path, "held_out": eval_path or source.path}  # the cache may be of the same content elsewhere
     stats_of = {part: SourceStats(**fields).moved(places[part]) for part, fields in report.items()}
-    return PreparedSource(name, parts["train"], parts["held_out"], stats_of["train"], stats_of["held_out"], key)
+    return PreparedSource(name, parts["train"], parts["held_out"], stats_of["train"], stats_of["held_out"], key, content)
 
 
-def _loaded(path: Path, make: Callable[[], None]) -> tuple[dict[str, Examples], dict[str, Any]]:
+def _loaded(path: Path, make: Callable[[], None]) -> store.Stored:
     """What lies in the cache; what is damaged there is made again."""
     try:
         return store.load(path)

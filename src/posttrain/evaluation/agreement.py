@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.config.schema import DataConfig
 from posttrain.config.stages import REGISTRY
+from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.data.examples import Examples
 from posttrain.data.prepare import held_out_of, prepare_set
@@ -42,7 +43,7 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     live: the run's result, of load_model."""
     encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
-    config = read_config(run)
+    config = completed(read_config(run))
     try:
         data = DataConfig.model_validate(config["data"])
         sources.append(

@@ -92,7 +92,7 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> _Recipe:
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         return _Recipe.model_validate(raw)
     except ValidationError as e:
         raise UserError(f"{path}: {_complaint(e)}") from None

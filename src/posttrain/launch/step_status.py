@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from posttrain.reports.run_records import plain
 from posttrain.runs.artifact import open_artifact
+from posttrain.runs.earlier import as_of_today
 from posttrain.runs.files import sha256
 from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest, flatten
 from posttrain.runs.manifest import MANIFEST, is_finished
@@ -45,10 +46,10 @@ def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str |
     if again:
         return StepStatus("redo", f"redone, {again}")
     try:
-        then = json.loads(record.read_text())
+        then = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return StepStatus("redo", "redone, there is no record of what it was made from")
-    if then["digest"] != parts["digest"]:
+    if then["digest"] != parts["digest"] and not _is_the_same(then, parts):
         return StepStatus("redo", f"redone, {_difference(then, parts)}")
     if not is_finished(directory):
         return StepStatus("resume", "goes on where it stopped", then["seconds"])
@@ -56,6 +57,12 @@ def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str |
     if gone:
         return StepStatus("redo", f"redone, its {gone[0]} is missing")
     return StepStatus("skip", "done already (same config, data and input)", then["seconds"])
+
+
+def _is_the_same(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Though its config lacks keys that an earlier version did not have, or calls them otherwise."""
+    config, _ = as_of_today(then["config"], now["config"])
+    return config == now["config"] and all(then[part] == now[part] for part in ("input", "files"))
 
 
 def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:

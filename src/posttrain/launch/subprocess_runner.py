@@ -19,7 +19,7 @@ def worker_command(config_file: str) -> list[str]:
 
 def run_child(config: dict[str, Any], what: str) -> int:
     """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as f:
         yaml.safe_dump(config, f, sort_keys=False)
         f.flush()
         child = subprocess.Popen(worker_command(f.name))

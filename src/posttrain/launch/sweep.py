@@ -58,7 +58,7 @@ def job(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     sweep_dir = Path(config.run.dir)
-    jobs = json.loads((sweep_dir / JOBS).read_text())
+    jobs = json.loads((sweep_dir / JOBS).read_text(encoding="utf-8"))
     number = HydraConfig.get().job.num
     mine = jobs[number]
     directory, label = Path(mine["dir"]), f"[{number + 1}/{len(jobs)}] {mine['label']}"
@@ -79,7 +79,7 @@ def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int
     """Exit code of the worker, and whether a signal came; its words go to job.log, its progress is shown too."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "posttrain.launch.worker", str(directory.with_suffix(".yaml"))]
-    with (directory / "job.log").open("a") as log:
+    with (directory / "job.log").open("a", encoding="utf-8") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         with _forwarding(child) as requested:
             assert child.stdout
@@ -148,7 +148,7 @@ def _job(sweep_dir: Path, number: int, mine: list[str], sets: list[list[str]], c
     label = " ".join(line.split("=")[0].rsplit(".", 1)[-1] + "=" + line.split("=", 1)[1] for line in swept)
     directory = sweep_dir / "-".join([f"{number:03d}", *_safe(label).split()])
     config = {**config, "run": {**config["run"], "dir": str(directory)}}
-    directory.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    directory.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     overrides = dict(line.lstrip("+").split("=", 1) for line in swept)
     return {"overrides": overrides, "label": label, "dir": str(directory), "digest": digest(config)}
 
@@ -171,7 +171,7 @@ def _loss(row: dict[str, Any]) -> str:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text().strip().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it never started"
 
 

@@ -102,7 +102,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as f:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as f:
         yaml.safe_dump(config, f)
         f.flush()
         launch = LaunchConfig(
@@ -135,7 +135,7 @@ def _meaning(code: int, count: int) -> BaseException:
 
 def main(path: str) -> int:
     """Exit code of the run that the file at `path` describes."""
-    return guarded(lambda: run_config(yaml.safe_load(Path(path).read_text())))
+    return guarded(lambda: run_config(yaml.safe_load(Path(path).read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

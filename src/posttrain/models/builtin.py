@@ -70,9 +70,9 @@ def made_once(directory: Path, make: Callable[[Path], str]) -> tuple[Path, str]:
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
                 made = Path(scratch) / directory.name
                 origin = make(made)
-                (made / note.name).write_text(json.dumps({"origin": origin}))
+                (made / note.name).write_text(json.dumps({"origin": origin}), encoding="utf-8")
                 made.rename(directory)
-    return directory, json.loads(note.read_text())["origin"]
+    return directory, json.loads(note.read_text(encoding="utf-8"))["origin"]
 
 
 def _make_tiny(out: Path) -> str:

@@ -56,7 +56,7 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
 
 def context_length(name: str, revision: str | None) -> int | None:
     """Tokens that the model of `name` was made for, where its config says so."""
-    config = json.loads((resolve(name, revision, weights=False).directory / "config.json").read_text())
+    config = json.loads((resolve(name, revision, weights=False).directory / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     return config.get("max_position_embeddings", config.get("n_positions"))
 

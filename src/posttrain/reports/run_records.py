@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 from posttrain.errors import UserError
 from posttrain.runs.directory import CONFIG, read_config
+from posttrain.runs.earlier import current_figures
 from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
@@ -77,7 +78,7 @@ def read_record(directory: Path) -> Record:
     config = read_config(directory)
     found = read_manifest(directory) if is_finished(directory) else None
     try:
-        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     except OSError as e:
         raise UserError(f"{directory} cannot be read: {e}") from None
     return Record(directory, config, found, [line for line in map(_line, lines) if line])
@@ -89,7 +90,7 @@ def _line(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     numbers = {name: value for name, value in found.items() if is_number(value)} if isinstance(found, dict) else {}
-    return numbers if "step" in numbers else {}
+    return current_figures(numbers) if "step" in numbers else {}
 
 
 @contextmanager

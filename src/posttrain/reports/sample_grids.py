@@ -20,7 +20,7 @@ def sample_grids(run_dir: Path) -> list[dict[str, Any]]:
         return []
     steps = sorted(folder.glob("step-*"))
     grids = []
-    for number, about in enumerate(json.loads((folder / "index.json").read_text())):
+    for number, about in enumerate(json.loads((folder / "index.json").read_text(encoding="utf-8"))):
         shots = [
             {"label": _label(step), "images": [as_uri(file) for file in sorted(step.glob(f"{number}-*.png"))]} for step in steps
         ]

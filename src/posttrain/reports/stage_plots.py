@@ -15,7 +15,7 @@ from posttrain.reports.run_records import Record
 def stage_figures(record: Record) -> list[Figure]:
     """Those that this run has the numbers for."""
     rows_file = record.dir / "held_out.json"
-    rows = json.loads(rows_file.read_text()) if rows_file.exists() else {}
+    rows = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.exists() else {}
     found = [
         rank_figure(record.manifest.peft.ranks if record.manifest else {}),
         reliability_figure(rows),

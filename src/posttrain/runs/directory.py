@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
+from posttrain.runs.earlier import as_of_today, current_config
 from posttrain.runs.files import file_hashes, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
@@ -75,7 +76,7 @@ def open_run(config: dict[str, Any]) -> Run:
         lock.acquire()
         run = Run(directory, config, lock)
         if (directory / CONFIG).exists():
-            if _allowed_changes(run):
+            if not _is_as_written(run) and not run.finished:
                 write_config(run)
         elif any(p.name not in (".lock", "job.log") for p in directory.iterdir()):
             raise UserError(f"run.dir: {directory} holds other files and no run; give a new or empty directory")
@@ -106,14 +107,20 @@ def write_config(run: Run) -> None:
     write_text(run.dir / CONFIG, yaml.safe_dump(run.config, sort_keys=False))
 
 
-def _allowed_changes(run: Run) -> list[str]:
-    """Lines on what is not as this directory's config.yaml has it; UserError where the user has not allowed that."""
-    then, now = identity_of(read_config(run.dir)), identity_of(run.config)
-    return compare(then, now, allowed(run.config), f"{run.dir} belongs to another config")
+def _is_as_written(run: Run) -> bool:
+    """Is the config that of this directory's config.yaml, word for word? UserError where a setting differs that the user has not
+    allowed to."""
+    stored, now = read_config(run.dir, as_written=True), identity_of(run.config)
+    then, _ = as_of_today(identity_of(stored), now)
+    compare(then, now, allowed(run.config), f"{run.dir} belongs to another config")
+    return digest(stored) == digest(run.config)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The config that a run was started with. Raises UserError when it cannot be read."""
+def read_config(directory: Path, as_written: bool = False) -> dict[str, Any]:
+    """The config that a run was started with, its keys by today's names unless it is wanted as it was written.
+
+    Raises UserError when it cannot be read.
+    """
     path = directory / CONFIG
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,4 +132,4 @@ def read_config(directory: Path) -> dict[str, Any]:
         or "stage" not in found
     ):
         raise UserError(f"{path} is no run's config")
-    return found
+    return found if as_written else current_config(found)

@@ -5,20 +5,75 @@ from __future__ import annotations
 from typing import Any
 
 RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> new, since 0.2
-
-# new key -> a key beside it, and what runs without the new one did; since 0.2
-ADDED_KEYS: dict[str, tuple[str, Any]] = {"model.kernels": ("attention", "auto"), "dpo.options": ("loss", None)}
+RENAMED_MODULES = {"posttrain.rules": "posttrain.rewards"}  # where a function of ours is named, since 0.2
+RENAMED_FIGURES = {"clip_share": "clip_fraction", "learnt": "shaped_reward"}  # of metrics.jsonl and of checkpoints, since 0.2
+# below these the keys are the user's own
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
+OF_CONTENT = "sha256:"  # how a name begins that says what was read, and nothing of the code that has read it
 
 
 def current_config(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config as today's version writes it. `config` stays as it is."""
     for old, new in RENAMED_KEYS.items():
         config = _moved(config, old.split("."), new.split("."))
-    for added, (beside, value) in ADDED_KEYS.items():
-        section, key = added.split(".")
-        if beside in (config.get(section) or {}):
-            config = {**config, section: {key: value, **config[section]}}
-    return config
+    return _current_value(config)
+
+
+def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What made a run itself, by key, so that it compares with `now` though an earlier version has written it; and a line on what
+    cannot be compared.
+
+    A key that the earlier version did not have is no change: the run goes on with today's value.
+    """
+    found = {RENAMED_KEYS.get(key, key): _current_value(value) for key, value in then.items()}
+    found |= {key: value for key, value in now.items() if _is_new(key, found)}
+    lines = []
+    if str(now.get("data.content")).startswith(OF_CONTENT) and not str(found.get("data.content")).startswith(OF_CONTENT):
+        lines.append(
+            f"data.content was {found.get('data.content')}, which names the rows and an earlier version's code together: whether "
+            "the rows are the same cannot be told"
+        )
+        found["data.content"] = now["data.content"]
+    return found, lines
+
+
+def current_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps beside the weights, its figures by today's names."""
+    figures = {key: state[key] for key in ("first", "window") if isinstance(state.get(key), dict)}
+    return state | {key: current_figures(values) for key, values in figures.items()}
+
+
+def current_figures(values: dict[str, Any]) -> dict[str, Any]:
+    """By today's names; what stands before a / stays."""
+    return {_renamed_figure(name): value for name, value in values.items()}
+
+
+def current_function(name: str) -> str:
+    """`module:name` with today's module."""
+    module, separator, function = name.partition(":")
+    return f"{RENAMED_MODULES.get(module, module)}{separator}{function}"
+
+
+def _renamed_figure(name: str) -> str:
+    group, slash, last = name.rpartition("/")
+    return f"{group}{slash}{RENAMED_FIGURES.get(last, last)}"
+
+
+def _is_new(key: str, then: dict[str, Any]) -> bool:
+    """A key of which the earlier version knew nothing. One below a section that was null there, or that was empty but for the
+    user's own words, is none: that is a setting which has changed."""
+    parts = key.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return key not in then and not key.startswith(NAMED_BY_USER) and not any(each in then for each in above)
+
+
+def _current_value(value: Any) -> Any:
+    """Functions by today's modules, however deep they lie."""
+    if isinstance(value, dict):
+        return {key: _current_value(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_current_value(each) for each in value]
+    return current_function(value) if isinstance(value, str) and ":" in value else value
 
 
 def _moved(tree: dict[str, Any], old: list[str], new: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from posttrain.errors import UserError
+from posttrain.runs.earlier import current_config
 
 NOT_PART_OF_A_RUN = ("run", "tracker", "resume")  # what may differ between two starts of the same run
 LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
@@ -41,8 +42,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """By key, every setting that makes a run itself."""
-    return {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_PART_OF_A_RUN}
+    """By key as today's version calls it, every setting that makes a run itself."""
+    current = flatten(current_config(config))
+    return {key: value for key, value in current.items() if key.split(".")[0] not in NOT_PART_OF_A_RUN}
 
 
 def allowed(config: dict[str, Any]) -> list[str]:

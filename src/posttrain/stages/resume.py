@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 
 from posttrain.console import say
+from posttrain.data.collate import BatchSampler
 from posttrain.runs.directory import Run
+from posttrain.runs.earlier import as_of_today, current_state
 from posttrain.runs.identity import allowed, code_state, compare, identity_of, library_versions
 from posttrain.runs.manifest import read_manifest
+from posttrain.stages.steps import Prepared
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint
 from posttrain.training.state import TrainState
 
@@ -24,8 +28,9 @@ class History:
     checkpoint: Checkpoint | None
     state: TrainState
 
-    def hold(self, name: str, now: dict[str, Any]) -> None:
-        """Have checkpoints hold, as the state's field `name`, what makes the run itself.
+    def hold(self, name: str, now: dict[str, Any], quietly: bool = False) -> None:
+        """Have checkpoints hold, as the state's field `name`, what makes the run itself. quietly: what a difference that was
+        named before explains goes without saying.
 
         Raises UserError where the checkpoint that it goes on from holds another, and neither `resume.allow` names the
         difference nor a difference that was named before explains it.
@@ -34,7 +39,9 @@ class History:
         if self.checkpoint and then:
             follows = any(change["step"] == self.checkpoint.step for change in self.state.changes)
             whose = f"{self.checkpoint.path} is of another run"
-            self.note(compare(then, now, list(now) if follows else allowed(self.run.config), whose))
+            then, incomparable = as_of_today(then, now)
+            lines = incomparable + compare(then, now, list(now) if follows else allowed(self.run.config), whose)
+            self.note([] if follows and quietly else lines)
         setattr(self.state, name, now)
 
     def note(self, lines: list[str]) -> None:
@@ -45,7 +52,7 @@ class History:
             self.state.changes.append({"step": self.checkpoint.step, "change": line})
 
 
-def open_history(cfg: Any, run: Run, identity: dict[str, Any], device: torch.device) -> History:
+def open_history(cfg: Any, run: Run, prepared: Prepared[Any], device: torch.device) -> History:
     """The checkpoint to go on from, verified, before a weight of the base is loaded.
 
     Raises UserError where none is whole, or it is of another run than this one and `resume.allow` does not name the difference.
@@ -53,9 +60,10 @@ def open_history(cfg: Any, run: Run, identity: dict[str, Any], device: torch.dev
     checkpoint, damaged = newest_checkpoint(run.checkpoints)
     for line in damaged:
         say(f"{line}; going on from the newest good one")
-    state = TrainState.from_dict(checkpoint.state) if checkpoint else TrainState()
+    state = TrainState.from_dict(current_state(checkpoint.state)) if checkpoint else TrainState()
     history = History(run, checkpoint, state)
-    history.hold("identity", identity_of(run.config) | identity)
+    history.hold("identity", identity_of(run.config) | prepared.identity)
+    history.hold("order", {"data.order": _order_hash(prepared.order)}, quietly=True)
     then, now = state.made_with, made_with(device)
     differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
     history.note([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
@@ -63,6 +71,11 @@ def open_history(cfg: Any, run: Run, identity: dict[str, Any], device: torch.dev
     if checkpoint is None and cfg.run.reproduces:
         _say_what_differs(state, Path(cfg.run.reproduces))
     return history
+
+
+def _order_hash(order: BatchSampler) -> str:
+    """Names which units a run draws when."""
+    return hashlib.sha256(order.drawn.tobytes()).hexdigest()[:32]
 
 
 def made_with(device: torch.device) -> dict[str, str]:
@@ -74,8 +87,8 @@ def made_with(device: torch.device) -> dict[str, str]:
 def _say_what_differs(state: TrainState, other: Path) -> None:
     """From a finished run that this one rebuilds."""
     manifest = read_manifest(other)
-    then = manifest.identity | manifest.made_with
-    now = state.identity | state.made_with
-    lines = compare(then, now, sorted(then | now), str(other))
+    identity, lines = as_of_today(manifest.identity, state.identity)
+    then, now = identity | manifest.made_with, state.identity | state.made_with
+    lines += compare(then, now, sorted(then | now), str(other))
     for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:
         say(line)

@@ -49,7 +49,7 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
     with stop.at_once(alone):  # nothing is lost by leaving before the first step
         with accelerator.main_process_first():  # the others find data and models in the cache
             prepared = steps.prepare(context)
-        history = open_history(cfg, run, prepared.identity, accelerator.device)
+        history = open_history(cfg, run, prepared, accelerator.device)
         for line in prepared.lines:
             say(line)
         tracker = Tracker(run.metrics, accelerator, cfg.tracker, run.config)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from posttrain.batch import Batch
+from posttrain.data.collate import BatchSampler
 from posttrain.runs.cache import cache_root, cached_tensors
 from posttrain.runs.directory import Run
 from posttrain.training.callbacks import StepCallback
@@ -55,17 +56,22 @@ class Prepared(Generic[D]):
 
     Args:
         data: the stage's own.
-        num_steps: optimizer steps (of ppo: rollouts) of the whole run.
         identity: what makes the run itself beside its config, by the key under which `resume.allow` lets it change.
+        order: which units a step draws.
         lines: what is about to happen, in the user's words.
         where: what messages call the row of a batch.
     """
 
     data: D
-    num_steps: int
     identity: dict[str, Any]
+    order: BatchSampler
     lines: list[str]
     where: Callable[[int], str]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps (of ppo: rollouts) of the whole run."""
+        return self.order.num_steps
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], stat
                 raise OSError(f"{name} does not hold what was written; is the disk sound?")
     files = {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in parts}
     text = json.dumps({"files": files, "state": state, "step": step}, indent=2, sort_keys=True)
-    (directory / RECORD).write_text(json.dumps({"sha256": _sha256_of(text), **json.loads(text)}, indent=2))
+    record = json.dumps({"sha256": _sha256_of(text), **json.loads(text)}, indent=2)
+    (directory / RECORD).write_text(record, encoding="utf-8")
     flush(directory / RECORD)
     flush(directory)
 
@@ -149,7 +150,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _verified(path: Path) -> Checkpoint:
-    record = json.loads((path / RECORD).read_text())
+    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     if record.pop("sha256", None) != _sha256_of(json.dumps(record, indent=2, sort_keys=True)):
         raise ValueError(f"{RECORD} does not match its sha256")
     if path.name != f"step-{record['step']:06d}":

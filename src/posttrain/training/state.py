@@ -13,17 +13,19 @@ _EARLIER = {"tokens": "seen", "images": "seen", "owed": "evaluation_owed", "with
 class TrainState:
     """The counters and records of a run.
 
-    identity: what makes the run itself, by the key under which `resume.allow` lets it change; references: the same of what
-    training compares with. made_with: versions and device of this start. changes: {step, change} of what was not the same at
-    a later start. before: what was measured before the first step. seen: tokens (or images) that were trained on. drawn: hash
-    of all rows drawn so far, in their order. halved: steps at which micro-batches were halved, for want of memory. left_out:
-    updates that were not taken, and why. losses: the last ones, which a spike is judged by. evaluation_owed: a stop came
-    before the evaluation of the step. within_budget: newest step whose weights the checkpoint gate let through. ended: {step,
-    back_to} where the run ended before its last step. window: sums since the last logged step. lines: of metrics.jsonl.
-    stage: what a stage keeps of its own; a dataclass, or a dict as a checkpoint has it.
+    identity: what makes the run itself, by the key under which `resume.allow` lets it change; order, references: the same of
+    which units are drawn when, and of what training compares with. made_with: versions and device of this start. changes:
+    {step, change} of what was not the same at a later start. before: what was measured before the first step. seen: tokens
+    (or images) that were trained on. drawn: hash of all rows drawn so far, in their order. halved: steps at which micro-
+    batches were halved, for want of memory. left_out: updates that were not taken, and why. losses: the last ones, which a
+    spike is judged by. evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose
+    weights the checkpoint gate let through. ended: {step, back_to} where the run ended before its last step. window: sums
+    since the last logged step. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a dict as a
+    checkpoint has it.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)

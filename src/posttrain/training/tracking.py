@@ -28,7 +28,9 @@ class Tracker:
         step's checkpoint will be measured again."""
         if not (self.accelerator.is_main_process and self.path.exists()):
             return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step][:lines]
+        kept = [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step][
+            :lines
+        ]
         self.lines = len(kept)
         write_text(self.path, "".join(line + "\n" for line in kept))
 
@@ -36,7 +38,7 @@ class Tracker:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no NaN
         self.lines += 1
         if self.accelerator.is_main_process:
-            with self.path.open("a") as f:
+            with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log(values, step=step)
 

@@ -141,7 +141,7 @@ def _look(
     ]
     lengths = np.diff(train.offsets).tolist()
     seen = Seen(name, stats, 1.0, lengths, [f for f in findings if f.count], complete)
-    return PreparedSource(name, train, held_out, stats, held_stats, ""), seen
+    return PreparedSource(name, train, held_out, stats, held_stats, "", ""), seen
 
 
 def _first_mistake(stats: SourceStats) -> str:

@@ -39,7 +39,7 @@ class DreamboothSteps:
             "init.parents": [parent.digest for parent in data.parents],
         }
         lines = lines_of(context.cfg, context.directory, data)
-        return Prepared(data, data.order.num_steps, identity, lines, lambda row: str(data.views[row].path))
+        return Prepared(data, identity, data.order, lines, lambda row: str(data.views[row].path))
 
     def build(self, context: Context, prepared: Prepared[ImageData], accelerator: Accelerator) -> Trainable[Filled]:
         with accelerator.main_process_first():  # the others find what it makes in the cache

@@ -100,7 +100,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         "init.parents": [parent.digest for parent in start.parents],
     }
     lines = lines_of(cfg, context.directory, start, base, data, order)
-    return Prepared(found, order.num_steps, identity, lines, data.where)
+    return Prepared(found, identity, order, lines, data.where)
 
 
 def rows_of(cfg: LanguageStage) -> RowUse:

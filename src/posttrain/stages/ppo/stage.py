@@ -67,7 +67,7 @@ class PpoSteps:
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
-        return Prepared(data, language.num_steps, language.identity, language.lines, language.where)
+        return Prepared(data, language.identity, language.order, language.lines, language.where)
 
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         cfg, data = context.cfg, prepared.data
