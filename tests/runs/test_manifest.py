@@ -97,12 +97,12 @@ def test_typed_parts() -> None:
 def test_what_another_version_says_is_kept(tmp_path: Path) -> None:
     raw = {
         **LEAST,
-        "kernels": {"fused": True},
+        "later": {"key": True},
         "weights": {**LEAST["weights"], "bits": 16},
         "quant": {"method": "nf4", "new": [1]},
     }  # type: ignore[dict-item]
     found = read_manifest(written(tmp_path, raw))
-    assert found.to_dict() == raw and found.model_extra == {"kernels": {"fused": True}}
+    assert found.to_dict() == raw and found.model_extra == {"later": {"key": True}}
 
 
 def test_a_manifest_of_a_later_schema_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
-from posttrain.config.choices import Schedule
 from posttrain.console import Meter, say
 from posttrain.errors import Stopped
 from posttrain.runs.files import write_json
@@ -28,7 +27,7 @@ from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, halved, is_out_of_memory, not_finite
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
-from posttrain.training.optimizer import lr_factor
+from posttrain.training.optimizer import Schedule, lr_factor
 from posttrain.training.seeding import seed_step
 from posttrain.training.signals import StopSignal
 from posttrain.training.state import TrainState

@@ -132,6 +132,10 @@ def test_flex_without_a_gpu_is_refused_before_anything_loads(tmp_path: Path, mon
         posttrain.run("sft", *SMALL, "model.attention=flex", f"run.dir={tmp_path / 'run'}")
 
 
+def test_a_plan_may_be_of_another_machines_attention() -> None:
+    assert make_plan("sft", ["model=tiny", "data.max_rows=12", "eval.sets=null", "train.max_steps=1", "model.attention=flex"])
+
+
 def test_attention_by_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
     assert (default_attention(cpu), default_attention(cuda)) == ("documents", "flex")

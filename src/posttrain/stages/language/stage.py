@@ -53,11 +53,8 @@ class LanguageSteps:
 
 
 def build_language(context: Context, data: PreparedData, num_steps: int, scores: bool) -> TrainableModel:
-    """scores: as a reward model. Says which kernels are missing."""
-    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
-    if warning := built.module.report.warning:
-        say(warning)
-    return built
+    """scores: as a reward model."""
+    return build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
 
 
 def as_given(data: PreparedData, model: TrainableModel) -> AbstractContextManager[None]:
