@@ -216,7 +216,7 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     size, unit = amount(manifest)
     rate = size / manifest["seconds"] if manifest["seconds"] else 0.0
     for what, value, more in (
-        ("trained numbers", _short(trained), f"{trained / total:.2%} of {_short(total)}"),
+        ("trained parameters", _short(trained), f"{trained / total:.2%} of {_short(total)}"),
         (unit, f"{size:,}", f"in {manifest['steps']:,} steps"),
         ("training time", duration(manifest["seconds"]), f"{rate:,.3g} {unit}/s on {manifest['device']}"),
     ):

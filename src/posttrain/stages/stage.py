@@ -46,7 +46,7 @@ class ReadInputs(Protocol):
 
 
 class BuiltModel(Protocol):
-    """The model as it will be trained. trained, total: counts of numbers."""
+    """The model as it will be trained. trained, total: counts of parameters."""
 
     @property
     def trained(self) -> int: ...
@@ -108,7 +108,7 @@ class StageRun(Generic[In, B]):
         self.announce(inputs)
         tracker = Tracker(self.run.metrics, self.accelerator, self.cfg.tracker, self.run.config)
         whole, built = self.build(inputs)
-        say(f"training {built.trained:,} of {built.total:,} numbers ({built.trained / built.total:.2%})")
+        say(f"training {built.trained:,} of {built.total:,} parameters ({built.trained / built.total:.2%})")
         optim = self.cfg.optim
         optimizer, note = make_optimizer(
             optim.name,

@@ -90,7 +90,7 @@ def test_tokens_and_steps_are_the_runs_own(directory: Path, tmp_path: Path) -> N
     manifest = posttrain.run("sft", *words, f"run.dir={tmp_path}/run")
     plan = make_plan("sft", words)
     assert (plan["tokens"], plan["steps"]) == (manifest["tokens"], manifest["steps"])
-    assert (plan["trained_numbers"], plan["total_numbers"]) == tuple(manifest["trainable"][k] for k in ("trained", "total"))
+    assert (plan["trained_parameters"], plan["total_parameters"]) == tuple(manifest["trainable"][k] for k in ("trained", "total"))
 
 
 def test_the_papers_examples() -> None:
@@ -112,8 +112,8 @@ def test_a_large_shape_takes_seconds_and_no_weights(tmp_path: Path) -> None:
     words = [f"model.name={tmp_path}", "peft=qlora", "data.path=org/rows", "train.max_steps=10", "train.batch_size=1"]
     plan = make_plan("sft", words, 24 * 10**9)
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert plan["total_numbers"] - plan["trained_numbers"] == 8_030_261_248
-    assert plan["trained_numbers"] == 41_943_040
+    assert plan["total_parameters"] - plan["trained_parameters"] == 8_030_261_248
+    assert plan["trained_parameters"] == 41_943_040
     assert plan["memory"]["quantized weights"] == linear // 2
     assert plan["memory"]["weights"] == 2 * (8_030_261_248 - linear)
     assert plan["fits"] and plan["tokens_are"] == "at most"

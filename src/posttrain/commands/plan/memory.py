@@ -36,8 +36,8 @@ class Counted:
     parts: dict[str, float]
     activations: float
     activations_recomputed: float
-    total_numbers: int
-    trained_numbers: int
+    total_parameters: int
+    trained_parameters: int
     flops: float
 
 
@@ -55,7 +55,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
 
 
 class Tally(NamedTuple):
-    """Bytes of weights, gradients and optimizer by part, and how many numbers there are and are trained."""
+    """Bytes of weights, gradients and optimizer by part, and how many parameters there are and how many of them are trained."""
 
     parts: dict[str, float]
     total: int

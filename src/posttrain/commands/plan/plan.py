@@ -83,8 +83,8 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
         "model": cfg.model.name,
         "method": cfg.peft.method,
         "quant": cfg.quant.method,
-        "total_numbers": found.total_numbers,
-        "trained_numbers": found.trained_numbers,
+        "total_parameters": found.total_parameters,
+        "trained_parameters": found.trained_parameters,
         "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},
         "memory_with_recomputation": round(fixed + found.activations_recomputed),
         "memory_without_recomputation": round(fixed + found.activations),
@@ -243,8 +243,8 @@ def show_plan(plan: dict[str, Any]) -> None:
         table.add_row(part, f"{size / GB:.3f}")
     table.add_row("total", f"{plan['total_bytes'] / GB:.3f}", style="bold")
     say(f"{plan['stage']} of {plan['model']}, peft={plan['method']} quant={plan['quant']}")
-    trained, total = plan["trained_numbers"], plan["total_numbers"]
-    say(f"training {trained:,} of {total:,} numbers ({trained / total:.2%})")
+    trained, total = plan["trained_parameters"], plan["total_parameters"]
+    say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
     console.print(table)
     verdict = "fits in" if plan["fits"] else "does not fit in"
     say(f"{verdict} {plan['capacity_bytes'] / GB:.1f} GB ({plan['device']})")

@@ -25,7 +25,7 @@ from posttrain.training.loop import seed_step
 
 @dataclass(frozen=True)
 class DreamboothModel:
-    """The model as it will be trained. trained, total: counts of numbers, of the parts that are trained."""
+    """The model as it will be trained. trained, total: counts of parameters, of the parts that are trained."""
 
     module: DiffusionModel
     trained: int

@@ -48,7 +48,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The model as it will be trained. trained, total: counts of numbers."""
+    """The model as it will be trained. trained, total: counts of parameters."""
 
     module: PackedLM
     trained: int
