@@ -198,9 +198,10 @@ def sections(keys: dict[str, Key]) -> dict[tuple[str, ...], list[str]]:
 
 
 def title(stages: tuple[str, ...]) -> str:
+    *others, last = stages
     if len(stages) == len(STAGES):
         return "Every stage"
-    return f"{', '.join(stages[:-1])} and {stages[-1]}" if len(stages) > 1 else f"`posttrain {stages[0]}`"
+    return f"{', '.join(others)} and {last}" if others else f"`posttrain {last}`"
 
 
 def section_notes(names: list[str], found: dict[str, Explained]) -> dict[str, str]:

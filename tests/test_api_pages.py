@@ -5,7 +5,7 @@ import ast
 from api_pages import PAGES, class_blocks, code, docstring, pages, signature
 from house import Function
 
-SOURCE = '''
+SOURCE: str = '''
 @dataclass(frozen=True)
 class Scale(Base):
     """What a layer is multiplied by.
@@ -41,6 +41,7 @@ def long(
 def short(x: int) -> int: return x
 '''
 TREE = ast.parse(SOURCE)
+LINES: list[str] = list(SOURCE.splitlines())
 
 
 def test_the_pages_are_what_the_generator_makes() -> None:
@@ -52,7 +53,7 @@ def test_the_pages_are_what_the_generator_makes() -> None:
 def test_a_class_with_its_fields_methods_and_docstrings() -> None:
     scale = TREE.body[0]
     assert isinstance(scale, ast.ClassDef)
-    assert list(class_blocks(scale, SOURCE.splitlines())) == [
+    assert list(class_blocks(scale, LINES)) == [
         code("@dataclass(frozen=True)\nclass Scale(Base):\n    factor: float  # above 0"),
         "What a layer is multiplied by.",
         "The second paragraph: 2 \\* 3 \\< `a * b`.",
@@ -65,7 +66,7 @@ def test_a_class_with_its_fields_methods_and_docstrings() -> None:
 
 
 def test_signatures_stand_as_in_the_source() -> None:
-    found = [signature(node, SOURCE.splitlines()) for node in TREE.body if isinstance(node, Function)]
+    found = [signature(node, LINES) for node in TREE.body if isinstance(node, Function)]
     assert found == ['def long(\n    x: int, *, y: str = "a: b"\n) -> None', "def short(x: int) -> int"]
 
 

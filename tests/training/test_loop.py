@@ -63,7 +63,7 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
         tracker=tracker,
         checkpoints=folder / "checkpoints",
         stop=StopSignal(),
-        evaluate=dict,
+        evaluate=lambda step: {},
     )
 
 

@@ -83,7 +83,7 @@ def _build(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
     rows = _live_answers(run, manifest, adapter, base_dir, scratch)
     write_merged(base_dir, adapter, scratch / "full")
-    found = {}
+    found: dict[str, Agreement] = {}
     for name in ("full", "dequantized"):
         if (scratch / name).exists():
             copy_tokenizer(run / manifest["weights"]["path"], scratch / name)

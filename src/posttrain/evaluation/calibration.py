@@ -24,7 +24,7 @@ def reliability(margins: Tensor) -> list[Bin]:
     """Pairs by the model's confidence in its own choice, sigma(|r_chosen - r_rejected|), in ten bins of 0.5 to 1."""
     confidence, right = torch.sigmoid(margins.abs()).double(), (margins > 0).double() + 0.5 * (margins == 0).double()
     which = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    found = []
+    found: list[Bin] = []
     for i in range(BINS):
         inside = which == i
         if count := int(inside.sum()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -32,7 +32,9 @@ class _Recipe(Strict):
     @field_validator("steps", mode="before")
     @classmethod
     def _bare_names(cls, value: Any) -> Any:
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {name: dict[str, Any]() if step is None else step for name, step in cast("dict[str, Any]", value).items()}
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     stages = list(dict.fromkeys(r.config["stage"] for r in records))
     rated = [name for name in columns if len(stages) == 1 or not name.startswith("eval/")]
     grid = metric_grid([r.metrics for r in records], columns, rated)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for record, cells in zip(records, grid, strict=True):
         done = record.manifest or {"tokens": 0, "seconds": 0.0}
         size, unit = amount(done)
@@ -196,7 +196,8 @@ def _long_name(record: Record) -> str:
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
-    tiles, metrics, manifest = [], record.metrics, record.manifest
+    tiles: list[dict[str, str]] = []
+    metrics, manifest = record.metrics, record.manifest
     if own := own_result(record):
         what = f"held-out {own.name.split('/')[1]}"
         tiles.append({"what": what, "start": own.before, "value": own.after, "more": own.text, "verdict": own.verdict})
@@ -240,7 +241,7 @@ def _run_curves(record: Record) -> list[Figure]:
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:
-    curves = []
+    curves: list[Curve] = []
     for i, name in enumerate(names, 1):
         label = name.rsplit("_", 1)[-1] if len(names) > 1 else "train"
         curves.append(Curve(label, *record.series(f"train/{name}"), color=i, smooth=name != "lr"))

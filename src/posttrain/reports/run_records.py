@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -62,7 +62,7 @@ class ChainRow:
 
     label: str
     values: dict[str, float]
-    before: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict[str, float])
 
     def change(self, name: str) -> Change:
         return compare(name, self.before.get(name), self.values.get(name))
@@ -84,15 +84,17 @@ def read_record(directory: Path) -> Record:
 
 def _line(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found: Any = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    numbers = {name: value for name, value in found.items() if is_number(value)} if isinstance(found, dict) else {}
-    return numbers if "step" in numbers else {}
+    if not isinstance(found, dict):
+        return {}
+    figures = {name: value for name, value in cast("dict[str, Any]", found).items() if is_number(value)}
+    return figures if "step" in figures else {}
 
 
 @contextmanager
-def as_written(what: Path) -> Iterator[None]:
+def as_written(what: Path) -> Generator[None]:
     """Turns what is missing from a damaged record, or is of another kind, into a UserError about `what`."""
     try:
         yield

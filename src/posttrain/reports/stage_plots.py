@@ -16,7 +16,7 @@ from posttrain.reports.run_records import Record
 def stage_figures(record: Record) -> list[Figure]:
     """Those that this run has the numbers for."""
     rows_file = record.dir / "held_out.json"
-    rows = json.loads(rows_file.read_text()) if rows_file.exists() else {}
+    rows: dict[str, Any] = json.loads(rows_file.read_text()) if rows_file.exists() else {}
     found = [rank_figure(record.manifest or {}), reliability_figure(rows), length_figure(rows), reward_kl_figure(record)]
     return [figure for figure in found if figure]
 

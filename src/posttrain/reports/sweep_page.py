@@ -83,9 +83,8 @@ def alpha_star(rows: list[dict[str, Any]], path: Path) -> str:
 
 
 def _job(row: dict[str, Any], path: Path) -> Job:
-    overrides = row["overrides"]
-    if not isinstance(overrides, dict):
-        overrides = dict(line.partition("=")[::2] for line in overrides)
+    listed: dict[str, Any] | list[str] = row["overrides"]
+    overrides = listed if isinstance(listed, dict) else {line.partition("=")[0]: line.partition("=")[2] for line in listed}
     directory = Path(row["dir"])
     directory = directory if directory.is_dir() else path.parent / directory
     record = read_record(directory) if (directory / "config.yaml").exists() else None
