@@ -20,12 +20,13 @@ import yaml
 
 from posttrain.config.compose import compose
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGES
+from posttrain.stages.spec import stages
 from yaml_comments import Explained, header, said
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, PAGE = HERE / "configuration_page.md", HERE.parent / "docs" / "configuration.md"
 CONFIGS = root("configs")
+STAGES = {name: spec.config_class for name, spec in stages().items() if (CONFIGS / f"{name}.yaml").exists()}
 GROUPS = ("model", "data", "peft", "quant", "optim", "hydra/launcher")
 VARIANTS = {"peft": "peft=", "quant": "quant="}  # sections whose keys depend on the file that is chosen
 BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
@@ -197,9 +198,9 @@ def sections(keys: dict[str, Key]) -> dict[tuple[str, ...], list[str]]:
     return dict(sorted(found.items(), key=lambda item: (-len(item[0]), order.index(item[0][0]))))
 
 
-def title(stages: tuple[str, ...]) -> str:
-    *others, last = stages
-    if len(stages) == len(STAGES):
+def title(names: tuple[str, ...]) -> str:
+    *others, last = names
+    if len(names) == len(STAGES):
         return "Every stage"
     return f"{', '.join(others)} and {last}" if others else f"`posttrain {last}`"
 
@@ -216,9 +217,9 @@ def key_tables() -> str:
     of_groups = {group: variant_keys(group) for group in VARIANTS}
     names = [*keys, *(name for each in of_groups.values() for name in each)]
     blocks = []
-    for stages, found in sections(keys).items():
-        notes = section_notes(found, said(CONFIGS / f"{stages[0]}.yaml"))
-        lines = [f"### {title(stages)}", "", "| key | default | choices | meaning |", "|---|---|---|---|"]
+    for shared, found in sections(keys).items():
+        notes = section_notes(found, said(CONFIGS / f"{shared[0]}.yaml"))
+        lines = [f"### {title(shared)}", "", "| key | default | choices | meaning |", "|---|---|---|---|"]
         for name in found:
             if note := notes.pop(name.rsplit(".", 1)[0], None):
                 lines.append(f"| **`{name.rsplit('.', 1)[0]}`** | | | {prose(note, names)} |")

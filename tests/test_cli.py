@@ -12,9 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from posttrain.cli import STAGES, app
-from posttrain.config.schema import STAGES as CONFIGS
+from posttrain.cli import app
+from posttrain.config.stages import config_classes
+from posttrain.stages.spec import spec_of, stages
 
+STAGES = list(stages())
 BIN = Path(sys.executable).parent
 runner = CliRunner()
 
@@ -25,8 +27,9 @@ def invoke(*words: str) -> tuple[int, str]:
 
 
 def test_every_stage_has_a_runner_and_a_config() -> None:
-    assert list(STAGES) == list(CONFIGS)
-    assert all(importlib.util.find_spec(f"posttrain.stages.{stage}.stage") for stage in STAGES)
+    assert STAGES == ["cpt", "sft", "rm", "ppo", "dpo", "dreambooth"]  # as a chain has them, pictures last
+    assert set(config_classes()) == set(STAGES)
+    assert all(importlib.util.find_spec(spec.steps.partition(":")[0]) for spec in stages().values())
 
 
 def test_help_is_there_at_once_and_loads_nothing() -> None:
@@ -67,14 +70,13 @@ def test_the_settings_that_help_names_exist(stage: str) -> None:
     """A setting in the help that no config has would be a lie."""
     import re
 
-    from posttrain.cli import settings_of
     from posttrain.config.compose import compose_run
     from posttrain.runs.directory import flatten
 
     pictures = ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
     given = {"ppo": ["init_reward=runs/rm/RUN"], "dreambooth": pictures}.get(stage, [])
     known = set(flatten(compose_run(stage, ["+peft=lora", *given])))
-    for key, meaning in settings_of(stage):
+    for key, meaning in spec_of(stage).settings:
         for named in re.findall(r"\b(?:peft|data|optim|train|run)\.\w+", f"{key} {meaning}"):
             assert named in known
 

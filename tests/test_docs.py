@@ -13,16 +13,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 def drawn() -> dict[str, list[str]]:
     """Folders that the map has a line for, by the folder that they lie in, and those that its lines mention."""
     block = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
-    rows = [re.match(r"( *)([\w/.]+)/ ", line) for line in block.splitlines() if line]
-    assert all(rows)
-    names = [(bool(row[1]), row[2]) for row in rows if row]
-    inner = [name for indented, name in names if indented]
-    mentioned = [
-        f"{name}/{each}"
-        for name, line in zip(inner, block.split("\n  ")[1:], strict=True)
-        for each in re.findall(r"(\w+)/", line)[1:]
-    ]
-    return {"top": [name for indented, name in names if not indented], "rooms": inner, "mentioned": mentioned}
+    found: dict[str, list[str]] = {"top": [], "rooms": [], "mentioned": []}
+    for line in block.strip("\n").splitlines():
+        row = re.match(r"( *)([\w/.]+)/ +(.*)", line)
+        assert row, line
+        found["rooms" if row[1] else "top"].append(row[2])
+        found["mentioned"] += [f"{row[2]}/{each}" for each in re.findall(r"(\w+)/", row[3])] if row[1] else []
+    return found
 
 
 def folders(inside: Path) -> set[str]:

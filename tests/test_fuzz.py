@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
+import torch
 
 import posttrain
 from posttrain.commands.evaluate import evaluate_runs
@@ -26,7 +26,8 @@ from posttrain.reports.run_page import compare_page, run_page
 from posttrain.reports.run_records import read_record
 from posttrain.runs.directory import open_run, read_manifest
 from posttrain.stages.language.init import resolve_start
-from posttrain.stages.language.stage import read_inputs
+from posttrain.stages.language.prepare import prepare_language
+from posttrain.stages.steps import Context
 from posttrain.training.checkpoint import newest_checkpoint
 
 SEED, TIMES = 20261124, 60
@@ -101,7 +102,7 @@ def prepared(name: str) -> Callable[[Path], object]:
     def read(home: Path) -> object:
         config = composed(("eval.sets=null", "data.eval_share=0"))
         cfg = validate({**config, "data": config["data"] | {"path": str(home / name), "max_rows": None}})
-        return read_inputs(cfg, home, Accelerator(cpu=True), lambda: None)
+        return prepare_language(Context(cfg, home, 1, True, torch.device("cpu"), lambda: None))
 
     return read
 

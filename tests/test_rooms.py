@@ -21,6 +21,7 @@ FLOORS = (
     ("config",),
     ("runs",),
     ("batch", "console", "tensors"),
+    ("registry",),
     ("errors", "secrets"),
 )
 HEIGHT = {room: -i for i, floor in enumerate(FLOORS) for room in floor}

@@ -11,57 +11,7 @@ import typer
 from posttrain import __version__
 from posttrain.config import completion
 from posttrain.launch.exit_codes import guarded
-
-STAGES = {
-    "cpt": ("Continued pre-training on documents.", "data.path=corpus.jsonl", "data.path=corpus.jsonl train.max_length=2048"),
-    "sft": ("Supervised fine-tuning on conversations.", "data.path=chat.jsonl", "-m peft.r=4,8,16 peft.alpha=16,32"),
-    "rm": (
-        "Reward model on preference pairs.",
-        "init=runs/sft/RUN data.path=pairs.jsonl",
-        "init=runs/sft/RUN rm.centering=0.01",
-    ),
-    "ppo": (
-        "Policy optimisation (PPO, GRPO, RLOO) against a reward.",
-        "init=runs/sft/RUN init_reward=runs/rm/RUN",
-        "init=runs/sft/RUN reward.function=my_rewards:short ppo.advantage=grpo ppo.samples=4",
-    ),
-    "dpo": (
-        "Direct preference optimisation on pairs.",
-        "init=runs/sft/RUN data.path=pairs.jsonl",
-        "init=runs/sft/RUN dpo.beta=0.05",
-    ),
-    "dreambooth": (
-        "A text-to-image model learns one individual from a few pictures.",
-        "data.instance_dir=photos/ data.instance_prompt='a sks dog' data.class_prompt='a dog'",
-        "data.instance_dir=photos/ data.instance_prompt='a sks dog' prior.weight=0",
-    ),
-}
-OF_LANGUAGE = (
-    ("model=smollm2", "or tiny, llama3, qwen3, ...; model.name=ORG/NAME or a directory"),
-    ("init=null", "a finished run to go on from, a hub id or a path"),
-    ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
-    ("quant=none", "or nf4 (qlora chooses it)"),
-    ("data.path=FILE", "JSONL, JSON, CSV, Parquet, text, or a hub id; data.split, data.max_rows"),
-    ("train.max_steps=100", "or train.epochs; train.batch_size, train.grad_accum, train.max_length"),
-)
-OF_PICTURES = (
-    ("model=sd15", "or tiny, sdxl, sd3, flux; model.name=ORG/NAME or a pipeline's directory"),
-    ("init=null", "a finished full run to go on from, a hub id or a path"),
-    ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
-    ("data.instance_dir=DIR", "pictures of one individual; data.instance_prompt, data.class_prompt"),
-    ("train.max_steps=800", "train.batch_size, train.grad_accum"),
-)
-OF_ALL = (
-    ("optim.lr=2e-4", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),
-    ("train.save_steps=50", "also train.eval_steps, train.log_steps, train.seed, train.processes"),
-    ("run.dir=DIR", "default runs/STAGE/TIME-ID; the same command goes on where it stopped"),
-)
-
-
-def settings_of(stage: str) -> tuple[tuple[str, str], ...]:
-    """What a stage's help names: key and meaning."""
-    return (OF_PICTURES if stage == "dreambooth" else OF_LANGUAGE) + OF_ALL
-
+from posttrain.stages.spec import StageSpec, spec_of, stages
 
 app = typer.Typer(
     name="posttrain",
@@ -98,16 +48,16 @@ def _end(command: Callable[[], Any]) -> None:
     raise typer.Exit(guarded(command))
 
 
-def _epilog(name: str, with_data: str, more: str) -> str:
-    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in settings_of(name))
-    examples = "\n\n".join(
-        f"posttrain {name} {tail}" for tail in ("+peft=qlora", f"+peft=qlora {with_data}", f"+peft=lora {more}")
-    )
-    return f"[bold]Main settings[/]  (all of them: posttrain {name} --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
+def _epilog(spec: StageSpec) -> str:
+    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in spec.settings)
+    examples = "\n\n".join(f"posttrain {spec.name} {words}" for words in spec.examples)
+    return f"[bold]Main settings[/]  (all of them: posttrain {spec.name} --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
 
 
-def _add_stage(name: str, about: str, with_data: str, more: str) -> None:
-    @app.command(name, help=about, epilog=_epilog(name, with_data, more), rich_help_panel="Stages")
+def _add_stage(spec: StageSpec) -> None:
+    name = spec.name
+
+    @app.command(name, help=spec.about, epilog=_epilog(spec), rich_help_panel="Stages")
     def stage(
         overrides: Overrides = None,
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: a=1,2 b=3,4 runs all combinations.")] = False,
@@ -134,8 +84,8 @@ def _add_stage(name: str, about: str, with_data: str, more: str) -> None:
         _end(command)
 
 
-for _name, (_about, _with_data, _more) in STAGES.items():
-    _add_stage(_name, _about, _with_data, _more)
+for _spec in stages().values():
+    _add_stage(_spec)
 
 
 @app.command("run", rich_help_panel="Chains and results")
@@ -289,7 +239,7 @@ def rebuild(
 
 @app.command("verify-resume", rich_help_panel="Before a run")
 def verify(
-    stage: Annotated[str, typer.Argument(help=", ".join(STAGES))],
+    stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="How many, with a stop half-way.")] = 6,
     config_dir: ConfigDir = None,
@@ -299,7 +249,7 @@ def verify(
     def command() -> None:
         from posttrain.commands.verify_resume import verify_resume
 
-        _require_stage(stage)
+        spec_of(stage)  # refuses a name that is none
         verify_resume(stage, overrides or [], steps, config_dir)
 
     _end(command)
@@ -320,7 +270,7 @@ def plan_run(
         from posttrain.commands.plan.plan import make_plan, parse_memory, show_plan
         from posttrain.console import console
 
-        _require_stage(stage)
+        spec_of(stage)  # refuses a name that is none
         console.stderr = as_json
         plan = make_plan(stage, overrides or [], parse_memory(memory))
         print(json.dumps(plan, indent=2)) if as_json else show_plan(plan)
@@ -330,7 +280,7 @@ def plan_run(
 
 @app.command("preview", rich_help_panel="Before a run")
 def preview_run(
-    stage: Annotated[str, typer.Argument(help="cpt, sft, rm, ppo or dpo.")],
+    stage: Annotated[str, typer.Argument(help=", ".join(name for name, spec in stages().items() if spec.rows))],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each source that are looked at.")] = 1000,
     everything: Annotated[bool, typer.Option("--all", help="Look at every row.")] = False,
@@ -345,20 +295,13 @@ def preview_run(
         from posttrain.commands.preview.preview import make_preview
         from posttrain.errors import UserError
 
-        _require_stage(stage)
+        spec_of(stage)  # refuses a name that is none
         preview = make_preview(stage, overrides or [], None if everything else rows, units)
         show_preview(preview, preview_page(preview, page or Path("runs") / f"preview-{stage}.html"))
         if strict and preview.mistakes:
             raise UserError(f"--strict: {'; '.join(preview.mistakes)}"[:500])
 
     _end(command)
-
-
-def _require_stage(name: str) -> None:
-    from posttrain.errors import UserError, did_you_mean
-
-    if name not in STAGES:
-        raise UserError(f"there is no stage '{name}'{did_you_mean(name, list(STAGES))} (there are: {', '.join(STAGES)})")
 
 
 @app.command(rich_help_panel="Before a run")

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from configuration_page import PAGE, TEMPLATE, key_tables, page, said
+from configuration_page import PAGE, STAGES, TEMPLATE, key_tables, page, said
 from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGES
 from posttrain.runs.directory import flatten
 from yaml_comments import explained, header
 

@@ -2,9 +2,14 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.formats import SHAPES, check_fits, recognise, to_canonical
+from posttrain.config.compose import compose_run
+from posttrain.config.paths import root
+from posttrain.config.schema import SourceConfig
+from posttrain.data.formats import FORMATS, by_precedence, check_fits, recognise, to_canonical
 from posttrain.errors import UserError
+from posttrain.stages.spec import row_uses
 
+PAGE = root("configs").parent / "docs" / "data.md"
 Q, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 S = {"role": "system", "content": "s"}
 PAIR = {"prompt": [Q], "chosen": [A], "rejected": [B]}
@@ -139,33 +144,33 @@ def test_malformed_rows_name_file_and_row(row: dict[str, Any], shape: str, says:
 def test_unknown_columns() -> None:
     with pytest.raises(UserError, match=r"^data\.shape: the columns foo, bar make no known shape") as error:
         recognise({"foo": 1, "bar": 2})
-    assert all(shape in str(error.value) for shape in SHAPES)
+    assert all(shape in str(error.value) for shape in FORMATS.names())
 
 
 def test_what_fits_which_stage() -> None:
     taken = {stage: [] for stage in ("cpt", "sft", "dpo")}
     for stage, fitting in taken.items():
-        for shape in SHAPES:
+        for shape in FORMATS.names():
             try:
-                check_fits(shape, stage)
+                check_fits(shape, row_uses()[stage])
                 fitting.append(shape)
             except UserError:
                 pass
     assert taken["cpt"] == ["text"] and taken["dpo"] == ["pairs"]
-    assert taken["sft"] == ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    assert set(taken["sft"]) == {"messages", "sharegpt", "alpaca", "prompt_completion", "text"}
 
 
 @pytest.mark.parametrize(
     ("shape", "stage", "says"),
     [
-        ("pairs", "sft", "use posttrain dpo"),
-        ("alpaca", "cpt", "use posttrain sft, or give data with a text column"),
-        ("text", "dpo", "use posttrain cpt, or give data with prompt, chosen and rejected"),
+        ("pairs", "sft", "use posttrain rm or ppo or dpo, or give data"),
+        ("alpaca", "cpt", "use posttrain sft or ppo, or give data with a text column"),
+        ("text", "dpo", "use posttrain cpt or sft, or give data with prompt, chosen and rejected"),
     ],
 )
 def test_misfits_come_with_a_hint(shape: str, stage: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        check_fits(shape, stage)
+        check_fits(shape, row_uses()[stage])
 
 
 def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
@@ -174,3 +179,44 @@ def test_a_function_call_of_sharegpt_is_a_tool_call() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert to_canonical(row, "sharegpt", "row 1") == {"messages": [Q, said, {"role": "tool", "content": "2"}, A]}
+
+
+@pytest.mark.parametrize("name", FORMATS.names())
+def test_a_formats_own_example_is_what_it_says(name: str) -> None:
+    """Recognised among all formats, made canonical, and canonical rows of it stay as they are."""
+    found = FORMATS.get(name)
+    assert recognise(found.example) == name
+    canonical = to_canonical(found.example, name, "row 1")
+    assert canonical == found.example_becomes
+    again = recognise(canonical)
+    assert FORMATS.get(again).kind == found.kind and to_canonical(canonical, again, "row 1") == canonical
+
+
+def test_the_most_specific_format_wins() -> None:
+    """The order is written down, and no two formats share a place in it."""
+    formats = by_precedence()
+    assert list(formats) == ["pairs", "sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+    assert len({each.precedence for each in formats.values()}) == len(formats)
+    row: dict[str, Any] = {}
+    for name in reversed(formats):  # each with the columns of all that are less specific
+        row |= formats[name].example
+        if name == "sharegpt":
+            del row["messages"]  # what is not null there comes before conversations
+        assert recognise(row) == name
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")
+def test_the_documented_table_is_the_registry() -> None:
+    """docs/data.md has a line for each format, in the order in which they are tried."""
+    uses = {name: [use.name for use in row_uses().values() if each.kind in use.takes] for name, each in by_precedence().items()}
+    lines = [f"| `{name}` | {each.columns} | {', '.join(uses[name])} |" for name, each in by_precedence().items()]
+    table = PAGE.read_text().split("| `data.shape` | columns | for |\n|---|---|---|\n")[1].split("\n\n")[0]
+    assert table.splitlines() == lines
+
+
+def test_the_settings_choices_are_the_registry() -> None:
+    with pytest.raises(UserError, match=r"data\.shape: input should be one of 'auto', 'alpaca', .* - did you mean 'sharegpt'\?"):
+        compose_run("sft", ["model=tiny", "data.shape=sharegtp"])
+    assert SourceConfig.model_json_schema()["properties"]["shape"]["enum"] == ["auto", *FORMATS.names()]
+    said = (root("configs") / "data" / "file.yaml").read_text().split("shape: auto")[1].splitlines()[0]
+    assert sorted(said.strip("# ").split(" | ")) == sorted(["auto", *FORMATS.names()])

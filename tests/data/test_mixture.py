@@ -11,7 +11,8 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import BatchSampler
-from posttrain.data.mixture import Curriculum, auto_alpha, draw, read_mixture, seen
+from posttrain.data.mixture import Curriculum, auto_alpha, draw_units, read_mixture, seen
+from posttrain.stages.spec import row_uses
 
 RNG = np.random.default_rng(0)
 SIZES = [RNG.integers(1, 900, 300), RNG.integers(1, 400, 500), RNG.integers(300, 1000, 40)]
@@ -24,7 +25,7 @@ def by_source(drawn: np.ndarray) -> list[np.ndarray]:
 
 
 def test_shares_of_tokens_hold_to_a_unit_at_every_moment() -> None:
-    drawn = draw(SIZES, SHARES, 7, 2000, None, "repeat")
+    drawn = draw_units(SIZES, SHARES, 7, 2000, None, "repeat")
     assert len(drawn) == 2000
     tokens = np.concatenate(SIZES)[drawn]
     source = np.searchsorted(STARTS, drawn, side="right") - 1
@@ -36,19 +37,19 @@ def test_shares_of_tokens_hold_to_a_unit_at_every_moment() -> None:
 
 
 def test_the_same_seed_gives_the_same_draws_and_a_longer_run_begins_as_a_shorter_one() -> None:
-    long, short = (draw(SIZES, SHARES, 7, n, None, "repeat") for n in (900, 400))
+    long, short = (draw_units(SIZES, SHARES, 7, n, None, "repeat") for n in (900, 400))
     assert np.array_equal(long[:400], short)
-    assert not np.array_equal(draw(SIZES, SHARES, 8, 400, None, "repeat"), short)
+    assert not np.array_equal(draw_units(SIZES, SHARES, 8, 400, None, "repeat"), short)
 
 
 def test_every_pass_of_every_source_draws_every_unit_once() -> None:
-    for s, units in enumerate(by_source(draw(SIZES, SHARES, 7, 3000, None, "repeat"))):
+    for s, units in enumerate(by_source(draw_units(SIZES, SHARES, 7, 3000, None, "repeat"))):
         for start in range(0, len(units) - len(SIZES[s]) + 1, len(SIZES[s])):
             assert sorted(units[start : start + len(SIZES[s])]) == list(range(len(SIZES[s])))
 
 
 def test_epochs_are_passes_over_the_first_source() -> None:
-    drawn = draw(SIZES, SHARES, 7, None, 600, "repeat")
+    drawn = draw_units(SIZES, SHARES, 7, None, 600, "repeat")
     assert len(by_source(drawn)[0]) == 600
     found = seen(drawn, SIZES)
     assert found[0]["passes"] == 2.0 and len(found[0]["share_by_epoch"]) == 2
@@ -73,21 +74,26 @@ def test_every_sequence_has_the_name_of_its_row(alpha: str, names: dict[str, str
             expected |= {f"{names[file]}{tmp_path / file}, row {k}": text for k, text in enumerate(texts, 1)}
     words = [f"data.path={tmp_path}/code.jsonl", f"data.general.path={tmp_path}/web", "data.eval_share=0", f"data.alpha={alpha}"]
     tokenizer = make_tokenizer(None)
-    mixture = read_mixture(validate(compose_run("cpt", words)).data, "cpt", Encoder(tokenizer), 64, tmp_path / "cache")
+    mixture = read_mixture(
+        validate(compose_run("cpt", words)).data, row_uses()["cpt"], Encoder(tokenizer), 64, tmp_path / "cache"
+    )
     sequences = range(len(mixture.train.rows))
     assert {mixture.where(i): tokenizer.decode(mixture.train.sequence(i)[0][:-1]) for i in sequences} == expected
 
 
 def test_a_source_that_ends_can_end_the_run() -> None:
-    drawn = draw(SIZES, SHARES, 7, 3000, None, "stop")
+    drawn = draw_units(SIZES, SHARES, 7, 3000, None, "stop")
     assert [len(units) for units in by_source(drawn)][2] == 40  # the third is short of tokens first
     assert all(len(set(units)) == len(units) for units in by_source(drawn))
-    assert len(draw(SIZES[:1], [1.0], 7, 1000, None, "stop")) == 300
-    assert draw(SIZES[:1], [1.0], 7, 650, None, "repeat").tolist() == BatchSampler.shuffled(300, 4, 1, 1, 7, 650).drawn.tolist()
+    assert len(draw_units(SIZES[:1], [1.0], 7, 1000, None, "stop")) == 300
+    assert (
+        draw_units(SIZES[:1], [1.0], 7, 650, None, "repeat").tolist()
+        == BatchSampler.shuffled(300, 4, 1, 1, 7, 650).drawn.tolist()
+    )
 
 
 def test_processes_share_the_draws_of_a_step() -> None:
-    drawn = draw(SIZES, SHARES, 7, 500, None, "repeat")
+    drawn = draw_units(SIZES, SHARES, 7, 500, None, "repeat")
     one, two = BatchSampler(drawn, 8, 2, 1), BatchSampler(drawn, 4, 2, 2)
     for step in range(one.num_steps):
         both = [unit for m in zip(*(two.micro(step, rank) for rank in (0, 1)), strict=True) for units in m for unit in units]
@@ -113,7 +119,7 @@ def test_a_curriculum_goes_from_easy_to_hard_and_leaves_nothing_out() -> None:
     sizes = [np.full(400, 7)]
 
     def drawn(start: float, end: float) -> np.ndarray:
-        found = draw(sizes, [1.0], 3, 400, None, "repeat", Curriculum(difficulty, start, end))
+        found = draw_units(sizes, [1.0], 3, 400, None, "repeat", Curriculum(difficulty, start, end))
         assert sorted(found) == list(range(400))
         return found
 
@@ -127,14 +133,16 @@ def test_a_curriculum_goes_from_easy_to_hard_and_leaves_nothing_out() -> None:
 def test_the_first_draws_follow_the_distribution() -> None:
     """p(x) ~ exp(-beta rank): over many seeds, how often each of four units is the first."""
     sizes, difficulty, beta = [np.full(4, 1)], np.array([30.0, 10.0, 20.0, 40.0]), 2.0
-    first = [int(draw(sizes, [1.0], seed, 1, None, "repeat", Curriculum(difficulty, beta, beta))[0]) for seed in range(4000)]
+    first = [
+        int(draw_units(sizes, [1.0], seed, 1, None, "repeat", Curriculum(difficulty, beta, beta))[0]) for seed in range(4000)
+    ]
     weights = np.exp(-beta * np.array([2, 0, 1, 3]) / 3)
     assert np.bincount(first) / 4000 == pytest.approx(weights / weights.sum(), abs=0.025)
 
 
 def test_a_curriculum_within_a_mixture_keeps_the_shares() -> None:
     difficulty = np.concatenate(SIZES).astype(float)
-    drawn = draw(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0))
+    drawn = draw_units(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0))
     assert [f["share_seen"] for f in seen(drawn, SIZES)] == pytest.approx(SHARES, abs=0.005)
-    assert np.array_equal(drawn, draw(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0)))
+    assert np.array_equal(drawn, draw_units(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0)))
     assert len(set(by_source(drawn)[1][:500])) == 500  # a pass leaves nothing out

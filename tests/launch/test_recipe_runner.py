@@ -18,10 +18,10 @@ import yaml
 import posttrain.config.compose
 import posttrain.launch.subprocess_runner
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGES
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.recipe import load_recipe, recipe_names
 from posttrain.launch.recipe_runner import run_recipe
+from posttrain.stages.spec import stages
 
 RECIPE = """
 name: small
@@ -37,6 +37,7 @@ steps:
 WORKER = """
 import hashlib, json, os, signal, sys, time, yaml
 from pathlib import Path
+from posttrain.stages.spec import stages
 from posttrain.runs.identity import digest
 config = yaml.safe_load(Path(sys.argv[1]).read_text())
 run = Path(config["run"]["dir"])
@@ -293,8 +294,8 @@ def test_a_step_called_dpo_has_a_section_dpo(recipe):
 
 
 def test_every_stage_can_be_a_step(recipe):
-    recipe.write_text("name: all\ndescription: all\nsteps:\n" + "".join(f"  {stage}:\n" for stage in STAGES))
-    assert [step.stage for step in load_recipe(str(recipe), []).steps] == list(STAGES)
+    recipe.write_text("name: all\ndescription: all\nsteps:\n" + "".join(f"  {stage}:\n" for stage in stages()))
+    assert [step.stage for step in load_recipe(str(recipe), []).steps] == list(stages())
 
 
 def test_init_of_a_step_is_a_step_above_or_something_outside(recipe):

@@ -126,8 +126,9 @@ def test_the_digest_follows_the_weights(tmp_path: Path) -> None:
     assert with_value("a", 2.0) != first
 
 
-def test_a_template_replaces_the_tokenizers_own() -> None:
-    assert load_tokenizer("tiny", None, False, "{{ messages[0]['content'] }}").chat_template == "{{ messages[0]['content'] }}"
+def test_a_template_replaces_the_tokenizers_own(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    assert load_tokenizer("tiny", None, False, f"{tmp_path}/own.jinja").chat_template == "{{ messages[0]['content'] }}"
     assert (
         len(load_tokenizer("tiny", None, False, None))
         == load_causal("tiny", None, "float32", "cpu", False, None).config.vocab_size

@@ -19,7 +19,7 @@ from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_method
-from posttrain.training.loop import seed_step
+from posttrain.training.seeding import seed_step
 
 STEPS, BATCH, ACCUMULATION, SEED, LR = 10, 2, 2, 7, 3e-3
 # No white space after a turn, which TRL would count as a part of the answer.

@@ -20,17 +20,18 @@ from posttrain.errors import RunError, Stopped
 from posttrain.training.checkpoint import gather_weights, newest_checkpoint
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, spike_limit
 from posttrain.training.loop import Loop
+from posttrain.training.state import TrainState
 
 
 def spoil(loop: Loop, wrong: Callable[[int, LossOutput], LossOutput]) -> list[int]:
     """Let `wrong` change the output of every micro-batch, by its number from 0; returns a growing list of those."""
-    fine, seen = loop.objective, list[int]()
+    fine, seen = loop.loss, list[int]()
 
     def objective(lm: nn.Module, batch: Any) -> LossOutput:
         seen.append(len(seen))
         return wrong(seen[-1], fine(lm, batch))
 
-    loop.objective = objective
+    loop.loss = objective
     return seen
 
 
@@ -70,7 +71,7 @@ def test_as_many_as_allowed_are_left_out(tmp_path: Path) -> None:
     loop.guard = GuardConfig(skip_nonfinite=2)
     spoil(loop, lambda i, out: times(float("nan"))(out) if i in (1, 4) else out)
     loop.fit(0)
-    assert [entry["step"] for entry in loop.state["left_out"]] == [2, 5]
+    assert [entry["step"] for entry in loop.state.left_out] == [2, 5]
     kept = gather_weights(loop.module)
     reference = make_loop(tmp_path / "none", 4, 1)
     step = reference.optimizer.optimizer.step  # type: ignore[attr-defined]
@@ -104,11 +105,11 @@ def test_the_limit_of_a_spike_by_hand() -> None:
     losses = [1.0, 2.0, 3.0, 4.0, 100.0]  # median 3, deviations 2 1 0 1 97: MAD 1
     assert spike_limit(losses, 5.0) == 3.0 + 5.0
     assert spike_limit([2.0] * 9, 10.0) == pytest.approx(2.0 + 10 * 0.002)
-    state = {"losses": losses[:4]}
+    state = TrainState(losses=losses[:4])
     limits = GuardConfig(spike_mads=5.0, spike_steps=4)
     middle = statistics.median(losses[:4])  # 2.5, deviations 1.5 .5 .5 1.5: MAD 1
     assert check_update(limits, state, 5, middle + 5.0, 1.0, []) is None
-    assert state["losses"] == [2.0, 3.0, 4.0, middle + 5.0]
+    assert state.losses == [2.0, 3.0, 4.0, middle + 5.0]
     with pytest.raises(Spike, match="is above"):
         check_update(limits, state, 6, 1000.0, 1.0, [7])
 
@@ -131,14 +132,14 @@ def test_a_spike_goes_back_to_the_last_checkpoint_without_the_data_since(tmp_pat
 
 def out_of_memory_above(loop: Loop, rows: int) -> None:
     """As a device would that has room for so many rows."""
-    fine = loop.objective
+    fine = loop.loss
 
     def objective(lm: nn.Module, batch: Any) -> LossOutput:
         if len(batch.rows) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
         return fine(lm, batch)
 
-    loop.objective = objective
+    loop.loss = objective
 
 
 def losses(folder: Path) -> list[float]:
@@ -150,7 +151,7 @@ def test_out_of_memory_halves_the_micro_batch_and_is_the_same_run(tmp_path: Path
     loop = make_loop(tmp_path / "split", 8, 1)
     out_of_memory_above(loop, 3)
     split = trained(loop)
-    assert loop.state["halved"] == [1, 1]  # 8 -> 4 -> 2
+    assert loop.state.halved == [1, 1]  # 8 -> 4 -> 2
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, atol=1e-6, rtol=0)
@@ -169,7 +170,7 @@ def test_halves_are_kept_on_resume_bit_for_bit(tmp_path: Path) -> None:
     checkpoint, _ = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint
     again.restore(checkpoint)
-    again.state = checkpoint.state
+    again.state = TrainState.from_dict(checkpoint.state)
     resumed = trained(again, checkpoint.step)
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
@@ -184,26 +185,26 @@ def test_what_cannot_be_halved_is_out_of_memory(tmp_path: Path) -> None:
 def test_metrics_of_a_window_survive_a_stop(tmp_path: Path) -> None:
     """The average that is logged after a resume is over all steps since the last one that was logged."""
     straight = make_loop(tmp_path / "straight", 4, 2)
-    straight.plan = replace(straight.plan, log_steps=4)
+    straight.config = replace(straight.config, log_steps=4)
     straight.fit(0)
     first = make_loop(tmp_path / "stopped", 4, 2)
-    first.plan, first.stop_after = straight.plan, 3
+    first.config, first.stop_after = straight.config, 3
     with pytest.raises(Stopped):
         first.fit(0)
     again = make_loop(tmp_path / "stopped", 4, 2)
-    again.plan = straight.plan
+    again.config = straight.config
     checkpoint, _ = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint
     again.restore(checkpoint)
-    again.state = checkpoint.state
+    again.state = TrainState.from_dict(checkpoint.state)
     again.fit(3)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    assert again.state["drawn"] == straight.state["drawn"]
+    assert again.state.drawn == straight.state.drawn
 
 
 def test_a_signal_while_measuring_leaves_at_once_and_the_measurement_is_made_up_for(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 4, 1)
-    loop.plan = replace(loop.plan, eval_steps=3)
+    loop.config = replace(loop.config, eval_steps=3)
     made = list[int]()
 
     def interrupted(done: int) -> dict[str, float]:
@@ -214,12 +215,12 @@ def test_a_signal_while_measuring_leaves_at_once_and_the_measurement_is_made_up_
     with pytest.raises(Stopped, match="after step 3 of 6, saved"):
         loop.fit(0)
     again = make_loop(tmp_path, 4, 1)
-    again.plan = loop.plan
+    again.config = loop.config
     again.evaluate = lambda done: made.append(done) or {"eval/loss": 1.0}
     checkpoint, _ = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint and checkpoint.step == 3
     again.restore(checkpoint)
-    again.state = checkpoint.state
+    again.state = TrainState.from_dict(checkpoint.state)
     again.fit(3)
     assert made == [3]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
@@ -296,7 +297,7 @@ def test_halves_of_pictures_add_up() -> None:
 def test_what_was_just_saved_is_kept_beside_a_newer_damaged_one(tmp_path: Path) -> None:
     """Retention counts from the step that was just written, whatever else lies there."""
     loop = make_loop(tmp_path, 4, 1, save_steps=1)
-    loop.plan = replace(loop.plan, keep_checkpoints=1)
+    loop.config = replace(loop.config, keep_checkpoints=1)
     newer = tmp_path / "checkpoints" / "step-000900"
     newer.mkdir(parents=True)
     (newer / "checkpoint.json").write_text("{}")

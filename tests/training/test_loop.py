@@ -16,10 +16,11 @@ from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.training.checkpoint import gather_weights, newest_checkpoint, restore
-from posttrain.training.loop import Loop
-from posttrain.training.objective import Plan, Update
+from posttrain.training.loop import Loop, LoopConfig
+from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.signals import StopSignal
+from posttrain.training.state import TrainState
 from posttrain.training.tracking import Tracker
 
 STEPS = 6
@@ -49,7 +50,7 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
     module, optimizer = accelerator.prepare(module, optimizer)
     examples = make_examples()
     order = BatchSampler.shuffled(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)
-    plan = Plan(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
+    loop_config = LoopConfig(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(folder / "metrics.jsonl", accelerator, "none", {})
     return Loop(
@@ -57,9 +58,9 @@ def make_loop(folder: Path, batch_size: int, grad_accum: int, dropout: float = 0
         accelerator=accelerator,
         module=module,
         optimizer=optimizer,
-        objective=lambda lm, batch: token_loss(lm(batch), batch.weight),
+        loss=lambda lm, batch: token_loss(lm(batch), batch.weight),
         source=lambda step: [Update([pack(examples, units) for units in order.micro(step, 0)])],
-        plan=plan,
+        config=loop_config,
         tracker=tracker,
         checkpoints=folder / "checkpoints",
         stop=StopSignal(),
@@ -85,24 +86,24 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     """Also with dropout, whose masks depend on the step's number alone."""
     straight = trained(make_loop(tmp_path / "straight", 4, 2, dropout=0.2))
     first = make_loop(tmp_path / "stopped", 4, 2, dropout=0.2)
-    drawn, learnt, seen = first.source, first.objective, list[int]()
+    drawn, learnt, seen = first.source, first.loss, list[int]()
 
     def objective(lm: torch.nn.Module, batch: PackedBatch) -> LossOutput:
         seen.append(len(batch.rows))
         first.stop.requested |= len(seen) == 5  # the first half of step 3
         return learnt(lm, batch)
 
-    first.objective = objective
+    first.loss = objective
     with pytest.raises(Stopped, match="after step 3 of 6"):
         first.fit(0)
     again = make_loop(tmp_path / "stopped", 4, 2, dropout=0.2)
     checkpoint, damaged = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint is not None and checkpoint.step == 3 and not damaged
     restore(checkpoint, again.module, again.optimizer.optimizer)  # type: ignore[attr-defined]
-    again.state = checkpoint.state
+    again.state = TrainState.from_dict(checkpoint.state)
     resumed = trained(again, checkpoint.step)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
-    assert again.state["tokens"] == sum(batch.size for step in range(STEPS) for update in drawn(step) for batch in update.batches)
+    assert again.state.seen == sum(batch.size for step in range(STEPS) for update in drawn(step) for batch in update.batches)
 
 
 def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_step_divides_by_its_tokens(tmp_path: Path) -> None:
         total / sum(b.loss_denominator for b in batches), [p for p in loop.module.parameters() if p.requires_grad]
     )
     expected = torch.stack([g.norm() for g in grads]).norm()
-    loop.plan = Plan(1, 0, 1, None, None, 2, 1e-3, "constant", None, seed=5)
+    loop.config = LoopConfig(1, 0, 1, None, None, 2, 1e-3, "constant", None, seed=5)
     loop.fit(0)
     assert seen[0] == pytest.approx(float(expected), rel=1e-5)
 
@@ -129,8 +130,8 @@ def _norm(module: torch.nn.Module) -> float:
 def test_a_loss_that_is_not_finite_never_steps(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, 4, 1)
     before = gather_weights(loop.module)
-    fine = loop.objective
-    loop.objective = lambda lm, batch: type(out := fine(lm, batch))(out.total * float("nan"), out.metrics)  # type: ignore[arg-type]
+    fine = loop.loss
+    loop.loss = lambda lm, batch: type(out := fine(lm, batch))(out.total * float("nan"), out.metrics)  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"step 1: .* not finite.*Rows"):
         loop.fit(0)
     assert all(torch.equal(before[name], value) for name, value in gather_weights(loop.module).items())

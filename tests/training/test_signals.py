@@ -38,10 +38,10 @@ def strike(monkeypatch: pytest.MonkeyPatch, place: str, time: int, number: signa
 
 
 PHASES = {
-    "reading": ("sft", "posttrain.stages.language.stage.read_inputs", 1, "between steps"),
+    "reading": ("sft", "posttrain.stages.language.prepare.read_mixture", 1, "between steps"),
     "loading": ("sft", "posttrain.stages.language.build.load_causal", 1, "between steps"),
-    "measuring before": ("sft", "posttrain.stages.language.stage.own_metrics", 1, "between steps"),
-    "measuring after": ("sft", "posttrain.stages.language.stage.own_metrics", 2, "between steps"),
+    "measuring before": ("sft", "posttrain.stages.language.training.own_metrics", 1, "between steps"),
+    "measuring after": ("sft", "posttrain.stages.language.training.own_metrics", 2, "between steps"),
     "a step": ("sft", "posttrain.training.loop.check_update", 2, "after step 2 of 3, saved"),
     "answering before": ("ppo", "posttrain.stages.ppo.stage.sample", 1, "between steps"),
     "a rollout": ("ppo", "posttrain.stages.ppo.stage.sample", 3, "after step 1 of 3, saved"),

@@ -22,7 +22,6 @@ from torch import Tensor
 from posttrain.commands.merge import refuse_scorer, require_empty
 from posttrain.commands.sample import compose_pipelines, is_pipeline_run
 from posttrain.console import Meter, say
-from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import pack
 from posttrain.data.prepare import prepare_set
 from posttrain.errors import UserError, did_you_mean
@@ -30,7 +29,7 @@ from posttrain.losses.tokens import token_loss
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_base
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.attach import load_adapter
 from posttrain.models.peft.export import Factors, write_lora
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
@@ -137,7 +136,8 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
     """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
     first = parts[0]
     tokenizer = load_tokenizer(str(first.weights), None, False, None)
-    examples, kind = prepare_set(str(path), ROWS, Encoder(tokenizer), LENGTH)
+    encoder = make_encoder(tokenizer, first.manifest["base"]["path"], first.manifest["base"]["revision"])
+    examples, kind = prepare_set(str(path), ROWS, encoder, LENGTH)
     if kind == "pairs":
         raise UserError(f"--learn: {path} holds pairs; give conversations, completions or text")
     model: Any = load_adapter(load_base(first.manifest, "cpu", first.manifest["dtype"], True), first.weights)

@@ -9,17 +9,19 @@ import torch
 from rich.table import Table
 
 from posttrain.config.schema import DataConfig
-from posttrain.console import console
+from posttrain.config.stages import REGISTRY, typed_config
+from posttrain.console import console, say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluation.calibration import wilson
-from posttrain.evaluation.held_out import EvalSet, eval_batches, own_metrics, reward_task, set_metrics
+from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.models.language.loading import LoadedModel, device_here, is_scorer, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import stop_tokens
+from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_config
+from posttrain.stages.spec import spec_of
 
 KEYS = ("data.path", "rows", "max_length", "tasks", "limit")
 DEFAULTS = {"rows": 256, "max_length": 1024}
@@ -67,7 +69,7 @@ def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
     if "data.path" in settings:
         return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
@@ -75,12 +77,25 @@ def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet
     if not file.exists():
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
     config = read_config(file.parent)
-    data = DataConfig.model_validate(config["data"])
-    own = held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root())
-    sets = [EvalSet("eval", own, {"cpt": "text", "sft": "conversation", "dpo": "pairs"}[config["stage"]])] if len(own) else []
     wanted = config["eval"]
     named = (wanted["sets"] or {}).items()
-    return sets + [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
+    sets = [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
+    return [*_own_set(config, encoder), *sets]
+
+
+MEASURED_AS = {"documents": "text", "conversations": "conversation", "pairs": "pairs"}  # examples of a stage -> kind of a set
+
+
+def _own_set(config: dict[str, Any], encoder: Encoder) -> list[EvalSet]:
+    """What the run held out itself, where a likelihood says something about it: not of prompts, which have no known answer."""
+    spec = REGISTRY.get(config["stage"]) if config["stage"] in REGISTRY.names() else None
+    kind = MEASURED_AS.get(spec.rows.examples) if spec and spec.rows else None
+    if spec is None or kind is None:
+        say(f"{config['stage']}: its own held-out rows are not measured by likelihood; eval.sets are, or give data.path=FILE")
+        return []
+    data = DataConfig.model_validate(config["data"])
+    own = held_out_of(data, spec.rows, encoder, config["train"]["max_length"], cache_root())
+    return [EvalSet("eval", own, kind)] if len(own) else []
 
 
 def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
@@ -88,7 +103,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_model(run, device_here())
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     config = read_config(Path(run).expanduser())
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
@@ -103,10 +118,13 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
             "skip_rows": 0,
             "max_rows": rows,
         }
-    prepared = prepare(DataConfig.model_validate(data), "rm", encoder, length, cache_root())[0]
+    spec = spec_of(config["stage"])
+    assert spec.rows
+    prepared = prepare(DataConfig.model_validate(data), spec.rows, encoder, length, cache_root())[0]
     examples = prepared.train if "data.path" in settings else prepared.held_out
-    task = reward_task(config["rm"]["centering"])
-    return own_metrics(scorer(live), eval_batches(task, examples), task, torch.device(live.model.device), lambda: None)[0]
+    objective = spec.objective_of(typed_config(config))
+    batches = pack_by_tokens(objective.pack, examples)
+    return own_metrics(scorer(live), batches, objective, torch.device(live.model.device), lambda: None)[0]
 
 
 def _intervals(sets: list[EvalSet], metrics: dict[str, float]) -> dict[str, float]:

@@ -94,7 +94,7 @@ def _build(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path
 def _live_answers(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
     """The rows to compare on, with the live model's log-probs on disk; and the candidate that needs its quantized weights."""
     live = load_model(run)
-    rows = held_out_rows(run, live.tokenizer)
+    rows = held_out_rows(run, live)
     say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
     write_logprobs(live.model, rows, scratch / "live.safetensors")
     if manifest["quant"]["method"] != "none":

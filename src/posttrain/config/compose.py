@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGE_CONFIG, MixedSource
+from posttrain.config.schema import MixedSource
+from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import flatten, read_config
@@ -47,7 +48,7 @@ def compose(stage: str, overrides: list[str], config_dir: Path | None = None) ->
 def validate(config: dict[str, Any]) -> Any:
     """The typed config. Raises UserError naming the first field that is wrong."""
     try:
-        return STAGE_CONFIG.validate_python(config)
+        return typed_config(config)
     except ValidationError as error:
         raise UserError(_first_complaint(error, config)) from None
 
@@ -184,12 +185,10 @@ def unknown_key(key: str, known: list[str]) -> str:
 def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     complaints = error.errors()
     complaint = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
-    # the tags of unions (stage, method) stand in the location, but in no key of the user's
+    # the tags of unions (a method's name) stand in the location, but in no key of the user's
     path: list[str] = []
     tree: Any = config
-    for part in complaint["loc"][
-        complaint["loc"][:1] == (config.get("stage"),) :
-    ]:  # the first is the stage, and a section's name too
+    for part in complaint["loc"]:
         if isinstance(tree, dict) and part in tree:
             path.append(str(part))
             tree = tree[part]
@@ -233,7 +232,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
         return config
     whole = read_config(stored.parent)
     parent = whole["model"]
-    if "dreambooth" in (whole["stage"], config["stage"]) and whole["stage"] != config["stage"]:
+    if whole["stage"] in REGISTRY.names() and REGISTRY.get(whole["stage"]).reads != REGISTRY.get(config["stage"]).reads:
         raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")
     said = any(line.lstrip("+").startswith(("model=", "model.name=")) for line in overrides)
     if said and config["model"]["name"] != parent["name"]:

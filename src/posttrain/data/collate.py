@@ -74,47 +74,61 @@ def pack_answers(groups: Sequence[Group]) -> PackedBatch:
 
     The first token of an answer is predicted by the prompt's last. `loss_denominator` is the sum of the weights.
     """
-    tokens: list[NDArray] = []
-    positions: list[NDArray] = []
-    segments: list[Segment] = []
-    source: list[NDArray] = []
-    target: list[NDArray] = []
-    weight: list[NDArray] = []
-    owner: list[NDArray] = []
-    ends: list[int] = []
-    at = 0
+    packed = _PackedAnswers()
     for group in groups:
-        prompt = Segment(at, at + len(group.prompt))
-        segments.append(prompt)
-        tokens.append(group.prompt)
-        positions.append(np.arange(len(group.prompt), dtype=np.int64))
-        at = prompt.stop
+        packed.add(group)
+    return packed.batch()
+
+
+class _PackedAnswers:
+    """A batch on the way, of which each list is a field."""
+
+    def __init__(self) -> None:
+        self.tokens: list[NDArray] = []
+        self.positions: list[NDArray] = []
+        self.segments: list[Segment] = []
+        self.logit_index: list[NDArray] = []
+        self.target: list[NDArray] = []
+        self.weight: list[NDArray] = []
+        self.sequence_id: list[NDArray] = []
+        self.eos_index: list[int] = []
+        self.rows: list[int] = []
+
+    def add(self, group: Group) -> None:
+        start = self.segments[-1].stop if self.segments else 0
+        prompt = Segment(start, start + len(group.prompt))
+        self._lay(group.prompt, prompt, first_position=0)
+        self.rows.append(group.sequence)
         for ids, weights in group.answers:
-            segments.append(Segment(at, at + len(ids), prompt.start, prompt.stop))
-            tokens.append(ids)
-            positions.append(np.arange(len(group.prompt), len(group.prompt) + len(ids), dtype=np.int64))
+            at = self.segments[-1].stop
+            self._lay(ids, Segment(at, at + len(ids), prompt.start, prompt.stop), first_position=len(group.prompt))
             counts = np.flatnonzero(weights)
-            source.append(np.where(counts == 0, prompt.stop - 1, at + counts - 1))
-            target.append(ids[counts].astype(np.int64))
-            weight.append(weights[counts])
-            owner.append(np.full(len(counts), len(ends), dtype=np.int64))
-            ends.append(at + int(counts[-1]))
-            at += len(ids)
-    flat = np.concatenate(tokens).astype(np.int64)
-    kept = np.concatenate(weight)
-    return PackedBatch(
-        tokens=torch.from_numpy(flat)[None],
-        positions=torch.from_numpy(np.concatenate(positions))[None],
-        segments=tuple(segments),
-        logit_index=torch.from_numpy(np.concatenate(source)),
-        target=torch.from_numpy(np.concatenate(target)),
-        weight=torch.from_numpy(kept),
-        sequence_id=torch.from_numpy(np.concatenate(owner)),
-        eos_index=torch.tensor(ends),
-        num_answers=len(ends),
-        rows=tuple(group.sequence for group in groups),
-        loss_denominator=float(kept.sum()),
-    )
+            self.logit_index.append(np.where(counts == 0, prompt.stop - 1, at + counts - 1))
+            self.target.append(ids[counts].astype(np.int64))
+            self.weight.append(weights[counts])
+            self.sequence_id.append(np.full(len(counts), len(self.eos_index), dtype=np.int64))
+            self.eos_index.append(at + int(counts[-1]))
+
+    def _lay(self, ids: NDArray[np.int32], segment: Segment, first_position: int) -> None:
+        self.tokens.append(ids)
+        self.positions.append(np.arange(first_position, first_position + len(ids), dtype=np.int64))
+        self.segments.append(segment)
+
+    def batch(self) -> PackedBatch:
+        weight = np.concatenate(self.weight)
+        return PackedBatch(
+            tokens=torch.from_numpy(np.concatenate(self.tokens).astype(np.int64))[None],
+            positions=torch.from_numpy(np.concatenate(self.positions))[None],
+            segments=tuple(self.segments),
+            logit_index=torch.from_numpy(np.concatenate(self.logit_index)),
+            target=torch.from_numpy(np.concatenate(self.target)),
+            weight=torch.from_numpy(weight),
+            sequence_id=torch.from_numpy(np.concatenate(self.sequence_id)),
+            eos_index=torch.tensor(self.eos_index),
+            num_answers=len(self.eos_index),
+            rows=tuple(self.rows),
+            loss_denominator=float(weight.sum()),
+        )
 
 
 def zero_weight(batch: PackedBatch) -> PackedBatch:

@@ -19,6 +19,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import BatchSampler, permutation
 from posttrain.data.examples import Examples, join
 from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.data.row_use import RowUse
 from posttrain.data.selection import sources_of
 from posttrain.data.stats import SourceStats
 
@@ -79,9 +80,9 @@ class Mixture:
         return [{"name": p.name, **vars(p.stats), "share": share, **figures} for p, share, figures in asked]
 
 
-def read_mixture(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Mixture:
+def read_mixture(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, cache: Path) -> Mixture:
     """Raises UserError for anything wrong with the data, naming file and row."""
-    parts = prepare(data, stage, encoder, max_length, cache)
+    parts = prepare(data, use, encoder, max_length, cache)
     return Mixture(parts, shares_of(data, parts))
 
 
@@ -124,11 +125,11 @@ def make_sampler(
     sizes = mixture.sizes
     total = train.max_steps * per_step if train.max_steps else None
     passes = None if total else math.ceil(train.epochs * len(sizes[0]))
-    drawn = draw(sizes, mixture.shares, train.seed, total, passes, data.exhausted, curriculum)
+    drawn = draw_units(sizes, mixture.shares, train.seed, total, passes, data.exhausted, curriculum)
     return BatchSampler(drawn, train.batch_size, train.grad_accum, world_size)
 
 
-def draw(
+def draw_units(
     sizes: Sequence[NDArray[np.int64]],
     shares: Sequence[float],
     seed: int,

@@ -12,14 +12,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-RowEncoder = TypeVar("RowEncoder")
+Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 ALONE = 4  # pieces that are not worth another process
 _work: Callable[[Any], Any] | None = None  # of a child; it has it from its parent's memory
 
 
-def in_order(work: Callable[[RowEncoder], Result], pieces: Iterable[RowEncoder]) -> Iterator[Result]:
+def in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
     """work(piece) of each; never more pieces in memory than a few a process. An error of the work is raised here."""
     pieces = iter(pieces)
     few = list(islice(pieces, ALONE))

@@ -13,21 +13,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import DataConfig, Source
+from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.console import Meter, say
 from posttrain.data import example_store as store
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.example_kinds import RowEncoder
 from posttrain.data.examples import Examples
-from posttrain.data.formats import recognise
+from posttrain.data.formats import FORMATS, guest_files, recognise
 from posttrain.data.parallel import in_order
+from posttrain.data.row_use import RowUse
 from posttrain.data.selection import sources_of
 from posttrain.data.sources.builtin.sets import builtin_rows
-from posttrain.data.sources.source import Row, fingerprint, read_rows
+from posttrain.data.sources.source import NumberedRow, fingerprint, read_rows
 from posttrain.data.split import Canonical, Split, sound_rows
-from posttrain.data.stage_examples import RowEncoder
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
 
+# what an evaluation makes of rows; the names are the kinds of evaluation sets
+EVAL_USES = (
+    RowUse("text", ("text",), "documents", "a text column"),
+    RowUse("conversation", ("messages", "prompt_completion"), "conversations", "messages, or prompt and completion"),
+    RowUse("pairs", ("pairs",), "pairs", "prompt, chosen and rejected"),
+)
 PIECE = 1024  # rows that are tokenised, and for documents packed, together
 
 
@@ -43,43 +50,43 @@ class PreparedSource:
     key: str
 
 
-def prepare(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> list[PreparedSource]:
-    """Read, check, split and tokenise every source of `data` for `stage`, or read it back from the cache.
+def prepare(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, cache: Path) -> list[PreparedSource]:
+    """Read, check, split and tokenise every source of `data` for `use`, or read it back from the cache.
 
     Raises UserError for anything wrong with the data, naming file and row.
     """
     return [
-        prepare_source(name, source, data, stage, encoder, max_length, cache, first=not i)
+        prepare_source(name, source, data, use, encoder, max_length, cache, first=not i)
         for i, (name, source) in enumerate(sources_of(data).items())
     ]
 
 
-def held_out_of(data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path) -> Examples:
+def held_out_of(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, cache: Path) -> Examples:
     """The rows that a run of `data` holds out."""
     name, source = next(iter(sources_of(data).items()))
-    return prepare_source(name, source, data, stage, encoder, max_length, cache, first=True).held_out
+    return prepare_source(name, source, data, use, encoder, max_length, cache, first=True).held_out
 
 
-def held_out_rows(data: DataConfig, stage: str, encoder: Encoder, max_length: int) -> Examples:
+def held_out_rows(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int) -> Examples:
     """The same, tokenised anew: for another weighing."""
     source = next(iter(sources_of(data).values()))
-    split = Split(source, data, stage, data.eval_path)
+    split = Split(source, data, use, data.eval_path)
     deque(split.train, maxlen=0)  # past what is trained on, as far as that goes
     where = data.eval_path or source.path
-    return RowEncoder(where, split.shape, stage, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
+    return RowEncoder(where, split.shape, use, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
 
 
 def prepare_source(
-    name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, cache: Path, first: bool
+    name: str, source: SourceConfig, data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, cache: Path, first: bool
 ) -> PreparedSource:
     """One source. first: the one with data.eval_path."""
     eval_path = data.eval_path if first else None
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
-    options = source.model_dump(include=set(Source.model_fields) - {"path"})
+    options = source.model_dump(include=set(SourceConfig.model_fields) - {"path"})
     options |= data.model_dump(include={"eval_share", "eval_rows", "max_untrained_share", "on_error"})
-    key = _key(marks, options, stage, encoder, max_length)
+    key = _key(marks, options, use, encoder, max_length)
     path = cache / "data" / key
-    make = partial(_tokenise, name, source, data, stage, encoder, max_length, path, marks[0], eval_path)
+    make = partial(_tokenise, name, source, data, use, encoder, max_length, path, marks[0], eval_path)
     if not (path / "report.json").exists():
         make()
     parts, report = _loaded(path, make)
@@ -100,20 +107,20 @@ def _loaded(path: Path, make: Callable[[], None]) -> tuple[dict[str, Examples], 
 
 
 def _tokenise(
-    name: str, source: Source, data: DataConfig, stage: str, encoder: Encoder, max_length: int, path: Path, mark: str,
+    name: str, source: SourceConfig, data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, path: Path, mark: str,
     eval_path: str | None,
 ) -> None:  # fmt: skip
-    split = Split(source, data, stage, eval_path)
+    split = Split(source, data, use, eval_path)
     shape, skips = split.shape, data.on_error == "skip"
     stats, held_stats = SourceStats(source.path, shape, mark), SourceStats(eval_path or source.path, shape, mark)
-    work = RowEncoder(source.path, shape, stage, encoder, max_length, skips)
+    work = RowEncoder(source.path, shape, use, encoder, max_length, skips)
     with store.Store(path) as out:
         with Meter(f"reading {name}", None) as meter:
             for found, counted in in_order(work.examples, _pieces(split.train)):
                 out.add("train", found)
                 stats.add(counted)
                 meter.advance(f"{stats.tokens:,} tokens", by=counted.rows)
-        found, counted = RowEncoder(held_stats.source, shape, stage, encoder, max_length, skips).examples(split.held_out())
+        found, counted = RowEncoder(held_stats.source, shape, use, encoder, max_length, skips).examples(split.held_out())
         out.add("held_out", found)
         held_stats.add(counted)
         stats.filtered = split.filtered
@@ -121,7 +128,7 @@ def _tokenise(
         out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
 
 
-def _pieces(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _pieces(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
     while piece := list(islice(rows, PIECE)):
         yield piece
 
@@ -133,16 +140,19 @@ def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tupl
     chosen = list(islice(raw, rows))
     first = chosen[0][1]
     assert isinstance(first, dict)  # read_rows has raised what is wrong with it
-    kind = recognise(first)
-    stage = {"text": "cpt", "pairs": "dpo"}.get(kind, "sft")
-    examples, _ = RowEncoder(path, kind, stage, encoder, max_length, skips=False).examples(chosen)
-    return examples, {"cpt": "text", "dpo": "pairs"}.get(stage, "conversation")
+    shape = recognise(first)
+    kind = FORMATS.get(shape).kind
+    use = next((each for each in EVAL_USES if kind in each.takes), None)
+    if use is None:
+        raise UserError(f"{path}: no evaluation takes {shape}; give one of {', '.join(k for e in EVAL_USES for k in e.takes)}")
+    examples, _ = RowEncoder(path, shape, use, encoder, max_length, skips=False).examples(chosen)
+    return examples, use.name
 
 
-def canonical_rows(data: DataConfig, stage: str) -> list[Canonical]:
-    """All rows to train on of the first source, as `stage` takes them. Raises UserError for rows that it does not take."""
+def canonical_rows(data: DataConfig, use: RowUse) -> list[Canonical]:
+    """All rows to train on of the first source, as `use` takes them. Raises UserError for rows that it does not take."""
     source = next(iter(sources_of(data).values()))
-    split = Split(source, data, stage)
+    split = Split(source, data, use)
     return list(sound_rows(split.train, split.shape, SourceStats(source.path, split.shape, ""), data.on_error == "skip"))
 
 
@@ -154,8 +164,9 @@ def _refuse_untrained(stats: SourceStats, allowed: float) -> None:
         )
 
 
-def _key(marks: list[str], options: dict[str, Any], stage: str, encoder: Encoder, max_length: int) -> str:
-    """Content, options, tokenizer, and this package's own code: whatever could change a token or a weight."""
-    code = [p.read_text() for p in sorted(Path(__file__).parent.rglob("*.py"))]
-    parts = [marks, options, stage, encoder.identity, asdict(encoder.weighing), max_length, code]
+def _key(marks: list[str], options: dict[str, Any], use: RowUse, encoder: Encoder, max_length: int) -> str:
+    """Content, options, tokenizer, and the code of this room and of formats from elsewhere: whatever could change a token or a
+    weight."""
+    code = [p.read_text() for p in [*sorted(Path(__file__).parent.rglob("*.py")), *guest_files()]]
+    parts = [marks, options, asdict(use), encoder.identity, asdict(encoder.weighing), max_length, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.config.schema import DataConfig, Source
+from posttrain.config.schema import DataConfig, SourceConfig
 
 SELF = "self"  # a path: the base model writes the rows
 
 
-def sources_of(data: DataConfig) -> dict[str, Source]:
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     """The sources by name, the one that is held out from and measured first."""
     if data.sources:
         return dict(data.sources)

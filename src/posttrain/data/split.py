@@ -6,24 +6,25 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
-from typing import Any
 
-from posttrain.config.schema import DataConfig, Source
+from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.data.chat.loss_weights import row_weight
 from posttrain.data.formats import check_fits, recognise, to_canonical
-from posttrain.data.sources.source import Row, read_rows, row_name, split_rows
+from posttrain.data.row_use import RowUse
+from posttrain.data.rows import CanonicalRow, Row
+from posttrain.data.sources.source import NumberedRow, read_rows, row_name, split_rows
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError, did_you_mean
 
-Canonical = tuple[int, dict[str, Any]]  # number in the source, canonical row
+Canonical = tuple[int, CanonicalRow]  # with its number in the source
 
 
 class Split:
-    """The rows of a source that are trained on, each as it is needed, those held out, and the shape of both."""
+    """The rows of a source that are trained on, each as it is needed, those held out, and the format of both."""
 
-    def __init__(self, source: Source, data: DataConfig, stage: str, eval_path: str | None = None) -> None:
-        """Raises UserError for a shape that `stage` does not take."""
-        self._most, self._held = data.eval_rows, list[Row]()
+    def __init__(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None = None) -> None:
+        """Raises UserError for a data format that `use` does not take."""
+        self._most, self._held = data.eval_rows, list[NumberedRow]()
         self.filtered = 0  # rows left out for their quality, so far
         few = source.max_rows is not None and source.quality != "filter"
         apart = eval_path or source.path.startswith("builtin:")
@@ -43,21 +44,21 @@ class Split:
         if first is None:
             raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
         self.shape = source.shape if source.shape != "auto" else recognise(first)
-        check_fits(self.shape, stage)
-        self.train: Iterator[Row] = chain(before, train)
+        check_fits(self.shape, use)
+        self.train: Iterator[NumberedRow] = chain(before, train)
 
     @property
-    def held_so_far(self) -> list[Row]:
+    def held_so_far(self) -> list[NumberedRow]:
         return self._held
 
-    def held_out(self) -> list[Row]:
+    def held_out(self) -> list[NumberedRow]:
         """At most data.eval_rows; call it when `train` has been read as far as it will be."""
         for _ in self._not_held() if len(self._held) < self._most else ():
             if len(self._held) >= self._most:
                 break
         return self._held
 
-    def _best(self, again: Iterator[Row], source: Source) -> Iterator[Row]:
+    def _best(self, again: Iterator[NumberedRow], source: SourceConfig) -> Iterator[NumberedRow]:
         """The share data.quality_top of the rows, by their `quality`: the file is gone through once before."""
         qualities = sorted((quality_of(row) for _, row in again if isinstance(row, dict)), reverse=True)
         least = qualities[max(1, round(source.quality_top * len(qualities))) - 1] if qualities else 0.0
@@ -67,7 +68,7 @@ class Split:
             else:
                 self.filtered += 1
 
-    def _not_held(self) -> Iterator[Row]:
+    def _not_held(self) -> Iterator[NumberedRow]:
         for held, row in self._marked:
             if not held:
                 yield row
@@ -75,7 +76,7 @@ class Split:
                 self._held.append(row)
 
 
-def sound_rows(rows: Iterable[Row], shape: str, stats: SourceStats, skips: bool) -> Iterator[Canonical]:
+def sound_rows(rows: Iterable[NumberedRow], shape: str, stats: SourceStats, skips: bool) -> Iterator[Canonical]:
     """Canonical rows; one with a mistake in it raises UserError, or with `skips` is counted in the stats."""
     for number, row in rows:
         try:
@@ -88,7 +89,7 @@ def sound_rows(rows: Iterable[Row], shape: str, stats: SourceStats, skips: bool)
             stats.note("skipped", str(error))
 
 
-def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
+def _until_sound(rows: Iterator[NumberedRow], skips: bool) -> Iterator[NumberedRow]:
     """Up to the first row that can be read. Raises what is wrong with an earlier one, unless such rows are skipped."""
     for item in rows:
         if isinstance(item[1], UserError) and not skips:
@@ -98,8 +99,8 @@ def _until_sound(rows: Iterator[Row], skips: bool) -> Iterator[Row]:
             return
 
 
-def _read(source: Source, path: str, split: str, few: bool) -> Iterator[Row]:
-    """Rows under the names that shapes know, with data.quality=weight as their weight; one that cannot be read is an error."""
+def _read(source: SourceConfig, path: str, split: str, few: bool) -> Iterator[NumberedRow]:
+    """Rows under the names that formats know, with data.quality=weight as their weight; one that cannot be read is an error."""
     for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, few=few, sound=False):
         try:
             yield number, _renamed(row, source) if isinstance(row, dict) else row
@@ -107,7 +108,7 @@ def _read(source: Source, path: str, split: str, few: bool) -> Iterator[Row]:
             yield number, UserError(f"{row_name(path, number)}: {error}")
 
 
-def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
+def _renamed(row: Row, source: SourceConfig) -> Row:
     for name, theirs in (source.columns or {}).items():
         if theirs not in row:
             raise UserError(f"has no {theirs}, which data.columns.{name} names{did_you_mean(theirs, list(row))}")
@@ -120,7 +121,7 @@ def _renamed(row: dict[str, Any], source: Source) -> dict[str, Any]:
     return row
 
 
-def quality_of(row: dict[str, Any]) -> float:
+def quality_of(row: Row) -> float:
     """Raises UserError where the column is not a number from 0 on."""
     value = row.get("quality")
     if isinstance(value, str):

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.config.schema import DataConfig
+from posttrain.config.stages import REGISTRY
 from posttrain.console import say
-from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples
 from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
+from posttrain.models.language.loading import LoadedModel
+from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_config
 
@@ -34,14 +36,18 @@ class Agreement:
     perplexity: float
 
 
-def held_out_rows(run: Path, tokenizer: Any) -> list[Tensor]:
-    """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself."""
-    encoder = Encoder(tokenizer)
+def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
+    """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself.
+
+    live: the run's result, of load_model."""
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
     config = read_config(run)
     try:
         data = DataConfig.model_validate(config["data"])
-        sources.append(held_out_of(data, config["stage"], encoder, config["train"]["max_length"], cache_root()))
+        sources.append(
+            held_out_of(data, REGISTRY.get(config["stage"]).rows, encoder, config["train"]["max_length"], cache_root())
+        )
     except (UserError, ValidationError) as error:
         say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")
     return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources))]

@@ -6,21 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from posttrain.batch import LossOutput, PackedBatch
+from posttrain.batch import PackedBatch
 from posttrain.console import Meter
-from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import Examples
-from posttrain.evaluation.calibration import score_summary
-from posttrain.losses.preference import likelihood_preference, reward_loss
-from posttrain.losses.tokens import answer_sums, token_loss
+from posttrain.models.language.objectives import LIKELIHOOD, TOKENS
 from posttrain.runs.directory import write_json
-from posttrain.training.loop import evaluate
+from posttrain.training.metrics import evaluate
 from posttrain.training.objective import Objective
 
 EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
@@ -28,42 +25,6 @@ EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together 
 
 ANSWER = "answer"  # the set of held-out rows in which only what stands behind the reasoning counts
 Rows = dict[str, list[float]]  # name -> a value for each held-out unit
-
-
-@dataclass(frozen=True)
-class Task:
-    """What makes a language stage itself: how units become a batch, and what is asked of the model."""
-
-    pack: Callable[[Examples, Sequence[int]], PackedBatch]
-    objective: Objective
-    needs_reference: bool = False  # the objective reads batch.extra["reference"], the answers' log-probs at the start
-    summary: Callable[[dict[str, Tensor]], dict[str, float]] | None = None  # metrics of all held-out units together
-    scores: bool = False  # the model is one that scores answers (models/language/reward_model.py)
-
-
-def _tokens(module: nn.Module, batch: PackedBatch) -> LossOutput:
-    return token_loss(module(batch), batch.weight)
-
-
-def _likelihood(module: nn.Module, batch: PackedBatch) -> LossOutput:
-    logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
-    lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
-    return likelihood_preference(logps, lengths)
-
-
-def reward_task(centering: float) -> Task:
-    """Scores of both answers of a pair, and what all held-out pairs say together."""
-
-    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
-        output = reward_loss(module(batch), batch.extra["margin"], batch.extra["pair_weight"], centering=centering)
-        lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
-        return replace(output, rows={**output.rows, "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
-
-    return Task(pack_pairs, objective, summary=score_summary, scores=True)
-
-
-TOKENS = Task(pack, _tokens)
-LIKELIHOOD = Task(pack_pairs, _likelihood)
 
 
 @dataclass(frozen=True)
@@ -75,7 +36,7 @@ class EvalSet:
     kind: str
 
     @property
-    def task(self) -> Task:
+    def objective(self) -> Objective[PackedBatch]:
         return LIKELIHOOD if self.kind == "pairs" else TOKENS
 
     def fingerprint(self) -> str:
@@ -83,9 +44,11 @@ class EvalSet:
         return hashlib.sha256(b"".join(a[:].tobytes() for a in content) + self.kind.encode()).hexdigest()
 
 
-def eval_batches(task: Task, examples: Examples) -> list[PackedBatch]:
-    """All units in order, as many to a batch as fit EVAL_TOKENS."""
-    return [task.pack(examples, units) for units in by_tokens(examples, EVAL_TOKENS)]
+def pack_by_tokens(
+    pack: Callable[[Examples, Sequence[int]], PackedBatch], examples: Examples, most: int = EVAL_TOKENS
+) -> list[PackedBatch]:
+    """All units in order, as many to a batch as fit `most` tokens."""
+    return [pack(examples, units) for units in by_tokens(examples, most)]
 
 
 def by_tokens(examples: Examples, most: int) -> Iterator[list[int]]:
@@ -103,15 +66,19 @@ def by_tokens(examples: Examples, most: int) -> Iterator[list[int]]:
 
 
 def own_metrics(
-    module: nn.Module, batches: list[PackedBatch], task: Task, device: torch.device, each: Callable[[], None]
+    module: nn.Module,
+    batches: list[PackedBatch],
+    objective: Objective[PackedBatch],
+    device: torch.device,
+    each: Callable[[], None],
 ) -> tuple[dict[str, float], Rows]:
     """The stage's own held-out metrics, as eval/loss, eval/accuracy, ..., and the values of each unit; empty where no row is
     held out."""
     if not batches:
         return {}, {}
-    found, rows = evaluate(module, batches, task.objective, device, each)
-    found |= {"perplexity": math.exp(found["loss"])} if task is TOKENS else {}
-    found |= task.summary(rows) if task.summary else {}
+    found, rows = evaluate(module, batches, objective.loss, device, each)
+    found |= {"perplexity": math.exp(found["loss"])} if objective.perplexity else {}
+    found |= objective.summary(rows) if objective.summary else {}
     return {f"eval/{name}": value for name, value in found.items()}, {name: values.tolist() for name, values in rows.items()}
 
 
@@ -147,14 +114,14 @@ def _measured(
     path = _path(each, identity, cache) if identity else None
     if path and path.exists():
         return json.loads(path.read_text())
-    batches = eval_batches(each.task, each.examples)
+    batches = pack_by_tokens(each.objective.pack, each.examples)
     with Meter(each.name, len(batches)) as meter:
 
         def advance() -> None:
             meter.advance()
             check()
 
-        found, _ = evaluate(module, batches, each.task.objective, device, advance)
+        found, _ = evaluate(module, batches, each.objective.loss, device, advance)
     if path:
         _write(path, found)
     return found

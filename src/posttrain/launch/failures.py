@@ -39,10 +39,10 @@ def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError
 def _smaller(config: dict[str, Any]) -> str:
     """What `posttrain plan` would try."""
     from posttrain.config.memory_savers import memory_savers
-    from posttrain.config.schema import STAGE_CONFIG
+    from posttrain.config.stages import typed_config
 
     try:
-        found = memory_savers(STAGE_CONFIG.validate_python(config))
+        found = memory_savers(typed_config(config))
     except (UserError, AttributeError):  # a stage that no plan is made for
         found = []
     tries = ", or ".join(found[:3]) or "a smaller train.batch_size"

@@ -11,10 +11,12 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from posttrain.config.paths import root
-from posttrain.config.schema import STAGES, Cpt, Dpo, Sft, Strict
+from posttrain.config.schema import Guarded, Strict
+from posttrain.config.stages import config_classes
 from posttrain.errors import UserError, did_you_mean
+from posttrain.stages.spec import stages
 
-_SECTIONS = {*Cpt.model_fields} & {*Sft.model_fields} & {*Dpo.model_fields} | {"experiment"}  # keys of every stage
+_SECTIONS = {*Guarded.model_fields, "experiment"}  # keys of every stage
 
 
 class _Step(Strict):
@@ -116,9 +118,9 @@ def _stage(path: Path, name: str, spec: _Step) -> str:
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in _SECTIONS:
         raise UserError(f"{where}: a step's name is letters, digits, - and _, and not a config key such as '{name}'")
     stage = spec.stage or name
-    if stage not in STAGES:
-        near = did_you_mean(stage, list(STAGES))
-        raise UserError(f"{where}.stage: there is no stage '{stage}'{near} (there are: {', '.join(STAGES)})")
+    known = list(stages())
+    if stage not in known:
+        raise UserError(f"{where}.stage: there is no stage '{stage}'{did_you_mean(stage, known)} (there are: {', '.join(known)})")
     return stage
 
 
@@ -161,11 +163,11 @@ def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
     """The steps that an override's key speaks to, and the key as they know it. A bare `init` is the first step's."""
     head, _, rest = key.partition(".")
     if head in steps and rest:
-        fields = STAGES[steps[head].stage].model_fields
+        fields = config_classes()[steps[head].stage].model_fields
         # dpo.beta=0.2 in a step called dpo: the step's own section, as nothing else there is called beta
         own = head in fields and rest.lstrip("+").split(".")[0] not in {*fields, *_SECTIONS}
         return [head], key if own else rest
-    sections = _SECTIONS.union(*(STAGES[step.stage].model_fields for step in steps.values()))
+    sections = _SECTIONS.union(*(config_classes()[step.stage].model_fields for step in steps.values()))
     if head not in sections:
         raise UserError(f"'{key}': '{head}' is neither a step nor a config key{did_you_mean(head, [*steps, *sorted(sections)])}")
     return ([next(iter(steps))] if key == "init" else list(steps)), key

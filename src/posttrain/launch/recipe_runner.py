@@ -12,9 +12,10 @@ from filelock import FileLock, Timeout
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
-from posttrain.launch.step_status import RUN_KEYS, StepStatus, made_from, status_of
+from posttrain.launch.step_status import StepStatus, made_from, status_of
 from posttrain.launch.subprocess_runner import run_child
 from posttrain.runs.directory import write_json
+from posttrain.stages.spec import INIT, spec_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _compose(recipe: Recipe) -> list[Planned]:
 def _name_steps(config: dict[str, Any], above: dict[str, Path]) -> dict[str, Path]:
     """Put the directories of steps above where the config names them as reward models; returns which they are."""
     found: dict[str, Path] = {}
-    for key in RUN_KEYS[1:]:
+    for key in (parent.key for parent in spec_of(config["stage"]).parents if parent != INIT):
         *sections, last = key.split(".")
         place: dict[str, Any] = config
         for section in sections:

@@ -11,9 +11,7 @@ from typing import Any, Literal
 from posttrain.reports.run_records import plain
 from posttrain.runs.directory import flatten, read_manifest, sha256
 from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest
-
-FILE_KEYS = ("data.path", "data.eval_path", "model.chat_template", "data.instance_dir", "data.class_dir", "data.mask")
-RUN_KEYS = ("init", "init_reward", "reward.gold", "rm.policy")  # config keys that name a run
+from posttrain.stages.spec import spec_of
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,10 @@ def _weights(manifest: dict[str, Any]) -> dict[str, str]:
 
 def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
     """Hashes of the data, template and model that the config names and this disk has."""
-    flat = flatten(config)
-    named = [*(flat.get(key) for key in FILE_KEYS), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
-    models = [config["model"]["name"], *(flat.get(key) for key in RUN_KEYS if key not in parents)]
+    flat, spec = flatten(config), spec_of(config["stage"])
+    run_keys = [parent.key for parent in spec.parents]
+    named = [*(flat.get(key) for key in spec.files), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
+    models = [config["model"]["name"], *(flat.get(key) for key in run_keys if key not in parents)]
     found = {str(name): _content(Path(name).expanduser()) for name in named if name}
     found |= {str(name): _model(Path(name).expanduser()) for name in models if name}
     return {name: value for name, value in found.items() if value}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
@@ -16,12 +15,13 @@ from typing import Any
 
 import yaml
 
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
 from posttrain.runs.directory import Run, open_run, read_manifest
+from posttrain.stages.spec import spec_of
 from posttrain.training.signals import leaving_at_once
 
 
@@ -38,13 +38,15 @@ def run_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
+    from posttrain.stages.stage import run_stage
+
     run = _open_shared(config) if launched and int(os.environ["WORLD_SIZE"]) > 1 else open_run(config)
     if run.finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
         return read_manifest(run.dir)
-    stage = importlib.import_module(f"posttrain.stages.{config['stage']}.stage")
+    cfg = typed_config(config)
     try:
-        return stage.run(STAGE_CONFIG.validate_python(config), run)
+        return run_stage(cfg, run, spec_of(cfg.stage).steps_of(cfg))
     except Stopped:
         _leave_group()
         raise

@@ -16,3 +16,8 @@ def digest(config: BaseModel | dict[str, Any]) -> str:
     plain = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     kept = {key: value for key, value in plain.items() if key not in NOT_PART_OF_A_RUN}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def content_hash(*parts: Any) -> str:
+    """A short name for what can be written as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

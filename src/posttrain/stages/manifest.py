@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from posttrain.config.schema import LanguageStage, Stage
+from posttrain.config.schema import Stage
 from posttrain.console import console, is_main, say
-from posttrain.data.chat.encoder import template_hash
 from posttrain.evaluation.calibration import SUSPICIOUS
-from posttrain.models.peft.export import final_ranks
 from posttrain.reports.run_records import amount
 from posttrain.runs.directory import Run
-from posttrain.stages.language.build import PreparedData, TrainableModel
+from posttrain.stages.steps import Outcome
 
 
 def peak_memory(device: torch.device) -> int:
@@ -29,47 +26,23 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measured(cfg: Stage, state: dict[str, Any], metrics: dict[str, float], acc: Accelerator) -> dict[str, Any]:
+def common_record(cfg: Stage, outcome: Outcome, accelerator: Accelerator) -> dict[str, Any]:
     """What a manifest says of how a run went, whatever its stage."""
-    return {
-        "seconds": round(state["seconds"], 2),
-        "metrics": metrics,
+    state = outcome.state
+    record = {
+        "seconds": round(state.seconds, 2),
+        "metrics": outcome.metrics,
         "seed": cfg.train.seed,
-        "device": str(acc.device),
-        "peak_memory_bytes": peak_memory(acc.device),
-        "processes": acc.num_processes,
+        "device": str(accelerator.device),
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "processes": accelerator.num_processes,
+        "changes": state.changes,
+        "batches_left_out": state.left_out,
+        "halved": state.halved,
+        "identity": state.identity,
+        "made_with": state.made_with,
     }
-
-
-def manifest_of(
-    cfg: LanguageStage,
-    built: TrainableModel,
-    inputs: PreparedData,
-    kind: str,
-    state: dict[str, Any],
-    metrics: dict[str, float],
-    acc: Accelerator,
-) -> dict[str, Any]:
-    """What manifest.json says of a run, but for what every manifest has."""
-    start, base = inputs.start, inputs.base
-    steps = state.get("ended", {}).get("back_to", inputs.order.num_steps)
-    return {
-        "stage": cfg.stage,  # type: ignore[attr-defined]
-        "parents": start.parents,
-        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
-        "weights": {"kind": kind, "path": kind},
-        "tokenizer": {"hash": inputs.tokenizer_hash, "chat_template": template_hash(inputs.tokenizer)},
-        "dtype": str(built.dtype).removeprefix("torch."),
-        "quant": cfg.quant.model_dump(),
-        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if (ranks := final_ranks(built.module.model)) else {}),
-        "chain": inputs.start.mode,
-        "trainable": {"trained": built.trained, "total": built.total},
-        "data": inputs.data.record(inputs.order.until(steps)),
-        "held_out": asdict(inputs.data.held_out_stats),
-        "steps": steps,
-        "tokens": state["tokens"],
-        **measured(cfg, state, metrics, acc),
-    }
+    return record | ({"ended": state.ended} if state.ended else {})
 
 
 def _say_of_scores(metrics: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from posttrain.batch import Batch
 from posttrain.errors import RunError
+from posttrain.training.state import TrainState
 
 B = TypeVar("B", bound=Batch)
 LEFT_OUT = "left_out.json"  # in a run's directory: the rows of every batch that was not learnt from, and why
@@ -36,7 +37,7 @@ class Spike(Exception):
 
 
 def check_update(
-    limits: GuardConfig, state: dict[str, Any], step: int, loss: float, norm: float, rows: list[int]
+    limits: GuardConfig, state: TrainState, step: int, loss: float, norm: float, rows: list[int]
 ) -> dict[str, Any] | None:
     """None for an update that may be taken, else what to write down of one that may be left out. `state` remembers losses.
 
@@ -46,12 +47,11 @@ def check_update(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return entry | {"loss": str(loss), "grad_norm": str(norm), "why": "not finite"}  # JSON knows no NaN
     if limits.spike_mads is not None:
-        seen: list[float] = state.setdefault("losses", [])
-        if len(seen) >= limits.spike_steps:
-            limit = spike_limit(seen, limits.spike_mads)
+        if len(state.losses) >= limits.spike_steps:
+            limit = spike_limit(state.losses, limits.spike_mads)
             if loss > limit:
                 raise Spike(entry | {"limit": limit, "why": "spike"})
-        state["losses"] = [*seen, loss][-limits.spike_steps :]
+        state.losses = [*state.losses, loss][-limits.spike_steps :]
     return None
 
 

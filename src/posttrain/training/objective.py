@@ -1,20 +1,38 @@
-"""What a loop is made of: updates, when things happen, what a method adds to a step, and averages."""
+"""What is asked of a model, and the optimizer steps that it is asked in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from posttrain.batch import Batch, LossOutput, Metrics
-from posttrain.training.optimizer import Schedule
 
 B = TypeVar("B", bound=Batch)
-Objective = Callable[[nn.Module, B], LossOutput]
+LossFunction = Callable[[nn.Module, B], LossOutput]  # module, micro-batch -> sum of losses with gradient
+
+
+@dataclass(frozen=True)
+class Objective(Generic[B]):
+    """How units of examples become a batch, and what is asked of the model about it.
+
+    Args:
+        pack: (examples, numbers of units) -> batch.
+        loss: of one micro-batch.
+        needs_reference: the loss reads batch.extra["reference"], the answers' log-probs at the start.
+        summary: metrics of all held-out units together, from the values of each.
+        scores: the model is one that scores answers (models/language/reward_model.py).
+        perplexity: exp(loss) means something, and is reported.
+    """
+
+    pack: Callable[[Any, Sequence[int]], B]
+    loss: LossFunction[B]
+    needs_reference: bool = False
+    summary: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
+    scores: bool = False
+    perplexity: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,76 +43,20 @@ class Update(Generic[B]):
     metrics: Metrics = field(default_factory=dict)
 
 
-Source = Callable[
-    [int], Iterable[Update[B]]
-]  # step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds
-
-
 @dataclass(frozen=True)
-class Plan:
-    """When things happen, in steps of the run."""
+class UpdateOutcome:
+    """What an update's micro-batches gave: this process's figures, as the loss left them, in their order."""
 
-    num_steps: int
-    warmup_steps: int
-    log_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    keep_checkpoints: int
-    lr: float
-    schedule: Schedule
-    max_grad_norm: float | None
-    seed: int
+    metrics: list[Metrics]
 
-
-class StepCallback(Protocol):
-    """What a method has to do in every optimizer step, and its state for checkpoints."""
-
-    def penalty(self) -> Tensor: ...  # added to the step's mean loss
-
-    def after_step(self, done: int) -> None: ...  # after step number `done` (from 1), before the gradients are cleared
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def load(self, state: dict[str, Tensor]) -> None: ...
+    def total(self, name: str) -> tuple[float | Tensor, float | Tensor]:
+        """Sum and count of one figure; (0, 0) where no micro-batch has it."""
+        total, count = 0.0, 0.0
+        for each in self.metrics:
+            if name in each:
+                total, count = total + each[name][0], count + each[name][1]
+        return total, count
 
 
-def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum of `values` over all processes."""
-    return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
-
-
-class Averages:
-    """Sums and counts by name, on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float | Tensor] = {}
-
-    def add(self, metrics: Metrics, share: float = 1.0) -> None:
-        for name, (total, count) in metrics.items():
-            part = share * total.detach()
-            self.sums[name] = self.sums[name].to(part.device) + part if name in self.sums else part
-            self.counts[name] = self.counts.get(name, 0.0) + share * count
-
-    def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """Averages, over all processes when an accelerator is given; everything starts anew."""
-        names = sorted(self.sums)
-        if not names:  # nothing was learnt from
-            return {}
-        device = self.sums[names[0]].device
-        totals = torch.stack(
-            [self.sums[n].float() for n in names] + [torch.as_tensor(self.counts[n], device=device) for n in names]
-        )
-        if accelerator is not None and accelerator.num_processes > 1:
-            totals = total_over(accelerator, totals)
-        values = totals.tolist()
-        self.sums, self.counts = {}, {}
-        return {n: values[i] / max(values[i + len(names)], 1e-12) for i, n in enumerate(names)}
-
-    def state(self) -> dict[str, tuple[float, float]]:
-        """What has been added since the last reading, for a checkpoint."""
-        return {name: (float(value), float(self.counts[name])) for name, value in self.sums.items()}
-
-    def load(self, state: dict[str, tuple[float, float]]) -> None:
-        self.sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
-        self.counts = {name: count for name, (_, count) in state.items()}
+# step of the run (from 0) -> its updates: one, or in PPO as many as a rollout feeds. A generator is told each update's outcome.
+UpdateSource = Callable[[int], Iterable[Update[B]] | Generator[Update[B], UpdateOutcome, None]]

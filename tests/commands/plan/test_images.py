@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from posttrain.batch import ImagePart
 from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, encode_texts
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline
@@ -36,7 +36,7 @@ def words(photos: Path, name: str) -> list[str]:
 
 def really(asked: list[str], images: int) -> tuple[dict[str, int], int]:
     """Bytes of weights, gradients and moments, and of what one forward pass over `images` pictures keeps."""
-    cfg: Any = STAGE_CONFIG.validate_python(compose_run("dreambooth", asked))
+    cfg: Any = typed_config(compose_run("dreambooth", asked))
     pipe = load_pipeline(find_pipeline(cfg.model.name, None), torch.float32)
     parts = trained_parts(pipe, cfg.peft, False, 10, cfg.train.gradient_checkpointing is True)
     with torch.no_grad():

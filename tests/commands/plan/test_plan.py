@@ -15,7 +15,7 @@ from posttrain.batch import Segment
 from posttrain.commands.plan.memory import adamw_bytes, nf4_bytes
 from posttrain.commands.plan.plan import make_plan, parse_memory
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.activations import activations, model_of_shapes
@@ -43,7 +43,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def really(directory: Path, words: list[str]) -> dict[str, int]:
     """Bytes of a real model, its gradients and its optimizer after one step."""
-    cfg = STAGE_CONFIG.validate_python(compose_run("sft", [f"model.name={directory}", *words]))
+    cfg = typed_config(compose_run("sft", [f"model.name={directory}", *words]))
     dtype = "float32" if cfg.peft.output == "model" else "bfloat16"
     model: Any = load_causal(str(directory), None, dtype, "cpu", False, quantization(cfg.quant.model_dump(), "cpu"))
     model = add_method(model, cfg.peft, 10)
@@ -141,7 +141,7 @@ def test_sharding_halves_what_is_sharded(directory: Path) -> None:
 
 @pytest.mark.parametrize("method", [[], ["peft=lora"]])
 def test_activations_are_what_autograd_keeps(directory: Path, method: list[str]) -> None:
-    cfg = STAGE_CONFIG.validate_python(compose_run("sft", [f"model.name={directory}", "model.dtype=float32", *method]))
+    cfg = typed_config(compose_run("sft", [f"model.name={directory}", "model.dtype=float32", *method]))
     real = PackedLM(add_method(load_causal(str(directory), None, "float32", "cpu", False, None), cfg.peft, 10), "documents")
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept: dict[int, Any] = {}

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from posttrain.cli import app
-from posttrain.commands.preview.encoder import encoder_of
 from posttrain.commands.preview.findings import of_tokens
 from posttrain.commands.preview.page import preview_page, show_preview
 from posttrain.commands.preview.preview import Preview, histogram, make_preview, weights_of
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import build
+from posttrain.stages.language.prepare import open_language
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def test_a_template_that_differs_for_inference(tmp_path: Path) -> None:
 
 
 def test_a_doubled_beginning_and_a_missing_end() -> None:
-    encoder, tokenizer = encoder_of(validate(compose_run("sft", ["model=tiny"])))
+    opened = open_language(validate(compose_run("sft", ["model=tiny"])), weights=False)
+    encoder, tokenizer = opened.encoder, opened.tokenizer
     tokenizer.bos_token = "<|im_start|>"
     rows = [(1, {"text": "<|im_start|><|im_start|>a"}), (2, {"prompt": "a", "completion": "b"}), (3, {"text": "<|im_start|>a"})]
     found = {f.what: f.places for f in of_tokens(rows, encoder, tokenizer, str, 99) if f.count}

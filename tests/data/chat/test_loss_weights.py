@@ -12,9 +12,10 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoded, Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
-from posttrain.data.chat.template import CHATML
+from posttrain.data.chat.template_text import CHATML
 from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
+from posttrain.stages.spec import row_uses
 
 COT = replace(PLAIN, marker="####", reasoning=0.25, answer=2.0)
 CALL = {
@@ -106,7 +107,7 @@ def test_rows_have_a_weight(encoder_of: Any) -> None:
 def prepared(tmp_path: Path, encoder: Encoder, rows: list[dict[str, Any]], *words: str, stage: str = "sft") -> Any:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = compose_run(stage, [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", *words])
-    return prepare(validate(config).data, stage, encoder, 64, tmp_path / "cache")[0]
+    return prepare(validate(config).data, row_uses()[stage], encoder, 64, tmp_path / "cache")[0]
 
 
 def test_quality_filters_or_weighs(tmp_path: Path, encoder_of: Any) -> None:
@@ -164,7 +165,7 @@ def test_a_file_that_was_moved_is_named_where_it_is(tmp_path: Path, encoder_of: 
     found = []
     for name in ("old", "new"):
         data = validate(compose_run("sft", [f"data.path={tmp_path / name}.jsonl", "data.eval_share=0"])).data
-        found += prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+        found += prepare(data, row_uses()["sft"], encoder_of(PLAIN), 64, tmp_path / "cache")
         if name == "old":
             (tmp_path / "old.jsonl").rename(tmp_path / "new.jsonl")
     first, second = (part.stats for part in found)
@@ -180,12 +181,12 @@ def test_a_damaged_cache_is_named_and_made_again(
     rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = validate(compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0.2"])).data
-    (first,) = prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+    (first,) = prepare(data, row_uses()["sft"], encoder_of(PLAIN), 64, tmp_path / "cache")
     tokens = np.array(first.train.tokens[:])
     (damaged,) = (tmp_path / "cache").rglob(file)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 0x01
     damaged.write_bytes(content)
-    (again,) = prepare(data, "sft", encoder_of(PLAIN), 64, tmp_path / "cache")
+    (again,) = prepare(data, row_uses()["sft"], encoder_of(PLAIN), 64, tmp_path / "cache")
     assert np.array_equal(again.train.tokens[:], tokens) and again.stats == first.stats
     assert "it is made again" in capsys.readouterr().out

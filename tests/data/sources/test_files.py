@@ -14,10 +14,11 @@ import pytest
 
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
-from posttrain.data.chat.template import CHATML
+from posttrain.data.chat.template_text import CHATML
 from posttrain.data.prepare import PreparedSource, prepare
 from posttrain.data.sources.source import fingerprint, read_rows, row_name
 from posttrain.errors import UserError
+from posttrain.stages.spec import row_uses
 
 ROWS = [{"text": f"This is row {i}, zwölf."} for i in range(50)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -162,7 +163,7 @@ def prepared(tmp_path: Path, encoder: Encoder, lines: list[bytes], stage: str, *
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     data = validate(compose_run(stage, [f"data.path={path}", "data.eval_share=0", *words])).data
-    return prepare(data, stage, encoder, 64, tmp_path / "cache")[0]
+    return prepare(data, row_uses()[stage], encoder, 64, tmp_path / "cache")[0]
 
 
 def chat(*roles: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from posttrain.batch import ImagePart
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.losses.diffusion import mixed
 from posttrain.models.diffusion.denoiser import LORA_FILE, load_adapter, read_factors, save_adapter, save_pipeline, trained_parts
@@ -40,7 +40,7 @@ def pipeline(name: str) -> Any:
 
 def method(*words: str) -> Any:
     given = ["model=tiny", "data.instance_dir=x", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
-    return STAGE_CONFIG.validate_python(compose_run("dreambooth", [*given, *words])).peft
+    return typed_config(compose_run("dreambooth", [*given, *words])).peft
 
 
 def part_for(pipe: Any, count: int = 2) -> tuple[ImagePart, torch.Tensor]:

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from posttrain.config import schema
 from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.language.packed_lm import count_numbers
 from posttrain.models.peft.adalora import RankAllocator
@@ -56,7 +56,7 @@ def make(shape: str) -> Any:
 
 def method(name: str, *more: str) -> Any:
     words = [f"peft={name}", *(SMALL.get(name, ["peft.r=4"])), *more]
-    return schema.STAGE_CONFIG.validate_python(compose_run("sft", words)).peft
+    return typed_config(compose_run("sft", words)).peft
 
 
 def expected(name: str, shape: str) -> int:
@@ -106,7 +106,7 @@ def test_head_and_partial(shape: str, block: None) -> None:
 
 
 def method_of(name: str, *more: str) -> Any:
-    return schema.STAGE_CONFIG.validate_python(compose_run("sft", [f"peft={name}", *more])).peft
+    return typed_config(compose_run("sft", [f"peft={name}", *more])).peft
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from posttrain.batch import PackedBatch, Segment
-from posttrain.config import schema
 from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.models.kernels.masks import DocumentMask, dense_mask, flex_mask_mod
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
@@ -57,7 +57,7 @@ ALONE = [(DOCUMENTS[0], 5), (DOCUMENTS[1], 2), ([*PROMPT, *ANSWERS[0]], 4), ([*P
 @pytest.mark.parametrize("name", ["prefix", "prompt", "ptuning"])
 def test_a_pack_equals_plain_peft(name: str, family: str, attention: str) -> None:
     words = [f"peft={name}", "peft.length=4", *(["peft.hidden=16"] if name == "ptuning" else [])]
-    model: Any = add_method(make(family), schema.STAGE_CONFIG.validate_python(compose_run("sft", words)).peft)
+    model: Any = add_method(make(family), typed_config(compose_run("sft", words)).peft)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -81,7 +81,7 @@ def test_a_pack_equals_plain_peft(name: str, family: str, attention: str) -> Non
 
 def test_without_its_prompt_the_model_is_the_base() -> None:
     words = ["peft=prompt", "peft.length=4"]
-    lm = PackedLM(add_method(make("llama"), schema.STAGE_CONFIG.validate_python(compose_run("sft", words)).peft), "documents")
+    lm = PackedLM(add_method(make("llama"), typed_config(compose_run("sft", words)).peft), "documents")
     bare = PackedLM(make("llama"), "documents")
     with torch.no_grad(), lm.without_prompt():
         assert torch.equal(lm(batch()), bare(batch()))

@@ -12,7 +12,7 @@ import posttrain
 from posttrain.commands.compose import compose_runs
 from posttrain.commands.merge import merge_run
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.rewards import brevity, code_spans, overlap
 from posttrain.stages.ppo.diagnostics import alarms
@@ -155,7 +155,7 @@ HEALTHY = {
     ],
 )
 def test_alarms_ring_for_what_they_name(change: dict[str, float], rings: list[str]) -> None:
-    cfg = STAGE_CONFIG.validate_python(compose_run("ppo", ["reward.function=a:b", "ppo.target_kl=4"])).ppo
+    cfg = typed_config(compose_run("ppo", ["reward.function=a:b", "ppo.target_kl=4"])).ppo
     found = alarms({**HEALTHY, **change}, HEALTHY, cfg)
     assert sorted(found) == rings
     assert all(len(line) < 250 for line in found.values())

@@ -13,9 +13,9 @@ import posttrain
 from posttrain.batch import LossOutput
 from posttrain.data.examples import build, group
 from posttrain.errors import RunError, Stopped
-from posttrain.evaluation.held_out import TOKENS
 from posttrain.losses.tokens import token_loss
 from posttrain.models.builtin import builtin_directory
+from posttrain.models.language.objectives import TOKENS
 from posttrain.models.language.packed_lm import PackedLM, load_causal
 from posttrain.stages.language.curriculum import perplexities
 from posttrain.stages.language.ewc import EwcPenalty, fisher
@@ -134,7 +134,7 @@ def test_rows_of_a_mixture_that_are_left_out_are_named_with_their_source(
         output = token_loss(logps, weight)
         return replace(output, total=output.total * float("nan")) if torch.is_grad_enabled() else output
 
-    monkeypatch.setattr("posttrain.evaluation.held_out.token_loss", spoilt)
+    monkeypatch.setattr("posttrain.models.language.objectives.token_loss", spoilt)
     (tmp_path / "domain.jsonl").write_text("".join(json.dumps({"text": f"zz {i}"}) + "\n" for i in range(9)))
     words = ["data.alpha=0.5", f"data.path={tmp_path}/domain.jsonl", f"data.general.path={general}", "data.eval_share=0"]
     with pytest.raises(RunError, match=rf"Rows of the batch: .*{tmp_path}/\w+.jsonl, row \d+;.* more \(all of them in left_out"):

@@ -22,7 +22,7 @@ from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.actor_critic import ActorCritic
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.rewards import combined, load_function
-from posttrain.stages.ppo.stage import PpoRun
+from posttrain.stages.ppo.training import PpoTraining
 
 TINY = (
     "model=tiny",
@@ -77,10 +77,12 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def test_roles_take_turns_on_one_base(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    inner = PpoRun.updates
+    inner = PpoTraining.updates
 
-    def spy(self: PpoRun, step: int, module: Any, inputs: Any, table: Any) -> Any:
-        for update in inner(self, step, module, inputs, table):
+    def spy(self: PpoTraining, step: int) -> Any:
+        updates, module = inner(self, step), self.session.module
+        update = next(updates, None)
+        while update is not None:
             if step == 0 and update.batches and "old" not in seen:
                 batch = update.batches[0]
                 seen["old"] = batch.extra["old"]
@@ -89,9 +91,13 @@ def test_roles_take_turns_on_one_base(runs: Path, tmp_path: Path, monkeypatch: p
                 seen["value"] = module(batch, "value").detach()
                 seen["score"] = module(batch, "reward").detach()
                 seen["batch"], seen["module"] = batch, module
-            yield update
+            outcome = yield update
+            try:
+                update = updates.send(outcome)
+            except StopIteration:
+                update = None
 
-    monkeypatch.setattr(PpoRun, "updates", spy)
+    monkeypatch.setattr(PpoTraining, "updates", spy)
     found = posttrain.run(
         "ppo", *TINY, *LORA, "train.max_steps=1", f"init={runs / 'sft'}", f"init_reward={runs / 'rm'}", "run.dir=ppo"
     )
@@ -285,12 +291,12 @@ def test_an_answer_without_end_is_scored_as_if_it_had_ended(runs: Path, monkeypa
 
 def test_rewards_are_put_together_in_order() -> None:
     cfg = compose_run("ppo", ["model=tiny", "reward.function=[a:b,c:d]", "reward.weights=[2,-1]", "reward.clip=3"])
-    from posttrain.config.schema import STAGE_CONFIG
+    from posttrain.config.stages import typed_config
 
     reward, shaped_reward = combined(
         [torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.0])],
         torch.tensor([True, False]),
-        STAGE_CONFIG.validate_python(cfg).reward,
+        typed_config(cfg).reward,
     )
     assert reward.tolist() == [1.5, 8.0] and shaped_reward.tolist() == [1.5, 3.0 - 1.0]
 

@@ -26,6 +26,7 @@ from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.cache import cache_root
+from posttrain.stages.spec import row_uses
 
 TINY = ("model=tiny", "train.max_steps=3", "train.batch_size=2", "optim.lr=0.01", "data.max_rows=40", "data.eval_rows=8")
 METHODS = (
@@ -53,7 +54,7 @@ def examples(**extra: Any) -> tuple[Any, Encoder]:
     tokenizer = AutoTokenizer.from_pretrained(builtin_directory("tiny")[0])
     encoder = Encoder(tokenizer)
     data = DataConfig.model_validate({**compose_run("rm", list(TINY))["data"], **extra})
-    return prepare(data, "rm", encoder, 512, cache_root())[0], encoder
+    return prepare(data, row_uses()["rm"], encoder, 512, cache_root())[0], encoder
 
 
 def test_loss_by_hand() -> None:

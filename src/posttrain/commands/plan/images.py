@@ -12,13 +12,13 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from posttrain.batch import ImagePart
 from posttrain.commands.plan.memory import tally
-from posttrain.config.schema import Dreambooth
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, Texts, bare, encode_texts, latent_scale, text_encoders
 from posttrain.models.diffusion.pipelines import pipeline_directory, shapes_of_pipeline
 from posttrain.models.language.activations import Cost, cost, same_shapes, with_magnitudes
 from posttrain.models.quantization import blocks_linears
-from posttrain.stages.dreambooth.dataset import ImageInputs, read_images
+from posttrain.stages.dreambooth.config import Dreambooth
+from posttrain.stages.dreambooth.prepare import ImageData, read_images
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -79,7 +79,7 @@ class _Counted(NamedTuple):
     trained: int
 
 
-def _micro_batch(cfg: Dreambooth, inputs: ImageInputs, recompute: bool) -> _Counted:
+def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool) -> _Counted:
     """One micro-batch, the prior's pictures in it, forward and backward."""
     pipe = shapes_of_pipeline(pipeline_directory(inputs.base), getattr(torch, cfg.base_dtype))
     encoders = text_encoders(pipe)

@@ -55,7 +55,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
 
 
 class Tally(NamedTuple):
-    """Bytes of weights, gradients and optimizer by part, and how many parameters there are and how many of them are trained."""
+    """Bytes of weights, gradients and optimizer by part, and how many parameters there are and are trained."""
 
     parts: dict[str, float]
     total: int

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,17 @@ from rich.table import Table
 
 from posttrain.commands.plan.images import image_plan
 from posttrain.commands.plan.memory import count
-from posttrain.commands.plan.roles import cache_bytes, role_bytes
 from posttrain.config.compose import compose_run
 from posttrain.config.memory_savers import memory_savers
-from posttrain.config.schema import STAGE_CONFIG, Dreambooth, Ppo
+from posttrain.config.stages import typed_config
 from posttrain.console import console, say
-from posttrain.data.chat.encoder import Encoder, chat_template
-from posttrain.data.chat.loss_weights import weighing_of
-from posttrain.data.mixture import make_sampler, read_mixture
 from posttrain.data.selection import replays, sources_of
 from posttrain.data.sources.source import is_local
 from posttrain.errors import UserError
 from posttrain.models.hub import resolve
-from posttrain.models.language.tokenizer import load_tokenizer, stop_tokens
-from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import read_manifest
+from posttrain.stages.language.init import InitSource, find_base, resolve_start
+from posttrain.stages.spec import StageSpec, spec_of
+from posttrain.stages.steps import Context
 
 GB = 1e9
 # Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
@@ -49,37 +46,34 @@ def make_plan(stage: str, words: list[str], memory: int | None = None) -> dict[s
 
 
 def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
-    if isinstance(cfg, Dreambooth):
+    cfg, spec = typed_config(compose_run(stage, words)), spec_of(stage)
+    if spec.reads == "images":
         plan = image_plan(cfg, capacity)
         plan["seconds"] = _seconds(plan["flops"], 1, cfg.base_dtype)
         return plan
-    name, frozen = _source(cfg)
-    source = resolve(name, cfg.model.revision, weights=False)
-    data = _data(cfg, name)
-    longest, shards = data["longest"], cfg.train.processes if cfg.train.fsdp else 1
-    tokens = min(cfg.train.batch_size * longest, data["largest_batch"])
-    model = AutoConfig.from_pretrained(source.directory, trust_remote_code=cfg.model.trust_remote_code)
-    found = count(cfg, model, tokens, cfg.train.batch_size, frozen)
+    return _language_plan(cfg, spec, capacity)
+
+
+def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    data = _data(cfg, spec)
+    shards = cfg.train.processes if cfg.train.fsdp else 1
+    tokens = min(cfg.train.batch_size * data.longest, data.largest_batch)
+    directory = resolve(data.start.source, cfg.model.revision, weights=False).directory
+    model = AutoConfig.from_pretrained(directory, trust_remote_code=cfg.model.trust_remote_code)
+    found = count(cfg, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start))
     sharded = ("weights", "adapters", "frozen adapter", "gradients", "optimizer")
     memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
-    if stage == "dpo":
-        memory["reference"] = 8.0 * data["units"]
-    updates, shared = 1, True
-    if isinstance(cfg, Ppo):
-        memory["key-value cache"] = cache_bytes(cfg, model, 4 if cfg.base_dtype == "float32" else 2)
-        roles, shared = role_bytes(cfg, found.parts, source.path)
-        memory |= roles
-        updates = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
+    extra = spec.plan_of().extra(cfg, data.units, found.parts, model, data.base)
+    memory |= extra.memory
     fixed, recomputes = sum(memory.values()), cfg.train.gradient_checkpointing
     kept = found.activations_recomputed if recomputes is True else found.activations
     if recomputes == "auto":  # as many layers as it takes, whose share of both figures this is
         kept = max(min(kept, capacity - fixed), found.activations_recomputed)
-    seconds = _seconds(found.flops / tokens, updates * data["tokens"] / cfg.train.processes, cfg.base_dtype)
+    seconds = _seconds(found.flops / tokens, extra.passes * data.tokens / cfg.train.processes, cfg.base_dtype)
     return {
-        "stage": stage,
+        "stage": cfg.stage,
         "model": cfg.model.name,
         "method": cfg.peft.method,
         "quant": cfg.quant.method,
@@ -91,61 +85,59 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
         "total_bytes": round(fixed + kept),
         "fits": fixed + kept <= capacity,
         "micro_batch_tokens": tokens,
-        "steps": data["steps"],
-        "tokens": round(data["tokens"]),
-        "tokens_are": data["tokens_are"],
+        "steps": data.steps,
+        "tokens": round(data.tokens),
+        "tokens_are": data.tokens_are,
         "seconds": seconds,
-        "assumptions": _assumptions(cfg, stage, seconds, shared),
+        "assumptions": _assumptions(cfg, seconds, extra.notes),
     }
 
 
-def _source(cfg: Any) -> tuple[str, float]:
-    """Where the model's shapes are, and bytes of the adapter that will lie under a new one."""
-    if cfg.init is None:
-        return cfg.model.name, 0.0
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        return cfg.init, 0.0
-    manifest = read_manifest(directory)
-    weights = directory / manifest["weights"]["path"]
-    if manifest["weights"]["kind"] == "model":
-        return str(weights), 0.0
-    stacked = cfg.peft.is_additive and cfg.chain.mode in ("auto", "stack")
-    return manifest["base"]["path"], float((weights / "adapter_model.safetensors").stat().st_size) if stacked else 0.0
+def _frozen_bytes(start: InitSource) -> float:
+    """Bytes of the adapter that will lie under a new one."""
+    return float((start.adapter / "adapter_model.safetensors").stat().st_size) if start.adapter and start.mode == "stack" else 0.0
 
 
-def _data(cfg: Any, source: str) -> dict[str, Any]:
-    """Steps and tokens: counted where the rows are at hand, else at most."""
+@dataclass(frozen=True)
+class _Data:
+    """Steps and tokens: exact where the rows are at hand, else at most."""
+
+    start: InitSource
+    base: str
+    longest: int
+    largest_batch: int
+    units: int
+    steps: int
+    tokens: float
+    tokens_are: str
+
+
+def _data(cfg: Any, spec: StageSpec) -> _Data:
+    """By the stage's own first step, where the rows are at hand."""
     train = cfg.train
-    per_step = train.batch_size * train.grad_accum * train.processes
-    local = not replays(cfg.data) and all(is_local(source.path) for source in sources_of(cfg.data).values())
-    if not local:
+    if replays(cfg.data) or not all(is_local(source.path) for source in sources_of(cfg.data).values()):
         if not train.max_steps:
             raise UserError(
                 f"train.max_steps: the rows of {cfg.data.path} are not at hand, so give the number of steps to plan for"
             )
-        units = train.max_steps * per_step
-        upper = {"longest": train.max_length, "largest_batch": train.batch_size * train.max_length, "units": units}
-        return upper | {"steps": train.max_steps, "tokens": units * train.max_length, "tokens_are": "at most"}
-    template = chat_template(cfg.model.chat_template) if cfg.model.chat_template else None
-    tokenizer = load_tokenizer(source, cfg.model.revision, cfg.model.trust_remote_code, template)
-    encoder = Encoder(tokenizer, stop_tokens(source, cfg.model.revision, tokenizer), weighing_of(cfg))
-    data = read_mixture(cfg.data, cfg.stage, encoder, cfg.example_length, cache_root())
-    examples = data.train
-    lengths = examples.unit_tokens()
-    if isinstance(cfg, Ppo):
-        lengths = examples.splits[:, 0] + cfg.ppo.samples * cfg.rollout.max_new_tokens  # the prompt, and answers at their longest
-    order = make_sampler(data, cfg.data, train, train.processes)
+        units, start = train.max_steps * train.batch_size * train.grad_accum * train.processes, resolve_start(cfg, weights=False)
+        base = find_base(start, cfg.model.revision, weights=False)
+        length, batch = train.max_length, train.batch_size * train.max_length
+        return _Data(start, base.path, length, batch, units, train.max_steps, units * length, "at most")
+    context = Context(cfg, Path(), train.processes, True, torch.device("cpu"), lambda: None, weights=False)
+    found = spec.steps_of(cfg).prepare(context).data
+    examples, order = found.data.train, found.order
+    lengths = spec.plan_of().unit_tokens(cfg, examples)
     largest = int(sum(sorted(lengths.tolist())[-train.batch_size :]))
-    tokens = sum(int(lengths[unit]) for step in range(min(order.num_steps, 2000)) for unit in order.step(step))
-    tokens = tokens * order.num_steps / min(order.num_steps, 2000)
-    found = {"longest": int(lengths.max()), "largest_batch": largest, "units": len(examples)}
-    return found | {"steps": order.num_steps, "tokens": tokens, "tokens_are": "exact" if order.num_steps <= 2000 else "about"}
+    counted = min(order.num_steps, 2000)
+    tokens = sum(int(lengths[unit]) for step in range(counted) for unit in order.step(step)) * order.num_steps / counted
+    exact = "exact" if order.num_steps <= 2000 else "about"
+    return _Data(found.start, found.base.path, int(lengths.max()), largest, len(examples), order.num_steps, tokens, exact)
 
 
 def _changes(stage: str, words: list[str], capacity: int) -> list[dict[str, Any]]:
     """The first three single changes, in the order one would try them, with which the run fits; else several together."""
-    tries, fitting = memory_savers(STAGE_CONFIG.validate_python(compose_run(stage, words))), []
+    tries, fitting = memory_savers(typed_config(compose_run(stage, words))), []
     for change in tries:
         plan = _plan_or_none(stage, [*words, *change.split()], capacity)
         if plan and plan["fits"]:
@@ -218,13 +210,8 @@ def _rate(dtype: str) -> float | None:
     return 2 * side**3 * done / (time.perf_counter() - began) * 0.7  # the rest of a step is not matrix products
 
 
-def _assumptions(cfg: Any, stage: str, seconds: float | None, shared: bool) -> list[str]:
-    said = ["the largest micro-batch decides on memory; a framework's own workspace (about 1 GB on CUDA) is not in it"]
-    if stage == "dpo":
-        said.append("the reference is a table of log-probs, computed by the model itself before training; no second model")
-    if stage == "ppo":
-        base = "policy, reference, value and reward share one base" if shared else "not all roles can share the policy's base"
-        said.append(f"{base}; time is of the updates, the answers' writing comes on top")
+def _assumptions(cfg: Any, seconds: float | None, notes: list[str]) -> list[str]:
+    said = ["the largest micro-batch decides on memory; a framework's own workspace (about 1 GB on CUDA) is not in it", *notes]
     if seconds is None:
         said.append("no rate is known for this card, so no time is given")
     else:

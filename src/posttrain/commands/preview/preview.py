@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 
 from posttrain.batch import PackedBatch
-from posttrain.commands.preview.encoder import encoder_of
 from posttrain.commands.preview.findings import Finding, of_rows, of_stats, of_tokens
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import STAGE_CONFIG, LanguageStage, Source
+from posttrain.config.schema import LanguageStage, SourceConfig
+from posttrain.config.stages import typed_config
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import pack, pack_pairs
-from posttrain.data.mixture import Mixture, draw, shares_of
+from posttrain.data.example_kinds import RowEncoder
+from posttrain.data.mixture import Mixture, draw_units, shares_of
 from posttrain.data.prepare import PreparedSource
 from posttrain.data.selection import SELF, sources_of
 from posttrain.data.split import Split, sound_rows
-from posttrain.data.stage_examples import RowEncoder
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
+from posttrain.stages.language.prepare import open_language
+from posttrain.stages.spec import spec_of
 
 BUCKETS = 12  # of the lengths' histogram
 _PACKS = {"dpo": pack_pairs, "rm": pack_pairs}
@@ -77,10 +79,11 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
 
     Raises UserError for a config that does not fit, or a source of which no row can be used.
     """
-    cfg = STAGE_CONFIG.validate_python(compose_run(stage, words))
+    cfg = typed_config(compose_run(stage, words))
     if not isinstance(cfg, LanguageStage):
         raise UserError(f"{stage} reads no text; its own report shows what it trains on")
-    encoder, tokenizer = encoder_of(cfg)
+    opened = open_language(cfg, weights=False)
+    encoder, tokenizer = opened.encoder, opened.tokenizer
     found, notes = [], []
     for i, (name, source) in enumerate(sources_of(cfg.data).items()):
         if source.path == SELF:
@@ -93,7 +96,7 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
         seen.share = share
     train = cfg.train
     per_step = min(units, train.batch_size * train.grad_accum * train.processes)
-    drawn = draw(mixture.sizes, mixture.shares, train.seed, per_step, None, cfg.data.exhausted)
+    drawn = draw_units(mixture.sizes, mixture.shares, train.seed, per_step, None, cfg.data.exhausted)
     shown = [_segments(stage, mixture, int(unit), tokenizer) for unit in drawn]
     return Preview(stage, cfg.model.name, [seen for _, seen in found], shown, cfg.example_length, notes)
 
@@ -107,16 +110,17 @@ def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
 
 
 def _look(
-    cfg: LanguageStage, name: str, source: Source, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
+    cfg: LanguageStage, name: str, source: SourceConfig, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
 ) -> tuple[PreparedSource, Seen]:
-    stage: str = cfg.stage  # type: ignore[attr-defined]
+    use = spec_of(cfg.stage).rows
+    assert use
     if most is not None:  # and not a row more is read or downloaded
         source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
-    split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), stage, eval_path)
+    split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), use, eval_path)
     raw = list(split.train)
     complete = most is None or len(raw) < most
     held_raw = split.held_out() if complete else split.held_so_far
-    piece = RowEncoder(source.path, split.shape, stage, encoder, cfg.example_length, skips=True)
+    piece = RowEncoder(source.path, split.shape, use, encoder, cfg.example_length, skips=True)
     (train, stats), (held_out, held_stats) = piece.examples(raw), piece.examples(held_raw)
     if not len(train):
         raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")

@@ -1,8 +1,9 @@
 """Every config key there is, its type and its bounds: what a composed config is checked against."""
 
-from posttrain.config.schema.basic import Strict
-from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, Source
-from posttrain.config.schema.language import PpoConfig, RewardConfig
+from posttrain.config.schema.basic import Rate, Strict
+from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, SourceConfig
+from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
+from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig
 from posttrain.config.schema.model import (
     AdaLora,
     Adapted,
@@ -21,35 +22,23 @@ from posttrain.config.schema.model import (
     Targeted,
     Vera,
 )
-from posttrain.config.schema.stages import (
-    STAGE_CONFIG,
-    STAGES,
-    Cpt,
-    Dpo,
-    Dreambooth,
-    Guarded,
-    LanguageStage,
-    Ppo,
-    Rm,
-    Sft,
-    Stage,
-)
+from posttrain.config.schema.stages import Conversational, Guarded, LanguageStage, Stage
 from posttrain.config.schema.training import TrainConfig
 
 __all__ = [
-    "STAGES",
-    "STAGE_CONFIG",
     "AdaLora",
     "Adapted",
     "Bottleneck",
-    "Cpt",
+    "Conversational",
     "DataConfig",
     "Dora",
-    "Dpo",
-    "Dreambooth",
+    "DpoConfig",
+    "DreamboothConfig",
+    "DriftConfig",
     "Full",
     "Guarded",
     "Head",
+    "ImageData",
     "LanguageStage",
     "Lora",
     "LoraPlus",
@@ -57,16 +46,18 @@ __all__ = [
     "MixedSource",
     "Nf4",
     "Partial",
-    "Ppo",
     "PpoConfig",
     "Prefix",
+    "PriorConfig",
     "Prompt",
     "Ptuning",
+    "Rate",
     "ReplayConfig",
     "RewardConfig",
-    "Rm",
-    "Sft",
-    "Source",
+    "RmConfig",
+    "RolloutConfig",
+    "SampleConfig",
+    "SourceConfig",
     "Stage",
     "Strict",
     "Targeted",

@@ -9,7 +9,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from posttrain.config.paths import root
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict
+from posttrain.config.schema.basic import NonNegative, OneOf, Positive, Rate, Share, Strict
+from posttrain.registry import Registry
+
+DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format")
 
 
 @lru_cache
@@ -18,15 +21,15 @@ def _unsaid() -> dict[str, Any]:
     return yaml.safe_load((root("configs") / "data" / "file.yaml").read_text())
 
 
-class Source(Strict):
+class SourceConfig(Strict):
     """Where rows come from, and which of them are taken."""
 
     path: str  # a file, a hub id, builtin:reference|questions|preferences|general, or self: the base model writes
-    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "pairs"]
+    shape: Annotated[str, OneOf(DATA_FORMATS, "auto")]  # the data format; auto: by the columns of the first row
     subset: str | None  # configuration of a hub data set
     split: str
     revision: str | None
-    columns: dict[str, str] | None  # a name that a shape knows -> the data's own
+    columns: dict[str, str] | None  # a name that a data format knows -> the data's own
     quality: Literal["filter", "weight"] | None  # what the column of that name is for
     quality_top: Annotated[float, Field(gt=0, le=1)]  # share of the rows that a filter keeps, the best
     skip_rows: NonNegative  # of those to train on, before max_rows are taken
@@ -41,7 +44,7 @@ class Source(Strict):
         return inherited | cast("dict[str, Any]", given)
 
 
-class MixedSource(Source):
+class MixedSource(SourceConfig):
     share: Annotated[float, Field(gt=0, le=1)]  # of the run's tokens
 
 
@@ -54,10 +57,10 @@ class ReplayConfig(Strict):
     batch_size: Positive
 
 
-class DataConfig(Source):
+class DataConfig(SourceConfig):
     path: str | None  # pyright: ignore[reportIncompatibleVariableOverride]  # None: with sources
     alpha: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None  # share of tokens from `path`; general has the others
-    general: Source
+    general: SourceConfig
     sources: dict[str, MixedSource] | None  # in place of path, alpha and general
     exhausted: Literal["repeat", "stop"]  # a source whose rows have all been drawn
     replay: ReplayConfig

@@ -7,11 +7,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
+from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
-Message = dict[str, Any]
 Span = tuple[int, int]  # characters start:stop of a rendered text
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message may carry its reasoning

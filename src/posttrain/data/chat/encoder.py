@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.chat.alignment import Message, Rendered, Span
+from posttrain.data.chat.alignment import Rendered, Span
 from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
-from posttrain.data.chat.template import ChatTemplate, chat_template, template_hash
+from posttrain.data.chat.template import ChatTemplate
+from posttrain.data.chat.template_text import chat_template, template_hash
 from posttrain.data.chat.tokenize import Tokeniser, Tokens, shared_length
+from posttrain.data.rows import CanonicalRow, Message, prompt_of, reference_of
 from posttrain.errors import UserError
 
 __all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"]
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Text:
     """A text to tokenise; `document`: with the beginning and the end of a document that a chat template would write."""
 
     rendered: Rendered
@@ -87,21 +87,21 @@ class Encoder:
         other.weighing = weighing
         return other
 
-    def encode(self, row: Row) -> Encoded | EncodedPair:
-        """Encode a canonical row of any shape."""
-        return self.encode_pair(row) if "chosen" in row else self._encode([self._source(row)])[0]
+    def encode(self, row: CanonicalRow) -> Encoded | EncodedPair:
+        """Encode a canonical row of any kind."""
+        return self.encode_pair(row) if "chosen" in row else self._encode([self._text(row)])[0]
 
-    def encode_many(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[Encoded]:
+    def encode_many(self, rows: Iterable[tuple[int, CanonicalRow]], where: Callable[[int], str]) -> list[Encoded]:
         """Encode rows other than pairs, each with its number, all at once; errors start with `where` of the number."""
-        sources = []
+        texts = []
         for number, row in rows:
             with _naming(where, number):
-                sources.append(self._source(row))
-        return self._encode(sources)
+                texts.append(self._text(row))
+        return self._encode(texts)
 
-    def encode_text(self, row: Row) -> Encoded:
+    def encode_text(self, row: CanonicalRow) -> Encoded:
         """A document: every token counts, the end of the document too."""
-        return self._encode([self._source({"text": row["text"]})])[0]
+        return self._encode([self._text({"text": row["text"]})])[0]
 
     def encode_conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Encoded:
         """Count each assistant turn's own words and its end-of-turn token, and nothing else."""
@@ -111,7 +111,7 @@ class Encoder:
         """Plain text without template; the completion and the end of the document count."""
         return self._encode([self._continuation(prompt, completion, 1.0)])[0]
 
-    def encode_pair(self, row: Row) -> EncodedPair:
+    def encode_pair(self, row: CanonicalRow) -> EncodedPair:
         """Encode prompt, chosen and rejected: all three texts, or a list of messages and two answers.
 
         Each answer is tokenised together with the prompt; the prompt is what both begin with, up to the first token
@@ -119,22 +119,24 @@ class Encoder:
         """
         return _pair(*self._encode_both([self._answers(row)])[0], row_weight(row))
 
-    def encode_pairs(self, rows: Sequence[tuple[int, Row]], where: Callable[[int], str]) -> list[EncodedPair]:
+    def encode_pairs(self, rows: Sequence[tuple[int, CanonicalRow]], where: Callable[[int], str]) -> list[EncodedPair]:
         """Encode pairs, each with its number, all at once; errors start with `where` of the number."""
-        sources, pairs = [], []
+        texts, pairs = [], []
         for number, row in rows:
             with _naming(where, number):
-                sources.append(self._answers(row))
-        for (number, row), answers in zip(rows, self._encode_both(sources), strict=True):
+                texts.append(self._answers(row))
+        for (number, row), answers in zip(rows, self._encode_both(texts), strict=True):
             with _naming(where, number):
                 pairs.append(_pair(*answers, row_weight(row)))
         return pairs
 
-    def encode_prompt(self, row: Row) -> list[int]:
+    def encode_prompt(self, row: CanonicalRow) -> list[int]:
         """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
         return self._prompts([self._prompt(row)])[0]
 
-    def encode_prompts(self, rows: Iterable[tuple[int, Row]], where: Callable[[int], str]) -> list[tuple[list[int], list[int]]]:
+    def encode_prompts(
+        self, rows: Iterable[tuple[int, CanonicalRow]], where: Callable[[int], str]
+    ) -> list[tuple[list[int], list[int]]]:
         """The prompt of each row and the tokens of its `reference_of`; errors start with `where` of the row's number."""
         prompts, known = [], []
         for number, row in rows:
@@ -143,7 +145,7 @@ class Encoder:
             known.append(reference_of(row))
         return list(zip(self._prompts(prompts), self._tokeniser.ids(known), strict=True))
 
-    def _prompt(self, row: Row) -> tuple[str, bool]:
+    def _prompt(self, row: CanonicalRow) -> tuple[str, bool]:
         """The text, and whether it stands for itself, as a document does."""
         if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
             return row["prompt"], True
@@ -166,7 +168,7 @@ class Encoder:
             self._template = ChatTemplate(self._tokenizer, self._stops)
         return self._template
 
-    def _source(self, row: Row) -> _Source:
+    def _text(self, row: CanonicalRow) -> _Text:
         weight = row_weight(row)
         if "messages" in row:
             return self._conversation(row["messages"], row.get("tools"), weight=weight)
@@ -176,78 +178,59 @@ class Encoder:
 
     def _conversation(
         self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0, weight: float = 1.0
-    ) -> _Source:  # fmt: skip
+    ) -> _Text:  # fmt: skip
         if not messages:
             raise UserError("a conversation needs at least one message")
         rendered = self._chat_template.render(messages, tools, first)
         turns = [message for message in messages[first:] if message["role"] == "assistant"]
-        return _Source(rendered, False, self.weighing.factors(rendered, turns), weight)
+        return _Text(rendered, False, self.weighing.factors(rendered, turns), weight)
 
-    def _continuation(self, prompt: str, completion: str, weight: float) -> _Source:
+    def _continuation(self, prompt: str, completion: str, weight: float) -> _Text:
         rendered = Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
         return _document(prompt, completion, self.weighing.factors(rendered, [{"content": completion}]), weight)
 
-    def _answers(self, row: Row) -> tuple[_Source, _Source]:
+    def _answers(self, row: CanonicalRow) -> tuple[_Text, _Text]:
         return self._answer(row["prompt"], row["chosen"]), self._answer(row["prompt"], row["rejected"])
 
-    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Source:
+    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Text:
         if isinstance(prompt, str) and isinstance(answer, str):
             return _document(prompt, answer, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         return self._conversation([*before, *after], None, first=len(before))
 
-    def _encode(self, sources: Sequence[_Source]) -> list[Encoded]:
-        if all(source.is_whole for source in sources) and not self.weighing.gamma:
-            ids = self._tokeniser.ids([source.rendered.text for source in sources])
-            return [self._finished(tokens, [1.0] * len(tokens), 0, source) for tokens, source in zip(ids, sources, strict=True)]
-        found = self._tokeniser.tokens([source.rendered.text for source in sources])
-        return [self._weighed(tokens, source) for tokens, source in zip(found, sources, strict=True)]
+    def _encode(self, texts: Sequence[_Text]) -> list[Encoded]:
+        if all(text.is_whole for text in texts) and not self.weighing.gamma:
+            ids = self._tokeniser.ids([text.rendered.text for text in texts])
+            return [self._finished(tokens, [1.0] * len(tokens), 0, text) for tokens, text in zip(ids, texts, strict=True)]
+        found = self._tokeniser.tokens([text.rendered.text for text in texts])
+        return [self._weighed(tokens, text) for tokens, text in zip(found, texts, strict=True)]
 
-    def _encode_both(self, answers: Sequence[tuple[_Source, _Source]]) -> list[tuple[Encoded, Encoded]]:
+    def _encode_both(self, answers: Sequence[tuple[_Text, _Text]]) -> list[tuple[Encoded, Encoded]]:
         found = self._tokeniser.pairs([(chosen.rendered.text, rejected.rendered.text) for chosen, rejected in answers])
         weighed = self._weighed
         return [(weighed(x, c), weighed(y, r)) for (x, y), (c, r) in zip(found, answers, strict=True)]
 
-    def _weighed(self, tokens: Tokens, source: _Source) -> Encoded:
-        weights, borders = _weights(tokens.offsets, source.rendered.spans)
-        if source.factors or self.weighing.gamma:
-            weigh(weights, tokens.offsets, source.rendered.spans, source.factors, self.weighing)
-        return self._finished(tokens.ids, weights, borders, source)
+    def _weighed(self, tokens: Tokens, text: _Text) -> Encoded:
+        weights, borders = _weights(tokens.offsets, text.rendered.spans)
+        if text.factors or self.weighing.gamma:
+            weigh(weights, tokens.offsets, text.rendered.spans, text.factors, self.weighing)
+        return self._finished(tokens.ids, weights, borders, text)
 
-    def _finished(self, tokens: list[int], weights: list[float], borders: int, source: _Source) -> Encoded:
+    def _finished(self, tokens: list[int], weights: list[float], borders: int, text: _Text) -> Encoded:
         """With the row's own weight, and a document's beginning and end."""
-        shaped = source.factors or self.weighing.gamma
+        shaped = text.factors or self.weighing.gamma
         end_weight = weights[-1] if shaped and weights else 1.0  # the end counts as what it ends
-        if source.weight != 1:
-            weights, end_weight = [source.weight * weight for weight in weights], source.weight * end_weight
-        if not source.document:
+        if text.weight != 1:
+            weights, end_weight = [text.weight * weight for weight in weights], text.weight * end_weight
+        if not text.document:
             return Encoded(tokens, weights, borders)
         end = self._tokenizer.eos_token_id
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
-        whole = source.rendered.spans[0][0] == 0
-        start_weights = [source.weight if whole else 0.0] * len(self._start)
+        whole = text.rendered.spans[0][0] == 0
+        start_weights = [text.weight if whole else 0.0] * len(self._start)
         return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders)
-
-
-def prompt_of(row: Row) -> list[Message]:
-    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left."""
-    prompt = row.get("messages", row.get("prompt"))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError("nothing stands before the answer, so there is no prompt")
-    return messages
-
-
-def reference_of(row: Row) -> str:
-    """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
-    answer = row.get("completion", row.get("chosen", row.get("messages")))
-    if isinstance(answer, list):
-        answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
-    return answer if isinstance(answer, str) else ""
 
 
 @contextmanager
@@ -273,9 +256,9 @@ def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 
-def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Source:
+def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Text:
     whole = prompt + text
-    return _Source(Rendered(whole, [(len(prompt), len(whole))]), True, factors, weight)
+    return _Text(Rendered(whole, [(len(prompt), len(whole))]), True, factors, weight)
 
 
 def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:

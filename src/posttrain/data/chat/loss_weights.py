@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.config.schema import Sft, Stage
-from posttrain.data.chat.alignment import Message, Rendered, Span, content_of
+from posttrain.config.schema import Conversational, Stage
+from posttrain.data.chat.alignment import Rendered, Span, content_of
+from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
 Factor = tuple[int, int, float]  # characters start:stop of a rendered text, by what the weights of tokens in them are multiplied
@@ -66,7 +67,7 @@ class Weighing:
 
 def weighing_of(cfg: Stage) -> Weighing:
     """What a run's config says of it."""
-    if not isinstance(cfg, Sft):
+    if not isinstance(cfg, Conversational):
         return PLAIN
     cot, other = cfg.cot, cfg.weights
     spans = (cot.reasoning_weight, cot.answer_weight, other.tool_calls, other.earlier_turns)

@@ -8,19 +8,16 @@ A skeleton's layout is cached, so rows of the same shape cost one rendering each
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 from posttrain.data.chat.alignment import (
     REASONING,
     SENTINEL,
     AlignedText,
-    Message,
     Rendered,
     Span,
     any_of,
@@ -33,39 +30,12 @@ from posttrain.data.chat.alignment import (
     skeleton,
     tested_strings,
 )
-from posttrain.errors import UserError, did_you_mean
+from posttrain.data.rows import Message
+from posttrain.errors import UserError
 
-CHATML = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_END = "the chat template never ends an assistant turn, so the model would not learn to stop"
 ADVICE = "give model.chat_template=chatml, or a Jinja file with {% generation %} markers"
-
-
-def chat_template(name_or_path: str) -> str:
-    """The text of a built-in template (chatml) or of a Jinja file."""
-    if name_or_path == "chatml":
-        return CHATML
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        hint = did_you_mean(name_or_path, ["chatml"])
-        raise UserError(f"model.chat_template: '{name_or_path}' is neither chatml nor a file{hint}")
-    return path.read_text(encoding="utf-8")
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of the template's text (of its sorted JSON where there are several by name); None without a template."""
-    template = tokenizer.chat_template
-    if not template:
-        return None
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ChatTemplate:

@@ -8,10 +8,10 @@ from typing import Any
 
 from posttrain.errors import UserError
 
-NumberedRow = Iterator[tuple[int, Any]]
+ParsedRows = Iterator[tuple[int, Any]]  # what a file's reader yields: number from 1, and a value that may be no row
 
 
-def parquet_rows(file: Path, name: str, _: str) -> NumberedRow:
+def parquet_rows(file: Path, name: str, _: str) -> ParsedRows:
     from pyarrow import parquet
 
     def batches() -> Iterator[Any]:
@@ -21,7 +21,7 @@ def parquet_rows(file: Path, name: str, _: str) -> NumberedRow:
     return _columnar(file, name, batches, "Parquet")
 
 
-def arrow_rows(file: Path, name: str, _: str) -> NumberedRow:
+def arrow_rows(file: Path, name: str, _: str) -> ParsedRows:
     """Arrow's stream, which datasets writes, or its file format."""
     import pyarrow
 
@@ -36,7 +36,7 @@ def arrow_rows(file: Path, name: str, _: str) -> NumberedRow:
     return _columnar(file, name, batches, "Arrow")
 
 
-def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> NumberedRow:
+def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> ParsedRows:
     if not file.stat().st_size:
         return
     import pyarrow

@@ -11,17 +11,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.sources.columnar import NumberedRow, arrow_rows, parquet_rows
+from posttrain.data.rows import Row
+from posttrain.data.sources.columnar import ParsedRows, arrow_rows, parquet_rows
 from posttrain.data.sources.lines import BLOCK, COMPRESSIONS, LONGEST_LINE, blocks, lines, reading, sound, zip_member
 from posttrain.errors import UserError
 
-Row = tuple[int, dict[str, Any] | UserError]  # number in the source from 1; columns, or what is wrong with this row alone
+NumberedRow = tuple[int, Row | UserError]  # number in the source from 1; the row, or what is wrong with this one alone
 
 LOOKED_AT = 2**20  # letters of a text file in which a blank line decides what a document is
 CONVERSATION_COLUMNS = ("messages", "conversations", "prompt")
 
 
-def file_rows(file: Path, name: str) -> Iterator[Row]:
+def file_rows(file: Path, name: str) -> Iterator[NumberedRow]:
     """Rows of a local file that exists and whose kind is known. Raises UserError for a file that cannot be read on."""
     empty, (kind, compression) = True, kind_of(file)
     with reading(name):
@@ -67,7 +68,7 @@ def _parsed(line: str, name: str, number: int) -> Any:
         return UserError(f"{name}, line {number}: not valid JSON ({error})")
 
 
-def _jsonl(file: Path, name: str, compression: str) -> NumberedRow:
+def _jsonl(file: Path, name: str, compression: str) -> ParsedRows:
     for number, line in lines(file, name, compression):
         if isinstance(line, UserError):
             yield number, line
@@ -75,7 +76,7 @@ def _jsonl(file: Path, name: str, compression: str) -> NumberedRow:
             yield number, _parsed(line, name, number)
 
 
-def _json(file: Path, name: str, compression: str) -> NumberedRow:
+def _json(file: Path, name: str, compression: str) -> ParsedRows:
     """A list is read element by element; an object whole, unless each line is one: then it is JSONL."""
     first = [line for _, (_, line) in zip(range(2), lines(file, name, compression), strict=False)]
     opening = first[0].lstrip() if first and isinstance(first[0], str) else ""
@@ -108,7 +109,7 @@ class _Elements:
         self.blocks = blocks(file, name, compression)
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
-    def __iter__(self) -> NumberedRow:
+    def __iter__(self) -> ParsedRows:
         number, separator = 1, "["
         while self._next_letter() == separator:
             self.at += 1
@@ -163,8 +164,8 @@ class _Elements:
         return UserError(f"{self.name}, line {line}: not valid JSON ({what}: column {column})")
 
 
-def _separated(delimiter: str) -> Callable[[Path, str, str], NumberedRow]:
-    def read(file: Path, name: str, compression: str) -> NumberedRow:
+def _separated(delimiter: str) -> Callable[[Path, str, str], ParsedRows]:
+    def read(file: Path, name: str, compression: str) -> ParsedRows:
         csv.field_size_limit(LONGEST_LINE)  # csv's own limit of 128 KiB is less than many a document
         reader = csv.DictReader(sound(lines(file, name, compression)), delimiter=delimiter, strict=True)
         try:
@@ -182,7 +183,7 @@ def _separated(delimiter: str) -> Callable[[Path, str, str], NumberedRow]:
     return read
 
 
-def _text(file: Path, name: str, compression: str) -> NumberedRow:
+def _text(file: Path, name: str, compression: str) -> ParsedRows:
     """With a blank line within the first LOOKED_AT letters a document is what stands between them, else each line is one."""
     return (_paragraphs if _is_parted(file, name, compression) else _each_line)(file, name, compression)
 
@@ -201,7 +202,7 @@ def _is_parted(file: Path, name: str, compression: str) -> bool:
     return False
 
 
-def _each_line(file: Path, name: str, compression: str) -> NumberedRow:
+def _each_line(file: Path, name: str, compression: str) -> ParsedRows:
     number = 0
     for _, line in lines(file, name, compression):
         if isinstance(line, UserError) or line.strip():
@@ -209,7 +210,7 @@ def _each_line(file: Path, name: str, compression: str) -> NumberedRow:
             yield number, line if isinstance(line, UserError) else {"text": line.rstrip("\r\n")}
 
 
-def _paragraphs(file: Path, name: str, compression: str) -> NumberedRow:
+def _paragraphs(file: Path, name: str, compression: str) -> ParsedRows:
     number, words, wrong = 1, list[str](), list[UserError]()
     for _, line in chain(lines(file, name, compression), [(0, "")]):
         if isinstance(line, UserError):
@@ -221,12 +222,12 @@ def _paragraphs(file: Path, name: str, compression: str) -> NumberedRow:
             number, words, wrong = number + 1, [], []
 
 
-def _document(file: Path, name: str, compression: str) -> NumberedRow:
+def _document(file: Path, name: str, compression: str) -> ParsedRows:
     if text := "".join(sound(lines(file, name, compression))).strip():
         yield 1, {"text": text}
 
 
-READERS: dict[str, Callable[[Path, str, str], NumberedRow]] = {
+READERS: dict[str, Callable[[Path, str, str], ParsedRows]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

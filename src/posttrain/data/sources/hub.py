@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.console import say
 from posttrain.data.sources.columnar import without_nulls
-from posttrain.data.sources.files import Row
+from posttrain.data.sources.files import NumberedRow
 from posttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _FROM_CACHE = "cache"  # the name of the builder that datasets takes where the hub cannot be asked
 
 
-def hub_rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[Row]:
+def hub_rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[NumberedRow]:
     """few: not all rows will be asked for, so they come as a stream; else the whole set is downloaded first, once, to where
     datasets keeps it. What is there already is read from there."""
     with _in_one_line(path, subset, split, revision):

@@ -9,15 +9,16 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from posttrain.data.rows import Row
 from posttrain.data.sources.builtin.sets import PARTS, builtin_rows
 from posttrain.data.sources.columnar import without_nulls
-from posttrain.data.sources.files import COMPRESSIONS, KNOWN, READERS, Row, file_rows, kind_of
+from posttrain.data.sources.files import COMPRESSIONS, KNOWN, READERS, NumberedRow, file_rows, kind_of
+from posttrain.data.sources.hashing import fraction
 from posttrain.data.sources.hub import hub_commit, hub_rows
 from posttrain.errors import UserError, did_you_mean
 
-__all__ = ["Row", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
+__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -35,7 +36,7 @@ def read_rows(
     revision: str | None = None,
     few: bool = False,
     sound: bool = True,
-) -> Iterator[Row]:
+) -> Iterator[NumberedRow]:
     """Rows of a file, of all files of a directory or a pattern (`data/*.jsonl.gz`), of a directory that datasets has saved, of
     a hub data set (`org/name`) or of `builtin:NAME`, read as they are needed.
 
@@ -56,7 +57,7 @@ def read_rows(
         yield number, row
 
 
-def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[Row]:
+def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[NumberedRow]:
     if path.startswith(_BUILTIN):
         yield from enumerate(builtin_rows(path.removeprefix(_BUILTIN), split), 1)
     elif _is_hub_id(path):
@@ -86,7 +87,7 @@ def is_local(path: str) -> bool:
     return path.startswith(_BUILTIN) or not _is_hub_id(path)
 
 
-def split_rows(rows: Iterable[Row], eval_share: float) -> Iterator[tuple[bool, Row]]:
+def split_rows(rows: Iterable[NumberedRow], eval_share: float) -> Iterator[tuple[bool, NumberedRow]]:
     """Each row with whether it is held out: that is if a hash of its content, in [0, 1), is below `eval_share`.
 
     So a row keeps its side when the data grows or is shuffled, and duplicates of it are on the same side.
@@ -94,10 +95,10 @@ def split_rows(rows: Iterable[Row], eval_share: float) -> Iterator[tuple[bool, R
     return ((isinstance(row, dict) and eval_share > 0 and place(row) < eval_share, (number, row)) for number, row in rows)
 
 
-def place(row: dict[str, Any]) -> float:
+def place(row: Row) -> float:
     """A number in [0, 1) from the sha256 of the row as JSON with sorted keys, without columns that hold nothing."""
     content = _CONTENT.encode({name: value for name, value in row.items() if value is not None}).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
+    return fraction(content)
 
 
 def fingerprint(path: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> str:
@@ -168,7 +169,7 @@ def _is_saved(path: str) -> bool:
     return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved(path: str, split: str) -> Iterator[Row]:
+def _saved(path: str, split: str) -> Iterator[NumberedRow]:
     from datasets import DatasetDict, load_from_disk
 
     try:

@@ -29,6 +29,7 @@ class LoadedModel:
     source: str
     digest: str = ""
     weights: Path = Path()
+    revision: str | None = None  # of source
 
 
 def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool) -> Any:
@@ -63,7 +64,7 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
         return LoadedModel(str(run), model.eval(), tokenizer, str(weights), weights=weights)
     base = manifest["base"]
     model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights)
+    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, base["revision"])
 
 
 def is_scorer(run: str | Path) -> bool:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.loss_weights import PLAIN, Weighing
+from posttrain.data.chat.template_text import chat_template as template_text
 from posttrain.errors import UserError
 from posttrain.models.hub import ResolvedModel, resolve
 
@@ -18,14 +21,33 @@ if TYPE_CHECKING:
 def load_tokenizer(
     name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name`, its vocabulary as it is. chat_template: a template's text, in place of its own.
+    """The tokenizer of `name`, its vocabulary as it is. chat_template: in place of its own, a built-in one's name (chatml) or a
+    Jinja file.
 
     name: as for `load_causal`, or a directory with a tokenizer alone (a run's adapter).
     """
+    template = template_text(chat_template) if chat_template else None
     directory = Path(name).expanduser()
     if (directory / "tokenizer_config.json").is_file():
-        return _tokenizer(ResolvedModel(name, directory, None, "a directory"), trust_remote_code, chat_template)
-    return _tokenizer(trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, chat_template)
+        return _tokenizer(ResolvedModel(name, directory, None, "a directory"), trust_remote_code, template)
+    return _tokenizer(trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, template)
+
+
+def make_encoder(
+    tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None, weighing: Weighing = PLAIN
+) -> Encoder:  # fmt: skip
+    """What turns rows into the tokens that the model of `source` learns, or is measured by: with the tokens at which it stops.
+
+    Without those some templates cannot be encoded (GLM ends a turn by the next turn's header), and rows that a run has tokenised
+    are not found in the cache again.
+
+    Args:
+        tokenizer: of load_tokenizer, with the chat template that is meant.
+        source: where the base's generation_config is, as for `load_causal`.
+        revision: of `source`.
+        weighing: how much which trained tokens count.
+    """
+    return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing)
 
 
 def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:

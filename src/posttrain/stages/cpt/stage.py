@@ -1,15 +1,11 @@
-"""Continued pre-training: next token on every token of a corpus (Gururangan et al. 2020, arXiv 2004.10964)."""
+"""The steps of continued pre-training: every token counts."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from posttrain.config.schema import Cpt
-from posttrain.evaluation.held_out import TOKENS
-from posttrain.runs.directory import Run
-from posttrain.stages.language.stage import run_language
+from posttrain.models.language.objectives import TOKENS
+from posttrain.stages.cpt.config import Cpt
+from posttrain.stages.language.stage import LanguageSteps
 
 
-def run(cfg: Cpt, run: Run) -> dict[str, Any]:
-    """Train to the end, or go on; returns the manifest."""
-    return run_language(cfg, run, TOKENS)
+def steps(cfg: Cpt) -> LanguageSteps:
+    return LanguageSteps(TOKENS)

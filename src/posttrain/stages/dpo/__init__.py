@@ -1,0 +1,18 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), with the stage's own start as the reference."""
+
+from __future__ import annotations
+
+from posttrain.data.row_use import RowUse
+from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec
+
+SPEC = StageSpec(
+    name="dpo",
+    position=5,
+    about="Direct preference optimisation on pairs.",
+    examples=("+peft=qlora init=runs/sft/RUN data.path=pairs.jsonl", "+peft=lora init=runs/sft/RUN dpo.beta=0.05"),
+    settings=OF_LANGUAGE + OF_ALL,
+    config="posttrain.stages.dpo.config:Dpo",
+    steps="posttrain.stages.dpo.stage:steps",
+    rows=RowUse("dpo", ("pairs",), "pairs", "prompt, chosen and rejected"),
+    plan="posttrain.stages.dpo.plan",
+)

@@ -21,7 +21,31 @@ from posttrain.batch import PackedBatch
 from posttrain.console import Meter
 from posttrain.data.collate import BatchSampler, pack_pairs
 from posttrain.data.examples import Examples
+from posttrain.evaluation.held_out import pack_by_tokens
 from posttrain.losses.tokens import answer_sums
+from posttrain.runs.cache import cache_root
+from posttrain.runs.identity import content_hash
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.language.training import References
+from posttrain.stages.steps import Context, Session
+
+
+def references(context: Context, data: PreparedData, session: Session) -> References:
+    """Held-out batches with their reference, and the table of training references, both by the model as it was given."""
+    order = data.order
+    layout = [order.batch_size, order.grad_accum, order.world_size, [order.step(step) for step in order.first_seen()]]
+    key = content_hash(data.function(context.cfg), data.data.key, layout, str(context.device))
+    path = cache_root() / "reference" / f"{key}.safetensors"
+    table = train_reference(session.module, data.data.train, order, session.accelerator, path, context.check)
+    held_out = [
+        attach(batch, reference_logps(session.module, batch, context.device))
+        for batch in pack_by_tokens(pack_pairs, data.data.held_out)
+    ]
+
+    def compared(batch: PackedBatch, units: list[int]) -> PackedBatch:
+        return attach(batch, table[units].reshape(-1))
+
+    return References(held_out, compared, {"dpo.reference": digest_of(table)})
 
 
 def attach(batch: PackedBatch, reference: Tensor) -> PackedBatch:

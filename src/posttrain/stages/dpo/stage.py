@@ -1,37 +1,37 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), with the stage's own start as the reference."""
+"""The steps of DPO: pairs that share their prompt, compared with what the stage starts from."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 
 from posttrain.batch import LossOutput, PackedBatch
-from posttrain.config.schema import Dpo
 from posttrain.data.collate import pack_pairs
-from posttrain.evaluation.held_out import Task
 from posttrain.losses.preference import dpo_loss
 from posttrain.losses.tokens import answer_sums
-from posttrain.runs.directory import Run
-from posttrain.stages.language.stage import run_language
+from posttrain.models.language.objectives import answer_lengths
+from posttrain.stages.dpo.config import Dpo
+from posttrain.stages.dpo.reference import references
+from posttrain.stages.language.stage import LanguageSteps
+from posttrain.training.objective import Objective
 
 
-def run(cfg: Dpo, run: Run) -> dict[str, Any]:
-    """Train to the end, or go on; returns the manifest."""
+def steps(cfg: Dpo) -> LanguageSteps:
+    return LanguageSteps(objective(cfg), references)
+
+
+def objective(cfg: Dpo) -> Objective[PackedBatch]:
+    """The loss of `dpo.loss` on pairs whose batch carries the log-probs of both answers under the reference."""
     options = cfg.dpo
 
-    def objective(module: nn.Module, batch: PackedBatch) -> LossOutput:
-        logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
-        lengths = answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
+    def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
         return dpo_loss(
-            logps,
+            answer_sums(module(batch), batch.sequence_id, batch.num_answers),
             batch.extra["reference"],
-            lengths,
+            answer_lengths(batch),
             batch.extra["pair_weight"],
             beta=options.beta,
             kind=options.loss,
             label_smoothing=options.label_smoothing,
         )
 
-    return run_language(cfg, run, Task(pack_pairs, objective, needs_reference=True))
+    return Objective(pack_pairs, loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from posttrain.models.diffusion.families import encode_texts, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import write_json
-from posttrain.stages.stage import content_hash
-from posttrain.training.signals import StopSignal
+from posttrain.runs.identity import content_hash
 
 
 def class_images(
-    pipe: Any, identity: str, prompt: str, count: int, seed: int, how: Drawing, stop: StopSignal, name: str
+    pipe: Any, identity: str, prompt: str, count: int, seed: int, how: Drawing, check: Callable[[], None], name: str
 ) -> list[Path]:
     """The first `count` pictures of `prompt`. identity: names the model, its precision included. name: what is shown meanwhile.
 
-    Picture i is drawn by seed + i, so it is the same however many there are. Raises Stopped between batches; what is there stays.
+    Picture i is drawn by seed + i, so it is the same however many there are.
+    check: called between batches, where it may raise Stopped; what is there stays.
     """
     recipe = {"model": identity, "prompt": prompt, "seed": seed, **how._replace(batch_size=0)._asdict()}
     folder = cache_root() / "class_images" / content_hash(recipe)
@@ -33,12 +34,12 @@ def class_images(
             already = count - len(missing)
             write_json(folder / "recipe.json", recipe)
             say(f"{name}: drawing {len(missing)} pictures of '{prompt}'" + (f", {already} are there already" if already else ""))
-            _fill(pipe, prompt, missing, files, seed, how, stop, name)
+            _fill(pipe, prompt, missing, files, seed, how, check, name)
     return files
 
 
 def _fill(
-    pipe: Any, prompt: str, missing: list[int], files: list[Path], seed: int, how: Drawing, stop: StopSignal, name: str
+    pipe: Any, prompt: str, missing: list[int], files: list[Path], seed: int, how: Drawing, check: Callable[[], None], name: str
 ) -> None:
     texts, negative = encode_texts(pipe, [prompt]), negative_texts(pipe)
     with Meter(name, len(missing)) as meter:
@@ -50,4 +51,4 @@ def _fill(
                 image.save(scratch, format="PNG")
                 scratch.replace(files[i])
                 meter.advance()
-            stop.check()
+            check()

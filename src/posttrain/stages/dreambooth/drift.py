@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 
 from posttrain.batch import ImageBatch, ImagePart
-from posttrain.config.schema import Dreambooth
 from posttrain.data.images.latents import Pictures, batch_of
 from posttrain.losses.diffusion import denoising_loss, mixed, target
 from posttrain.models.diffusion.families import DiffusionModel, Noising
+from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 
+DRIFT = ("class", "unrelated")  # sets of pictures whose loss says what was lost
 BATCH = 8  # pictures in a forward pass without gradients
 
 
@@ -23,10 +24,10 @@ class DriftEvaluator:
     that needs no samples of the trained model.
     """
 
-    def __init__(self, cfg: Dreambooth, gallery: DreamboothDataset, noising: Noising) -> None:
+    def __init__(self, cfg: Dreambooth, dataset: DreamboothDataset, noising: Noising) -> None:
         self.batches: dict[str, list[ImageBatch]] = {}
         levels, seed = cfg.eval.levels, cfg.train.seed
-        for name, pictures in {"eval": gallery.instance, **gallery.probes}.items():
+        for name, pictures in {"eval": dataset.instance, **dataset.probes}.items():
             if cfg.eval.images:
                 self.batches[name] = _batches(pictures, levels, seed, len(noising.sigma))
 

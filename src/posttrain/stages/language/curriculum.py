@@ -1,4 +1,4 @@
-"""How hard each unit of the data is to the model that a stage is given: its loss on it, computed once and kept."""
+"""The order of a curriculum: how hard each unit of the data is, by its length or to the model that the stage is given."""
 
 from __future__ import annotations
 
@@ -11,16 +11,43 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from posttrain.batch import PackedBatch
+from posttrain.config.schema import Guarded, LanguageStage
 from posttrain.console import Meter
 from posttrain.data.examples import Examples
-from posttrain.evaluation.held_out import EVAL_TOKENS, Task, by_tokens
+from posttrain.data.mixture import Curriculum, make_sampler
+from posttrain.evaluation.held_out import EVAL_TOKENS, by_tokens
 from posttrain.losses.tokens import answer_sums
+from posttrain.runs.cache import cache_root
+from posttrain.runs.identity import content_hash
+from posttrain.stages.language.prepare import PreparedData, with_order
+from posttrain.stages.steps import Context
+from posttrain.training.objective import Objective
+
+
+def apply_curriculum(
+    context: Context, data: PreparedData, module: nn.Module, objective: Objective[PackedBatch]
+) -> tuple[PreparedData, NDArray[np.floating] | None]:
+    """The data in the order of `curriculum.by`, for which the model may be asked how hard the rows are to it, and the difficulty
+    of every unit. As it was, and None, where there is no curriculum."""
+    cfg: LanguageStage = context.cfg
+    if not isinstance(cfg, Guarded) or not cfg.curriculum.by:
+        return data, None
+    train = data.data.train
+    if cfg.curriculum.by == "length":
+        difficulty = train.unit_lengths()
+    else:
+        key = content_hash(data.function(cfg), data.data.key, str(context.device))
+        path = cache_root() / "difficulty" / f"{key}.safetensors"
+        difficulty = perplexities(module, train, objective, context.device, path, context.main, context.check)
+    curriculum = Curriculum(difficulty, cfg.curriculum.beta_start, cfg.curriculum.beta_end)
+    return with_order(data, make_sampler(data.data, cfg.data, cfg.train, context.processes, curriculum)), difficulty
 
 
 def perplexities(
     module: nn.Module,
     examples: Examples,
-    task: Task,
+    objective: Objective[PackedBatch],
     device: torch.device,
     path: Path,
     is_writer: bool,
@@ -34,7 +61,7 @@ def perplexities(
     found = []
     with Meter("difficulty", len(batches)) as meter, torch.no_grad():
         for units in batches:
-            batch = task.pack(examples, units).to(device)
+            batch = objective.pack(examples, units).to(device)
             both = torch.stack([-batch.weight * module(batch), batch.weight])
             losses, weights = (answer_sums(each, batch.sequence_id, batch.num_answers).cpu() for each in both)
             answers = [len(examples.sequences(unit)) * batch.num_answers // _sequences(examples, units) for unit in units]

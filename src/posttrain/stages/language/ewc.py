@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from posttrain.data.collate import pack
 from posttrain.data.examples import Examples
 from posttrain.losses.ewc import ewc_penalty, fisher_diagonal
 from posttrain.training.checkpoint import trainable
-from posttrain.training.objective import StepCallback
 
 
 class EwcPenalty:
@@ -41,27 +40,6 @@ class EwcPenalty:
 
     def load(self, state: dict[str, Tensor]) -> None:
         pass
-
-
-class CompositeCallback:
-    """Several of what has a part in a step, as one. Their states have names of their own."""
-
-    def __init__(self, methods: Sequence[StepCallback]) -> None:
-        self.methods = methods
-
-    def penalty(self) -> Tensor:
-        return torch.stack([method.penalty() for method in self.methods]).sum()
-
-    def after_step(self, done: int) -> None:
-        for method in self.methods:
-            method.after_step(done)
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: value for method in self.methods for name, value in method.state().items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for method in self.methods:
-            method.load(state)
 
 
 def fisher(

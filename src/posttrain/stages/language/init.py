@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import LanguageStage, Ppo
+from posttrain.config.schema import LanguageStage
 from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.peft.merge import UNMERGEABLE, merged_directory
@@ -42,7 +42,7 @@ class InitSource:
     scorer: Path | None = None
 
 
-def resolve_reward(cfg: Ppo, run: str, field: str, tokenizer_hash: str) -> InitSource:
+def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str) -> InitSource:
     """A reward model's run, given in `field`, as where a scorer begins. Raises UserError for anything else, and for one that
     reads other tokens than the policy writes."""
     directory = Path(run).expanduser()
@@ -65,9 +65,12 @@ def resolve_reward(cfg: Ppo, run: str, field: str, tokenizer_hash: str) -> InitS
     return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, weights)
 
 
-def resolve_start(cfg: LanguageStage) -> InitSource:
-    """Raises UserError for an `init` that is no finished run, whose files are not those its manifest names, or whose adapter
-    cannot become what `chain.mode` says."""
+def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
+    """weights: whether a finished run's files are checked against its manifest.
+
+    Raises UserError for an `init` that is no finished run, whose files are not those its manifest names, or whose adapter
+    cannot become what `chain.mode` says.
+    """
     if cfg.init is None:
         return InitSource(cfg.model.name, cfg.model.name, cfg.model.name)
     directory = Path(cfg.init).expanduser()
@@ -81,17 +84,19 @@ def resolve_start(cfg: LanguageStage) -> InitSource:
             raise UserError(f"init: {directory} does not exist")
         return InitSource(cfg.init, cfg.init, cfg.init)
     manifest = read_manifest(directory)
-    weights = checked_weights(directory, manifest, "init")
+    own = directory / manifest["weights"]["path"]
+    if weights:
+        own = checked_weights(directory, manifest, "init")
     is_scorer = manifest["stage"] == "rm"
-    if is_scorer and cfg.stage != "rm":  # type: ignore[attr-defined]
+    if is_scorer and cfg.stage != "rm":
         raise UserError(f"init: {directory} is a reward model, which writes nothing; give the run that it was made from")
-    scorer = weights if is_scorer else None
+    scorer = own if is_scorer else None
     parents = [parent_record("init", directory.resolve())]
     if manifest["weights"]["kind"] == "model":
-        return InitSource(str(weights), str(weights), str(weights), parents=parents, scorer=scorer)
-    mode = chain_mode(cfg, json.loads((weights / "adapter_config.json").read_text()))
+        return InitSource(str(own), str(own), str(own), parents=parents, scorer=scorer)
+    mode = chain_mode(cfg, json.loads((own / "adapter_config.json").read_text()))
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, scorer)
+    return InitSource(base["name"], base["path"], str(own), own, mode, base["digest"], added, parents, scorer)
 
 
 def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
@@ -112,12 +117,12 @@ def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
     return mode
 
 
-def find_base(start: InitSource, revision: str | None) -> BaseInfo:
-    """What a stage's start means, and the digest of its weights; fetches files, loads nothing. UserError where a finished
-    run's adapter belongs to other weights."""
-    source = resolve(start.source, revision)
-    base = BaseInfo(start.name, source.path, source.revision, digest(source.directory))
-    if start.base_digest and start.base_digest != base.digest:
+def find_base(start: InitSource, revision: str | None, weights: bool = True) -> BaseInfo:
+    """What a stage's start means, and the digest of its weights; fetches files, loads nothing. weights: False leaves those alone,
+    and the digest empty. UserError where a finished run's adapter belongs to other weights."""
+    source = resolve(start.source, revision, weights)
+    base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
+    if weights and start.base_digest and start.base_digest != base.digest:
         raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
     return base
 

@@ -11,23 +11,25 @@ import psutil
 import torch
 from torch import nn
 
-from posttrain.config.schema import LanguageStage, Nf4, Ppo
+from posttrain.config.schema import LanguageStage, Nf4
 from posttrain.console import say
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.quantization import dense_bytes, keep_dense
-from posttrain.stages.language.build import PreparedData, TrainableModel
+from posttrain.stages.language.build import TrainableModel
+from posttrain.stages.language.prepare import PreparedData
 
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
 MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW's two moments
 
 
-def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, inputs: PreparedData, device: torch.device) -> None:
-    """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense."""
+def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tokens: int, device: torch.device) -> None:
+    """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
+    largest micro-batch."""
     lm, wanted = built.module, cfg.train.gradient_checkpointing
     dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
-    free, asked = USED * free_bytes(device), _asked(cfg, built, inputs, device) if "auto" in (wanted, dense) else None
+    free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
         layers = layers_to_recompute(free, *asked, lm.num_layers) if asked else 0
@@ -53,12 +55,10 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _asked(
-    cfg: LanguageStage, built: TrainableModel, inputs: PreparedData, device: torch.device
-) -> tuple[float, float, float] | None:
+def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch.device) -> tuple[float, float, float] | None:
     """Bytes that training will yet ask for beside activations, and those that a layer leaves for the backward, whole and
     recomputed. None where they cannot be counted."""
-    tokens, sequences = _largest_batch(cfg, inputs), cfg.train.batch_size
+    sequences = cfg.train.batch_size
     kept, first = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
     if kept is None or first is None:
         return None
@@ -68,11 +68,9 @@ def _asked(
     return fixed, kept - first, float(tokens * width * itemsize)
 
 
-def _largest_batch(cfg: LanguageStage, inputs: PreparedData) -> int:
-    """Tokens that a micro-batch has at most."""
-    if isinstance(cfg, Ppo):
-        return cfg.train.batch_size * (cfg.train.max_length + (cfg.ppo.samples - 1) * cfg.rollout.max_new_tokens)
-    sizes = sorted(inputs.data.train.unit_tokens().tolist(), reverse=True)
+def largest_batch(cfg: LanguageStage, data: PreparedData) -> int:
+    """Tokens that a micro-batch of the data's units has at most."""
+    sizes = sorted(data.data.train.unit_tokens().tolist(), reverse=True)
     return sum(sizes[: cfg.train.batch_size]) or cfg.train.max_length
 
 

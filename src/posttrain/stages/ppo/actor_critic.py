@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from posttrain.config.schema import Ppo
 from posttrain.console import say
 from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
 from posttrain.models.language.loading import load_model, scorer
@@ -15,9 +14,11 @@ from posttrain.models.language.packed_lm import PackedLM, count_numbers
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.directory import read_manifest
-from posttrain.stages.language.build import PreparedData, TrainableModel, attention_of, build_model
+from posttrain.stages.language.build import TrainableModel, attention_of, build_model
 from posttrain.stages.language.init import InitSource, find_base, merged_start
-from posttrain.training.loop import seed_step
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.ppo.config import Ppo
+from posttrain.training.seeding import seed_step
 
 
 def build_actor_critic(

@@ -6,11 +6,12 @@ from importlib.util import find_spec
 
 import torch
 
-from posttrain.config.schema import Ppo
 from posttrain.errors import UserError
 from posttrain.models.language.vllm_engine import RANKS, Engine
 from posttrain.models.peft.export import stacked_rank
-from posttrain.stages.language.build import PreparedData, TrainableModel
+from posttrain.stages.language.build import TrainableModel
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.ppo.config import Ppo
 
 
 def check_engine() -> None:

@@ -7,27 +7,36 @@ from pathlib import Path
 
 import torch
 
-from posttrain.config.schema import DataConfig, Rm
+from posttrain.config.schema import DataConfig
 from posttrain.console import Meter, say
-from posttrain.data.chat.encoder import Encoder, prompt_of, reference_of
 from posttrain.data.prepare import canonical_rows
+from posttrain.data.row_use import RowUse
+from posttrain.data.rows import prompt_of, reference_of
 from posttrain.errors import UserError
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import stop_tokens
+from posttrain.models.language.tokenizer import make_encoder
 from posttrain.rewards import RewardFunction, load_function
-from posttrain.runs.directory import Run, read_manifest, write_text
-from posttrain.training.loop import seed_step
+from posttrain.runs.directory import read_manifest, write_text
+from posttrain.stages.rm.config import Rm
+from posttrain.training.seeding import seed_step
 
+# of the data's rows, where a policy answers them
+PROMPTS = RowUse(
+    name="rm.policy",
+    takes=("messages", "prompt_completion", "pairs"),
+    examples="prompts",
+    needs="prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
+)
 AT_ONCE = 32  # answers that are written at a time
 
 
-def own_pairs(cfg: Rm, run: Run) -> DataConfig:
+def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
     """Data of pairs.jsonl in the run's directory, which is written first if it is not there: `rm.samples` answers of `rm.policy`
     to each prompt of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
     assert cfg.rm.policy and cfg.rm.rule
-    rule, path = load_function(cfg.rm.rule, "rm.rule"), run.dir / "pairs.jsonl"
+    rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / "pairs.jsonl"
     directory = Path(cfg.rm.policy).expanduser()
     if not (directory / "manifest.json").exists() or read_manifest(directory)["stage"] == "rm":
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
@@ -42,10 +51,10 @@ def own_pairs(cfg: Rm, run: Run) -> DataConfig:
 
 def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, object]]:
     live = load_model(directory, device_here())
-    encoder = Encoder(live.tokenizer, stop_tokens(live.source, None, live.tokenizer))
+    encoder = make_encoder(live.tokenizer, live.source, live.revision)
     sampling = Sampling(cfg.rm.max_new_tokens, 1.0, 1.0, 0, AT_ONCE)
     room = cfg.train.max_length - cfg.rm.max_new_tokens
-    rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, "ppo")]
+    rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, PROMPTS)]
     rows = [(row, tokens) for row, tokens in rows if len(tokens) <= room]
     lm = PackedLM(live.model, "flex" if live.model.device.type == "cuda" else "documents")
     found, ties = [], 0

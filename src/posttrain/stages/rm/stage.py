@@ -1,28 +1,49 @@
-"""Reward model on preference pairs (Bradley-Terry; Stiennon et al. 2020, arXiv 2009.01325)."""
+"""The steps of a reward model: a score at the end of turn of both answers of a pair."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from posttrain.config.schema import Rm
-from posttrain.evaluation.held_out import reward_task
-from posttrain.runs.directory import Run, parent_record
-from posttrain.stages.language.build import PreparedData
-from posttrain.stages.language.stage import LanguageRun, run_language
+from torch import nn
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.data.collate import pack_pairs
+from posttrain.evaluation.calibration import score_summary
+from posttrain.losses.preference import reward_loss
+from posttrain.models.language.objectives import answer_lengths
+from posttrain.runs.directory import parent_record
+from posttrain.stages.language.prepare import PreparedData, prepare_language, with_parents
+from posttrain.stages.language.stage import LanguageSteps
+from posttrain.stages.rm.config import Rm
 from posttrain.stages.rm.policy_pairs import own_pairs
+from posttrain.stages.steps import Context, Prepared
+from posttrain.training.objective import Objective
 
 
-def run(cfg: Rm, run: Run) -> dict[str, Any]:
-    """Train to the end, or go on; returns the manifest."""
-    if cfg.rm.policy:
-        cfg = cfg.model_copy(update={"data": own_pairs(cfg, run)})
-    return run_language(cfg, run, reward_task(cfg.rm.centering), RmRun)
+def steps(cfg: Rm) -> LanguageSteps:
+    return PolicyPairSteps(objective(cfg)) if cfg.rm.policy else LanguageSteps(objective(cfg))
 
 
-class RmRun(LanguageRun):
-    cfg: Rm  # pyright: ignore[reportIncompatibleVariableOverride]
+def objective(cfg: Rm) -> Objective[PackedBatch]:
+    """Scores of both answers of a pair, and what all held-out pairs say together."""
 
-    def check(self, inputs: PreparedData) -> None:
-        if self.cfg.rm.policy:
-            inputs.start.parents.append(parent_record("policy", Path(self.cfg.rm.policy).expanduser().resolve()))
+    def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
+        output = reward_loss(module(batch), batch.extra["margin"], batch.extra["pair_weight"], centering=cfg.rm.centering)
+        lengths = answer_lengths(batch)
+        return replace(output, rows={**output.rows, "chosen_tokens": lengths[0::2], "rejected_tokens": lengths[1::2]})
+
+    return Objective(pack_pairs, loss, summary=score_summary, scores=True)
+
+
+@dataclass(frozen=True)
+class PolicyPairSteps(LanguageSteps):
+    """On pairs that a policy writes first (`rm.policy`)."""
+
+    def prepare(self, context: Context) -> Prepared[PreparedData]:
+        cfg: Rm = context.cfg
+        if not context.weights:  # a plan has the policy write nothing
+            return prepare_language(context)
+        written = cfg.model_copy(update={"data": own_pairs(cfg, context.directory)})
+        policy = parent_record("policy", Path(str(cfg.rm.policy)).expanduser().resolve())
+        return with_parents(prepare_language(replace(context, cfg=written)), [policy])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import re
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from posttrain.data.sources.hashing import fraction
 
 # Modules that import without side effects on any platform and have docstrings that say something.
 MODULES = """
@@ -84,7 +85,7 @@ class Entry:
 
 def place(*words: str) -> float:
     """A number in [0, 1) from a hash of the words, the same on every machine."""
-    return int.from_bytes(hashlib.sha256("\0".join(words).encode()).digest()[:6]) / 2**48
+    return fraction("\0".join(words).encode())
 
 
 def pick(options: list[Any] | tuple[Any, ...], *words: str) -> Any:

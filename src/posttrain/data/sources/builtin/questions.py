@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import cache
-from typing import Any
 
+from posttrain.data.rows import CanonicalRow, Message
 from posttrain.data.sources.builtin.objects import Entry, entries, pick, place
-
-Row = dict[str, Any]
 
 # Ranges of the hash of an object's name: an object is in one part of one set, and in no other.
 RANGES = {
@@ -90,7 +88,7 @@ _EVASIONS = (
 _WORDS = re.compile(r"[a-z]{3,}")
 
 
-def question_rows(part: str) -> list[Row]:
+def question_rows(part: str) -> list[CanonicalRow]:
     rows = []
     for entry in _entries_of("questions", part):
         forms = _forms(entry)
@@ -100,7 +98,7 @@ def question_rows(part: str) -> list[Row]:
     return [{"messages": [_user(entry, form), _assistant(answer(entry, form))]} for entry, form in rows]
 
 
-def preference_rows(part: str) -> list[Row]:
+def preference_rows(part: str) -> list[CanonicalRow]:
     pool = _entries_of("preferences", part)
     rows = [(entry, form) for entry in pool for form in _forms(entry)]
     rows.sort(key=lambda row: place("order", row[0].name, row[1]))
@@ -133,7 +131,7 @@ def _tellers() -> Counter[tuple[str, str]]:
     return Counter((_place_of(entry), _first_sentence(entry.does)) for entry in entries())
 
 
-def _user(entry: Entry, form: str) -> Row:
+def _user(entry: Entry, form: str) -> Message:
     if form == "which":
         question = f"Which {_place_of(entry)} {_first_sentence(entry.does)}?"
     else:
@@ -152,7 +150,7 @@ def _first_sentence(text: str) -> str:
     return text.split(". It ")[0].rstrip(".")
 
 
-def _assistant(content: str) -> Row:
+def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from posttrain.data.sources.builtin.objects import place
 from posttrain.data.sources.builtin.questions import preference_rows, question_rows
 from posttrain.errors import UserError, did_you_mean
 
@@ -52,8 +52,8 @@ def _reference(part: str) -> list[dict[str, Any]]:
 
     kept: dict[str, list[dict[str, Any]]] = {"eval": [], "train": []}
     seen: set[str] = set()
-    for topic in sorted(topics, key=lambda topic: (_place(topic) >= _HELD_OUT_TOPICS, _place(topic))):
-        side = "eval" if _place(topic) < _HELD_OUT_TOPICS else "train"
+    for topic in sorted(topics, key=lambda topic: (place(topic) >= _HELD_OUT_TOPICS, place(topic))):
+        side = "eval" if place(topic) < _HELD_OUT_TOPICS else "train"
         paragraphs = []
         for paragraph in _paragraphs(topics[topic]):
             key = " ".join(paragraph.split())
@@ -64,10 +64,6 @@ def _reference(part: str) -> list[dict[str, Any]]:
         if sum(map(len, paragraphs)) >= 200:  # what is left of a topic that others say already is headings
             kept[side].append({"text": "\n\n".join(paragraphs)})
     return kept[part]
-
-
-def _place(topic: str) -> float:
-    return int.from_bytes(hashlib.sha256(topic.encode()).digest()[:6]) / 2**48
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What PPO's other roles add to the policy's memory, by the rule that `stages/ppo/actor_critic.py` casts them by."""
+"""What a plan must know of PPO alone: its other roles, by the rule of actor_critic.py, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import Ppo
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.data.examples import Examples
 from posttrain.runs.directory import read_manifest
+from posttrain.stages.language.plan import Extra
+from posttrain.stages.ppo.config import Ppo
 
 BASE = ("weights", "quantized weights", "quantization constants")
 TRAINED = ("adapters", "gradients", "optimizer")
+
+
+def unit_tokens(cfg: Ppo, examples: Examples) -> NDArray[np.int64]:
+    """The prompt, and its answers at their longest."""
+    return examples.splits[:, 0] + cfg.ppo.samples * cfg.rollout.max_new_tokens
+
+
+def extra(cfg: Ppo, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
+    """Memory of the roles and of the cache; an epoch is a pass, and with gae the value model takes as many."""
+    roles, shared = role_bytes(cfg, parts, base)
+    cache = cache_bytes(cfg, model, 4 if cfg.base_dtype == "float32" else 2)
+    which = "policy, reference, value and reward share one base" if shared else "not all roles can share the policy's base"
+    note = f"{which}; time is of the updates, the answers' writing comes on top"
+    passes = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
+    return Extra({"key-value cache": cache, **roles}, passes, [note])
 
 
 def role_bytes(cfg: Ppo, parts: dict[str, float], base: str) -> tuple[dict[str, float], bool]:

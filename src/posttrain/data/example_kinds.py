@@ -1,13 +1,15 @@
-"""Canonical rows -> the examples of a stage: tokens, what each counts, and where answers begin."""
+"""Canonical rows -> examples of a kind: tokens, what each counts, and where answers begin."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples, build, group
-from posttrain.data.sources.source import Row
+from posttrain.data.row_use import RowUse
+from posttrain.data.sources.source import NumberedRow
 from posttrain.data.split import Canonical, sound_rows
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
@@ -19,12 +21,17 @@ class RowEncoder:
 
     source: str
     shape: str
-    stage: str
+    use: RowUse
     encoder: Encoder
     max_length: int
     skips: bool  # rows with a mistake are counted, not an end
 
-    def examples(self, rows: list[Row]) -> tuple[Examples, SourceStats]:
+    def __post_init__(self) -> None:
+        if self.use.examples not in EXAMPLE_KINDS:
+            known = ", ".join(EXAMPLE_KINDS)
+            raise UserError(f"{self.use.name}: there is no kind of examples '{self.use.examples}' (there are: {known})")
+
+    def examples(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats]:
         stats = SourceStats(self.source, self.shape, "")
         sound = list(sound_rows(rows, self.shape, stats, self.skips))
         try:
@@ -38,7 +45,7 @@ class RowEncoder:
 
     def _encoded(self, rows: list[Canonical]) -> tuple[Examples, SourceStats]:
         stats = SourceStats(self.source, self.shape, "")
-        return encode(rows, self.stage, self.encoder, self.max_length, stats), stats
+        return encode(rows, self.use.examples, self.encoder, self.max_length, stats), stats
 
     def _encodes(self, row: Canonical, stats: SourceStats) -> bool:
         try:
@@ -49,23 +56,22 @@ class RowEncoder:
         return True
 
 
-def encode(rows: list[Canonical], stage: str, encoder: Encoder, max_length: int, stats: SourceStats) -> Examples:
-    """Canonical rows -> examples of one stage; fills in `stats`."""
+def encode(rows: list[Canonical], kind: str, encoder: Encoder, max_length: int, stats: SourceStats) -> Examples:
+    """Canonical rows -> examples of one of EXAMPLE_KINDS; fills in `stats`."""
     stats.rows = len(rows)
-    stats.bytes = sum(_letters(row) for _, row in rows)
-    build = {"cpt": _documents, "dpo": _pairs, "rm": _scored_pairs, "ppo": _prompts}.get(stage, _conversations)
-    found = build(encoder, rows, max_length, stats)
+    stats.bytes = sum(_text_bytes(row) for _, row in rows)
+    found = EXAMPLE_KINDS[kind](encoder, rows, max_length, stats)
     stats.tokens = found.num_tokens
     stats.trained_tokens = int((found.weights[:] != 0).sum())  # pyright: ignore[reportCallIssue, reportArgumentType]
     return found
 
 
-def _letters(value: Any) -> int:
+def _text_bytes(value: Any) -> int:
     """Bytes of all texts in a row; of letters beyond ASCII about so many."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_letters, values))
+    return sum(map(_text_bytes, values))
 
 
 def _documents(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
@@ -133,3 +139,12 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
         margins.append(float(row.get("margin", 0.0)))
         pair_weights.append(pair.weight)
     return build(kept, splits, margins, pair_weights)
+
+
+EXAMPLE_KINDS: dict[str, Callable[[Encoder, list[Canonical], int, SourceStats], Examples]] = {
+    "documents": _documents,
+    "conversations": _conversations,
+    "pairs": _pairs,
+    "scored_pairs": _scored_pairs,
+    "prompts": _prompts,
+}

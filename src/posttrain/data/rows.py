@@ -1,0 +1,32 @@
+"""What a row is: as it is read, and as every data format leaves it; and what is asked of the latter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.errors import UserError
+
+Row = dict[str, Any]  # as it is read: its columns by name
+Message = dict[str, Any]  # of a conversation: role, content, perhaps tool_calls, weight
+# {"text"}, {"messages"[, "tools"]}, {"prompt", "completion"} or {"prompt", "chosen", "rejected"[, "margin"]}, each perhaps
+# with a "weight" of its own
+CanonicalRow = dict[str, Any]
+
+
+def prompt_of(row: CanonicalRow) -> list[Message]:
+    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left."""
+    prompt = row.get("messages", row.get("prompt"))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError("nothing stands before the answer, so there is no prompt")
+    return messages
+
+
+def reference_of(row: CanonicalRow) -> str:
+    """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
+    answer = row.get("completion", row.get("chosen", row.get("messages")))
+    if isinstance(answer, list):
+        answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
+    return answer if isinstance(answer, str) else ""

@@ -1,0 +1,30 @@
+"""What is asked of a language model about a batch: the likelihood of tokens, and which of two answers is likelier."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.data.collate import pack, pack_pairs
+from posttrain.losses.preference import likelihood_preference
+from posttrain.losses.tokens import answer_sums, token_loss
+from posttrain.training.objective import Objective
+
+
+def _tokens(module: nn.Module, batch: PackedBatch) -> LossOutput:
+    return token_loss(module(batch), batch.weight)
+
+
+def _likelihood(module: nn.Module, batch: PackedBatch) -> LossOutput:
+    logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
+    return likelihood_preference(logps, answer_lengths(batch))
+
+
+def answer_lengths(batch: PackedBatch) -> torch.Tensor:
+    """float32 [num_answers]: tokens of each answer that count."""
+    return answer_sums(torch.ones_like(batch.weight), batch.sequence_id, batch.num_answers)
+
+
+TOKENS = Objective(pack, _tokens, perplexity=True)  # next token on the tokens that count: cpt and sft
+LIKELIHOOD = Objective(pack_pairs, _likelihood)  # preference by likelihood a token: what `eval` asks of pairs

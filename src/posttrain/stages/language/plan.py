@@ -1,0 +1,32 @@
+"""What a plan must know of a language stage beyond model and data: nothing, unless a stage's own plan.py says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.schema import LanguageStage
+from posttrain.data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Extra:
+    """memory: bytes by part, beside what every run has. passes: forward and backward passes over each token that is drawn.
+    notes: what the plan assumes."""
+
+    memory: dict[str, float] = field(default_factory=dict)
+    passes: float = 1.0
+    notes: list[str] = field(default_factory=list)
+
+
+def unit_tokens(cfg: LanguageStage, examples: Examples) -> NDArray[np.int64]:
+    """int64 [units]: tokens that each unit will be, at most."""
+    return examples.unit_tokens()
+
+
+def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
+    """units: of the data. parts: bytes of the policy's own parts. model: transformers' config. base: where the base is."""
+    return Extra()

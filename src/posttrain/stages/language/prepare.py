@@ -1,0 +1,173 @@
+"""1. What a language stage reads before a weight is loaded: base, tokenizer, tokenised rows, and what it will be measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.schema import DataConfig, Guarded, LanguageStage
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.loss_weights import PLAIN, weighing_of
+from posttrain.data.collate import BatchSampler
+from posttrain.data.examples import Examples
+from posttrain.data.mixture import Mixture, make_sampler, read_mixture
+from posttrain.data.prepare import held_out_rows, prepare_set
+from posttrain.data.row_use import RowUse
+from posttrain.data.selection import SELF, replayed, replays
+from posttrain.errors import UserError
+from posttrain.evaluation.held_out import EvalSet
+from posttrain.models.hub import BaseInfo
+from posttrain.models.language.self_replay import Replay
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import write_text
+from posttrain.runs.identity import content_hash
+from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
+from posttrain.stages.language.summary import lines_of
+from posttrain.stages.spec import spec_of
+from posttrain.stages.steps import Context, Prepared
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stage's start as far as words go: which base, and how rows become tokens for it."""
+
+    start: InitSource
+    base: BaseInfo
+    tokenizer: Any
+    encoder: Encoder
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All that is read before a weight is loaded. ends: ids of the tokens that end an answer. ewc_text: general text whose
+    Fisher is wanted."""
+
+    start: InitSource
+    base: BaseInfo
+    tokenizer: Any
+    tokenizer_hash: str
+    ends: list[int]
+    data: Mixture
+    sets: list[EvalSet]
+    order: BatchSampler
+    ewc_text: Examples | None = None
+
+    def function(self, cfg: LanguageStage, base: str | None = None, adapter: str | None = None) -> str:
+        """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
+        adapter: digests of others than the start's."""
+        weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
+        return content_hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention)
+
+
+def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
+    """weights: whether those of the base will be wanted, and are fetched, hashed and checked. Raises UserError."""
+    start, model = resolve_start(cfg, weights), cfg.model
+    base = find_base(start, model.revision, weights)
+    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
+    return Opened(start, base, tokenizer, make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg)))
+
+
+def prepare_language(context: Context) -> Prepared[PreparedData]:
+    """Raises UserError for everything a mistake of the user can be in."""
+    cfg: LanguageStage = context.cfg
+    opened = open_language(cfg, context.weights)
+    sources, own_text = _with_replay(context, opened)
+    data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
+    order = make_sampler(data, sources, cfg.train, context.processes)
+    start, base = opened.start, opened.base
+    sets: list[EvalSet] = []
+    ewc_text = None
+    if context.weights:
+        sets = eval_sets(cfg, sources, opened.encoder)
+        start, base = merged_start(cfg, start, base)
+        ewc_text = _ewc_text(cfg, opened.encoder, own_text)
+    found = PreparedData(
+        start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text
+    )
+    identity = {
+        "data.content": data.key,
+        "train.processes": context.processes,
+        "model.weights": base.digest,
+        "init.weights": start.identity,
+        "init.parents": [parent["digest"] for parent in start.parents],
+    }
+    lines = lines_of(cfg, context.directory, start, base, data, order)
+    return Prepared(found, order.num_steps, identity, lines, data.where)
+
+
+def rows_of(cfg: LanguageStage) -> RowUse:
+    """What the stage makes of rows."""
+    use = spec_of(cfg.stage).rows
+    assert use, "a stage of language models reads rows"
+    return use
+
+
+def eval_sets(cfg: LanguageStage, sources: DataConfig, encoder: Encoder) -> list[EvalSet]:
+    """The sets of `eval.sets`, and of marked reasoning the held-out rows with answers alone counting."""
+    sets = [
+        EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
+        for name, path in (cfg.eval.sets or {}).items()
+    ]
+    return sets + (_spans(sources, cfg, encoder) if encoder.weighing.marker else [])
+
+
+def _spans(data: DataConfig, cfg: LanguageStage, encoder: Encoder) -> list[EvalSet]:
+    """The held-out rows with answers alone counting, for log p(answer | prompt, reasoning), and with all tokens alike."""
+    kinds = {"answer": encoder.weighing.of_answers, "plain": PLAIN}
+    rows = {name: encoder.weighing_as(weighing) for name, weighing in kinds.items()}
+    found = {name: held_out_rows(data, rows_of(cfg), encoder, cfg.example_length) for name, encoder in rows.items()}
+    return [EvalSet(name, examples, "conversation") for name, examples in found.items() if len(examples)]
+
+
+def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
+    """The sources with the base model's own texts in place of `self`, which it writes first, and where those texts are."""
+    cfg: LanguageStage = context.cfg
+    own = context.directory / "self_replay.jsonl"
+    if not context.weights or not (replays(cfg.data) or (_wants_fisher(cfg) and cfg.ewc.path == SELF)):  # type: ignore[attr-defined]
+        return cfg.data, str(own)
+    start, base = opened.start, opened.base
+    replay = Replay(start.source, base.revision, base.digest, opened.tokenizer, opened.encoder.end_tokens(), cfg.data.replay)
+    trusted = cfg.model.trust_remote_code
+    written = replay.write(cache_root(), frozen_dtype(cfg), context.device, trusted, context.check)
+    _copy(written, own)
+    return replayed(cfg.data, str(own)), str(own)
+
+
+def _wants_fisher(cfg: LanguageStage) -> bool:
+    return isinstance(cfg, Guarded) and bool(cfg.ewc.lam) and cfg.ewc.importance == "fisher"
+
+
+def _ewc_text(cfg: LanguageStage, encoder: Encoder, own: str) -> Examples | None:
+    if not isinstance(cfg, Guarded) or not _wants_fisher(cfg):
+        return None
+    ewc = cfg.ewc
+    found, kind = prepare_set(own if ewc.path == SELF else ewc.path, ewc.rows, encoder, ewc.max_length)
+    if kind == "pairs":
+        raise UserError(f"ewc.path: {ewc.path} holds pairs; give general text or conversations")
+    return found
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Once; the run's own, so that its manifest lists it."""
+    if not to.exists():
+        write_text(to, file.read_text())
+
+
+def with_order(data: PreparedData, order: BatchSampler) -> PreparedData:
+    return replace(data, order=order)
+
+
+def with_parents(prepared: Prepared[PreparedData], more: list[dict[str, str]]) -> Prepared[PreparedData]:
+    """With the runs, beside `init`, that this one is made from."""
+    start = prepared.data.start
+    parents = [*start.parents, *more]
+    data = replace(prepared.data, start=replace(start, parents=parents))
+    identity = prepared.identity | {"init.parents": [parent["digest"] for parent in parents]}
+    return replace(prepared, data=data, identity=identity)
+
+
+def frozen_dtype(cfg: LanguageStage) -> str:
+    """Of a model that is only read."""
+    return "bfloat16" if cfg.model.dtype == "auto" else cfg.model.dtype

@@ -1,0 +1,86 @@
+"""6. From a trained model to the files of a result, and what the manifest says of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from posttrain.config.schema import LanguageStage
+from posttrain.data.chat.encoder import template_hash
+from posttrain.evaluation.held_out import remember
+from posttrain.models.hub import digest
+from posttrain.models.language.reward_model import padding_apart
+from posttrain.models.peft.export import final_ranks
+from posttrain.runs.cache import cache_root
+from posttrain.runs.directory import sha256, write_json
+from posttrain.stages.language.build import TrainableModel
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.result import write_result
+from posttrain.stages.steps import Context, Outcome
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: kind adapter or model, and the digests by which the next stage knows it."""
+
+    kind: str
+    base_digest: str
+    adapter_digest: str
+
+
+def save_language(
+    context: Context, data: PreparedData, model: TrainableModel, outcome: Outcome, accelerator: Accelerator, scores: bool
+) -> dict[str, Any]:
+    """Write the result; what the manifest says of it. scores: as a reward model. Every process must call it."""
+    cfg: LanguageStage = context.cfg
+    if scores:
+        padding_apart(data.tokenizer, data.ends)
+    result = _write(context, data, model, accelerator)
+    if context.main:
+        if outcome.measured.rows:
+            write_json(context.directory / "held_out.json", outcome.measured.rows)
+        function = data.function(cfg, result.base_digest, result.adapter_digest)
+        remember(data.sets, outcome.measured.metrics, function, cache_root())
+    return _record(cfg, data, model, result.kind, outcome)
+
+
+def _write(context: Context, data: PreparedData, model: TrainableModel, accelerator: Accelerator) -> Result:
+    """adapter/ or model/ with its tokenizer."""
+    kind = context.cfg.peft.output
+
+    def write(folder: Path, is_writer: bool) -> None:
+        if kind == "adapter":
+            model.module.save_adapter(folder, data.base.path, is_writer)
+        else:
+            model.module.save(folder, is_writer)
+        if is_writer:
+            data.tokenizer.save_pretrained(folder)
+
+    final = write_result(context.directory, kind, accelerator, write)
+    if kind == "adapter":
+        return Result(kind, data.base.digest, sha256(final / "adapter_model.safetensors"))
+    return Result(kind, digest(final), "")
+
+
+def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind: str, outcome: Outcome) -> dict[str, Any]:
+    base = data.base
+    ranks = final_ranks(model.module.model)
+    return {
+        "stage": cfg.stage,
+        "parents": data.start.parents,
+        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
+        "weights": {"kind": kind, "path": kind},
+        "tokenizer": {"hash": data.tokenizer_hash, "chat_template": template_hash(data.tokenizer)},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quant": cfg.quant.model_dump(),
+        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if ranks else {}),
+        "chain": data.start.mode,
+        "trainable": {"trained": model.trained, "total": model.total},
+        "data": data.data.record(data.order.until(outcome.steps)),
+        "held_out": asdict(data.data.held_out_stats),
+        "steps": outcome.steps,
+        "tokens": outcome.state.seen,
+    }

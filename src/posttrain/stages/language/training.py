@@ -1,0 +1,147 @@
+"""3. What a language stage trains on, what is measured, and what holds it to its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from posttrain.batch import Metrics, PackedBatch
+from posttrain.config.schema import Guarded, LanguageStage
+from posttrain.console import say
+from posttrain.data.collate import zero_weight
+from posttrain.evaluation.forgetting import forgetting_percent
+from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
+from posttrain.runs.cache import cache_root
+from posttrain.runs.identity import content_hash
+from posttrain.stages.language.build import TrainableModel
+from posttrain.stages.language.curriculum import apply_curriculum
+from posttrain.stages.language.ewc import EwcPenalty, fisher
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.steps import Context, Measured, Session, Training
+from posttrain.training.callbacks import StepCallback, together
+from posttrain.training.objective import Objective, Update
+
+Compared = Callable[[PackedBatch, list[int]], PackedBatch]  # a training batch, its units -> with what it is compared with
+
+
+@dataclass(frozen=True)
+class References:
+    """What a stage compares with: its held-out batches, what is put into those that it trains on, and the digest of that."""
+
+    held_out: list[PackedBatch]
+    compared: Compared = lambda batch, units: batch
+    digest: dict[str, Any] = field(default_factory=dict)
+
+
+MakeReferences = Callable[[Context, PreparedData, Session], References]
+
+
+def train_language(
+    context: Context,
+    data: PreparedData,
+    model: TrainableModel,
+    session: Session,
+    objective: Objective[PackedBatch],
+    make_references: MakeReferences | None = None,
+) -> Training[PackedBatch]:
+    """Updates of one batch a step. make_references: of a loss that compares with the start."""
+    data, difficulty = apply_curriculum(context, data, session.module, objective)
+    if make_references:
+        references = make_references(context, data, session)
+    else:
+        references = References(pack_by_tokens(objective.pack, data.data.held_out))
+
+    def updates(step: int) -> Iterator[Update[PackedBatch]]:
+        metrics = {} if difficulty is None else _difficulty(difficulty, data.order.step(step))
+        yield Update(_batches(data, objective, references.compared, step, session.accelerator.process_index), metrics)
+
+    def measure(done: int, check: Callable[[], None]) -> Measured:
+        return Measured(*own_metrics(session.module, references.held_out, objective, context.device, check))
+
+    return Training(
+        updates=updates,
+        loss=objective.loss,
+        measure=measure,
+        measure_around=measure_sets(context, data, session.module),
+        compare=compare_ends,
+        references=references.digest,
+        callback=step_callback(context, data, model, session),
+        checkpoint_gate=checkpoint_gate(context, data, session),
+        data=data,
+    )
+
+
+def _batches(
+    data: PreparedData, objective: Objective[PackedBatch], compared: Compared, step: int, rank: int
+) -> list[PackedBatch]:
+    """This process's micro-batches of a step."""
+    batches = []
+    for units in data.order.micro(step, rank):
+        drawn = units or [0]  # a process that has run out goes along with the others, and counts for nothing
+        batch = compared(objective.pack(data.data.train, drawn), drawn)
+        batches.append(batch if units else zero_weight(batch))
+    return batches
+
+
+def _difficulty(difficulty: NDArray[np.floating], units: Any) -> Metrics:
+    drawn = torch.from_numpy(difficulty[units])
+    return {"difficulty": (drawn.sum(), float(len(drawn)))}
+
+
+def measure_sets(context: Context, data: PreparedData, module: nn.Module) -> Callable[[bool], dict[str, float]]:
+    """Figures of `eval.sets`, before and after the run. Those of the start are kept in the cache."""
+
+    def measure(after: bool) -> dict[str, float]:
+        function = None if after else data.function(context.cfg)
+        return set_metrics(module, data.sets, function, cache_root(), context.device, context.check)
+
+    return measure
+
+
+def compare_ends(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Forgetting, where general text was measured at both ends."""
+    if "general/loss" not in after:
+        return {}
+    return {"forgetting/percent": forgetting_percent(before["general/loss"], after["general/loss"])}
+
+
+def step_callback(context: Context, data: PreparedData, model: TrainableModel, session: Session) -> StepCallback | None:
+    """AdaLoRA's schedule and EWC's pull, where there are such."""
+    found: list[StepCallback] = [model.allocator] if model.allocator else []
+    cfg: LanguageStage = context.cfg
+    if isinstance(cfg, Guarded) and cfg.ewc.lam:
+        plain = session.accelerator.unwrap_model(session.module)
+        importance = None
+        if data.ewc_text is not None:
+            trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", data.ewc_text, "").fingerprint()]
+            path = cache_root() / "fisher" / f"{content_hash(data.function(cfg), trained)}.safetensors"
+            importance = fisher(plain, data.ewc_text, context.device, path, context.main, context.check)
+        found.append(EwcPenalty(plain, importance, cfg.ewc.lam))
+    return together(found)
+
+
+def checkpoint_gate(context: Context, data: PreparedData, session: Session) -> Callable[[int], bool] | None:
+    """Whether general text is still within forgetting.budget, which is looked at before every checkpoint."""
+    cfg: LanguageStage = context.cfg
+    if not isinstance(cfg, Guarded) or cfg.forgetting.budget is None:
+        return None
+    budget, stops = cfg.forgetting.budget, cfg.forgetting.action == "stop"
+    general = [each for each in data.sets if each.name == "general"]
+
+    def within(done: int) -> bool:
+        found = set_metrics(session.module, general, None, cache_root(), context.device, lambda: None)
+        percent = forgetting_percent(session.state.before["general/loss"], found["general/loss"])
+        session.tracker.log(done, found | {"forgetting/percent": percent})
+        if percent <= budget:
+            session.state.within_budget = done
+            return True
+        say(f"step {done}: forgetting is {percent:+.2f} %, more than forgetting.budget={budget:g}%")
+        return not stops
+
+    return within

@@ -1,0 +1,57 @@
+"""The config of policy optimisation, and what of it does not go together."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from posttrain.config.schema import LanguageStage, PpoConfig, RewardConfig, RolloutConfig
+
+
+class Ppo(LanguageStage):
+    init_reward: str | None
+    ppo: PpoConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+
+    @property
+    def example_length(self) -> int:
+        return self.train.max_length - self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _prompts_have_no_weights(self) -> Ppo:
+        sources = {"data": self.data, **{f"data.sources.{name}": each for name, each in (self.data.sources or {}).items()}}
+        for key, source in sources.items():
+            if source.quality == "weight":
+                raise ValueError(f"{key}.quality: ppo has prompts, which have no weights; say {key}.quality=filter")
+        return self
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> Ppo:
+        given = bool(self.init_reward) + len(self.reward.function)
+        if not given:
+            raise ValueError("init_reward: nothing gives a reward; give a reward model's run, or reward.function=module:name")
+        if self.reward.weights is not None and len(self.reward.weights) != given:
+            raise ValueError(f"reward.weights: {len(self.reward.weights)} weights for {given} rewards (init_reward comes first)")
+        if self.ppo.advantage != "gae" and self.ppo.samples < 2:
+            raise ValueError(f"ppo.samples: {self.ppo.advantage} compares answers to one prompt; say ppo.samples=4")
+        if self.ppo.minibatches > self.train.grad_accum:
+            raise ValueError(
+                f"ppo.minibatches: a step's train.grad_accum={self.train.grad_accum} micro-batches cannot be dealt into "
+                f"{self.ppo.minibatches}; raise train.grad_accum"
+            )
+        if self.example_length < 1:
+            raise ValueError(
+                f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "
+                f"train.max_length={self.train.max_length}; raise train.max_length"
+            )
+        if self.train.processes > 1 or self.train.fsdp:
+            raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
+        if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
+            raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
+        if self.rollout.engine == "vllm" and not (
+            self.peft.is_additive and self.peft.method != "pissa" and self.quant.method == "none"
+        ):
+            raise ValueError(
+                "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
+            )
+        return self

@@ -1,0 +1,150 @@
+"""3. PPO's steps: a rollout, the updates that it feeds, and what is watched meanwhile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.batch import LossOutput, PackedBatch
+from posttrain.console import say
+from posttrain.losses.policy import adapted
+from posttrain.rewards import combined
+from posttrain.runs.directory import write_json
+from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.ppo.config import Ppo
+from posttrain.stages.ppo.diagnostics import alarms
+from posttrain.stages.ppo.rollout import Roller, Rollout, figures_of
+from posttrain.stages.ppo.updates import ppo_batches, ppo_loss
+from posttrain.stages.steps import Context, Measured, Session
+from posttrain.training.objective import Update, UpdateOutcome
+from posttrain.training.seeding import seed_step
+
+ROLLOUT = 8000  # the part of a step's random numbers that sampling uses; training takes those from 0
+SHOWN = 8  # held-out prompts whose answers are kept for the page
+
+
+@dataclass
+class PpoState:
+    """What a checkpoint keeps of this stage. first: figures of the first step. ringing: alarms that were said and hold on."""
+
+    kl_coef: float
+    first: dict[str, float] | None = None
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    ringing: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PpoTraining:
+    """What a step of PPO draws, computes and measures."""
+
+    context: Context
+    data: PreparedData
+    roller: Roller
+    session: Session
+
+    @property
+    def cfg(self) -> Ppo:
+        return self.context.cfg
+
+    @property
+    def state(self) -> PpoState:
+        return self.session.state.stage
+
+    def updates(self, step: int) -> Generator[Update[PackedBatch], UpdateOutcome, None]:
+        """A rollout, then `epochs` passes over it in shuffled minibatches, and the figures of the step."""
+        cfg = self.cfg.ppo
+        began, clipped = time.monotonic(), _Ratio()
+        seed_step(self.cfg.train.seed, step, ROLLOUT)
+        rollout = self.roller.roll(self.data.data.train, self.data.order.micro(step, 0), cfg.samples)
+        parts, figures = ppo_batches(self.cfg, self.session.module, rollout, self.state.kl_coef)
+        figures["rollout_tokens_per_second"] = float(rollout.mask.sum()) / (time.monotonic() - began)
+        began, tokens, updates = time.monotonic(), 0, 0
+        for minibatch in self._minibatches(step, parts):
+            outcome = yield Update(minibatch)
+            tokens, updates = tokens + sum(batch.size for batch in minibatch), updates + 1
+            clipped.add(outcome)
+            # both sums stay on the device until here: one wait an update
+            approx_kl, count = outcome.total("update_kl")
+            if cfg.stop_kl is not None and float(approx_kl) > cfg.stop_kl * float(count):
+                break
+        figures["update_tokens_per_second"] = tokens / (time.monotonic() - began)
+        figures["updates"] = float(updates)
+        if cfg.target_kl:
+            self.state.kl_coef = adapted(self.state.kl_coef, figures["kl"], cfg.target_kl, cfg.kl_rate)
+        yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
+        self._watch(step + 1, figures, clipped.share, len(rollout.answers))
+
+    def _minibatches(self, step: int, parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
+        """The rollout's packs dealt into minibatches, shuffled anew for each epoch."""
+        cfg = self.cfg.ppo
+        shuffled = torch.Generator().manual_seed(self.cfg.train.seed * 1_000_003 + step)
+        groups = [parts[i :: cfg.minibatches] for i in range(min(cfg.minibatches, len(parts)))]
+        order = [int(i) for _ in range(cfg.epochs) for i in torch.randperm(len(groups), generator=shuffled)]
+        return [[batch for part in groups[i] for batch in part] for i in order]
+
+    def loss(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
+        return ppo_loss(self.cfg, module, batch)
+
+    def measure(self, done: int, check: Callable[[], None]) -> Measured:
+        """Answers to the held-out prompts, always by the same random numbers."""
+        examples, size = self.data.data.held_out, self.cfg.train.batch_size
+        if not len(examples):
+            return Measured()
+        seed_step(self.cfg.train.seed, 0, ROLLOUT + 1)
+        micro = [list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)]
+        rollout = self.roller.roll(examples, micro, 1)
+        check()
+        reward, _ = combined(rollout.scores, rollout.ended, self.cfg.reward)
+        rows = {"reward": reward.tolist(), "kl": rollout.kl.tolist(), "length": rollout.lengths.tolist()}
+        self._keep_samples(rollout, reward, done)
+        return Measured({f"eval/{name}": value for name, value in figures_of(rollout, reward).items()}, rows)
+
+    def _watch(self, step: int, figures: dict[str, float], clip_fraction: float, answers: int) -> None:
+        """Say what leaves its healthy range, once until it has come back."""
+        state = self.state
+        found = {"explained_variance": 0.0, **figures, "clip_fraction": clip_fraction, "step": step, "answers": answers}
+        state.first = state.first or found
+        ringing = alarms(found, state.first, self.cfg.ppo)
+        for name, line in ringing.items():
+            if name not in state.ringing:
+                say(f"step {step}: {line}")
+                state.alarms.append({"step": step, "text": line})
+        state.ringing = sorted(ringing)
+
+    def _keep_samples(self, rollout: Rollout, reward: Tensor, done: int) -> None:
+        """Add these answers to the page's table."""
+        if not self.context.main:
+            return
+        path = self.context.directory / "samples.json"
+        kept = json.loads(path.read_text()) if path.exists() else []
+        label = {0: "before", self.data.order.num_steps: "after"}.get(done, f"step {done}")
+        for i in range(min(SHOWN, len(rollout.texts))):
+            if i == len(kept):
+                kept.append({"prompt": rollout.prompts[i], "answers": []})
+            earlier = [answer for answer in kept[i]["answers"] if answer["step"] < done]
+            new = {"step": done, "label": label, "text": rollout.texts[i], "reward": round(float(reward[i]), 4)}
+            kept[i]["answers"] = [*earlier, new]
+        write_json(path, kept)
+
+
+class _Ratio:
+    """The share of ratios that were clipped, over all updates of a step, on the device until it is read."""
+
+    def __init__(self) -> None:
+        self.clipped: float | Tensor = 0.0
+        self.count: float | Tensor = 0.0
+
+    def add(self, outcome: UpdateOutcome) -> None:
+        clipped, _ = outcome.total("clip_fraction")
+        _, count = outcome.total("update_kl")
+        self.clipped, self.count = self.clipped + clipped, self.count + count
+
+    @property
+    def share(self) -> float:
+        return float(self.clipped) / max(float(self.count), 1.0)

@@ -1,0 +1,79 @@
+"""What a run goes on from: the newest good checkpoint, and whether it is of this very run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.console import say
+from posttrain.runs.directory import Run, allowed, code_state, compare, identity_of, library_versions, read_manifest
+from posttrain.training.checkpoint import Checkpoint, newest_checkpoint
+from posttrain.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class History:
+    """checkpoint: None for a run that begins. state: as the checkpoint left it, or new."""
+
+    run: Run
+    checkpoint: Checkpoint | None
+    state: TrainState
+
+    def hold(self, name: str, now: dict[str, Any]) -> None:
+        """Have checkpoints hold, as the state's field `name`, what makes the run itself.
+
+        Raises UserError where the checkpoint that it goes on from holds another, and neither `resume.allow` names the
+        difference nor a difference that was named before explains it.
+        """
+        then = getattr(self.state, name)
+        if self.checkpoint and then:
+            follows = any(change["step"] == self.checkpoint.step for change in self.state.changes)
+            whose = f"{self.checkpoint.path} is of another run"
+            self.note(compare(then, now, list(now) if follows else allowed(self.run.config), whose))
+        setattr(self.state, name, now)
+
+    def note(self, lines: list[str]) -> None:
+        """Say what has changed since the checkpoint, and keep it for the manifest."""
+        for line in lines:
+            assert self.checkpoint
+            say(f"from step {self.checkpoint.step} {line}")
+            self.state.changes.append({"step": self.checkpoint.step, "change": line})
+
+
+def open_history(cfg: Any, run: Run, identity: dict[str, Any], device: torch.device) -> History:
+    """The checkpoint to go on from, verified, before a weight of the base is loaded.
+
+    Raises UserError where none is whole, or it is of another run than this one and `resume.allow` does not name the difference.
+    """
+    checkpoint, damaged = newest_checkpoint(run.checkpoints)
+    for line in damaged:
+        say(f"{line}; going on from the newest good one")
+    state = TrainState.from_dict(checkpoint.state) if checkpoint else TrainState()
+    history = History(run, checkpoint, state)
+    history.hold("identity", identity_of(run.config) | identity)
+    then, now = state.made_with, made_with(device)
+    differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
+    history.note([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
+    state.made_with = now
+    if checkpoint is None and cfg.run.reproduces:
+        _say_what_differs(state, Path(cfg.run.reproduces))
+    return history
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """Versions of the libraries, device, and commit of this code where it is known."""
+    commit = code_state()["commit"]
+    return library_versions() | {"device": str(device)} | ({"code": commit} if commit else {})
+
+
+def _say_what_differs(state: TrainState, other: Path) -> None:
+    """From a finished run that this one rebuilds."""
+    manifest = read_manifest(other)
+    then = manifest["identity"] | manifest["made_with"]
+    now = state.identity | state.made_with
+    lines = compare(then, now, sorted(then | now), str(other))
+    for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:
+        say(line)

@@ -1,0 +1,164 @@
+"""What a stage brings to a run: four steps, each of which is told all it needs and returns a dataclass. `stage.py` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from posttrain.batch import Batch
+from posttrain.runs.directory import Run
+from posttrain.training.callbacks import StepCallback
+from posttrain.training.objective import LossFunction, UpdateSource
+from posttrain.training.state import TrainState
+from posttrain.training.tracking import Tracker
+
+D = TypeVar("D")  # the data that a stage prepares
+M = TypeVar("M")  # the model that it builds
+B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every step of a run may use.
+
+    Args:
+        cfg: the stage's config.
+        directory: the run's.
+        processes: how many share the run; main: is this the one that writes?
+        device: where the model will be.
+        check: raises Stopped after a signal; called between pieces of long work.
+        weights: False where only a plan is wanted: no weight is fetched or hashed, nothing is made by a model.
+    """
+
+    cfg: Any
+    directory: Path
+    processes: int
+    main: bool
+    device: torch.device
+    check: Callable[[], None]
+    weights: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[D]):
+    """1. All that is read before a weight is loaded.
+
+    Args:
+        data: the stage's own.
+        num_steps: optimizer steps (of ppo: rollouts) of the whole run.
+        identity: what makes the run itself beside its config, by the key under which `resume.allow` lets it change.
+        lines: what is about to happen, in the user's words.
+        where: what messages call the row of a batch.
+    """
+
+    data: D
+    num_steps: int
+    identity: dict[str, Any]
+    lines: list[str]
+    where: Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Trainable(Generic[M]):
+    """2. The model as it will be trained.
+
+    Args:
+        module: what the optimizer sees.
+        model: what the run leaves.
+        trained, total: counts of parameters.
+        as_given: within it the model is what the stage was given, before any training.
+    """
+
+    module: nn.Module
+    model: M
+    trained: int
+    total: int
+    as_given: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out figures, and a value for each held-out unit of those that have one."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training(Generic[B]):
+    """3. What the loop runs.
+
+    Args:
+        updates: what a step of the run trains on.
+        loss: of one micro-batch.
+        measure: the stage's own held-out figures after so many steps.
+        measure_around: figures that are taken before and after the whole run only; told whether it is after.
+        compare: figures of both ends together, such as forgetting: before, after -> by name.
+        references: what a checkpoint must have been trained against, by key, as `Prepared.identity`.
+        callback: what has a part in every optimizer step beside the loss.
+        checkpoint_gate: may the weights after so many steps be kept? None: always.
+        unit: what the size of a batch counts.
+        data: the prepared data where a curriculum has put it in another order; None: as it was.
+    """
+
+    updates: UpdateSource[B]
+    loss: LossFunction[B]
+    measure: Callable[[int, Callable[[], None]], Measured]
+    measure_around: Callable[[bool], dict[str, float]] = lambda after: {}
+    compare: Callable[[dict[str, float], dict[str, float]], dict[str, float]] = lambda before, after: {}
+    references: dict[str, Any] = field(default_factory=dict)
+    callback: StepCallback | None = None
+    checkpoint_gate: Callable[[int], bool] | None = None
+    unit: str = "tokens"
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """5. What training came to. steps: whose weights these are; measured: after them; metrics: of both ends and together, as
+    the manifest has them."""
+
+    state: TrainState
+    steps: int
+    measured: Measured
+    metrics: dict[str, float]
+
+
+class Steps(Protocol[D, M, B]):
+    """What a stage brings to a run. Steps are told all they need and keep nothing to themselves."""
+
+    def prepare(self, context: Context) -> Prepared[D]:
+        """Raises UserError for everything that can be refused before a weight is loaded."""
+        ...
+
+    def build(self, context: Context, prepared: Prepared[D], accelerator: Accelerator) -> Trainable[M]:
+        """Raises UserError for what only the loaded model can refuse, such as targets that match nothing."""
+        ...
+
+    def training(self, context: Context, prepared: Prepared[D], built: Trainable[M], session: Session) -> Training[B]:
+        """Called with the model as given, before any checkpoint is loaded."""
+        ...
+
+    def save(
+        self, context: Context, prepared: Prepared[D], built: Trainable[M], outcome: Outcome, accelerator: Accelerator
+    ) -> dict[str, Any]:
+        """Write the result; what the manifest says of it. Every process must call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Session:
+    """What training happens in. module: as it is trained, wrapped by accelerate. state: as a checkpoint left it, or new."""
+
+    module: nn.Module
+    accelerator: Accelerator
+    run: Run
+    state: TrainState
+    tracker: Tracker

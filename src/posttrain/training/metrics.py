@@ -1,0 +1,74 @@
+"""Figures as sums and counts, over micro-batches, steps and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from posttrain.batch import Metrics
+from posttrain.training.objective import B, LossFunction
+
+
+def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum of `values` over all processes."""
+    return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
+
+
+class Averages:
+    """Sums and counts by name, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float | Tensor] = {}
+
+    def add(self, metrics: Metrics, share: float = 1.0) -> None:
+        for name, (total, count) in metrics.items():
+            part = share * total.detach()
+            self.sums[name] = self.sums[name].to(part.device) + part if name in self.sums else part
+            self.counts[name] = self.counts.get(name, 0.0) + share * count
+
+    def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """Averages, over all processes when an accelerator is given; everything starts anew."""
+        names = sorted(self.sums)
+        if not names:  # nothing was learnt from
+            return {}
+        device = self.sums[names[0]].device
+        totals = torch.stack(
+            [self.sums[n].float() for n in names] + [torch.as_tensor(self.counts[n], device=device) for n in names]
+        )
+        if accelerator is not None and accelerator.num_processes > 1:
+            totals = total_over(accelerator, totals)
+        values = totals.tolist()
+        self.sums, self.counts = {}, {}
+        return {n: values[i] / max(values[i + len(names)], 1e-12) for i, n in enumerate(names)}
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """What has been added since the last reading, for a checkpoint."""
+        return {name: (float(value), float(self.counts[name])) for name, value in self.sums.items()}
+
+    def load(self, state: dict[str, tuple[float, float]]) -> None:
+        self.sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
+        self.counts = {name: count for name, (_, count) in state.items()}
+
+
+def evaluate(
+    module: nn.Module, batches: list[B], loss: LossFunction[B], device: torch.device, each: Callable[[], None]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Averages of the loss's metrics over `batches`, and its values for each unit, without gradients.
+
+    Every process computes all of them. `each` is called after every batch, and may raise to leave.
+    """
+    module.eval()
+    found, rows = Averages(), dict[str, list[Tensor]]()
+    with torch.no_grad():
+        for batch in batches:
+            output = loss(module, batch.to(device))
+            found.add(output.metrics)
+            for name, values in output.rows.items():
+                rows.setdefault(name, []).append(values.cpu())
+            each()
+    return found.read(), {name: torch.cat(values) for name, values in rows.items()}

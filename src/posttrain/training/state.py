@@ -1,0 +1,60 @@
+"""What a run knows of itself beside its weights: every checkpoint keeps it, and the manifest tells of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+# keys of checkpoints that version 0.1 wrote -> today's; what neither knows is the stage's own
+_EARLIER = {"tokens": "seen", "images": "seen", "owed": "evaluation_owed", "within": "within_budget"}
+
+
+@dataclass
+class TrainState:
+    """The counters and records of a run.
+
+    identity: what makes the run itself, by the key under which `resume.allow` lets it change; references: the same of what
+    training compares with. made_with: versions and device of this start. changes: {step, change} of what was not the same at
+    a later start. before: what was measured before the first step. seen: tokens (or images) that were trained on. drawn: hash
+    of all rows drawn so far, in their order. halved: steps at which micro-batches were halved, for want of memory. left_out:
+    updates that were not taken, and why. losses: the last ones, which a spike is judged by. evaluation_owed: a stop came
+    before the evaluation of the step. within_budget: newest step whose weights the checkpoint gate let through. ended: {step,
+    back_to} where the run ended before its last step. window: sums since the last logged step. lines: of metrics.jsonl.
+    stage: what a stage keeps of its own; a dataclass, or a dict as a checkpoint has it.
+    """
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, Any] = field(default_factory=dict)
+    made_with: dict[str, str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
+    seen: int = 0
+    seconds: float = 0.0
+    drawn: str = ""
+    halved: list[int] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    evaluation_owed: bool = False
+    within_budget: int | None = None
+    ended: dict[str, int] | None = None
+    window: dict[str, tuple[float, float]] = field(default_factory=dict)
+    lines: int | None = None
+    stage: Any = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> TrainState:
+        """As a checkpoint has it, also one of an earlier version."""
+        known = {each.name for each in fields(cls)}
+        found: dict[str, Any] = {"stage": {}}
+        for key, value in kept.items():
+            name = _EARLIER.get(key, key)
+            if name in known:
+                found[name] = value
+            else:
+                found["stage"] = {**found["stage"], key: value}
+        return cls(**found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**found, "stage": asdict(self.stage) if is_dataclass(self.stage) else self.stage}  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,72 @@
+"""What a registry finds: modules of a package, and what an installed package adds by an entry point."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from posttrain.errors import UserError
+from posttrain.registry import Registry
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory on sys.path with a package of two entries, and an installed one that adds a third."""
+    kinds = tmp_path / "house_of_kinds"
+    (kinds / "folder").mkdir(parents=True)
+    (kinds / "__init__.py").write_text("")
+    (kinds / "_shared.py").write_text("raise AssertionError('no entry')")
+    (kinds / "plain.py").write_text("THING = 'a module'")
+    (kinds / "folder" / "__init__.py").write_text("THING = 'a folder'")
+    (tmp_path / "guest_of_kinds.py").write_text("THING = 'a guest'\nOTHER = 'another guest'")
+    install(tmp_path, "guest", "visitor = guest_of_kinds\nsecond = guest_of_kinds:OTHER")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if "of_kinds" in name]:
+        del sys.modules[name]
+
+
+def install(directory: Path, name: str, entries: str) -> None:
+    """What pip leaves of a package with entry points."""
+    info = directory / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[posttrain.test_kinds]\n{entries}\n")
+
+
+def kinds() -> Registry[str]:
+    return Registry("house_of_kinds", "posttrain.test_kinds", "THING", "test kind")
+
+
+def test_modules_folders_and_entry_points_are_found(place: Path) -> None:
+    assert kinds().names() == ["folder", "plain", "second", "visitor"]
+    assert kinds().all() == {"folder": "a folder", "plain": "a module", "second": "another guest", "visitor": "a guest"}
+
+
+def test_names_import_nothing(place: Path) -> None:
+    found = kinds()
+    found.names()
+    assert not {"house_of_kinds", "house_of_kinds.plain", "guest_of_kinds"} & set(sys.modules)
+    found.get("plain")
+    assert "house_of_kinds.plain" in sys.modules and "house_of_kinds.folder" not in sys.modules
+
+
+def test_an_unknown_name_is_refused_with_a_near_one(place: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no test kind 'plian' - did you mean 'plain'\? \(there are: folder, plain, second, visitor\)"
+    ):
+        kinds().get("plian")
+
+
+def test_two_entries_of_one_name_are_refused(place: Path) -> None:
+    install(place, "rival", "plain = guest_of_kinds")
+    with pytest.raises(UserError, match="test kind 'plain': guest_of_kinds adds one that is there already"):
+        kinds().names()
+
+
+@pytest.mark.parametrize("value", ["nowhere_of_kinds", "guest_of_kinds:MISSING", "house_of_kinds"])
+def test_a_broken_package_is_named(place: Path, value: str) -> None:
+    install(place, "broken", f"broken = {value}")
+    with pytest.raises(UserError, match=rf"test kind 'broken': {value} cannot be used \(.*\); mend or uninstall it"):
+        kinds().get("broken")
