@@ -38,6 +38,7 @@ docs: setup ## docs/configuration.md and docs/api, from the configs' comments, t
 	$(BIN)/python scripts/api_pages.py
 
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
+	mkdir -p $(dir $(GOLDEN))
 	$(BIN)/python scripts/golden.py $(if $(wildcard $(GOLDEN)),compare,record) $(GOLDEN)
 
 mutate: setup ## put named faults into the code, one at a time: which does no test see?
