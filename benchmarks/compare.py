@@ -48,26 +48,27 @@ rounds of a ratio within a round, with the smallest and the largest in brackets.
 - *steps*: forward, backward and optimizer over the same rows, so this is the ratio of real (unpadded) tokens per second.
 - *whole command*: from the first import to the saved adapter, with tokenising, loading and, for DPO, the reference.
 - *memory*: the highest resident memory of the process; less is better.
-- *mean loss*: over all steps. The batches are in another order, so it agrees only roughly. `tests/stages/test_trl_parity.py` checks that
-  the losses are equal step by step.
+- *mean loss*: over all steps. The batches are in another order, so it agrees only roughly.
+  `tests/stages/test_trl_parity.py` checks that the losses are equal step by step.
 
-TRL's defaults are float32 weights under bfloat16 autocast, and gradient checkpointing. Its best flags here are bfloat16 weights, no
-checkpointing, rows grouped by length (SFT), packed blocks in which documents see one another (CPT; its packing that keeps them apart needs
-FlashAttention), and reference log-probs computed beforehand (DPO). posttrain runs with its defaults, under which nothing is computed twice
-while memory allows. *Recomputing* is `train.gradient_checkpointing=true`, which takes the least memory and is what TRL's defaults do.
+TRL's defaults are float32 weights under bfloat16 autocast, and gradient checkpointing. Its best flags here are bfloat16
+weights, no checkpointing, rows grouped by length (SFT), packed blocks in which documents see one another (CPT; its packing
+that keeps them apart needs FlashAttention), and reference log-probs computed beforehand (DPO). posttrain runs with its
+defaults, under which nothing is computed twice while memory allows. *Recomputing* is
+`train.gradient_checkpointing=true`, which takes the least memory and is what TRL's defaults do.
 {ppo}{growth}"""
 
 PPO = """
-TRL has no PPO any more. `benchmarks/plain_ppo.py` takes its place, the loop that one writes with transformers and peft: separate policy
-and value models, `generate`, padded batches, whole logits. Two steps of 8 prompts, {new_tokens} new tokens,
+TRL has no PPO any more. `benchmarks/plain_ppo.py` takes its place, the loop that one writes with transformers and peft:
+separate policy and value models, `generate`, padded batches, whole logits. Two steps of 8 prompts, {new_tokens} new tokens,
 two epochs of two updates.
 """
 
 GROWTH = """
 ## How it grows
 
-Seconds of all SFT steps, divided by those of the first row of each pair, for TRL's defaults and posttrain. One run each, {rows} rows
-unless said.
+Seconds of all SFT steps, divided by those of the first row of each pair, for TRL's defaults and posttrain. One run each,
+{rows} rows unless the table says otherwise.
 
 | | TRL, its defaults | posttrain | posttrain, times as fast |
 |---|---|---|---|
@@ -139,8 +140,8 @@ def remarks(found: Results, stage: str) -> list[str]:
     if "floor_share" in own[0]:
         share = statistics.median(each["floor_share"] for each in own)
         said.append(
-            f"The matrix products that such a step needs at least, at the rate of this machine's bfloat16 matmul (measured in the "
-            f"same process), would take {share:.0%} of the time of the steps."
+            f"The matrix products that such a step needs at least, at the rate of this machine's bfloat16 matmul (measured in "
+            f"the same process), would take {share:.0%} of the time of the steps."
         )
     for part in ("rollout", "update"):
         rate = f"{part}_tokens_per_second"
