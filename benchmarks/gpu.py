@@ -21,16 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from posttrain.batch import PackedBatch
-from posttrain.config.schema import Lora
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
 from posttrain.losses.tokens import token_loss
+from posttrain.models.kernels.attention import default_attention
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
-from posttrain.models.quantization import keep_dense
+from posttrain.models.peft.methods.lora import Lora
+from posttrain.models.quantization.nf4 import keep_dense
 from posttrain.training.optimizer import make_optimizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -145,7 +146,7 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Lora]:
 
 def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     model, method = adapted(options, device)
-    lm = PackedLM(model, "flex" if device == "cuda" else "documents").train()
+    lm = PackedLM(model, default_attention(torch.device(device))).train()
     if options.dense:
         keep_dense(lm.layers[: options.dense])
     layers = recomputed(model, method, options, device)
@@ -184,7 +185,7 @@ def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
     model, _ = adapted(options, device)
     batch = random_batch(options.tokens, options.documents, SHAPES[options.shape]["vocab_size"])
     prompts = batch.tokens.view(options.documents, -1)
-    lm = PackedLM(model, "flex" if device == "cuda" else "documents").eval()
+    lm = PackedLM(model, default_attention(torch.device(device))).eval()
     seconds = []
     for _ in range(WARM + 1):
         _wait(device)

@@ -70,3 +70,13 @@ def test_a_broken_package_is_named(place: Path, value: str) -> None:
     install(place, "broken", f"broken = {value}")
     with pytest.raises(UserError, match=rf"test kind 'broken': {value} cannot be used \(.*\); mend or uninstall it"):
         kinds().get("broken")
+
+
+def test_configs_beside_an_installed_module_are_found_without_importing_it(place: Path) -> None:
+    assert kinds().config_dirs() == []
+    (place / "configs").mkdir()
+    assert kinds().config_dirs() == [place / "configs"] * 2  # of both of the guest's entries
+    assert "guest_of_kinds" not in sys.modules
+    install(place, "broken", "broken = nowhere_of_kinds.inner")
+    with pytest.raises(UserError, match=r"test kind 'broken': nowhere_of_kinds\.inner cannot be used"):
+        kinds().config_dirs()

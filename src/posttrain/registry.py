@@ -7,6 +7,7 @@ import pkgutil
 import threading
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from posttrain.errors import UserError, did_you_mean
@@ -53,10 +54,26 @@ class Registry(Generic[T]):
         """Every entry, by name, in the order of names."""
         return {name: self.get(name) for name in self.names()}
 
-    def module(self, name: str) -> str:
-        """Dotted name of the module that an entry comes from, without importing it."""
-        place = self._places()[name]
-        return place if isinstance(place, str) else place.module
+    def config_dirs(self) -> list[Path]:
+        """The folders called `configs` that lie beside the modules of other packages' entries: YAML files as ours in configs/."""
+        found = []
+        for name, place in self._places().items():
+            if isinstance(place, EntryPoint):
+                folder = self._file_of(name, place).parent / "configs"
+                found += [folder] if folder.is_dir() else []
+        return found
+
+    def _file_of(self, name: str, place: EntryPoint) -> Path:
+        try:
+            spec = find_spec(place.module)
+        except ImportError:
+            spec = None
+        if spec is None or spec.origin is None:
+            raise self._broken(name, place, f"there is no module {place.module}")
+        return Path(spec.origin)
+
+    def _broken(self, name: str, place: EntryPoint, why: object) -> UserError:
+        return UserError(f"{self.kind} '{name}': {place.value} cannot be used ({why}); mend or uninstall it")
 
     def forget(self) -> None:
         """Look again for what is installed: for tests, which add packages on the way."""
@@ -84,4 +101,4 @@ class Registry(Generic[T]):
             found: Any = place.load()
             return found if place.attr else getattr(found, self.attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.kind} '{name}': {place.value} cannot be used ({error}); mend or uninstall it") from error
+            raise self._broken(name, place, error) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import posttrain
 from posttrain.config import schema
+from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
 
 PACKAGE = Path(posttrain.__file__).parent
@@ -16,6 +17,7 @@ PACKAGE = Path(posttrain.__file__).parent
 def models() -> set[type[schema.Strict]]:
     modules = [importlib.import_module(f"{schema.__name__}.{each.name}") for each in pkgutil.iter_modules(schema.__path__)]
     values = [value for module in modules for value in vars(module).values()]
+    values += [each for registry in REGISTRIES for entry in registry.all().values() for each in entry.__mro__]
     return {value for value in values if isinstance(value, type) and issubclass(value, schema.Strict)}
 
 

@@ -7,12 +7,12 @@ import torch
 from bitsandbytes import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.config.schema import Lora
 from posttrain.errors import UserError
 from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
-from posttrain.models.quantization import nf4
+from posttrain.models.peft.methods.lora import Lora
+from posttrain.models.quantization.nf4 import nf4
 
 LORA = Lora(method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0)
 

@@ -115,7 +115,7 @@ def test_ranks_are_drawn_by_layer_and_kind(tmp_path):
     manifest["peft"] = {"method": "adalora", "ranks": {f"layers.{i}.{kind}": i + 1 for i in (0, 1) for kind in ("q", "v")}}
     (run / "manifest.json").write_text(json.dumps(manifest))
     page = run_page(run).read_text()
-    assert "Ranks that AdaLoRA has kept" in page and "from 0 (blank) to 2" in page
+    assert "Ranks that were kept" in page and "from 0 (blank) to 2" in page
     assert len(re.findall(r"fill: var\(--c1\); opacity: 0\.5", page)) == 2  # rank 1 of 2
 
 

@@ -90,6 +90,8 @@ def test_a_stack_is_the_sum_of_what_each_stage_learned(tmp_path: Path) -> None:
         ("dora", ("peft=lora", "chain.mode=stack"), "which init's dora adapter is not"),
         ("lora", ("peft=dora", "chain.mode=continue"), "peft=dora cannot go on with init's lora adapter"),
         ("lora", ("peft=lora", "peft.r=2", "chain.mode=continue"), "peft.r: the adapter .* has rank 4, not 2"),
+        ("adapter", ("peft=adapter", "peft.r=8", "chain.mode=continue"), "peft.r: the adapter .* has rank 4, not 8"),
+        ("lora", ("peft=pissa", "peft.r=4", "chain.mode=continue"), "peft=pissa cannot go on with init's lora adapter"),
         ("prompt", ("peft=lora", "peft.r=4"), "init: its adapter cannot be merged"),
     ],
 )

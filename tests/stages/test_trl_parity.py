@@ -13,12 +13,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
-from posttrain.config.schema import Lora
 from posttrain.data.collate import BatchSampler
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.methods.lora import Lora
 from posttrain.training.seeding import seed_step
 
 STEPS, BATCH, ACCUMULATION, SEED, LR = 10, 2, 2, 7, 3e-3

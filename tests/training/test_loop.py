@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import LossOutput, PackedBatch
-from posttrain.config.schema import Lora
 from posttrain.data.collate import BatchSampler, pack
 from posttrain.data.examples import Examples, build
 from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.methods.lora import Lora
 from posttrain.training.checkpoint import gather_weights, newest_checkpoint, restore
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.objective import Update

@@ -11,8 +11,7 @@ from transformers import TextStreamer
 
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models.kernels.fused import fuse
-from posttrain.models.kernels.inference_weights import settled
+from posttrain.models.kernels.choice import for_inference, use_kernels
 from posttrain.models.language.loading import LoadedModel, device_here, load_models, switch
 from posttrain.models.language.tokenizer import stop_tokens
 
@@ -31,7 +30,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        fuse(self.live.model)
+        use_kernels(self.live.model, self.live.kernels)
 
     def answer(self, text: str, stream: bool = False) -> str:
         """The model's answer to `text`, which joins the conversation with it."""
@@ -39,7 +38,7 @@ class Conversation:
         tokenizer, model = self.live.tokenizer, self.live.model
         inputs = tokenizer(self._prompt(), return_tensors="pt", add_special_tokens=False).to(model.device)
         drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        with torch.no_grad(), settled(model):
+        with torch.no_grad(), for_inference(model, self.live.kernels):
             out = model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,

@@ -32,6 +32,7 @@ from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.attach import load_adapter
 from posttrain.models.peft.export import Factors, write_lora
+from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
 from posttrain.runs.directory import Run, checked_weights, parent_record, read_config, read_manifest
 from posttrain.runs.identity import digest
@@ -105,10 +106,8 @@ def _read(run: Path) -> Part:
     refuse_scorer(manifest, run)
     weights = checked_weights(run, manifest, "compose")
     adapter = Adapter(weights, "compose")
-    if adapter.kind != "LORA":
-        raise UserError(
-            f"{run}: the change of {adapter.kind.lower()} is no sum of matrices that others could be added to; merge it"
-        )
+    if not is_plain_sum(adapter.config):
+        raise UserError(f"{run}: the change of {adapter.kind.name} is no sum of matrices that others could be added to; merge it")
     return Part(run, manifest, weights, adapter)
 
 
@@ -146,7 +145,7 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
         model.load_adapter(str(part.weights), name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
-    lm = PackedLM(model, "documents").eval()
+    lm = PackedLM(model, "documents", first.manifest.get("kernels", {}).get("choice", "auto")).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
     handles = _scale_outputs(model, names, scales)

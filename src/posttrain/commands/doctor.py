@@ -8,14 +8,19 @@ import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from posttrain.console import console
 from posttrain.errors import UserError
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import library_versions
+
+if TYPE_CHECKING:
+    from posttrain.models.kernels.choice import KernelReport
 
 OPTIONAL = {
     "hydra_plugins.hydra_joblib_launcher": "sweep",
@@ -32,15 +37,16 @@ GIB = 2**30
 def examine() -> None:
     """Print the table."""
     table = Table("what", "here", box=SIMPLE_HEAD, pad_edge=False)
-    for what, here in (*_machine(), *_places(), *library_versions().items(), *_extras()):
-        table.add_row(what, here)
+    for what, here in (*_machine(), *_places(), *library_versions().items(), *_kernels(), *_extras()):
+        table.add_row(what, escape(here))  # or [ray] would be taken for a style
     console.print(table)
 
 
 def _machine() -> list[tuple[str, str]]:
     import torch
 
-    from posttrain.models.quantization import nf4
+    from posttrain.config.interfaces import QUANTIZERS
+    from posttrain.models.quantization import quantizer_of
 
     rows = [("system", platform.platform()), ("cores", f"{_cores()} usable"), ("memory", _memory())]
     if torch.cuda.is_available():
@@ -49,11 +55,12 @@ def _machine() -> list[tuple[str, str]]:
             rows.append((f"gpu {i}", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"))
     else:
         rows.append(("gpu", "none: everything runs on the CPU"))
-    try:
-        nf4(double_quant=True, compute_dtype="bfloat16", device="cuda" if torch.cuda.is_available() else "cpu")
-        rows.append(("nf4", "works"))
-    except UserError as error:
-        rows.append(("nf4", str(error)))
+    for name in QUANTIZERS.names():
+        try:
+            if quantizer_of({"method": name}).try_out("cuda" if torch.cuda.is_available() else "cpu"):
+                rows.append((name, "works"))
+        except UserError as error:
+            rows.append((name, str(error)))
     return rows
 
 
@@ -92,6 +99,48 @@ def _hub() -> bool:
     except OSError:
         return False
     return True
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """Which modules of the installed transformers and peft compute what each kernel was written for."""
+    import torch
+
+    from posttrain.models.kernels.candidates import peft_differs
+    from posttrain.models.kernels.inference_weights import missing
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, dict[str, str]] = {"RMSNorm": {}, "SwiGLU": {}}
+    for family in FAMILIES:
+        report = _report_of(family)
+        for kernel in found:
+            left = [each.why for each in report.left if each.kernel == kernel and each.expected]
+            if left or kernel in report.taken:
+                found[kernel][family] = left[0] if left else ""
+    found["LoRA linear"] = {name: peft_differs(name == "NF4", device) for name in ("plain weights", "NF4")}
+    rows = [(f"kernel {kernel}", _in_words(where)) for kernel, where in found.items()]
+    lacks = f"torch has no {missing()}" if missing() else "" if torch.backends.mkldnn.is_available() else "torch has no oneDNN"
+    return [*rows, ("kernel of writing on a CPU", f"not used: {lacks}" if lacks else "used")]
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+
+
+def _report_of(family: str) -> KernelReport:
+    """On a small model of that family, of shapes alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from posttrain.models.kernels.choice import use_kernels
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+    config = AutoConfig.for_model(family, **shape, num_hidden_layers=1, pad_token_id=0)
+    with torch.device("meta"):
+        return use_kernels(AutoModelForCausalLM.from_config(config), "auto")
+
+
+def _in_words(where: dict[str, str]) -> str:
+    used = ", ".join(name for name, why in where.items() if not why)
+    return "; ".join([*([f"used for {used}"] if used else []), *(f"not for {name}: {why}" for name, why in where.items() if why)])
 
 
 def _extras() -> list[tuple[str, str]]:

@@ -12,13 +12,15 @@ from rich.table import Table
 from torch import Tensor
 
 from posttrain.commands.sample import is_pipeline_run, merge_pipeline
+from posttrain.config.interfaces import Quantizer
 from posttrain.console import console, say
 from posttrain.errors import RunError, UserError
 from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, write_logprobs
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_model
 from posttrain.models.language.packed_lm import load_causal
-from posttrain.models.peft.merge import UNMERGEABLE, Adapter, copy_tokenizer, write_merged
+from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
+from posttrain.models.quantization import quantizer_of
 from posttrain.runs.directory import checked_weights, read_manifest, write_json
 
 FIGURES = "merge.json"
@@ -40,8 +42,7 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     refuse_scorer(manifest, run)
     require_empty(out)
     adapter = Adapter(checked_weights(run, manifest, "run"), "run")
-    if reason := UNMERGEABLE.get(adapter.kind):
-        raise UserError(f"run: its adapter cannot be merged ({reason}); load it beside its base")
+    adapter.require_mergeable("run", "load it beside its base")
     base_dir = resolve(manifest["base"]["path"], manifest["base"]["revision"]).directory
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -97,8 +98,8 @@ def _live_answers(run: Path, manifest: dict[str, Any], adapter: Adapter, base_di
     rows = held_out_rows(run, live)
     say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
     write_logprobs(live.model, rows, scratch / "live.safetensors")
-    if manifest["quant"]["method"] != "none":
-        write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model))
+    if (quantizer := quantizer_of(manifest["quant"])).is_quantized:
+        write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model, quantizer))
     return rows
 
 
@@ -107,15 +108,13 @@ def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreem
     return agreement(scratch / "live.safetensors", model, rows)
 
 
-def _dequantizer(model: Any) -> Any:
+def _dequantizer(model: Any, quantizer: Quantizer) -> Any:
     """Layer's name in the base -> its weight as the quantized base computes with it; None where it is not quantized."""
-    from peft.utils.integrations import dequantize_module_weight
-
     layers = {n.removesuffix(".base_layer"): m for n, m in model.get_base_model().named_modules()}
-    quantized = {n: m for n, m in layers.items() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+    quantized = {n: m for n, m in layers.items() if quantizer.made(m)}
 
     def weight(name: str) -> Tensor | None:
-        return dequantize_module_weight(quantized[name]).cpu() if name in quantized else None
+        return quantizer.dequantized(quantized[name]).cpu() if name in quantized else None
 
     return weight
 

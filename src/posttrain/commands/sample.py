@@ -22,6 +22,7 @@ from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline, n
 from posttrain.models.hub import BaseInfo
 from posttrain.models.language.loading import device_here
 from posttrain.models.peft.export import Factors
+from posttrain.models.peft.kinds import require_kind
 from posttrain.runs.directory import Run, checked_weights, parent_record, read_manifest, write_json
 from posttrain.runs.identity import digest
 
@@ -118,6 +119,10 @@ def merge_pipeline(run: Path, out: Path) -> dict[str, Any]:
     result = read_result(run)
     if result.weights is None:
         raise UserError(f"run: {run} is a whole pipeline already, in {run / 'model'}; there is nothing to merge")
+    for config in sorted(result.weights.glob("*/adapter_config.json")):
+        found = json.loads(config.read_text())
+        if reason := require_kind(found, "run").objection(found):
+            raise UserError(f"run: its adapter cannot be merged ({reason}); posttrain sample draws with it")
     pipe = load_pipeline(result.base, torch.float32)
     load_adapter(pipe, result.weights, "run")
     prompts = list(result.manifest["prompts"].values())

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
 from posttrain.config.schema import MixedSource
 from posttrain.config.stages import REGISTRY, typed_config
@@ -31,7 +32,8 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import flatten, read_config
 from posttrain.runs.earlier import RENAMED_KEYS
 
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.")  # keys below these need no + before them
+# keys below these need no + before them
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
@@ -55,9 +57,12 @@ def validate(config: dict[str, Any]) -> Any:
 
 @contextmanager
 def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
-    """A Hydra whose search path is the user's directory, then the shipped one: the first can shadow the second."""
+    """A Hydra whose search path is the user's directory, the shipped one, and those that installed packages bring; an earlier one
+    can shadow those after it."""
     setbase("1.3")
     path = create_config_search_path(str(root("configs")))
+    for folder in (folder for registry in (REGISTRY, *REGISTRIES) for folder in registry.config_dirs()):
+        path.prepend(provider="plugin", path=f"file://{folder.resolve()}", anchor=SearchPathQuery(provider="schema"))  # the last
     if config_dir:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: {config_dir} is no directory")
@@ -240,7 +245,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
             f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
         )
     kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
-    return {**config, "model": {**parent, **{key: config["model"][key] for key in kept}}}
+    return {**config, "model": {**config["model"], **parent, **{key: config["model"][key] for key in kept}}}
 
 
 def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | None, info: str | None) -> str:

@@ -15,10 +15,10 @@ def memory_savers(cfg: Stage) -> list[str]:
         found.append(f"train.batch_size=1 train.grad_accum={train.batch_size * train.grad_accum}")
     if cfg.peft.output == "model":
         found.append("peft=lora")
-    if cfg.quant.method == "none":
+    if not cfg.quant.is_quantized:
         found.append("peft=qlora")
     if isinstance(cfg, LanguageStage):
         found.append(f"train.max_length={max(8, cfg.train.max_length // 2)}")
-    if isinstance(cfg, LanguageStage) and cfg.quant.method == "none" and (cfg.peft.output == "model" or cfg.peft.is_additive):
+    if isinstance(cfg, LanguageStage) and not cfg.quant.is_quantized and cfg.peft.for_fsdp:
         found.append(f"train.fsdp=true train.processes={max(2, 2 * train.processes)}")
     return found

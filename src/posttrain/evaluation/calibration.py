@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.losses.pairs import right
+
 BINS = 10
 SUSPICIOUS = 0.4  # a correlation of score and length from which a warning is due
 
@@ -22,13 +24,13 @@ class Bin(NamedTuple):
 
 def reliability(margins: Tensor) -> list[Bin]:
     """Pairs by the model's confidence in its own choice, sigma(|r_chosen - r_rejected|), in ten bins of 0.5 to 1."""
-    confidence, right = torch.sigmoid(margins.abs()).double(), (margins > 0).double() + 0.5 * (margins == 0).double()
+    confidence, wins = torch.sigmoid(margins.abs()).double(), right(margins).double()
     which = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     found: list[Bin] = []
     for i in range(BINS):
         inside = which == i
         if count := int(inside.sum()):
-            found.append(Bin(float(confidence[inside].mean()), float(right[inside].mean()), count))
+            found.append(Bin(float(confidence[inside].mean()), float(wins[inside].mean()), count))
     return found
 
 
@@ -56,8 +58,8 @@ def score_summary(rows: dict[str, Tensor]) -> dict[str, float]:
     margins = rows["chosen"] - rows["rejected"]
     scores = torch.cat([rows["chosen"], rows["rejected"]])
     lengths = torch.cat([rows["chosen_tokens"], rows["rejected_tokens"]])
-    right = float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
-    low, high = wilson(right, len(margins))
+    accuracy = float(right(margins).double().mean())
+    low, high = wilson(accuracy, len(margins))
     return {
         "accuracy_low": low,
         "accuracy_high": high,

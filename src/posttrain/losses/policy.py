@@ -5,14 +5,11 @@ Tables are [A, T]: a row an answer, a column a token, `mask` False past an answe
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from posttrain.batch import LossOutput
-
-KlEstimator = Literal["k1", "k2", "k3"]
+from posttrain.config.choices import GroupAdvantage, KlEstimator
 
 
 def kl_estimate(policy: Tensor, reference: Tensor, kind: KlEstimator) -> Tensor:
@@ -43,7 +40,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def group_advantages(scores: Tensor, size: int, kind: Literal["grpo", "rloo"]) -> Tensor:
+def group_advantages(scores: Tensor, size: int, kind: GroupAdvantage) -> Tensor:
     """How much better an answer is than the others to its prompt: [A] -> [A]; answers k*size to (k+1)*size share a prompt.
 
     grpo  (r - mean) / (std + 1e-4) of the group (Shao et al. 2024, arXiv 2402.03300, section 4.1.2)

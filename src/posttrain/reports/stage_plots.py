@@ -1,4 +1,4 @@
-"""Pictures that only some runs have: AdaLoRA's ranks, what a reward model's scores are worth, reward against KL."""
+"""Pictures that only some runs have: ranks that were kept, what a reward model's scores are worth, reward against KL."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def stage_figures(record: Record) -> list[Figure]:
 
 
 def rank_figure(manifest: dict[str, Any]) -> Figure | None:
-    """AdaLoRA's final ranks: a row for each kind of matrix over the layers."""
+    """Final ranks, of a method that puts such in the manifest: a row for each kind of matrix over the layers."""
     ranks = manifest.get("peft", {}).get("ranks", {})
     places = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in ranks}
     rows = {name.rsplit(".", 1)[-1]: [math.nan] * (max(places.values()) + 1) for name in ranks}
     for name, rank in ranks.items():
         rows[name.rsplit(".", 1)[-1]][places[name]] = float(rank)
     note = f"from 0 (blank) to {max(ranks.values())}" if ranks else ""
-    return heat_figure("Ranks that AdaLoRA has kept", rows, "layer", note)
+    return heat_figure("Ranks that were kept", rows, "layer", note)
 
 
 def reliability_figure(rows: dict[str, list[float]]) -> Figure | None:

@@ -6,11 +6,18 @@ from typing import Any
 
 RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> new, since 0.2
 
+# new key -> a key beside it, and what runs without the new one did; since 0.2
+ADDED_KEYS: dict[str, tuple[str, Any]] = {"model.kernels": ("attention", "auto"), "dpo.options": ("loss", None)}
+
 
 def current_config(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config as today's version writes it. `config` stays as it is."""
     for old, new in RENAMED_KEYS.items():
         config = _moved(config, old.split("."), new.split("."))
+    for added, (beside, value) in ADDED_KEYS.items():
+        section, key = added.split(".")
+        if beside in (config.get(section) or {}):
+            config = {**config, section: {key: value, **config[section]}}
     return config
 
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from posttrain.console import say
-from posttrain.models.peft.attach import lr_ratio
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.stages.accelerator import make_accelerator
@@ -85,7 +83,7 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
     optimizer, note = make_optimizer(
         optim.name,
         built.module,
-        partial(lr_ratio, cfg.peft),
+        cfg.peft.rate_of,
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-Schedule = Literal["constant", "linear", "cosine"]
+from posttrain.config.choices import Schedule
 
 
 def make_optimizer(

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import Segment
-from posttrain.commands.plan.memory import adamw_bytes, nf4_bytes
+from posttrain.commands.plan.memory import adamw_bytes
 from posttrain.commands.plan.plan import make_plan, parse_memory
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
@@ -23,6 +23,7 @@ from posttrain.models.language.packed_lm import PackedLM, load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.quantization import quantization
+from posttrain.models.quantization.nf4 import nf4_bytes
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,

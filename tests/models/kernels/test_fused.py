@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from posttrain.models.kernels.fused import OWN, fuse
+from posttrain.models.kernels.choice import use_kernels
+from posttrain.models.kernels.fused import OWN
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,7 +57,7 @@ def difference(plain: dict[str, Tensor], lean: dict[str, Tensor]) -> float:
 def test_in_float32_it_equals_the_plain_path(family: str, adapters: int, dropout: float) -> None:
     plain = with_lora(FAMILIES[family], adapters=adapters, lora_dropout=dropout)
     lean = copy.deepcopy(plain)
-    fuse(lean)
+    use_kernels(lean, "auto")
     counted = [type(m).__name__ for m in lean.modules() if hasattr(m, OWN)]
     assert counted.count("Linear") == 14 and any("MLP" in name for name in counted) and any("Norm" in name for name in counted)
     (logits, gradients), (lean_logits, lean_gradients) = logits_and_gradients(plain), logits_and_gradients(lean)
@@ -70,7 +71,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_autocast() -> None:
     exact_logits, exact = logits_and_gradients(with_lora(FAMILIES["llama"]))
     plain = with_lora(FAMILIES["llama"], torch.bfloat16)
     lean = copy.deepcopy(plain)
-    fuse(lean)
+    use_kernels(lean, "auto")
     with torch.autocast("cpu", torch.bfloat16):
         logits, gradients = logits_and_gradients(plain)
     lean_logits, lean_gradients = logits_and_gradients(lean)
@@ -101,7 +102,7 @@ def kept_bytes(model: nn.Module) -> int:
 def test_less_than_half_is_kept_for_the_backward(dropout: float) -> None:
     plain = with_lora(FAMILIES["llama"], torch.bfloat16, lora_dropout=dropout)
     lean = copy.deepcopy(plain)
-    fuse(lean)
+    use_kernels(lean, "auto")
     assert kept_bytes(lean) < 0.5 * kept_bytes(plain)
 
 
@@ -118,7 +119,7 @@ def test_less_than_half_is_kept_for_the_backward(dropout: float) -> None:
 def test_what_it_does_not_do_is_left_to_peft(change: Callable[[], Any]) -> None:
     plain = change()
     lean = copy.deepcopy(plain)
-    fuse(lean)
+    use_kernels(lean, "auto")
     (logits, gradients), (lean_logits, lean_gradients) = logits_and_gradients(plain), logits_and_gradients(lean)
     assert float((logits - lean_logits).abs().max()) < 1e-5 and difference(gradients, lean_gradients) < 1e-5
 
@@ -128,7 +129,7 @@ def test_adapters_that_are_off_or_merged_are_not_heard() -> None:
     tokens = torch.arange(24)[None]
     with torch.no_grad():
         on = plain(input_ids=tokens).logits
-        fuse(plain)
+        use_kernels(plain, "auto")
         with plain.disable_adapter():
             off = plain(input_ids=tokens).logits
         plain.base_model.merge_adapter()
@@ -140,7 +141,7 @@ def test_adapters_that_are_off_or_merged_are_not_heard() -> None:
 
 def test_with_recomputation_it_is_the_same() -> None:
     plain = with_lora(FAMILIES["llama"])
-    fuse(plain)
+    use_kernels(plain, "auto")
     lean = copy.deepcopy(plain)
     lean.gradient_checkpointing_enable({"use_reentrant": False})
     (logits, gradients), (again, recomputed) = logits_and_gradients(plain), logits_and_gradients(lean)
@@ -161,7 +162,7 @@ def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
     nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     holder = nn.ModuleDict({"plain": layer, "lean": copy.deepcopy(layer)})
     holder.train()
-    fuse(holder["lean"])
+    use_kernels(holder["lean"], "auto")
     assert hasattr(holder["lean"], OWN)
     found = {}
     for name in ("plain", "lean"):

@@ -1,4 +1,4 @@
-"""A settled model is the same function, is itself again afterwards, and draws as chances say."""
+"""With weights for inference a model is the same function, is itself again afterwards, and draws as chances say."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from tests.models.kernels.test_fused import FAMILIES, SHAPE, with_lora
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Gemma2Config, LlamaConfig
 
-from posttrain.models.kernels import inference_weights as settled
-from posttrain.models.kernels.fused import fuse
+from posttrain.models.kernels import inference_weights as weights
+from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.language import generation as sampling
 from posttrain.models.language.kv_cache import RoomyLayer, roomy_cache
-from posttrain.models.quantization import keep_as_quantized, keep_dense
+from posttrain.models.quantization import keep_as_quantized
+from posttrain.models.quantization.nf4 import keep_dense
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -24,9 +25,9 @@ def forwards(model: Any) -> list[Any]:
     return [vars(module).get("forward") for module in model.modules()]
 
 
-def settled_logits(model: Any) -> torch.Tensor:
+def inference_logits(model: Any) -> torch.Tensor:
     before = forwards(model)
-    with torch.no_grad(), settled.settled(model):
+    with torch.no_grad(), weights.inference_weights(model):
         assert forwards(model) != before
         found = model(input_ids=TOKENS, use_cache=False).logits
     assert forwards(model) == before
@@ -37,28 +38,28 @@ def settled_logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_same_function(family: str, adapters: int, lays_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settled, "SHARE", 0.25 if lays_out else 0.0)
+    monkeypatch.setattr(weights, "SHARE", 0.25 if lays_out else 0.0)
     model = with_lora(FAMILIES[family], adapters=adapters).eval()
-    fuse(model)
+    use_kernels(model, "auto")
     with torch.no_grad():
         plain = model(input_ids=TOKENS, use_cache=False).logits
-    assert float((settled_logits(model) - plain).abs().max() / plain.abs().max()) < 1e-5
+    assert float((inference_logits(model) - plain).abs().max() / plain.abs().max()) < 1e-5
 
 
 def test_in_bfloat16_it_differs_by_rounding_of_the_adapters_part() -> None:
     """Without adapters bit for bit; with them by no more than the plain path does from float32."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).eval()
-    fuse(base)
+    use_kernels(base, "auto")
     with torch.no_grad():
-        assert torch.equal(settled_logits(base), base(input_ids=TOKENS, use_cache=False).logits)
+        assert torch.equal(inference_logits(base), base(input_ids=TOKENS, use_cache=False).logits)
     model = with_lora(LlamaConfig(**SHAPE), torch.bfloat16).eval()
     exact = with_lora(LlamaConfig(**SHAPE)).eval()
     exact.load_state_dict(model.state_dict())
-    fuse(model)
+    use_kernels(model, "auto")
     with torch.no_grad():
         plain, right = (m(input_ids=TOKENS, use_cache=False).logits.float() for m in (model, exact))
-    assert float((settled_logits(model).float() - right).abs().mean()) < 1.05 * float((plain - right).abs().mean())
+    assert float((inference_logits(model).float() - right).abs().mean()) < 1.05 * float((plain - right).abs().mean())
 
 
 def test_with_biases_with_dora_and_with_adapters_that_are_off() -> None:
@@ -69,13 +70,13 @@ def test_with_biases_with_dora_and_with_adapters_that_are_off() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("base_layer.bias"):
                 parameter.data = torch.randn(parameter.shape)
-        fuse(model)
+        use_kernels(model, "auto")
         with torch.no_grad():
             plain = model(input_ids=TOKENS, use_cache=False).logits
-            assert float((settled_logits(model) - plain).abs().max()) < 1e-5
+            assert float((inference_logits(model) - plain).abs().max()) < 1e-5
             with model.disable_adapter():
                 base = model(input_ids=TOKENS, use_cache=False).logits
-                assert float((settled_logits(model) - base).abs().max()) < 1e-5
+                assert float((inference_logits(model) - base).abs().max()) < 1e-5
         assert float((plain - base).abs().max()) > 1e-2
 
 
@@ -92,7 +93,7 @@ def test_a_base_in_four_bits(computes_in: torch.dtype, tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape) * 0.1
-    fuse(model)
+    use_kernels(model, "auto")
     with torch.no_grad():
         plain = model(input_ids=TOKENS, use_cache=False).logits
     within = 1e-2 if computes_in == torch.bfloat16 else 1e-9
@@ -100,22 +101,22 @@ def test_a_base_in_four_bits(computes_in: torch.dtype, tmp_path: Path) -> None:
     def apart(one: torch.Tensor, other: torch.Tensor) -> float:
         return float((one - other).abs().mean() / other.abs().mean())
 
-    settled_once = settled_logits(model)
-    assert apart(settled_once, plain) < within
+    once = inference_logits(model)
+    assert apart(once, plain) < within
     with model.disable_adapter(), torch.no_grad():
         bare = model(input_ids=TOKENS, use_cache=False).logits
-        assert torch.equal(settled_logits(model), bare) and apart(bare, plain) > 0.1
+        assert torch.equal(inference_logits(model), bare) and apart(bare, plain) > 0.1
     keep_dense([base])
     with torch.no_grad():
         assert torch.equal(model(input_ids=TOKENS, use_cache=False).logits, plain)
-    assert torch.equal(settled_logits(model), settled_once)
+    assert torch.equal(inference_logits(model), once)
 
 
 def test_a_failure_inside_leaves_the_model_as_it_was() -> None:
     model = with_lora(FAMILIES["llama"]).eval()
-    fuse(model)
+    use_kernels(model, "auto")
     before = forwards(model)
-    with pytest.raises(ZeroDivisionError), settled.settled(model):
+    with pytest.raises(ZeroDivisionError), weights.inference_weights(model):
         raise ZeroDivisionError
     assert forwards(model) == before
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models.kernels.logprobs import Head, token_logprobs
+from posttrain.models.kernels.logprobs import Head, plain_logprobs, token_logprobs
 
 N, H, V = 11, 6, 17
 
@@ -37,6 +37,23 @@ def test_logprobs_and_gradients_are_those_of_log_softmax(
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     for have, need in zip(torch.autograd.grad((got * chooses).sum(), leaves), wanted, strict=True):
         torch.testing.assert_close(have, need, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (3.0, 2.0)])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_the_plain_reference_is_log_softmax_and_goes_in_chunks(
+    scale: float, softcap: float | None, trained: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.models.kernels.logprobs.chunk_logits", lambda device: rows * V)
+    hidden, target, head, chooses = case(scale, softcap, trained)
+    leaves = [hidden, head.weight, head.bias] if trained else [hidden]
+    want, got = plain(hidden, target, head), plain_logprobs(hidden, target, head)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    pairs = zip(*(torch.autograd.grad((x * chooses).sum(), leaves) for x in (got, want)), strict=True)
+    for have, need in pairs:
+        torch.testing.assert_close(have, need, rtol=1e-6, atol=2e-6)
+    assert plain_logprobs(hidden[:0], target[:0], head).shape == (0,)
 
 
 def test_frozen_head_keeps_no_logits_for_the_backward() -> None:

@@ -9,11 +9,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from posttrain.config.schema import Lora
 from posttrain.errors import UserError
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.models.peft.export import export_adapter
-from posttrain.models.quantization import keep_as_quantized, nf4
+from posttrain.models.peft.methods.lora import Lora
+from posttrain.models.quantization import keep_as_quantized
+from posttrain.models.quantization.nf4 import nf4
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 ALL, QV = "all-linear", ["q_proj", "v_proj"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,13 +19,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import posttrain
 from posttrain.config.compose import compose_run
+from posttrain.config.interfaces import METHODS as METHOD_FILES
+from posttrain.config.interfaces import QUANTIZERS
+from posttrain.config.paths import root
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.language.packed_lm import count_numbers
-from posttrain.models.peft.adalora import RankAllocator
-from posttrain.models.peft.attach import add_method, lr_ratio
-from posttrain.models.peft.export import export_adapter, final_ranks, remember_start
+from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.export import export_adapter
+from posttrain.models.peft.kinds import kind_of
+from posttrain.models.peft.methods.adalora import RankAllocator, final_ranks
 from posttrain.models.quantization import keep_as_quantized, quantization
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -175,14 +181,14 @@ def test_what_is_written_is_what_was_trained(base: Path, name: str, quant: str, 
     """Unchanged at the start (but for soft tokens), another function after training, the same one in plain peft."""
     bare = logits(load(base, quant))
     model: Any = add_method(load(base, quant), method(name), 10)
-    if name == "pissa":
-        remember_start(model)
     if name not in ("prefix", "ptuning", "prompt"):
         torch.testing.assert_close(logits(model), bare, rtol=0, atol=2e-5 if name in ("pissa", "dora") else 1e-6)
     trained(model)
     live = logits(model)
     assert (live - bare).abs().max() > 1e-4
     export_adapter(model, tmp_path, str(base))
+    targets = json.loads((tmp_path / "adapter_config.json").read_text()).get("target_modules")
+    assert not isinstance(targets, list) or targets == sorted(targets)  # peft's own order is another in every process
     again = PeftModel.from_pretrained(load(base, quant), str(tmp_path))
     assert again.peft_config["default"].base_model_name_or_path == str(base)
     torch.testing.assert_close(logits(again), live, rtol=0, atol=3e-5)
@@ -197,7 +203,7 @@ def test_what_cannot_go_on_a_quantized_base_is_refused(name: str, quant: str) ->
 def test_loraplus_has_b_learn_faster() -> None:
     plus = method("loraplus", "peft.lr_ratio=16")
     model = add_method(make("llama"), plus)
-    ratios = {name.split(".lora_")[1][0]: lr_ratio(plus, name) for name, p in model.named_parameters() if p.requires_grad}
+    ratios = {name.split(".lora_")[1][0]: plus.rate_of(name) for name, p in model.named_parameters() if p.requires_grad}
     assert ratios == {"A": 1.0, "B": 16.0}
 
 
@@ -219,6 +225,45 @@ def test_adalora_keeps_r_singular_values_on_average(base: Path, tmp_path: Path) 
         layer = again.get_base_model().get_submodule(name)
         assert (layer.lora_A["default"].weight.shape[0] if hasattr(layer, "lora_A") else 0) == rank
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("end", "steps", "last"),  # the step in which the last ranks go: steps - int(end * steps)
+    [(0.3, 1, 1), (0.0, 1, 1), (0.5, 2, 1), (0.7, 3, 1), (0.3, 2, None), (0.5, 3, None), (0.7, 5, None), (0.0, 2, None)],
+)
+def test_adalora_needs_a_step_to_weigh_ranks_in(end: float, steps: int, last: int | None) -> None:
+    chosen = method("adalora", "peft.start=0", f"peft.end={end}")
+    if last is None:
+        chosen.check_steps(steps)
+        return
+    with pytest.raises(UserError, match=rf"train\.max_steps: of {steps} steps adalora drops its last ranks in step {last},"):
+        chosen.check_steps(steps)
+
+
+def test_adalora_of_too_few_steps_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=tiny", "peft=adalora", "train.batch_size=2", "data.max_rows=20", "data.eval_rows=4", "eval.sets=null"]
+    done = posttrain.run("sft", *words, "train.max_steps=2", f"run.dir={tmp_path}/two")
+    assert len(done["peft"]["ranks"]) > 0 and done["steps"] == 2
+    monkeypatch.setattr("posttrain.stages.language.build.load_causal", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"train\.max_steps: of 1 steps adalora"):
+        posttrain.run("sft", *words, "train.max_steps=1", f"run.dir={tmp_path}/one")
+
+
+def test_every_file_is_the_method_that_it_is_called() -> None:
+    """By the name of the file, of its config, and of its YAML."""
+    for registry in (METHOD_FILES, QUANTIZERS):
+        for name, found in registry.all().items():
+            assert get_args(found.model_fields["method"].annotation) == (name,)
+    assert set(METHOD_FILES.names()) <= {file.stem for file in (root("configs") / "peft").glob("*.yaml")}
+    assert set(QUANTIZERS.names()) == {file.stem for file in (root("configs") / "quant").glob("*.yaml")}
+
+
+def test_what_an_adapter_says_of_its_kind_is_what_its_method_leaves(base: Path, tmp_path: Path) -> None:
+    for name in METHODS:
+        model: Any = add_method(load(base), method(name), 10)
+        export_adapter(model, tmp_path / name, str(base))
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert kind_of(config) is method(name).saves
 
 
 def test_adalora_penalty_is_pefts(base: Path) -> None:

@@ -20,7 +20,7 @@ from posttrain.data.collate import pack_pairs
 from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import correlation, expected_calibration_error, reliability, score_summary
-from posttrain.losses.preference import reward_loss
+from posttrain.losses.reward import reward_loss
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.language.reward_model import PackedScorer

@@ -15,7 +15,7 @@ from posttrain.commands.plan.memory import tally
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, Texts, bare, encode_texts, latent_scale, text_encoders
 from posttrain.models.diffusion.pipelines import pipeline_directory, shapes_of_pipeline
-from posttrain.models.language.activations import Cost, cost, same_shapes, with_magnitudes
+from posttrain.models.language.activations import Cost, cost
 from posttrain.models.quantization import blocks_linears
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.prepare import ImageData, read_images
@@ -44,8 +44,8 @@ def image_plan(cfg: Dreambooth, capacity: int) -> dict[str, Any]:
     return {
         "stage": cfg.stage,
         "model": cfg.model.name,
-        "method": cfg.peft.method,
-        "quant": cfg.quant.method,
+        "method": cfg.peft.name,
+        "quant": cfg.quant.name,
         "total_parameters": plain.total,
         "trained_parameters": plain.trained,
         "memory": {part: round(size) for part, size in (plain.parts | {"activations": kept}).items() if size},
@@ -87,10 +87,9 @@ def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool) -> _Counte
     images = cfg.train.batch_size * (2 if cfg.prior.weight > 0 else 1)
     caption, text = str(cfg.data.instance_prompt or cfg.data.class_prompt or "a picture"), cfg.dreambooth.text_encoder
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        parts = trained_parts(pipe, same_shapes(cfg.peft), text, 1000, recompute)
+        parts = trained_parts(pipe, cfg.peft, text, 1000, recompute)
         texts, read = _cost(lambda: encode_texts(pipe, [caption] * images))
         model = DiffusionModel(pipe, [caption], texts, parts)
-        with_magnitudes(model, cfg.peft)
     found = tally(cfg, model, model, list(blocks_linears(bare(model.denoiser)).values()))
     drawn = _denoised(model, texts, images, inputs.framing.side // latent_scale(pipe))
     used = not cfg.data.cache or text

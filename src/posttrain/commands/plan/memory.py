@@ -12,16 +12,9 @@ from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.peft.targets import linears
 
-BLOCK, BLOCK_OF_CONSTANTS = 64, 256  # of NF4, and of the second quantization (Dettmers et al. 2023)
 SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
+BLOCK_OF_MOMENTS = 256  # that share a constant
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def nf4_bytes(numbers: float, double_quant: bool = True) -> tuple[float, float]:
-    """(weights, constants) in bytes: half a byte a number; a float32 a block of 64, or 8 bit and a float32 a block of 256 of
-    those: 0.127 bit a number."""
-    blocks = -(-numbers // BLOCK)
-    return numbers / 2, blocks + 4 * -(-blocks // BLOCK_OF_CONSTANTS) if double_quant else 4 * blocks
 
 
 def adamw_bytes(numbers: float, itemsize: int = 4) -> float:
@@ -46,10 +39,10 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     found = tally(cfg, model, base, list(linears(base).values()))
-    kept = activations(model, tokens, sequences)
+    kept = activations(model, tokens, sequences, cfg.model.kernels)
     parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
-    if cfg.quant.method == "nf4" and cfg.quant.dense_layers != "auto":  # which takes no more than is left
-        share = min(1.0, cfg.quant.dense_layers / config.get_text_config().num_hidden_layers)
+    if (dense := cfg.quant.kept_dense) != "auto":  # which takes no more than is left
+        share = min(1.0, dense / config.get_text_config().num_hidden_layers)
         parts["dense copies"] = 4.0 * found.parts["quantized weights"] * share  # of half a byte
     return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops)
 
@@ -67,7 +60,7 @@ def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[nn.Modu
     linear = {id(_base(module).weight) for module in quantizable}
     weights = quantized = constants = adapters = gradients = optimizer = 0.0
     total = trained = 0
-    own = {id(p) for name, p in base.named_parameters() if not _is_adapter(name)}
+    own = {id(p) for name, p in base.named_parameters() if not cfg.peft.owns(name)}
     for p in {id(p): p for p in model.parameters()}.values():
         numbers, size = p.numel(), p.numel() * p.element_size()
         total += numbers
@@ -77,11 +70,8 @@ def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[nn.Modu
             optimizer += moments(cfg.optim.name, numbers, p.element_size())
         if id(p) not in own:
             adapters += size
-        elif id(p) in linear and cfg.quant.method == "nf4":
-            in_four, extra = nf4_bytes(numbers, cfg.quant.double_quant)
-            quantized, constants = quantized + in_four, constants + extra
-        elif id(p) in linear and cfg.quant.method == "int8":
-            quantized, constants = quantized + numbers, constants + 4 * p.shape[0]
+        elif id(p) in linear and (kept := cfg.quant.weight_bytes(p.shape)):
+            quantized, constants = quantized + kept[0], constants + kept[1]
         else:
             weights += size
     parts = {"weights": weights, "quantized weights": quantized, "quantization constants": constants, "adapters": adapters}
@@ -99,13 +89,9 @@ def moments(optimizer: str, numbers: int, itemsize: int) -> float:
     """Bytes of AdamW's two moments of one tensor, as `make_optimizer` will have them on this machine."""
     eight_bit = optimizer in ("adamw_8bit", "paged_adamw_8bit") and torch.cuda.is_available()
     if eight_bit and numbers >= SMALLEST_IN_8_BIT:
-        return 2 * (numbers + 4 * -(-numbers // BLOCK_OF_CONSTANTS))
+        return 2 * (numbers + 4 * -(-numbers // BLOCK_OF_MOMENTS))
     return 2 * numbers * (4 if eight_bit else itemsize)
 
 
 def _base(module: Any) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
-
-
-def _is_adapter(name: str) -> bool:
-    return any(part in name for part in ("lora_", "vera_", "bottleneck_", "prompt_encoder", "magnitude"))

@@ -75,8 +75,8 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
     return {
         "stage": cfg.stage,
         "model": cfg.model.name,
-        "method": cfg.peft.method,
-        "quant": cfg.quant.method,
+        "method": cfg.peft.name,
+        "quant": cfg.quant.name,
         "total_parameters": found.total_parameters,
         "trained_parameters": found.trained_parameters,
         "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import Field, model_validator
 
+from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict
 from posttrain.config.paths import root
-from posttrain.config.schema.basic import NonNegative, OneOf, Positive, Rate, Share, Strict
 from posttrain.registry import Registry
 
 DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format")

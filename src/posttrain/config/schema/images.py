@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Strict, listed
+from posttrain.config.fields import NonNegative, Positive, Rate, Strict, listed
 
 
 class ImageData(Strict):

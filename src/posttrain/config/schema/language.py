@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.choices import PREFERENCE_LOSSES, Advantage, KlEstimator
+from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
 
 
 class DpoConfig(Strict):
     beta: Rate
-    loss: Literal["sigmoid", "ipo", "sigmoid_norm"]
+    loss: Annotated[str, OneOf(PREFERENCE_LOSSES)]
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    options: dict[str, float | bool | str] | None  # of the chosen loss alone
 
 
 class EwcConfig(Strict):
@@ -71,12 +73,12 @@ class RmConfig(Strict):
 
 
 class PpoConfig(Strict):
-    advantage: Literal["gae", "grpo", "rloo"]
+    advantage: Advantage
     samples: Positive  # answers to a prompt
     gamma: Share
     lam: Share
     kl_coef: Annotated[float, Field(ge=0)]  # of the KL to the stage's start, taken off the reward
-    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_estimator: KlEstimator
     target_kl: Rate | None  # nats an answer; kl_coef then follows it
     kl_rate: Annotated[float, Field(gt=0, lt=1)]
     clip: Rate

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from posttrain.config.schema.basic import Rate, Strict
+from posttrain.config.fields import Rate, Strict
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
 from posttrain.config.schema.model import ChainConfig, LanguageModel, ModelConfig, PeftConfig, QuantConfig
@@ -30,25 +30,19 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
-        if self.quant.method != "none" and (self.peft.output == "model" or self.peft.method == "pissa"):
-            how = {"none": "in full", "pissa": "by pissa, which writes into the base"}.get(
-                self.peft.method, f"by {self.peft.method}"
-            )
-            raise ValueError(f"quant={self.quant.method} cannot be trained {how}; add +peft=qlora, or say quant=none")
-        if self.quant.method == "int8" and self.peft.method == "dora":
-            raise ValueError("quant=int8 cannot be trained by dora, which has to read the whole weight; say quant=nf4")
-        if self.quant.method != "none" and self.train.fsdp:
-            raise ValueError(f"train.fsdp does not shard a base in {self.quant.method}; say quant=none, or train.fsdp=false")
-        if self.train.fsdp and not (self.peft.output == "model" or self.peft.is_additive):
-            raise ValueError(f"train.fsdp does not shard peft={self.peft.method}; use peft=lora, or train.fsdp=false")
+        self.peft.check_base(self.quant)
+        if self.quant.is_quantized and self.train.fsdp:
+            raise ValueError(f"train.fsdp does not shard a base in {self.quant.name}; say quant=none, or train.fsdp=false")
+        if self.train.fsdp and not self.peft.for_fsdp:
+            raise ValueError(f"train.fsdp does not shard peft={self.peft.name}; use peft=lora, or train.fsdp=false")
         return self
 
     @property
     def base_dtype(self) -> str:
-        """Of a frozen base 16 bit, of weights that are trained (or that PiSSA writes into) 32, unless the user says otherwise."""
+        """Of a frozen base 16 bit, of weights that are trained or written into 32, unless the user says otherwise."""
         if self.model.dtype != "auto":
             return self.model.dtype
-        return "float32" if self.peft.output == "model" or self.peft.method == "pissa" else "bfloat16"
+        return "float32" if self.peft.writes_base else "bfloat16"
 
 
 class LanguageStage(Stage):
@@ -62,6 +56,12 @@ class LanguageStage(Stage):
     def example_length(self) -> int:
         """Tokens that a row of data may have."""
         return self.train.max_length
+
+    @model_validator(mode="after")
+    def _dense_copies_are_read(self) -> LanguageStage:
+        if self.model.kernels == "reference" and self.quant.kept_dense not in ("auto", 0):
+            raise ValueError("quant.dense_layers: model.kernels=reference reads no dense copies; say quant.dense_layers=0")
+        return self
 
 
 class Guarded(LanguageStage):

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool
 
-from posttrain.config.schema.basic import NonNegative, Positive, Rate, Share, Strict, listed
+from posttrain.config.choices import Schedule
+from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, listed
 
 
 class OptimConfig(Strict):
@@ -15,7 +16,7 @@ class OptimConfig(Strict):
     betas: tuple[Share, Share]
     eps: Rate
     weight_decay: Annotated[float, Field(ge=0)]
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: Schedule
     warmup_ratio: Share
     max_grad_norm: Rate | None
 

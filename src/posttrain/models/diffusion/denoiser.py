@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from posttrain.config import schema
+from posttrain.config.interfaces import Method
 from posttrain.errors import UserError
 from posttrain.models.diffusion.families import FAMILIES, bare, text_encoders
-from posttrain.models.peft.attach import NEW, add_method
-from posttrain.models.peft.export import Factors, remember_start, sums
+from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.export import Factors, write_as_peft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 ATTENTION = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
 
 
-def trained_parts(pipe: Any, method: schema.Method, text_encoder: bool, num_steps: int, recompute: bool) -> dict[str, nn.Module]:
+def trained_parts(pipe: Any, method: Method, text_encoder: bool, num_steps: int, recompute: bool) -> dict[str, nn.Module]:
     """Component name -> what of it is trained, with its method on it. recompute: activations in the backward pass.
 
     Raises UserError for targets that match nothing and ranks that do not fit.
@@ -31,39 +31,31 @@ def trained_parts(pipe: Any, method: schema.Method, text_encoder: bool, num_step
     chosen: dict[str, Any] = {family.denoiser: getattr(pipe, family.denoiser)}
     if text_encoder:
         chosen |= {n: m for n, m in text_encoders(pipe).items() if isinstance(m, CLIPTextModel | CLIPTextModelWithProjection)}
-    if isinstance(method, schema.Targeted) and method.targets == "attention":
-        method = method.model_copy(update={"targets": ATTENTION})
+    method = method.with_targets({"attention": ATTENTION})
     found = {}
     for name, module in chosen.items():
         if recompute:
             (module.gradient_checkpointing_enable if name.startswith("text") else module.enable_gradient_checkpointing)()
-        found[name] = (
-            module.requires_grad_(True) if method.output == "model" else add_method(module, method, num_steps, task=None)
-        )
-        if method.method == "pissa":  # pyright: ignore
-            remember_start(found[name])
+        found[name] = add_method(module, method, num_steps, task=None)
     return found
 
 
-def save_adapter(parts: dict[str, Any], out: Path, is_additive: bool, base: str) -> None:
+def save_adapter(parts: dict[str, Any], out: Path, method: Method, base: str) -> None:
     """The adapter of every part, as plain diffusers loads it: one file of LoRA factors whose scale is in them, each change B A.
 
-    Layers of lower rank are filled up with zeros, for loaders take one rank for all. What is no LoRA is left in peft's own
-    format, in a folder a part.
+    Layers of lower rank are filled up with zeros, for loaders take one rank for all. What diffusers cannot load is left in
+    peft's own format, in a folder a part.
     """
     tensors: dict[str, Tensor] = {}
     out.mkdir(parents=True)
     for name, module in parts.items():
-        if is_additive:
-            scale, layers = sums(module)
+        if found := method.sums(module):
+            scale, layers = found
             tensors |= lora_tensors(name, {layer: Factors(f.a, f.b * scale) for layer, f in layers.items()})
-        elif module.peft_config[NEW].peft_type == "LORA":
-            tensors |= _dora_tensors(name, module)
+        elif others := method.image_tensors(module):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in others.items()}
         else:
-            module.peft_config[NEW].base_model_name_or_path = base
-            module.save_pretrained(str(out / name), selected_adapters=[NEW])
-            for file in (out / name / NEW).glob("*"):
-                shutil.move(file, out / name)
+            write_as_peft(module, out / name, base)
     if tensors:
         write_tensors(tensors, out)
 
@@ -85,19 +77,6 @@ def write_tensors(tensors: dict[str, Tensor], out: Path) -> None:
     written = load_file(out / LORA_FILE)
     if any(not torch.equal(written[name], tensor) for name, tensor in tensors.items()):
         raise OSError(f"{out / LORA_FILE} does not hold what was written; is the disk sound?")
-
-
-def _dora_tensors(part: str, module: Any) -> dict[str, Tensor]:
-    """W' = m (W + s B A) / |W + s B A|: the scale goes into B, the magnitude is a vector of its own."""
-    from peft import get_peft_model_state_dict
-
-    config = module.peft_config[NEW]
-    found = {}
-    for key, value in get_peft_model_state_dict(module, adapter_name=NEW).items():
-        kept = value.detach().float().cpu()
-        scaled = kept * (config.lora_alpha / config.r) if ".lora_B." in key else kept
-        found[f"{part}.{key.removeprefix('base_model.model.')}"] = scaled.contiguous()
-    return found
 
 
 def read_factors(adapter: Path, field: str) -> dict[str, dict[str, Factors]]:

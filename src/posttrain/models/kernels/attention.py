@@ -2,9 +2,9 @@
 
 Each is an attention function of transformers' AttentionInterface. The pack's `DocumentMask` travels as a keyword of
 the model's forward; without one (generation) the functions behave as plain causal attention.
-documents: segment by segment, or short ones side by side, so next to nothing is computed that a mask would throw away. dense: one
-explicit [T, T] mask, for attention that needs all scores (softcap, sinks), and as the reference. flex: FlexAttention's sparse
-blocks (CUDA).
+documents: segment by segment, or short ones side by side, so next to nothing is computed that a mask would throw away. flex:
+FlexAttention's sparse blocks (CUDA). dense: one explicit [T, T] mask, for attention that needs all scores (softcap, sinks), and
+the plain reference of the other two.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from posttrain.errors import UserError
 from posttrain.models.kernels.masks import Band, DocumentMask, Run, context_mask
 
+Sdpa = Callable[..., Tensor]  # as torch's scaled_dot_product_attention
 ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Tokens of a run whose scores a CPU writes out in half precision: half of the flash kernel's time for documents of 128 tokens,
@@ -66,7 +67,7 @@ def _plain_attention(
 
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
-    *, dropout: float, scaling: float | None, window: int | None,
+    *, dropout: float, scaling: float | None, window: int | None, sdpa: Sdpa = scaled_dot_product_attention,
 ) -> Tensor:  # fmt: skip
     """[1, heads, T, dim] -> the same shape, run by run. key, value: with the memory before them."""
     remembered = key[:, :, : mask.size], value[:, :, : mask.size]
@@ -81,7 +82,7 @@ def _by_document(
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             outputs.append(_WrittenOut.apply(q, k, v, mask.bands(run, window), scale))
         else:
-            outputs += _by_segment(q, k, v, remembered, run, mask, dropout=dropout, scaling=scaling, window=window)
+            outputs += _by_segment(q, k, v, remembered, run, mask, dropout=dropout, scaling=scaling, window=window, sdpa=sdpa)
     return torch.cat(outputs, dim=2)
 
 
@@ -146,9 +147,9 @@ def _chances(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
 
 def _by_segment(
     query: Tensor, key: Tensor, value: Tensor, remembered: tuple[Tensor, Tensor], run: Run, mask: DocumentMask,
-    *, dropout: float, scaling: float | None, window: int | None,
+    *, dropout: float, scaling: float | None, window: int | None, sdpa: Sdpa,
 ) -> list[Tensor]:  # fmt: skip
-    """One SDPA call for each segment of a run."""
+    """One call of SDPA for each segment of a run."""
     grouped = query.shape[1] != key.shape[1]
     lengths = [s.stop - s.start for s in run.segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
@@ -164,40 +165,13 @@ def _by_segment(
         k, v = (torch.cat(both, dim=2) if len(parts) > 1 else both[0] for both in zip(*parts, strict=True))
         beyond = window is not None and before + length > window
         context = mask.context(before, length, window if beyond else None) if before or beyond else None
-        if query.is_meta:
-            outputs.append(_Counted.apply(queries[i], k, v))
-            continue
-        outputs.append(
-            scaled_dot_product_attention(
-                queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling, enable_gqa=grouped
-            )
-        )
+        outputs.append(sdpa(queries[i], k, v, context, dropout, is_causal=context is None, scale=scaling, enable_gqa=grouped))
     return outputs
 
 
-class _Counted(torch.autograd.Function):
-    """Attention without numbers, for a plan: keeps what the flash kernels keep and does as many products as they, where the meta
-    device would write out all scores."""
+def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """For transformers' AttentionInterface. how: documents | dense | flex. sdpa: what computes a segment of `documents`."""
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
-        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], device="meta"))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, *_ = ctx.saved_tensors
-        wide, long = query.shape, key.shape[2]
-        scores = query.new_empty(*wide[:3], long)
-        for _ in range(2):  # scores once more, and their gradient
-            torch.matmul(query, query.new_empty(*wide[:2], wide[3], long))
-        for _ in range(2):  # gradients of key and value
-            torch.matmul(scores.transpose(2, 3), query)
-        return torch.matmul(scores, query.new_empty(*wide[:2], long, wide[3])), torch.empty_like(key), torch.empty_like(value)
-
-
-def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
@@ -223,17 +197,33 @@ def _attention(how: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return flex_attention_forward(module, query, key, value, blocks, scaling, softcap, s_aux, dropout=dropout)
         if softcap is not None or s_aux is not None:
             raise UserError("model.attention: documents cannot compute this model's softcap or sinks; use dense")
-        output = _by_document(query, key, value, document_mask, dropout=dropout, scaling=scaling, window=sliding_window)
+        options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "sdpa": sdpa}
+        output = _by_document(query, key, value, document_mask, **options)
         return output.transpose(1, 2).contiguous(), None
 
     return forward
 
 
-def register() -> None:
-    """Make the three functions known to transformers. The mask is SDPA's, for the calls without a pack."""
-    for how, name in ATTENTION.items():
-        AttentionInterface.register(name, _attention(how))
-        AttentionMaskInterface.register(name, sdpa_mask)
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers. The mask is SDPA's, for the calls without a pack."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+for _how, _name in ATTENTION.items():
+    register(_name, attention_function(_how))
+
+
+def default_attention(device: torch.device) -> str:
+    """What `model.attention=auto` is on this device."""
+    return "flex" if device.type == "cuda" else "documents"
+
+
+def chosen_attention(asked: str, device: torch.device) -> str:
+    """documents | dense | flex. asked: these, or auto. Raises UserError for flex where there is no kernel of it to train with."""
+    if asked == "flex" and device.type in ("cpu", "mps"):
+        raise UserError(f"model.attention: flex needs a CUDA device, and this one is {device.type}; say documents or auto")
+    return default_attention(device) if asked == "auto" else asked
 
 
 def sliding_windows(config: PretrainedConfig) -> list[int | None]:

@@ -1,83 +1,39 @@
 """The same functions as transformers' and peft's modules, with fewer passes over memory and fewer numbers kept for the backward.
 
 Linear layers with LoRA: the update is added into the layer's own output, in the base's number format, with the scale folded into
-B. RMSNorm and SwiGLU: what can be computed again from what is kept anyway is not kept. Only modules whose source is the one that
-these functions were written after are touched; a call that asks for more (DoRA, autocast) takes the module's own way.
+B. RMSNorm and SwiGLU: what can be computed again from what is kept anyway is not kept. The plain reference of each is the
+module's own forward, to which a call that asks for more (DoRA, autocast) is handed on. choice.py gives them to modules.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from posttrain.models.quantization import dense_weight
-
-
-def fuse(model: nn.Module) -> None:
-    """Give every module of `model` that has a leaner way its leaner way. Weights and names stay as they are."""
-    from peft.tuners.lora import Linear as LoraLinear
-
-    kinds = [LoraLinear, *_four_bit()]
-    for module in model.modules():
-        if type(module) in kinds and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):  # pyright: ignore
-            _replace(module, _lora_forward)
-        elif _is_like(module, LlamaRMSNorm):
-            _replace(module, _norm_forward)
-        elif _is_like(module, LlamaMLP) and isinstance(module.act_fn, nn.SiLU | _silu_kinds()):  # pyright: ignore
-            _replace(module, _mlp_forward)
-
+from posttrain.models.quantization.nf4 import dense_weight
 
 OWN = "_own_forward"  # of a module that has a leaner way: what it did before
 
 
-def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a module a leaner way. Its weights and their names stay as they are."""
     if not hasattr(module, OWN):
         setattr(module, OWN, module.forward)
         module.forward = forward.__get__(module)
 
 
-@cache
-def _source(kind: type[nn.Module]) -> str:
-    try:
-        return inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return kind.__qualname__  # code without source is taken for unlike any other
-
-
-def _is_like(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return _source(type(module)) == _source(kind)
-
-
-@cache
-def _silu_kinds() -> type[nn.Module]:
-    from transformers.activations import ACT2FN
-
-    return type(ACT2FN["silu"])
-
-
-def _four_bit() -> list[type[nn.Module]]:
-    try:
-        from peft.tuners.lora.bnb import Linear4bit
-    except ImportError:  # without bitsandbytes peft does not have it
-        return []
-    return [Linear4bit]
-
-
-def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's forward of a linear layer, for plain LoRA adapters; whatever else is left to peft."""
-    if args or kwargs or not _is_plain(self, x):
+    if args or kwargs or not is_plain(self, x):
         return self._own_forward(x, *args, **kwargs)
-    return _with_lora(self, x, None)
+    return with_lora(self, x, None)
 
 
-def _is_plain(layer: Any, x: Tensor) -> bool:
+def is_plain(layer: Any, x: Tensor) -> bool:
     """Is this call `_LoraLinear`, of `x`? Not with a base that trains, another format, DoRA, hooks, autocast, two dropouts."""
     names = _speaking(layer)
     if not names or layer.merged or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
@@ -110,12 +66,12 @@ def _dropout(layer: Any, names: Sequence[str]) -> float:
 
 
 def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """All that the active adapters of a layer that `fuse` has changed add, as two factors: A [R, in] and s B [out, R], in the
-    format that the layer computes in. None for another module, and where they do more than add a product."""
-    if getattr(getattr(layer, "forward", None), "__func__", None) is not _lora_forward:
+    """All that the active adapters of a layer with `lora_forward` add, as two factors: A [R, in] and s B [out, R], in the format
+    that the layer computes in. None for another module, and where they do more than add a product."""
+    if getattr(getattr(layer, "forward", None), "__func__", None) is not lora_forward:
         return None
     dtype = _computes_in(layer.base_layer)
-    if dtype is None or not _is_plain(layer, torch.empty(0, dtype=dtype, device=layer.base_layer.weight.device)):
+    if dtype is None or not is_plain(layer, torch.empty(0, dtype=dtype, device=layer.base_layer.weight.device)):
         return None
     if _dropout(layer, _speaking(layer)):
         return None
@@ -129,7 +85,8 @@ def _factors(layer: Any) -> tuple[list[Tensor], tuple[float, ...]]:
     return factors, tuple(float(layer.scaling[name]) for name in names)
 
 
-def _with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
+def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
+    """`_LoraLinear` of a layer for which `is_plain`, of x or of silu(x) * gated."""
     names, base = _speaking(layer), layer.base_layer
     factors, scales = _factors(layer)
     quantized = getattr(base.weight, "quant_state", None)
@@ -216,7 +173,8 @@ def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor
     return found
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """LlamaRMSNorm's forward."""
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -242,11 +200,11 @@ class _RMSNorm(torch.autograd.Function):
         return of_x.to(x.dtype), of_weight, None
 
 
-def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)). What goes into `down` is kept as the two that it is made of."""
+def mlp_forward(self: Any, x: Tensor) -> Tensor:
+    """LlamaMLP's forward, down(silu(gate(x)) * up(x)). What goes into `down` is kept as the two that it is made of."""
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-    if hasattr(down, OWN) and gate.dtype == up.dtype and _is_plain(down, gate):
-        return _with_lora(down, gate, up)
+    if hasattr(down, OWN) and gate.dtype == up.dtype and is_plain(down, gate):
+        return with_lora(down, gate, up)
     return down(_SiluProduct.apply(gate, up))
 
 

@@ -1,7 +1,8 @@
 """A model that stays as it is for a while, as it does in a rollout: what follows from its weights alone is worked out once.
 
 Adapters of a layer are joined and cast once, nothing is kept for a backward, and on a CPU weights are laid out as its products
-read them, which a product of few rows would otherwise do anew each time: it then takes a half or a third of the time.
+read them, which a product of few rows would otherwise do anew each time: it then takes a half or a third of the time. The plain
+reference is the model outside of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SHARE = 0.25
 
 
 @contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
+def inference_weights(model: nn.Module) -> Iterator[None]:
     """Inside, weights and active adapters must not change, and no gradient is to be had.
 
     The same function within rounding, and bit for bit in 16-bit formats where no adapter is.
@@ -56,9 +57,18 @@ def settled(model: nn.Module) -> Iterator[None]:
                 del module.forward
 
 
+def missing() -> str:
+    """Which of oneDNN's operations for weights laid out, none of them public, this torch does not have though it has oneDNN; ''
+    where it has all."""
+    if not torch.backends.mkldnn.is_available():
+        return ""
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    return next((f"torch.ops.mkldnn.{name}" for name in names if not hasattr(torch.ops.mkldnn, name)), "")
+
+
 def _lays_out(model: nn.Module) -> bool:
     """Is this a CPU whose library has a layout of its own for weights, and memory to hold them twice?"""
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    if not torch.backends.mkldnn.is_available() or missing() or torch.is_autocast_enabled("cpu"):
         return False
     size = sum(p.numel() * p.element_size() for p in model.parameters() if _fits(p))
     return size <= SHARE * psutil.virtual_memory().total

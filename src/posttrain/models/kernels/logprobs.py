@@ -1,8 +1,11 @@
-"""Log-probabilities of given tokens from hidden states, without the logits of a whole sequence ever in memory."""
+"""Log-probabilities of given tokens from hidden states, without the logits of a whole sequence ever in memory.
+
+`token_logprobs` goes tile by tile and has a backward of its own; `plain_logprobs` is its plain reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,15 +81,25 @@ def token_logprobs(hidden: Tensor, target: Tensor, head: Head, rows: int | None 
     return _Logprobs.apply(hidden, head.weight, head.bias, target, head, (rows or size[0], words or size[1]))
 
 
+def plain_logprobs(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
+    """`token_logprobs` by log_softmax and gather, with autograd's own backward: the reference."""
+    return _by_chunks(lambda logps, words: logps.gather(1, words[:, None])[:, 0], hidden, head, target)
+
+
 def token_entropies(hidden: Tensor, head: Head) -> Tensor:
-    """Entropy of the next token in nats: [N, H] -> float32 [N]. In chunks, each computed again in the backward."""
+    """Entropy of the next token in nats: [N, H] -> float32 [N]."""
+    return _by_chunks(lambda logps: -(logps.exp() * logps).sum(-1), hidden, head)
 
-    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logps = head._replace(weight=weight, bias=bias).logits(hidden).log_softmax(-1)
-        return -(logps.exp() * logps).sum(-1)
 
-    pieces = hidden.split(head.chunk)
-    found = [checkpoint(compute, h, head.weight, head.bias, use_reentrant=False, preserve_rng_state=False) for h in pieces]
+def _by_chunks(figure: Callable[..., Tensor], hidden: Tensor, head: Head, *others: Tensor) -> Tensor:
+    """figure(log-probs of all words [n, V], `others`) of all rows, in chunks of n, each computed again in the backward."""
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+        return figure(head._replace(weight=weight, bias=bias).logits(hidden).log_softmax(-1), *others)
+
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    pieces = zip(*(x.split(head.chunk) for x in (hidden, *others)), strict=True)
+    found = [checkpoint(compute, some, head.weight, head.bias, *more, **options) for some, *more in pieces]
     return torch.cat(found)  # pyright: ignore
 
 

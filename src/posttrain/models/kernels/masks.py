@@ -1,4 +1,7 @@
-"""Who attends to whom in a pack: one relation of segments, as the masks that each way of computing attention asks for."""
+"""Who attends to whom in a pack: one relation of segments, as the masks that each way of computing attention asks for.
+
+`dense_mask` is the relation written out, and the plain reference of all others.
+"""
 
 from __future__ import annotations
 

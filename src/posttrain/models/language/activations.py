@@ -11,43 +11,25 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.batch import Segment
-from posttrain.config import schema
+from posttrain.config.choices import Kernels
+from posttrain.config.interfaces import Method
+from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.peft.attach import NEW, add_method
+from posttrain.models.peft.attach import add_method
 
 KeptBytes = TypeVar("KeptBytes")
 
 
-def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: schema.Method) -> nn.Module:
+def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
     """The model with its method, on the meta device: shapes without numbers."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), same_shapes(method), 1000)
-    return with_magnitudes(model, method)
-
-
-def same_shapes(method: schema.Method) -> schema.Method:
-    """A method that needs no weights to begin from, with the shapes of `method`, but for DoRA's magnitudes: PiSSA and DoRA
-    compute their start."""
-    if method.method not in ("pissa", "dora"):  # type: ignore[attr-defined]
-        return method
-    fields = {key: value for key, value in method.model_dump().items() if key in schema.Lora.model_fields}
-    return schema.Lora.model_validate({**fields, "method": "lora"})
-
-
-def with_magnitudes(model: nn.Module, method: schema.Method) -> nn.Module:
-    """The same with DoRA's magnitudes, where `method` is DoRA, on every layer that `same_shapes` of it has adapted."""
-    if isinstance(method, schema.Dora):
-        module: Any
-        for module in list(model.modules()):
-            if NEW in getattr(module, "lora_B", {}):
-                size, dtype = module.lora_B[NEW].out_features, getattr(torch, method.dtype)
-                module.register_parameter("magnitude", nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
-    return model
+        return add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
 
 
 class Cost(NamedTuple):
@@ -81,6 +63,36 @@ def cost(
     return found, Cost(float(sum(storage.nbytes() for storage in storages.values())), float(counter.get_total_flops()))
 
 
+class _Counted(torch.autograd.Function):
+    """Attention without numbers: keeps what the flash kernels keep and does as many products as they, where the meta device would
+    write out all scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], device="meta"))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        wide, long = query.shape, key.shape[2]
+        scores = query.new_empty(*wide[:3], long)
+        for _ in range(2):  # scores once more, and their gradient
+            torch.matmul(query, query.new_empty(*wide[:2], wide[3], long))
+        for _ in range(2):  # gradients of key and value
+            torch.matmul(scores.transpose(2, 3), query)
+        return torch.matmul(scores, query.new_empty(*wide[:2], long, wide[3])), torch.empty_like(key), torch.empty_like(value)
+
+
+def _counted(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _Counted.apply(query, key, value)  # pyright: ignore
+
+
+COUNTED = "posttrain_counted"
+register(COUNTED, attention_function("documents", _counted))
+
+
 class Activations(NamedTuple):
     """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
 
@@ -89,13 +101,14 @@ class Activations(NamedTuple):
     flops: float
 
 
-def activations(model: nn.Module, tokens: int, sequences: int) -> Activations:
-    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes.
+def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels = "auto") -> Activations:
+    """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes. kernels: as `model.kernels`.
 
     The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
     layer's input and one layer's inside.
     """
-    lm = PackedLM(model, "documents")
+    lm = PackedLM(model, "documents", kernels)
+    lm.causal.set_attn_implementation(COUNTED)
     lm.train()
     length = max(1, tokens // sequences)
     bounds = [*range(0, length * sequences, length), tokens]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain.batch import Segment
-from posttrain.models.kernels.inference_weights import settled
+from posttrain.models.kernels.choice import for_inference
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.kv_cache import roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
@@ -65,7 +65,7 @@ def sample(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = max(1, sampling.at_once // samples)
     found: dict[int, list[Answer]] = {}
-    with settled(lm):
+    with for_inference(lm, lm.report.kernels):
         for start in range(0, len(prompts), size):
             chosen = by_length[start : start + size]
             answers = _together(lm, [prompts[i] for i in chosen], samples, sampling, torch.tensor(ends))

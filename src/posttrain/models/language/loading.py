@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
+from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -21,7 +23,8 @@ from posttrain.runs.directory import checked_weights, read_manifest
 @dataclass(frozen=True)
 class LoadedModel:
     """model: of transformers, or peft's around it, in evaluation mode. name: where it came from. source: of the base, for its
-    generation config. weights: the run's own files. digest: of the base's weights, '' for a bare model."""
+    generation config. weights: the run's own files. digest: of the base's weights, '' for a bare model. kernels: as the run had
+    `model.kernels`."""
 
     name: str
     model: Any
@@ -30,6 +33,12 @@ class LoadedModel:
     digest: str = ""
     weights: Path = Path()
     revision: str | None = None  # of source
+    kernels: Kernels = "auto"
+
+    @property
+    def attention(self) -> str:
+        """How packs are read."""
+        return default_attention(self.model.device)
 
 
 def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool) -> Any:
@@ -57,14 +66,14 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
     if "pipeline" in manifest:
         raise UserError(f"{directory} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
     weights = checked_weights(directory, manifest, "run")
-    precision = dtype or manifest["dtype"]
+    precision, kernels = dtype or manifest["dtype"], manifest.get("kernels", {}).get("choice", "auto")
     tokenizer = load_tokenizer(str(weights), None, False, None)
     if manifest["weights"]["kind"] == "model":
         model = load_causal(str(weights), None, precision, device, False, None)
-        return LoadedModel(str(run), model.eval(), tokenizer, str(weights), weights=weights)
+        return LoadedModel(str(run), model.eval(), tokenizer, str(weights), weights=weights, kernels=kernels)
     base = manifest["base"]
     model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, base["revision"])
+    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, base["revision"], kernels)
 
 
 def is_scorer(run: str | Path) -> bool:
@@ -75,7 +84,7 @@ def is_scorer(run: str | Path) -> bool:
 
 def scorer(live: LoadedModel) -> PackedScorer:
     """A reward model that reads packs, with the head it was saved with."""
-    found = PackedScorer(live.model, "flex" if live.model.device.type == "cuda" else "documents")
+    found = PackedScorer(live.model, live.attention, live.kernels)
     found.load_head(live.weights)
     return found.eval()
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.data.collate import pack, pack_pairs
-from posttrain.losses.preference import likelihood_preference
+from posttrain.losses.reward import likelihood_preference
 from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.training.objective import Objective
 

@@ -15,10 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from posttrain.batch import PackedBatch, Segment
+from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
-from posttrain.models.kernels import attention as attentions
-from posttrain.models.kernels.fused import fuse
-from posttrain.models.kernels.logprobs import Head, head_of, token_logprobs
+from posttrain.models.kernels.attention import ATTENTION, sliding_windows
+from posttrain.models.kernels.choice import use_kernels
+from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.tokenizer import first_line, trusted
 from posttrain.models.peft import soft_prompts as prompts
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 # Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
 TOLERATED_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-attentions.register()
 
 
 def load_causal(
@@ -85,17 +84,18 @@ def count_numbers(model: nn.Module) -> tuple[int, int]:
 class PackedLM(nn.Module):
     """A causal model, with adapters or without, that reads packs.
 
-    attention: documents | flex | dense. Raises UserError for a model that documents would leak through.
+    attention: documents | flex | dense. kernels: as `model.kernels`; `report` says what became of that. Raises UserError for a
+    model that documents would leak through.
     """
 
-    def __init__(self, model: nn.Module, attention: str) -> None:
+    def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.model = model
-        self.prompt_kind = prompts.kind_of(model)
-        fuse(model)
+        self.prompt_kind = prompts.virtual_of(model)
+        self.report = use_kernels(model, kernels)
         if self.causal.device.type != "meta":  # without weights there is nothing to compare
             check_packing(self, attention)
-        self.causal.set_attn_implementation(attentions.ATTENTION[attention])
+        self.causal.set_attn_implementation(ATTENTION[attention])
 
     @property
     def num_layers(self) -> int:
@@ -167,7 +167,8 @@ class PackedLM(nn.Module):
 
     def logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
         """[N, H], int64 [N] -> float32 [N]."""
-        return token_logprobs(hidden, target, self.head.at(temperature))
+        compute = token_logprobs if self.report.kernels == "auto" else plain_logprobs
+        return compute(hidden, target, self.head.at(temperature))
 
     def read(self, batch: PackedBatch, places: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states [T', H], and where in them `places` of the pack stand: virtual tokens move them."""
@@ -192,7 +193,7 @@ def check_packing(lm: PackedLM, attention: str) -> None:
     """
     causal, was_training = lm.causal, lm.training
     config = causal.config.get_text_config()
-    windows = attentions.sliding_windows(config)
+    windows = sliding_windows(config)
     if attention == "flex" and getattr(config, "attention_dropout", 0.0):
         raise UserError("model.attention: flex has no attention dropout, which this model uses; use documents")
     tokens = torch.randint(config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0)).to(causal.device)
@@ -204,7 +205,7 @@ def check_packing(lm: PackedLM, attention: str) -> None:
     alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
     try:
         # flex computes what dense does, but compiles for a while
-        causal.set_attn_implementation(attentions.ATTENTION["dense" if attention == "flex" else attention])
+        causal.set_attn_implementation(ATTENTION["dense" if attention == "flex" else attention])
         packed = lm.head.logits(lm.hidden(positions, mask, input_ids=tokens)).double().log_softmax(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({first_line(error)})") from error

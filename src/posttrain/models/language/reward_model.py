@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.batch import PackedBatch
+from posttrain.config.choices import Kernels
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.export import WEIGHTS
+from posttrain.models.peft.kinds import kind_of
 from posttrain.tensors import whole
 
 HEAD = "score"  # the head's name in transformers' classes for sequence classification
@@ -26,8 +28,8 @@ class PackedScorer(PackedLM):
     Saved as transformers' AutoModelForSequenceClassification with one label. The language model's own head stays unused.
     """
 
-    def __init__(self, model: nn.Module, attention: str) -> None:
-        super().__init__(model, attention)
+    def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
+        super().__init__(model, attention, kernels)
         causal = self.causal
         output: Any = causal.get_output_embeddings()
         words: Any = causal.get_input_embeddings()
@@ -103,6 +105,7 @@ def _add_head(directory: Path, weight: Tensor) -> None:
     config: dict[str, Any] = json.loads(file.read_text())
     config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     file.write_text(json.dumps(config, indent=2))
-    prefix = "base_model." if config["peft_type"] in ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING") else "base_model.model."
+    kind = kind_of(config)
+    prefix = "base_model." if kind and kind.virtual else "base_model.model."
     tensors = load_file(directory / WEIGHTS) | {f"{prefix}{HEAD}.weight": weight}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

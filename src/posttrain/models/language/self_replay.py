@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from posttrain.config.choices import Kernels
 from posttrain.config.schema import ReplayConfig
 from posttrain.console import Meter
 from posttrain.errors import UserError
+from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM, load_causal
 
@@ -30,6 +32,7 @@ class Replay:
     tokenizer: Any
     ends: Sequence[int]
     options: ReplayConfig
+    kernels: Kernels
 
     @property
     def name(self) -> str:
@@ -56,7 +59,7 @@ class Replay:
         if path.exists():
             return path
         model = load_causal(self.source, self.revision, dtype, str(device), trusted, None)
-        lm = PackedLM(model, "flex" if device.type == "cuda" else "documents")
+        lm = PackedLM(model, default_attention(device), self.kernels)
         sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, 0, options.batch_size)
         ends = sorted({*self.ends, self._opening})
         texts, written, rounds = list[str](), 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.peft.attach import INIT, NEW, TASK, whole_number
+from posttrain.config.interfaces import Method
+from posttrain.models.peft.attach import NEW, TASK
 from posttrain.models.peft.targets import suffixes
-from posttrain.tensors import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class Factors(NamedTuple):
@@ -26,21 +27,24 @@ class Factors(NamedTuple):
     b: Tensor  # [out, rank]
 
 
-def export_adapter(model: PeftModel, out_dir: Path, base_path: str, is_writer: bool = True) -> None:
-    """Write the whole change from the base that `base_path` names, in peft's format.
+def method_on(model: Any) -> Method:
+    """The method that has put its adapter on a model to train it."""
+    return model.peft_method
 
-    LoRA in all its forms, where the change is a sum, becomes one plain LoRA in float32: a frozen and a new adapter of their
-    summed rank (B A = [B_init B_new] [A_init; A_new], exact), AdaLoRA of the ranks that it has kept, PiSSA with what it took
-    from the base. Other methods are written by peft itself. Every process must call it; one of them writes.
+
+def export_adapter(model: PeftModel, out_dir: Path, base_path: str, is_writer: bool = True) -> None:
+    """Write the whole change from the base that `base_path` names, in peft's format, as its method does.
+
+    Where the change is a sum, it becomes one plain LoRA. Every process must call it; one of them writes.
     """
-    config: Any = model.peft_config[NEW]
-    if config.peft_type in ("LORA", "ADALORA") and not getattr(config, "use_dora", False):
-        scale, layers = sums(model)
-        if is_writer:
-            write_lora(layers, scale, out_dir, base_path, model.get_base_model(), config.fan_in_fan_out)
-    elif is_writer:
-        config.base_model_name_or_path = base_path
-        model.save_pretrained(str(out_dir), selected_adapters=[NEW])
+    method_on(model).export(model, out_dir, base_path, is_writer)
+
+
+def write_as_peft(model: PeftModel, out_dir: Path, base_path: str) -> None:
+    """The newest adapter as peft writes it, beside the base that `base_path` names."""
+    model.peft_config[NEW].base_model_name_or_path = base_path
+    model.save_pretrained(str(out_dir), selected_adapters=[NEW])
+    _sort_targets(out_dir)
 
 
 def write_lora(
@@ -65,9 +69,18 @@ def write_lora(
         alpha_pattern={re.escape(name): whole_number(scale * rank) for name, rank in lower.items()},
         base_model_name_or_path=base_path, fan_in_fan_out=fan_in_fan_out, task_type=TASK,
     ).save_pretrained(str(out_dir))  # fmt: skip
+    _sort_targets(out_dir)
     written = load_file(out_dir / WEIGHTS)
     if any(not torch.equal(written[name], tensor) for name, tensor in tensors.items()):
         raise OSError(f"{out_dir / WEIGHTS} does not hold what was written; is the disk sound?")
+
+
+def _sort_targets(out_dir: Path) -> None:
+    """peft writes its sets of names in an order that changes from process to process; equal runs are to have equal files."""
+    file = out_dir / CONFIG
+    config = json.loads(file.read_text())
+    config |= {key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), list)}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -80,46 +93,11 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 def stacked_rank(model: nn.Module) -> int:
     """The largest rank of what `export_adapter` would write of a LoRA."""
-    return max(len(factors.a) for factors in sums(model)[1].values())  # type: ignore[arg-type]
+    found = method_on(model).sums(model)
+    assert found
+    return max(len(factors.a) for factors in found[1].values())
 
 
-def final_ranks(model: nn.Module) -> dict[str, int]:
-    """How many singular values AdaLoRA has kept in each layer; empty for other methods."""
-    layers = lora_layers(model)
-    return {name: int((layer.lora_E[NEW] != 0).sum()) for name, layer in layers.items() if hasattr(layer, "lora_E")}
-
-
-def remember_start(model: nn.Module) -> None:
-    """Keep what PiSSA took from the base, before any training: the change is what the adapter has become beyond it."""
-    for layer in lora_layers(model).values():
-        if NEW in layer.lora_A:
-            layer.taken = Factors(
-                layer.lora_A[NEW].weight.detach().cpu().clone(), layer.lora_B[NEW].weight.detach().cpu().clone()
-            )
-
-
-def sums(model: PeftModel) -> tuple[float, dict[str, Factors]]:
-    """A scale, and each layer's change over it, where changes are sums."""
-    layers = lora_layers(model)
-    adaptive = model.peft_config[NEW].peft_type == "ADALORA"
-    scale = 1.0 if adaptive else next(layer.scaling[NEW] for layer in layers.values() if NEW in layer.scaling)
-    return scale, {name: _kept(layer) if adaptive else _joined(layer, scale) for name, layer in layers.items()}
-
-
-def _joined(layer: Any, scale: float) -> Factors:
-    names = [name for name in (INIT, NEW) if name in layer.lora_A]
-    a = [whole(layer.lora_A[name].weight).float() for name in names]
-    b = [whole(layer.lora_B[name].weight).float() * (layer.scaling[name] / scale) for name in names]
-    if hasattr(layer, "taken"):
-        a.append(layer.taken.a.float())
-        b.append(-layer.taken.b.float())
-    return Factors(torch.cat(a), torch.cat(b, dim=1))
-
-
-def _kept(layer: Any) -> Factors:
-    """AdaLoRA's P Lambda Q without the singular values that it has dropped."""
-    values = whole(layer.lora_E[NEW]).float()
-    kept = values[:, 0] != 0
-    scale = layer.scaling[NEW] / float(layer.ranknum[NEW] + 1e-5)  # as peft's forward has it
-    a, b = whole(layer.lora_A[NEW]).float(), whole(layer.lora_B[NEW]).float()
-    return Factors((a * values)[kept], b[:, kept] * scale)
+def whole_number(value: float) -> Any:
+    """peft's annotations say int, its arithmetic takes any number."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,59 +18,44 @@ from torch import Tensor
 
 from posttrain.errors import RunError, UserError
 from posttrain.models.hub import FILES, BaseInfo, resolve
-from posttrain.models.peft.export import WEIGHTS, Factors
+from posttrain.models.peft.export import CONFIG, WEIGHTS, Factors
+from posttrain.models.peft.kinds import require_kind
 from posttrain.runs.cache import cache_root
-
-UNMERGEABLE = {"BOTTLENECK": "bottleneck adapters are not linear", "PREFIX_TUNING": "a prefix is no weight"}
-UNMERGEABLE |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), "a soft prompt is no weight")
 
 
 class Adapter:
-    """An adapter's files, read. config: its adapter_config.json. modules: names, in the base, of the layers that it changes.
+    """An adapter's files, read. config: its adapter_config.json. tensors: by name, without peft's prefix. modules: names, in the
+    base, of the layers that it changes.
 
-    Raises UserError, about `field`, for files that are missing, damaged, or all zero.
+    Raises UserError, about `field`, for files that are missing, damaged, of no known kind, or all zero.
     """
 
     def __init__(self, directory: Path, field: str) -> None:
         try:
-            self.config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
+            self.config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
             tensors = load_file(directory / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{field}: {directory} holds no whole adapter ({error}); finish its run again") from None
         self.tensors = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
-        self.kind = "DORA" if self.config.get("use_dora") else str(self.config["peft_type"])
-        ends = {"LORA": ".lora_B.weight", "DORA": ".lora_B.weight", "VERA": ".vera_lambda_b"}
-        self.modules = sorted(n.removesuffix(end) for n in self.tensors if (end := ends.get(self.kind, "")) and n.endswith(end))
-        halves = [self.tensors[module + ends[self.kind]] for module in self.modules]
-        if self.modules and self.kind != "DORA" and not any(bool(half.any()) for half in halves):
+        self.kind = require_kind(self.config, field)
+        self.modules = self.kind.layers(self.tensors)
+        if self.modules and self.kind.is_zero(self):
             raise UserError(f"{field}: the adapter in {directory} is all zero: its run has learned nothing")
 
-    def factors(self, module: str) -> Factors:
-        """A LoRA's change of a layer as b a, in float32."""
-        a, b = (self.tensors[f"{module}.lora_{half}.weight"].float() for half in "AB")
-        return Factors(a, b * self._scaling(module, len(a)))
+    def require_mergeable(self, field: str, instead: str) -> None:
+        """Raises UserError, about `field`, where it cannot be merged. instead: what to do then."""
+        reason = self.kind.objection(self.config, self.tensors) or ("" if self.modules else "it changes no layer")
+        if reason:
+            raise UserError(f"{field}: its adapter cannot be merged ({reason}); {instead}")
 
-    def _scaling(self, module: str, rank: int) -> float:
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), None)
-        alpha = self.config["lora_alpha"] if alpha is None else alpha
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+    def factors(self, module: str) -> Factors:
+        """The change of a layer as b a, in float32, where it is a sum."""
+        return self.kind.factors(self, module)
 
     def applied(self, module: str, weight: Tensor) -> Tensor:
         """The layer's weight with the change in it, float32 [out, in] (or [in, out], where the base keeps it so)."""
         transposed = bool(self.config.get("fan_in_fan_out"))
-        changed = (weight.T if transposed else weight).float()
-        if self.kind == "VERA":
-            b, d = (self.tensors[f"{module}.vera_lambda_{which}"].float() for which in "bd")
-            rows, columns = changed.shape
-            a = d[:, None] * self.tensors["base_model.vera_A"].float()[: len(d), :columns]
-            changed = changed + b[:, None] * (self.tensors["base_model.vera_B"].float()[:rows, : len(d)] @ a)
-        else:
-            factors = self.factors(module)
-            changed = changed + factors.b @ factors.a
-        if self.kind == "DORA":  # Liu et al. 2024, arXiv 2402.09353, eq. 5: the magnitude of every row is learned
-            magnitude = self.tensors[f"{module}.lora_magnitude_vector"].float().reshape(-1, 1)
-            changed = magnitude * changed / torch.linalg.vector_norm(changed, dim=1, keepdim=True)
+        changed = self.kind.changed(self, module, (weight.T if transposed else weight).float())
         return changed.T.contiguous() if transposed else changed
 
 
@@ -127,7 +111,9 @@ def merged_directory(base: BaseInfo, adapter_dir: Path, identity: str) -> Path:
         if not directory.exists():
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
                 made = Path(scratch) / "merged"
-                write_merged(resolve(base.path, base.revision).directory, Adapter(adapter_dir, "init"), made)
+                adapter = Adapter(adapter_dir, "init")
+                adapter.require_mergeable("init", "give a run whose adapter can be")
+                write_merged(resolve(base.path, base.revision).directory, adapter, made)
                 copy_tokenizer(adapter_dir, made)
                 made.rename(directory)
     return directory

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import Segment
+from posttrain.models.peft.kinds import require_kind
 
 
 class PromptLayout(NamedTuple):
@@ -72,9 +73,9 @@ def layer_prefixes(model: Any) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def kind_of(model: Any) -> str:
-    """'' for a model without virtual tokens, else 'prompt' or 'prefix'."""
+def virtual_of(model: Any) -> str:
+    """'' for a model without virtual tokens, else 'prompt' or 'prefix'. Raises UserError for virtual tokens of no known kind."""
     config = model.active_peft_config if hasattr(model, "active_peft_config") else None
     if config is None or not config.is_prompt_learning:
         return ""
-    return "prefix" if config.peft_type == "PREFIX_TUNING" else "prompt"
+    return require_kind({"peft_type": str(config.peft_type.value)}, "peft").virtual

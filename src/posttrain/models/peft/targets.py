@@ -41,6 +41,11 @@ def is_transposed(layers: dict[str, nn.Module]) -> bool:
     return all(isinstance(module, Conv1D) for module in layers.values())
 
 
+def layer_options(layers: dict[str, nn.Module], model: nn.Module) -> dict[str, Any]:
+    """What every config of peft's is told of the layers to go on."""
+    return {"target_modules": suffixes(layers, model), "fan_in_fan_out": is_transposed(layers)}
+
+
 def suffixes(chosen: dict[str, Any], model: nn.Module) -> list[str]:
     """The shortest names that mean exactly `chosen`: last parts where those reach nothing else, else full names."""
     last = sorted({name.rpartition(".")[2] for name in chosen})

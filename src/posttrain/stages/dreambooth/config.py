@@ -17,7 +17,7 @@ class Dreambooth(Stage):
 
     @model_validator(mode="after")
     def _can_learn(self) -> Dreambooth:
-        data, method = self.data, self.peft.method
+        data = self.data
         if data.instance_dir is None:
             raise ValueError("data.instance_dir: nothing to learn from; give a folder with 3 to 10 pictures of the individual")
         if data.instance_prompt is None and data.captions == "prompt":
@@ -27,11 +27,13 @@ class Dreambooth(Stage):
                 f'data.class_prompt: prior.weight={self.prior.weight:g} needs one, such as "a dog"; '
                 "give it, or say prior.weight=0"
             )
-        if method in ("head", "partial", "adapter", "prefix", "ptuning", "prompt"):
-            raise ValueError(f"peft: {method} is a method of language models; use +peft=lora, a variant of it, or full training")
-        if self.quant.method == "int8":
-            raise ValueError("quant=int8 is of language models; say quant=nf4")
-        if self.quant.method == "nf4" and self.quant.dense_layers:
+        if not self.peft.for_images:
+            raise ValueError(
+                f"peft: {self.peft.name} is a method of language models; use +peft=lora, a variant of it, or full training"
+            )
+        if not self.quant.for_images:
+            raise ValueError(f"quant={self.quant.name} is of language models; say quant=nf4")
+        if self.quant.kept_dense:
             raise ValueError("quant.dense_layers is of language models; say quant.dense_layers=0")
         if self.train.fsdp:
             raise ValueError("train.fsdp shards language models; say train.fsdp=false")

@@ -17,7 +17,6 @@ from posttrain.data.images.latents import Masks, Pictures, load_latents, load_ma
 from posttrain.models.diffusion.families import FAMILIES, Family, Texts, encode_pixels, encode_texts, latent_scale, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing
 from posttrain.models.diffusion.pipelines import load_pipeline
-from posttrain.models.quantization import quantize_blocks
 from posttrain.runs.cache import cache_root
 from posttrain.runs.identity import content_hash
 from posttrain.stages.dreambooth.class_images import class_images
@@ -69,8 +68,8 @@ def fill_dataset(cfg: Dreambooth, inputs: ImageData, device: torch.device, check
     dtype: torch.dtype = getattr(torch, cfg.base_dtype)
     pipe = load_pipeline(inputs.base, dtype)
     family = FAMILIES[type(pipe).__name__]
-    if cfg.quant.method != "none":
-        quantize_blocks(getattr(pipe, family.denoiser), cfg.quant.model_dump(), str(device))
+    if cfg.quant.is_quantized:
+        cfg.quant.quantize_blocks(getattr(pipe, family.denoiser), str(device))
     pipe.to(device)
     maker = _Maker(cfg, inputs, pipe, content_hash(inputs.base.digest, str(dtype), cfg.quant.model_dump()), check)
     prior = maker.prior_views()

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, text_encoders
 from posttrain.models.language.packed_lm import count_numbers
-from posttrain.models.peft.adalora import RankAllocator
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
+from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
 
 
 @dataclass(frozen=True)
 class DreamboothModel:
-    """The model that a run trains and leaves. trained, total: counts of parameters, of the parts that are trained. allocator: of
-    a method that moves ranks between layers, in every step."""
+    """The model that a run trains and leaves. trained, total: counts of parameters, of the parts that are trained. callback: what
+    the method does in every optimizer step."""
 
     module: DiffusionModel
     trained: int
     total: int
     dtype: torch.dtype
-    allocator: RankAllocator | None
+    callback: StepCallback | None
 
 
 def build_dreambooth(cfg: Dreambooth, dataset: DreamboothDataset, num_steps: int) -> DreamboothModel:
@@ -41,6 +40,4 @@ def build_dreambooth(cfg: Dreambooth, dataset: DreamboothDataset, num_steps: int
         for name in text_encoders(dataset.pipe):
             setattr(dataset.pipe, name, None)
     module = DiffusionModel(dataset.pipe, dataset.captions, dataset.texts if encoded else None, parts)
-    denoiser: Any = module.denoiser
-    allocator = RankAllocator(denoiser) if cfg.peft.method == "adalora" else None
-    return DreamboothModel(module, *count_numbers(module), dataset.dtype, allocator)
+    return DreamboothModel(module, *count_numbers(module), dataset.dtype, cfg.peft.step_callback(module.denoiser))

@@ -72,6 +72,7 @@ def read_images(cfg: Dreambooth, world_size: int, weights: bool = True) -> Image
     per_step = train.batch_size * train.grad_accum * world_size
     total = train.max_steps * per_step if train.max_steps else math.ceil(train.epochs * len(views))
     order = BatchSampler.shuffled(len(views), train.batch_size, train.grad_accum, world_size, train.seed, total)
+    cfg.peft.check_steps(order.num_steps)
     key = content_hash(fingerprint(views), fingerprint(class_views))
     return ImageData(
         base, parents, framing, (red, green, blue), instance, views, class_views, token, left_out, order, key

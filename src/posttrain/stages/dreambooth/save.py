@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from posttrain.console import say
 from posttrain.models.diffusion.denoiser import save_adapter, save_pipeline
 from posttrain.models.diffusion.pipelines import pipeline_directory
-from posttrain.models.peft.export import final_ranks
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 from posttrain.stages.dreambooth.drift import DRIFT
@@ -30,7 +29,7 @@ def save_dreambooth(
         if not is_writer:
             return
         if kind == "adapter":
-            save_adapter(parts, folder, cfg.peft.is_additive or cfg.peft.method == "adalora", base.path)
+            save_adapter(parts, folder, cfg.peft, base.path)
         else:
             save_pipeline(pipeline_directory(base), parts, folder)
 
@@ -43,7 +42,6 @@ def save_dreambooth(
 
 def _record(cfg: Dreambooth, dataset: DreamboothDataset, model: DreamboothModel, kind: str, outcome: Outcome) -> dict[str, Any]:
     base, inputs = dataset.inputs.base, dataset.inputs
-    ranks = final_ranks(model.module.denoiser)
     return {
         "stage": cfg.stage,
         "parents": inputs.parents,
@@ -55,7 +53,7 @@ def _record(cfg: Dreambooth, dataset: DreamboothDataset, model: DreamboothModel,
         "size": inputs.framing.side,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
-        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if ranks else {}),
+        "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.denoiser),
         "trained_parts": sorted(model.module.trained),
         "trainable": {"trained": model.trained, "total": model.total},
         "data": _sources(cfg, dataset),

@@ -59,7 +59,7 @@ class DreamboothSteps:
             loss=parts.loss,
             measure=parts.measure,
             compare=drift_percent,
-            callback=model.allocator,
+            callback=model.callback,
             unit="images",
         )
 

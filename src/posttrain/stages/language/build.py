@@ -9,25 +9,24 @@ import torch
 
 from posttrain.config.schema import LanguageStage
 from posttrain.models.hub import BaseInfo
+from posttrain.models.kernels.attention import chosen_attention
 from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
 from posttrain.models.language.reward_model import PackedScorer
-from posttrain.models.peft.adalora import RankAllocator
-from posttrain.models.peft.attach import add_frozen, add_method, continue_adapter, merge_into
-from posttrain.models.peft.export import remember_start
-from posttrain.models.quantization import quantization
+from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.stages.language.init import InitSource
+from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The model that a run trains and leaves. allocator: of a method that moves ranks between layers, in every step."""
+    """The model that a run trains and leaves. callback: what the method does in every optimizer step."""
 
     module: PackedLM
     trained: int
     total: int
     dtype: torch.dtype
-    allocator: RankAllocator | None
+    callback: StepCallback | None
 
 
 def build_model(
@@ -38,30 +37,25 @@ def build_model(
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
     dtype = cfg.base_dtype
-    config = quantization(cfg.quant.model_dump(), str(device))
+    config = cfg.quant.loading(str(device))
     # FSDP moves a layer at a time to its device, and never holds all of them there
     place = "cpu" if cfg.train.fsdp else str(device)
     model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if start.adapter and start.mode == "continue":
-        model = continue_adapter(model, cfg.peft, start.adapter)
+        model = cfg.peft.continue_from(model, start.adapter)
     else:
         if start.adapter and start.mode == "merge":
             model = merge_into(model, start.adapter)
         model = add_method(model, cfg.peft, num_steps)
-        if cfg.peft.method == "pissa":
-            remember_start(model)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device))
+    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.model.kernels)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
-    allocator = RankAllocator(model) if cfg.peft.method == "adalora" else None
-    return TrainableModel(module, *count_numbers(module), getattr(torch, dtype), allocator)
+    return TrainableModel(module, *count_numbers(module), getattr(torch, dtype), cfg.peft.step_callback(model))
 
 
 def attention_of(cfg: LanguageStage, device: torch.device) -> str:
-    """documents, flex or dense."""
-    if cfg.model.attention != "auto":
-        return cfg.model.attention
-    return "flex" if device.type == "cuda" else "documents"
+    """documents, flex or dense. Raises UserError where it does not run on this device."""
+    return chosen_attention(cfg.model.attention, device)

@@ -10,16 +10,9 @@ from typing import Any
 from posttrain.config.schema import LanguageStage
 from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
-from posttrain.models.peft.merge import UNMERGEABLE, merged_directory
+from posttrain.models.peft.kinds import is_plain_sum, require_kind
+from posttrain.models.peft.merge import merged_directory
 from posttrain.runs.directory import checked_weights, parent_record, read_manifest
-
-SAVED_AS = {
-    "dora": "LORA",
-    "vera": "VERA",
-    "adapter": "BOTTLENECK",
-    "prefix": "PREFIX_TUNING",
-    "prompt": "PROMPT_TUNING",
-}  # by method, peft's type of what a run of it leaves; sums are all saved as LORA
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,12 @@ class InitSource:
     scorer: Path | None = None
 
 
-def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str) -> InitSource:
-    """A reward model's run, given in `field`, as where a scorer begins. Raises UserError for anything else, and for one that
-    reads other tokens than the policy writes."""
+def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str, starts_critic: bool = False) -> InitSource:
+    """A reward model's run, given in `field`, as where a scorer begins. starts_critic: a value model begins there too, and is
+    trained.
+
+    Raises UserError for anything else, and for one that reads other tokens than the policy writes.
+    """
     directory = Path(run).expanduser()
     manifest = read_manifest(directory) if (directory / "manifest.json").exists() else None
     if not manifest or manifest["stage"] != "rm":
@@ -59,7 +55,9 @@ def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str
     if manifest["weights"]["kind"] == "model":
         return InitSource(str(weights), str(weights), str(weights), parents=parents, scorer=weights)
     adapter = json.loads((weights / "adapter_config.json").read_text())
-    stackable = cfg.peft.is_additive and adapter["peft_type"] == "LORA" and not adapter.get("use_dora")
+    stackable = cfg.peft.is_additive and is_plain_sum(adapter)
+    if starts_critic and not stackable and (reason := require_kind(adapter, field).objection(adapter)):
+        raise UserError(f"{field}: its adapter cannot be merged ({reason}), for the value model to start from; give another")
     base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
     mode = "stack" if stackable else "merge"
     return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, weights)
@@ -101,19 +99,16 @@ def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
 
 def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
     """What becomes of an adapter under this stage. parent: its adapter_config.json."""
-    asked, method, kind = cfg.chain.mode, cfg.peft.method, parent["peft_type"]
-    dora = bool(parent.get("use_dora"))
-    stackable = cfg.peft.is_additive and kind == "LORA" and not dora
+    asked, method, kind = cfg.chain.mode, cfg.peft.name, require_kind(parent, "init")
+    stackable = cfg.peft.is_additive and is_plain_sum(parent)
     mode = ("stack" if stackable else "merge") if asked == "auto" else asked
     if mode == "stack" and not stackable:
-        which = f"peft={method}" if not cfg.peft.is_additive else f"init's {'dora' if dora else kind.lower()} adapter"
+        which = f"peft={method}" if not cfg.peft.is_additive else f"init's {kind.name} adapter"
         raise UserError(f"chain.mode: stack needs changes that are sums, which {which} is not; say chain.mode=merge")
-    if mode == "continue":
-        wanted = "LORA" if cfg.peft.is_additive else SAVED_AS.get(method)
-        if method in ("pissa", "adalora", "ptuning") or kind != wanted or dora != (method == "dora"):
-            raise UserError(f"chain.mode: peft={method} cannot go on with init's {kind.lower()} adapter; say chain.mode=merge")
-    if mode == "merge" and kind in UNMERGEABLE:
-        raise UserError(f"init: its adapter cannot be merged ({UNMERGEABLE[kind]}); say chain.mode=continue with the same peft=")
+    if mode == "continue" and not (cfg.peft.can_continue and cfg.peft.saves is kind):
+        raise UserError(f"chain.mode: peft={method} cannot go on with init's {kind.name} adapter; say chain.mode=merge")
+    if mode == "merge" and (reason := kind.objection(parent)):
+        raise UserError(f"init: its adapter cannot be merged ({reason}); say chain.mode=continue with the same peft=")
     return mode
 
 

@@ -23,6 +23,7 @@ from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import write_text
 from posttrain.runs.identity import content_hash
+from posttrain.stages.language.build import attention_of
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.summary import lines_of
 from posttrain.stages.spec import spec_of
@@ -58,7 +59,8 @@ class PreparedData:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
         adapter: digests of others than the start's."""
         weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
-        return content_hash(weights, cfg.quant.model_dump(), cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention)
+        computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels]
+        return content_hash(weights, cfg.quant.model_dump(), *computed)
 
 
 def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
@@ -72,10 +74,12 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
 def prepare_language(context: Context) -> Prepared[PreparedData]:
     """Raises UserError for everything a mistake of the user can be in."""
     cfg: LanguageStage = context.cfg
+    attention_of(cfg, context.device)  # refused here where it does not run on this device
     opened = open_language(cfg, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
     order = make_sampler(data, sources, cfg.train, context.processes)
+    cfg.peft.check_steps(order.num_steps)
     start, base = opened.start, opened.base
     sets: list[EvalSet] = []
     ewc_text = None
@@ -128,7 +132,15 @@ def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
     if not context.weights or not (replays(cfg.data) or (_wants_fisher(cfg) and cfg.ewc.path == SELF)):  # type: ignore[attr-defined]
         return cfg.data, str(own)
     start, base = opened.start, opened.base
-    replay = Replay(start.source, base.revision, base.digest, opened.tokenizer, opened.encoder.end_tokens(), cfg.data.replay)
+    replay = Replay(
+        start.source,
+        base.revision,
+        base.digest,
+        opened.tokenizer,
+        opened.encoder.end_tokens(),
+        cfg.data.replay,
+        cfg.model.kernels,
+    )
     trusted = cfg.model.trust_remote_code
     written = replay.write(cache_root(), frozen_dtype(cfg), context.device, trusted, context.check)
     _copy(written, own)

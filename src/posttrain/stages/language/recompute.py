@@ -11,12 +11,12 @@ import psutil
 import torch
 from torch import nn
 
-from posttrain.config.schema import LanguageStage, Nf4
+from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.quantization import dense_bytes, keep_dense
+from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
 
@@ -28,7 +28,7 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
     largest micro-batch."""
     lm, wanted = built.module, cfg.train.gradient_checkpointing
-    dense = cfg.quant.dense_layers if isinstance(cfg.quant, Nf4) else 0
+    dense = cfg.quant.kept_dense if cfg.model.kernels == "auto" else 0  # bitsandbytes' own layers know of no dense copies
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
@@ -81,6 +81,6 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
     if kinds := getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types = kinds[:layers]
     try:
-        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences).whole
+        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels).whole
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None

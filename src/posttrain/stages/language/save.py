@@ -13,7 +13,6 @@ from posttrain.data.chat.encoder import template_hash
 from posttrain.evaluation.held_out import remember
 from posttrain.models.hub import digest
 from posttrain.models.language.reward_model import padding_apart
-from posttrain.models.peft.export import final_ranks
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import sha256, write_json
 from posttrain.stages.language.build import TrainableModel
@@ -67,7 +66,6 @@ def _write(context: Context, data: PreparedData, model: TrainableModel, accelera
 
 def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind: str, outcome: Outcome) -> dict[str, Any]:
     base = data.base
-    ranks = final_ranks(model.module.model)
     return {
         "stage": cfg.stage,
         "parents": data.start.parents,
@@ -76,8 +74,9 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "tokenizer": {"hash": data.tokenizer_hash, "chat_template": template_hash(data.tokenizer)},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
-        "peft": cfg.peft.model_dump() | ({"ranks": ranks} if ranks else {}),
+        "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.model),
         "chain": data.start.mode,
+        "kernels": model.module.report.record(),
         "trainable": {"trained": model.trained, "total": model.total},
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
+from posttrain.console import say
 from posttrain.stages.language.build import TrainableModel, build_model
 from posttrain.stages.language.prepare import PreparedData, prepare_language
 from posttrain.stages.language.recompute import fit_memory, largest_batch
@@ -30,6 +31,8 @@ class LanguageSteps:
 
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
         model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
+        if warning := model.module.report.warning:
+            say(warning)
         fit_memory(context.cfg, model.module, model, largest_batch(context.cfg, prepared.data), context.device)
         return Trainable(model.module, model, model.trained, model.total, lambda: as_given(prepared.data, model))
 

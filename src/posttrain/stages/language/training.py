@@ -112,8 +112,8 @@ def compare_ends(before: dict[str, float], after: dict[str, float]) -> dict[str,
 
 
 def step_callback(context: Context, data: PreparedData, model: TrainableModel, session: Session) -> StepCallback | None:
-    """AdaLoRA's schedule and EWC's pull, where there are such."""
-    found: list[StepCallback] = [model.allocator] if model.allocator else []
+    """What the method does in a step, and EWC's pull, where there are such."""
+    found: list[StepCallback] = [model.callback] if model.callback else []
     cfg: LanguageStage = context.cfg
     if isinstance(cfg, Guarded) and cfg.ewc.lam:
         plain = session.accelerator.unwrap_model(session.module)

@@ -28,9 +28,9 @@ def build_actor_critic(
     policy, adapters, scorers = built.module, dict[str, list[str]](), dict[str, PackedScorer]()
     under = [INIT] if INIT in getattr(policy.model, "peft_config", {}) else []
     reference: PackedLM | None = None
-    if cfg.peft.output == "adapter" and cfg.peft.method != "pissa" and inputs.start.mode != "continue":
+    if not cfg.peft.writes_base and inputs.start.mode != "continue":
         adapters = {"policy": [*under, NEW], "reference": under}
-    elif cfg.peft.is_additive and cfg.peft.method != "pissa" and inputs.start.adapter:
+    elif cfg.peft.is_additive and not cfg.peft.writes_base and inputs.start.adapter:
         put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
         adapters = {"policy": [NEW], "reference": [INIT]}
     else:
@@ -80,7 +80,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
     """A head of its own over the policy's model."""
-    found = PackedScorer(policy.model, attention_of(cfg, device))
+    found = PackedScorer(policy.model, attention_of(cfg, device), cfg.model.kernels)
     if start and start.scorer:
         found.load_head(start.scorer)
     return found

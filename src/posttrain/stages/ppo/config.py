@@ -46,11 +46,9 @@ class Ppo(LanguageStage):
             )
         if self.train.processes > 1 or self.train.fsdp:
             raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
-        if self.peft.method in ("adalora", "prefix", "prompt", "ptuning"):
-            raise ValueError(f"peft: ppo cannot train {self.peft.method}; use +peft=lora, another adapter, or full training")
-        if self.rollout.engine == "vllm" and not (
-            self.peft.is_additive and self.peft.method != "pissa" and self.quant.method == "none"
-        ):
+        if not self.peft.for_ppo:
+            raise ValueError(f"peft: ppo cannot train {self.peft.name}; use +peft=lora, another adapter, or full training")
+        if self.rollout.engine == "vllm" and (self.quant.is_quantized or not self.peft.for_vllm):
             raise ValueError(
                 "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
             )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.examples import Examples
+from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.runs.directory import read_manifest
 from posttrain.stages.language.plan import Extra
 from posttrain.stages.ppo.config import Ppo
@@ -38,7 +39,7 @@ def role_bytes(cfg: Ppo, parts: dict[str, float], base: str) -> tuple[dict[str, 
     rewards = {
         name: Path(run).expanduser() for name, run in (("reward", cfg.init_reward), ("gold", _run(cfg.reward.gold))) if run
     }
-    in_place = cfg.peft.output == "adapter" and cfg.peft.method != "pissa"
+    in_place = not cfg.peft.writes_base
     shared = in_place and cfg.peft.is_additive and all(_shares(cfg, run, base) for run in rewards.values())
     whole = sum(parts.get(part, 0.0) for part in BASE)
     trained = sum(parts.get(part, 0.0) for part in TRAINED)
@@ -70,4 +71,4 @@ def _shares(cfg: Ppo, run: Path, base: str) -> bool:
     if manifest["weights"]["kind"] != "adapter" or manifest["quant"] != cfg.quant.model_dump():
         return False
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    return adapter["peft_type"] == "LORA" and not adapter.get("use_dora") and manifest["base"]["path"] == base
+    return is_plain_sum(adapter) and manifest["base"]["path"] == base

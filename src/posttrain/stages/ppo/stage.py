@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
+from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.hub import context_length
 from posttrain.models.language.actor_critic import ActorCritic
@@ -71,6 +72,8 @@ class PpoSteps:
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         cfg, data = context.cfg, prepared.data
         policy = build_language(context, data, prepared.num_steps, scores=False)
+        if warning := policy.module.report.warning:
+            say(warning)
         roles, policy = build_actor_critic(cfg, policy, data, data.starts, context.device)
         write = start_engine(cfg, data, policy).sample if cfg.rollout.engine == "vllm" else sample
         fit_memory(cfg, roles, policy, _largest_batch(cfg), context.device)
@@ -122,7 +125,7 @@ def _scorers(cfg: Ppo, tokenizer_hash: str, gold: bool) -> dict[str, InitSource]
     """Where the reward model, and a gold one, begin. gold: whether `reward.gold` names a run and no function."""
     found = {}
     if cfg.init_reward:
-        found["reward"] = resolve_reward(cfg, cfg.init_reward, "init_reward", tokenizer_hash)
+        found["reward"] = resolve_reward(cfg, cfg.init_reward, "init_reward", tokenizer_hash, cfg.ppo.advantage == "gae")
     if cfg.reward.gold and gold:
         found["gold"] = resolve_reward(cfg, cfg.reward.gold, "reward.gold", tokenizer_hash)
     return found

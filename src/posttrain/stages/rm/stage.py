@@ -10,7 +10,7 @@ from torch import nn
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.data.collate import pack_pairs
 from posttrain.evaluation.calibration import score_summary
-from posttrain.losses.preference import reward_loss
+from posttrain.losses.reward import reward_loss
 from posttrain.models.language.objectives import answer_lengths
 from posttrain.runs.directory import parent_record
 from posttrain.stages.language.prepare import PreparedData, prepare_language, with_parents

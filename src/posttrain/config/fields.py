@@ -18,6 +18,8 @@ def listed(value: Any) -> Any:
 
 
 class Strict(BaseModel):
+    """A section of a config: every key is known, and none changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 

@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
-
+from posttrain.config.fields import NonNegative
+from posttrain.config.interfaces import Quantizer
 from posttrain.errors import UserError
+from posttrain.models.quantization import blocks_linears, keep_as_quantized
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import BitsAndBytesConfig
+
+BLOCK, BLOCK_OF_CONSTANTS = 64, 256  # parameters that share a constant, and constants that share one
 
 
-def quantization(quant: dict[str, Any], device: str) -> BitsAndBytesConfig | None:
-    """What `quant=` (as a plain dict, of a config or a manifest) means for loading; None for none."""
-    if quant["method"] == "nf4":
-        return nf4(quant["double_quant"], quant["compute_dtype"], device)
-    return int8(quant["threshold"]) if quant["method"] == "int8" else None
+class Nf4(Quantizer):
+    is_readable = True
+    for_images = True
+    method: Literal["nf4"]
+    double_quant: bool
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    dense_layers: Literal["auto"] | NonNegative  # of which a copy in 16 bits is kept; auto: as many as memory has room for
+
+    @property
+    def kept_dense(self) -> int | Literal["auto"]:
+        return self.dense_layers
+
+    def loading(self, device: str) -> BitsAndBytesConfig:
+        return nf4(self.double_quant, self.compute_dtype, device)
+
+    def try_out(self, device: str) -> bool:
+        nf4(True, "bfloat16", device)
+        return True
+
+    def quantize_blocks(self, model: nn.Module, device: str) -> None:
+        quantize_blocks(model, self.double_quant, self.compute_dtype, device)
+
+    def weight_bytes(self, shape: Collection[int]) -> tuple[float, float]:
+        return nf4_bytes(math.prod(shape), self.double_quant)
+
+    def made(self, layer: Any) -> bool:
+        return type(layer).__name__ == "Linear4bit"
+
+    def dequantized(self, layer: Any) -> Tensor:
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(layer)
+
+
+QUANTIZER = Nf4
+
+
+def nf4_bytes(parameters: float, double_quant: bool = True) -> tuple[float, float]:
+    """(weights, constants) in bytes: half a byte a parameter; a float32 a block of 64, or 8 bit and a float32 a block of 256 of
+    those: 0.127 bit a parameter."""
+    blocks = -(-parameters // BLOCK)
+    return parameters / 2, blocks + 4 * -(-blocks // BLOCK_OF_CONSTANTS) if double_quant else 4 * blocks
 
 
 def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConfig:
     """Linear layers of the blocks in 4 bits; embeddings and head stay as they are. UserError where it cannot run."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
     try:
         with warnings.catch_warnings(action="ignore"):  # it names optional kernels that it does without
             from bitsandbytes import functional
@@ -42,10 +89,10 @@ def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConf
     )
 
 
-def quantize_blocks(model: nn.Module, quant: dict[str, Any], device: str) -> None:
+def quantize_blocks(model: nn.Module, double_quant: bool, compute_dtype: str, device: str) -> None:
     """The linear layers of a denoiser's blocks in NF4, in place; what lies before and after them stays. UserError as for
     `nf4`."""
-    config = nf4(quant["double_quant"], quant["compute_dtype"], device)
+    config = nf4(double_quant, compute_dtype, device)
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for name, module in blocks_linears(model).items():
@@ -60,16 +107,6 @@ def quantize_blocks(model: nn.Module, quant: dict[str, Any], device: str) -> Non
     model.to(device)  # which is when bitsandbytes does it
     model.is_loaded_in_4bit = True  # pyright: ignore (peft asks for it)
     keep_as_quantized(model)
-
-
-def blocks_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a denoiser's blocks."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "block" in name}
-
-
-def int8(threshold: float) -> BitsAndBytesConfig:
-    """Linear layers of the blocks in 8 bits (Dettmers et al. 2022, arXiv 2208.07339); the rest as it is."""
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
 
 
 def keep_dense(layers: Iterable[nn.Module]) -> None:
@@ -100,15 +137,3 @@ def dense_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, state).to(dtype)
-
-
-def keep_as_quantized(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights at the first evaluation on a CPU.
-
-    Its AVX512 path rounds the absmax constants to bfloat16 in place, so a model that was once evaluated would train as
-    another than one that was not. It also fails where a layer's inputs are no multiple of 64.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,95 @@
+"""What the losses on preference pairs share: the pairs themselves, implicit rewards, and the figures that are reported of them.
+
+Tables hold P pairs as [2P], chosen at even and rejected at odd places. A pair's weight is how often it counts in the loss; all
+other figures are means over pairs as they are, so that runs of different weights can be compared by them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from posttrain.batch import LossOutput, Metrics
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Log-probs of the whole answers of P pairs.
+
+    Args:
+        policy: under the model in training, float32 [2P], in nats.
+        reference: under the stage's start, [2P]; None for a loss that needs none.
+        lengths: tokens of each answer, [2P].
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    lengths: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """log(policy / reference) of each answer, [2P]."""
+        assert self.reference is not None, "the loss says that it needs no reference"
+        return self.policy - self.reference
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """One loss of `dpo.loss`.
+
+    Args:
+        per_pair: (pairs, *, beta) -> the loss of each pair, [P]. Every further keyword has a default, and is an option of this
+            loss alone (`dpo.options`).
+        needs_reference: whether it reads `pairs.reference`; if not, none is computed.
+        smooths_labels: whether it takes `label_smoothing` too, the share of pairs taken to be the wrong way round.
+    """
+
+    per_pair: Callable[..., Tensor]
+    needs_reference: bool
+    smooths_labels: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """Its own keywords."""
+        return [name for name in list(inspect.signature(self.per_pair).parameters)[1:] if name not in ("beta", "label_smoothing")]
+
+
+def margins(values: Tensor) -> Tensor:
+    """What the chosen answers have more than the rejected ones: [2P] -> [P]."""
+    return values[0::2] - values[1::2]
+
+
+def right(chosen: Tensor, rejected: Tensor | float = 0.0) -> Tensor:
+    """1 where `chosen` is more, 0 where it is less, and half of it for a tie: before the first step all pairs are ties.
+
+    float32, of chosen's shape. With one argument this is of margins.
+    """
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+
+
+def implicit_rewards(pairs: Pairs, beta: float) -> Tensor:
+    """beta log(policy / reference) (Rafailov et al. 2023, arXiv 2305.18290, section 4), without gradient: [2P].
+
+    Without a reference beta log(policy), as for CPO and SimPO.
+    """
+    return beta * (pairs.policy if pairs.reference is None else pairs.ratio).detach()
+
+
+def pair_metrics(chosen: Tensor, rejected: Tensor, name: str) -> Metrics:
+    """accuracy, margin and both means, of what the pairs' answers are compared by ([P] each)."""
+    count = float(len(chosen))
+    return {
+        "accuracy": (right(chosen, rejected).sum(), count),
+        "margin": ((chosen - rejected).sum(), count),
+        f"{name}_chosen": (chosen.sum(), count),
+        f"{name}_rejected": (rejected.sum(), count),
+    }
+
+
+def weighted(losses: Tensor, weight: Tensor, metrics: Metrics) -> LossOutput:
+    """Sum of weight times loss over P pairs, [P] each; `loss` is its mean in the metrics."""
+    total = (weight * losses).sum()
+    return LossOutput(total, {"loss": (total.detach(), weight.sum()), **metrics})

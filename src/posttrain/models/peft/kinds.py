@@ -1,0 +1,57 @@
+"""What an adapter's files are, by their adapter_config.json. What is not known here is neither merged nor added to another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from posttrain.config.interfaces import METHODS, AdapterKind
+from posttrain.errors import UserError
+
+# of adapter_config.json: what makes no difference to what an adapter does, and what does where it has another value than these
+WITHOUT_EFFECT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core",
+    "qalora_group_size", "runtime_config",
+}  # fmt: skip
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian"), "modules_to_save": (["score"],)}
+HEAD = "score.weight"  # a reward model's, which a language model is merged without
+
+
+def kind_of(config: dict[str, Any]) -> AdapterKind | None:
+    """The kind of an adapter with this adapter_config.json; None for one that no method here leaves."""
+    return next((kind for kind in _known() if kind.holds(config)), None)
+
+
+def require_kind(config: dict[str, Any], field: str) -> AdapterKind:
+    """As `kind_of`. Raises UserError, about `field`, for one that is not known."""
+    kind = kind_of(config)
+    if kind is None:
+        merged = ", ".join(sorted(kind.name for kind in _known() if kind.merges))
+        strange = f"its adapter is of peft's type {config['peft_type']}, which is not known here"
+        raise UserError(f"{field}: {strange} (what can be merged: {merged})")
+    return kind
+
+
+def is_plain_sum(config: dict[str, Any]) -> bool:
+    """Is it a sum B A and nothing besides, so that it can lie under another adapter, and be added to one?"""
+    kind = kind_of(config)
+    return kind is not None and kind.is_sum and not kind.objection(config)
+
+
+def odd_setting(config: dict[str, Any], understood: Collection[str]) -> str:
+    """The first setting of an adapter_config.json that a merge which knows those of `understood` cannot be sure of; or ''."""
+    known = {*understood, *WITHOUT_EFFECT, *PLAIN}
+    odd = [key for key, value in config.items() if value and key not in known]
+    odd += [key for key, plain in PLAIN.items() if config.get(key) and config[key] not in plain]
+    return f"it has {odd[0]}={config[odd[0]]}, with which no merge is known" if odd else ""
+
+
+def odd_tensor(tensors: Collection[str], ends: tuple[str, ...]) -> str:
+    """The first tensor that is none of a layer's, whose names end so, and no reward model's head; or ''."""
+    odd = [name for name in tensors if name != HEAD and not name.endswith(ends)]
+    return f"no merge is known of its {odd[0]}" if odd else ""
+
+
+def _known() -> list[AdapterKind]:
+    return list({method.saves.name: method.saves for method in METHODS.all().values() if method.saves}.values())

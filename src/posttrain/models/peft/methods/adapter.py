@@ -1,0 +1,40 @@
+"""Bottleneck adapters after attention and MLP (Houlsby et al. 2019, arXiv 1902.00751) or after the MLP alone (Pfeiffer et al.
+2020, arXiv 2005.00247). How peft is taught them is in models/peft/bottleneck.py."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from posttrain.config.fields import Positive
+from posttrain.config.interfaces import AdapterKind
+from posttrain.models.peft.base import Adapted, check_rank_continued
+
+
+class BottleneckKind(AdapterKind):
+    def register(self) -> None:
+        import posttrain.models.peft.bottleneck  # noqa: F401
+
+
+class Bottleneck(Adapted):
+    saves = BottleneckKind("bottleneck", "BOTTLENECK", "bottleneck adapters are not linear")
+    own_parts = ("bottleneck_",)
+    can_continue = True
+    on_quantized = True
+    for_ppo = True
+    method: Literal["adapter"]
+    r: Positive
+    placement: Literal["houlsby", "pfeiffer"]
+
+    def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
+        from posttrain.models.peft.attach import TASK
+        from posttrain.models.peft.bottleneck import BottleneckConfig, output_projections
+        from posttrain.models.peft.targets import suffixes
+
+        layers = output_projections(model, self.placement)
+        return BottleneckConfig(r=self.r, target_modules=suffixes(layers, model), task_type=TASK)
+
+    def check_continued(self, found: Any) -> None:
+        check_rank_continued(found.r, self.r)
+
+
+METHOD = Bottleneck

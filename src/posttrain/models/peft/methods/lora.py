@@ -1,0 +1,140 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): h = W0 x + (alpha / r) B A x, and what its variants have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from posttrain.config.fields import Rate
+from posttrain.config.interfaces import AdapterKind
+from posttrain.models.peft.base import Targeted
+from posttrain.models.peft.kinds import odd_setting, odd_tensor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+    from posttrain.models.peft.export import Factors
+
+UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora"}
+
+
+class LoraKind(AdapterKind):
+    """A file of A [rank, in] and B [out, rank] of every layer, as all methods leave it whose change is their product."""
+
+    is_sum = True
+    merges = True
+
+    def holds(self, config: dict[str, Any]) -> bool:
+        return super().holds(config) and not config.get("use_dora")
+
+    def objection(self, config: dict[str, Any], tensors: Collection[str] = ()) -> str:
+        return odd_setting(config, UNDERSTOOD) or odd_tensor(tensors, self.ends)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Of the names of a layer's tensors."""
+        return (".lora_A.weight", ".lora_B.weight")
+
+    def layers(self, tensors: Collection[str]) -> list[str]:
+        return sorted(name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight"))
+
+    def is_zero(self, adapter: Any) -> bool:
+        return not any(bool(adapter.tensors[f"{layer}.lora_B.weight"].any()) for layer in adapter.modules)
+
+    def changed(self, adapter: Any, layer: str, weight: Tensor) -> Tensor:
+        a, b = self.factors(adapter, layer)
+        return weight + b @ a
+
+    def factors(self, adapter: Any, layer: str) -> Factors:
+        """A layer's change as b a, in float32."""
+        from posttrain.models.peft.export import Factors
+
+        a, b = (adapter.tensors[f"{layer}.lora_{half}.weight"].float() for half in "AB")
+        patterns = adapter.config.get("alpha_pattern") or {}
+        alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
+        alpha = adapter.config["lora_alpha"] if alpha is None else alpha
+        return Factors(a, b * (alpha / (len(a) ** 0.5 if adapter.config.get("use_rslora") else len(a))))
+
+
+LORA = LoraKind("lora", "LORA")
+
+
+class SavedAsLora(Targeted):
+    """Whatever it trains, what it leaves is a plain LoRA: the whole change from the base, in float32."""
+
+    saves = LORA
+    own_parts = ("lora_",)
+    on_quantized = True
+    for_images = True
+    alpha: Rate
+
+    def export(self, model: PeftModel, out_dir: Path, base_path: str, is_writer: bool) -> None:
+        """A frozen adapter and the new one become one of their summed rank, exactly: B A = [B_init B_new] [A_init; A_new]."""
+        from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.export import write_lora
+
+        config: Any = model.peft_config[NEW]
+        scale, layers = self.sums(model)
+        if is_writer:
+            write_lora(layers, scale, out_dir, base_path, model.get_base_model(), config.fan_in_fan_out)
+
+    def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
+        raise NotImplementedError
+
+
+class LoraFamily(SavedAsLora):
+    """B A throughout: variants differ in how they start, scale or learn."""
+
+    is_additive = True
+    can_continue = True
+    for_ppo = True
+    for_vllm = True
+    for_fsdp = True
+    options: ClassVar[dict[str, Any]] = {}  # of peft's LoraConfig
+
+    def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
+        return lora_config(self, model, task, self.alpha, **self.options)
+
+    def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
+        from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.export import lora_layers
+
+        layers = lora_layers(model)
+        scale = next(layer.scaling[NEW] for layer in layers.values() if NEW in layer.scaling)
+        return scale, {name: self.joined(layer, scale) for name, layer in layers.items()}
+
+    def joined(self, layer: Any, scale: float) -> Factors:
+        """A layer's frozen adapter, if it has one, and its new one as one."""
+        import torch
+
+        from posttrain.models.peft.attach import INIT, NEW
+        from posttrain.models.peft.export import Factors
+        from posttrain.tensors import whole
+
+        names = [name for name in (INIT, NEW) if name in layer.lora_A]
+        a = [whole(layer.lora_A[name].weight).float() for name in names]
+        b = [whole(layer.lora_B[name].weight).float() * (layer.scaling[name] / scale) for name in names]
+        return Factors(torch.cat(a), torch.cat(b, dim=1))
+
+
+class Lora(LoraFamily):
+    method: Literal["lora"]
+
+
+METHOD = Lora
+
+
+def lora_config(method: Targeted, model: Any, task: str | None, alpha: float, **options: Any) -> Any:
+    """peft's LoraConfig. Raises UserError for targets that match nothing and a rank that does not fit."""
+    from peft import LoraConfig
+
+    from posttrain.models.peft.export import whole_number
+    from posttrain.models.peft.targets import check_rank, layer_options, matched
+
+    layers = matched(model, method.targets)
+    check_rank("peft.r", method.r, layers)
+    common: dict[str, Any] = layer_options(layers, model) | {"task_type": task, "lora_alpha": whole_number(alpha)}
+    return LoraConfig(r=method.r, lora_dropout=method.dropout, **common, **options)

@@ -1,0 +1,60 @@
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the principal components, which leave the base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from posttrain.models.peft.base import has_no_weights
+from posttrain.models.peft.methods.lora import LoraFamily, lora_config
+
+if TYPE_CHECKING:
+    from posttrain.models.peft.export import Factors
+
+
+class Pissa(LoraFamily):
+    writes_base = True
+    can_continue = False
+    on_quantized = False
+    for_vllm = False
+    method: Literal["pissa"]
+
+    @property
+    def in_words(self) -> str:
+        return "by pissa, which writes into the base"
+
+    def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
+        # a randomised SVD: exact ones of large matrices take minutes
+        start = True if has_no_weights(model) else "pissa_niter_16"
+        return lora_config(self, model, task, self.alpha, init_lora_weights=start)
+
+    def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
+        shapes_alone = has_no_weights(model)
+        made = super().attach(model, num_steps, task)
+        if not shapes_alone:
+            _remember_start(made)
+        return made
+
+    def joined(self, layer: Any, scale: float) -> Factors:
+        """Without what it began with, if it is this layer's adapter."""
+        import torch
+
+        from posttrain.models.peft.export import Factors
+
+        a, b = super().joined(layer, scale)
+        if not hasattr(layer, "taken"):
+            return Factors(a, b)
+        return Factors(torch.cat([a, layer.taken.a.float()]), torch.cat([b, -layer.taken.b.float()], dim=1))
+
+
+METHOD = Pissa
+
+
+def _remember_start(model: Any) -> None:
+    """Keep what was taken from the base: the change is what the adapter has become beyond it."""
+    from posttrain.models.peft.attach import NEW
+    from posttrain.models.peft.export import Factors, lora_layers
+
+    for layer in lora_layers(model).values():
+        if NEW in layer.lora_A:
+            halves = (layer.lora_A[NEW], layer.lora_B[NEW])
+            layer.taken = Factors(*(half.weight.detach().cpu().clone() for half in halves))

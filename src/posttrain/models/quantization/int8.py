@@ -1,0 +1,36 @@
+"""LLM.int8() by bitsandbytes (Dettmers et al. 2022, arXiv 2208.07339): linear layers of the blocks in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from posttrain.config.interfaces import Quantizer
+
+
+class Int8(Quantizer):
+    method: Literal["int8"]
+    threshold: Annotated[float, Field(ge=0)]  # inputs with a larger magnitude are multiplied in 16 bit
+
+    def loading(self, device: str) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)
+
+    def weight_bytes(self, shape: Collection[int]) -> tuple[float, float]:
+        """A byte a parameter; a float32 a row."""
+        rows, columns = shape
+        return float(rows * columns), 4.0 * rows
+
+    def made(self, layer: Any) -> bool:
+        return type(layer).__name__ == "Linear8bitLt"
+
+    def dequantized(self, layer: Any) -> Any:
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(layer)
+
+
+QUANTIZER = Int8

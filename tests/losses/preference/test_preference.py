@@ -1,0 +1,133 @@
+"""Any preference loss through its one function: weights, figures, what is refused, and one that an installed package adds."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import posttrain
+from posttrain.config.choices import PREFERENCE_LOSSES
+from posttrain.config.compose import compose_run
+from posttrain.errors import UserError
+from posttrain.losses.pairs import Pairs, PreferenceLoss, implicit_rewards, right
+from posttrain.losses.preference import chosen_loss, preference_loss
+
+POLICY = torch.tensor([-10.0, -12.0, -5.0, -4.0])  # two pairs: chosen, rejected, chosen, rejected
+REFERENCE = torch.tensor([-11.0, -11.0, -5.0, -5.0])  # log-ratios +1, -1 and 0, +1: margins of 2 and -1
+PAIRS = Pairs(POLICY, REFERENCE, torch.tensor([2.0, 4.0, 5.0, 2.0]))
+DPO = {"beta": 0.1, "label_smoothing": 0.0, "options": {}}
+
+
+def means(output: posttrain.batch.LossOutput) -> dict[str, float]:  # type: ignore[name-defined]
+    return {name: float(total / count) for name, (total, count) in output.metrics.items()}
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "sigmoid_norm"])
+def test_figures_are_of_implicit_rewards_whatever_the_loss(name: str) -> None:
+    output = preference_loss(name, PAIRS, torch.ones(2), **DPO)
+    assert means(output) == pytest.approx(
+        {
+            "loss": float(output.total) / 2,
+            "accuracy": 0.5,
+            "margin": 0.1 * (2 - 1) / 2,
+            "reward_chosen": 0.1 * (1 + 0) / 2,
+            "reward_rejected": 0.1 * (-1 + 1) / 2,
+            "logp_chosen": -7.5,
+            "logp_rejected": -8.0,
+        }
+    )
+
+
+def test_before_the_first_step_every_pair_is_a_tie() -> None:
+    found = means(preference_loss("sigmoid", Pairs(REFERENCE, REFERENCE, PAIRS.lengths), torch.ones(2), **DPO))
+    assert found["margin"] == 0.0 and found["accuracy"] == 0.5
+    assert right(torch.tensor([1.0, -2.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
+
+
+def test_a_pairs_weight_is_of_its_loss_alone() -> None:
+    weight = torch.tensor([0.5, 3.0])
+    output = preference_loss("sigmoid", PAIRS, weight, **DPO)
+    # softplus(-0.2) = 0.598139, softplus(0.1) = 0.744397
+    assert output.total.item() == pytest.approx(0.5 * 0.598139 + 3 * 0.744397, abs=1e-5)
+    assert output.metrics["loss"][1] == 3.5 and output.metrics["accuracy"][1] == 2.0
+    assert float(output.metrics["accuracy"][0]) == 1.0 and float(output.metrics["margin"][0]) == pytest.approx(0.1)
+
+
+def test_without_a_reference_the_reward_is_beta_log_p() -> None:
+    assert implicit_rewards(Pairs(POLICY, None, PAIRS.lengths), 0.5).tolist() == [-5.0, -6.0, -2.5, -2.0]
+    assert implicit_rewards(PAIRS, 0.5).tolist() == [0.5, -0.5, 0.0, 0.5]
+
+
+def test_every_loss_is_named_like_its_file() -> None:
+    assert PREFERENCE_LOSSES.names() == ["ipo", "sigmoid", "sigmoid_norm"]
+    for name, loss in PREFERENCE_LOSSES.all().items():
+        assert isinstance(loss, PreferenceLoss) and loss.per_pair.__name__ == name
+
+
+def test_the_names_are_known_without_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys, posttrain.config.schema; from posttrain.config.choices import PREFERENCE_LOSSES as known; "
+        "print(known.names(), [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "['ipo', 'sigmoid', 'sigmoid_norm'] []"
+
+
+def test_what_a_loss_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^dpo.label_smoothing: dpo.loss=ipo has none; say dpo.label_smoothing=0$"):
+        chosen_loss("ipo", 0.1, {})
+    with pytest.raises(UserError, match=r"^dpo.options.gamma: dpo.loss=sigmoid has no options of its own$"):
+        chosen_loss("sigmoid", 0.1, {"gamma": 1.0})
+
+
+def test_a_mistyped_loss_gets_one_line_with_the_near_name() -> None:
+    expected = (
+        r"^dpo.loss: there is no preference loss 'sigmod' - did you mean 'sigmoid'\? \(there are: ipo, sigmoid, sigmoid_norm\)$"
+    )
+    with pytest.raises(UserError, match=expected):
+        compose_run("dpo", ["model=tiny", "dpo.loss=sigmod"])
+
+
+TOY = """
+from posttrain.losses.pairs import PreferenceLoss, margins
+
+def toy(pairs, *, beta, scale=1.0):
+    return (margins(pairs.policy / pairs.lengths) - scale) ** 2
+
+LOSS = PreferenceLoss(toy, needs_reference=False)
+"""
+WORDS = ["dpo", "model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "train.batch_size=2", "data.max_rows=12"]
+WORDS += ["data.eval_rows=4", "eval.sets=null", "optim.lr=0.01", "dpo.loss=toy"]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installed package that adds a loss of its own, which needs no reference."""
+    (tmp_path / "toy_preference.py").write_text(TOY)
+    info = tmp_path / "toy_preference-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-preference\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[posttrain.preference_losses]\ntoy = toy_preference\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("toy_preference", None)
+    PREFERENCE_LOSSES.forget()
+
+
+def test_an_installed_package_adds_a_loss(toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.stages.language.stage.train_reference", lambda *_: pytest.fail("it needs no reference"))
+    found = posttrain.run(*WORDS, "dpo.options.scale=0.5", f"run.dir={tmp_path / 'run'}")
+    assert found["steps"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    figures = [line for line in lines if "train/loss" in line]
+    assert len(figures) == 2 and all(0 < line["train/loss"] < 4 for line in figures)
+    assert lines[0]["eval/reward_chosen"] < 0  # beta log p, for want of a reference
+    with pytest.raises(UserError, match=r"^dpo.options.scal: dpo.loss=toy has scale - did you mean 'scale'\?$"):
+        posttrain.run(*WORDS, "dpo.options.scal=0.5", f"run.dir={tmp_path / 'other'}")
+    with pytest.raises(UserError, match=r"there are: ipo, sigmoid, sigmoid_norm, toy\)$"):
+        compose_run("dpo", ["model=tiny", "dpo.loss=tory"])
