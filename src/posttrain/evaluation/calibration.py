@@ -1,4 +1,4 @@
-"""How far a reward model's scores can be trusted: calibration, what they owe to length, and how sure its accuracy is."""
+"""How far a reward model's scores can be trusted: calibration, correlation with length, confidence interval of the accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUSPICIOUS = 0.4  # a correlation of score and length from which a warning is du
 
 
 class Bin(NamedTuple):
-    """Pairs whose winner the model was about equally sure of: mean confidence, share that was right, number."""
+    """Pairs about which the model was equally confident: their mean confidence, the share that was right, their number."""
 
     confidence: float
     accuracy: float

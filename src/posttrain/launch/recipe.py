@@ -160,7 +160,7 @@ def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
 
 
 def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
-    """The steps that an override's key speaks to, and the key as they know it. A bare `init` is the first step's."""
+    """The steps that an override is for, and the key without their names. A bare `init` is for the first step."""
     head, _, rest = key.partition(".")
     if head in steps and rest:
         fields = config_classes()[steps[head].stage].model_fields

@@ -205,7 +205,7 @@ def _move_aside(directory: Path) -> Path:
 
 
 def _run_child(each: Planned) -> None:
-    """Raises what the process's exit code means; the process has said more itself."""
+    """Raise the error that the process's exit code means. The process has printed the details itself."""
     name = each.step.name
     code = run_child(each.config, f"step {name}")
     if code == Stopped.exit_code:

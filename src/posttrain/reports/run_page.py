@@ -104,7 +104,7 @@ def _run_page(run_dir: Path) -> Path:
 
 
 def _data_of(data: dict[str, Any]) -> str:
-    """What a run learnt from, in a few words: a path, or the names of a mixture's sources."""
+    """The training data in a few words: a path, or the names of a mixture's sources."""
     return data.get("path") or data.get("instance_dir") or "a mixture of " + ", ".join(data.get("sources") or ())
 
 

@@ -95,7 +95,7 @@ def _line(text: str) -> dict[str, Any]:
 
 @contextmanager
 def as_written(what: Path) -> Generator[None]:
-    """Turns what is missing from a damaged record, or is of another kind, into a UserError about `what`."""
+    """Turn the errors that a damaged record causes (a key or type that is wrong) into a UserError about `what`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
@@ -200,7 +200,7 @@ def amount(manifest: dict[str, Any]) -> tuple[int, str]:
 
 
 def plain(value: Any) -> str:
-    """A config's value as one would type it."""
+    """A config's value as one would type it on the command line."""
     if isinstance(value, float):
         return f"{value:.10g}"
     return "null" if value is None else str(value)

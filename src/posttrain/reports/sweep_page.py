@@ -1,4 +1,4 @@
-"""The page of a sweep: which settings won, as a table and, where the sweep has the shape for it, a picture."""
+"""The page of a sweep: which settings were best, as a table and, for one or two swept numbers, a plot."""
 
 from __future__ import annotations
 

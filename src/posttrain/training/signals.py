@@ -42,7 +42,7 @@ class StopSignal:
 
     @contextmanager
     def at_once(self, allowed: bool = True) -> Generator[None]:
-        """Within it a signal raises Stopped wherever it finds us. allowed: not where other processes would wait for this one."""
+        """Inside, a signal raises Stopped at once. allowed: False where other processes would wait for this one."""
         self.leaves, before = allowed, self.leaves
         try:
             yield
@@ -58,7 +58,7 @@ class StopSignal:
 
 @contextmanager
 def leaving_at_once() -> Generator[None]:
-    """Within it a signal raises Stopped, until somebody installs handlers of his own."""
+    """Inside, a signal raises Stopped, until other handlers are installed."""
     stop = StopSignal()
     try:
         with stop.at_once():
