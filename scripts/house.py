@@ -111,10 +111,32 @@ def public_names(tree: ast.Module) -> Iterator[tuple[str, ast.Module | ast.Class
             pending += [(f"{prefix}{node.name}.", each) for each in node.body]
 
 
+def documented_methods(trees: list[ast.Module]) -> dict[str, tuple[set[str], set[str]]]:
+    """Class name -> the methods that it documents, and the names of its bases; in all modules of the package."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for node in (each for tree in trees for each in ast.walk(tree)):
+        if isinstance(node, ast.ClassDef):
+            methods, bases = found.setdefault(node.name, (set(), set()))
+            methods |= {each.name for each in node.body if isinstance(each, Function) and ast.get_docstring(each)}
+            bases |= {re.sub(r"\[.*", "", ast.unparse(base)).split(".")[-1] for base in node.bases}
+    return found
+
+
+def inherits(known: dict[str, tuple[set[str], set[str]]], owner: str, method: str, seen: frozenset[str] = frozenset()) -> bool:
+    """Does a base of the class `owner` document the method? Then a method that replaces it needs no docstring of its own."""
+    bases = known.get(owner, (set(), set()))[1] - seen
+    return any(
+        method in known[base][0] or inherits(known, base, method, seen | {owner})
+        for base in bases
+        if base in known and base != owner
+    )
+
+
 def measure(tree: Path) -> House:
     """The figures of the package under `tree`/src."""
     root = tree / "src" / PACKAGE
     found = modules(root)
+    documented = documented_methods([ast.parse(path.read_text()) for path in found.values()])
     long_files, functions, undocumented, ignores, readings = [], [], [], [], []
     lines = public = 0
     for path in found.values():
@@ -131,7 +153,11 @@ def measure(tree: Path) -> House:
         ]
         names = list(public_names(parsed)) if rows else []  # an empty __init__.py has nothing to say
         public += len(names)
-        undocumented += [f"{place} {name or '(the module)'}" for name, node in names if ast.get_docstring(node) is None]
+        undocumented += [
+            f"{place} {name or '(the module)'}"
+            for name, node in names
+            if ast.get_docstring(node) is None and not inherits(documented, *["", *name.split(".")][-2:])
+        ]
         ignores += [f"{place}:{i} {row.strip()}" for i, row in enumerate(rows, 1) if IGNORES.search(row)]
         readings += [f"{place}:{i}" for i, row in enumerate(rows, 1) for _ in MANIFEST_READING.finditer(row)]
     rooms, arrows = _rooms(graph(root))
