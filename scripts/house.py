@@ -156,7 +156,7 @@ def measure(tree: Path) -> House:
         undocumented += [
             f"{place} {name or '(the module)'}"
             for name, node in names
-            if ast.get_docstring(node) is None and not inherits(documented, *["", *name.split(".")][-2:])
+            if ast.get_docstring(node) is None and not inherits(documented, name.rpartition(".")[0], name.rpartition(".")[2])
         ]
         ignores += [f"{place}:{i} {row.strip()}" for i, row in enumerate(rows, 1) if IGNORES.search(row)]
         readings += [f"{place}:{i}" for i, row in enumerate(rows, 1) for _ in MANIFEST_READING.finditer(row)]

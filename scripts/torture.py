@@ -139,7 +139,7 @@ def dies_within_a_save(rng: random.Random) -> Callable[[], None]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Everything of a finished run that must not depend on how often it was killed."""
-    from posttrain.runs.directory import sha256
+    from posttrain.runs.files import sha256
 
     manifest = json.loads((run / "manifest.json").read_text())
     last = run / "checkpoints" / f"step-{STEPS:06d}"

@@ -71,7 +71,7 @@ def test_the_settings_that_help_names_exist(stage: str) -> None:
     import re
 
     from posttrain.config.compose import compose_run
-    from posttrain.runs.directory import flatten
+    from posttrain.runs.identity import flatten
 
     pictures = ["data.instance_dir=photos", "data.instance_prompt=a sks dog", "data.class_prompt=a dog"]
     given = {"ppo": ["init_reward=runs/rm/RUN"], "dreambooth": pictures}.get(stage, [])

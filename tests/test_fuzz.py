@@ -24,7 +24,8 @@ from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.recipe import load_recipe
 from posttrain.reports.run_page import compare_page, run_page
 from posttrain.reports.run_records import read_record
-from posttrain.runs.directory import open_run, read_manifest
+from posttrain.runs.directory import open_run
+from posttrain.runs.manifest import read_manifest
 from posttrain.stages.language.init import resolve_start
 from posttrain.stages.language.prepare import prepare_language
 from posttrain.stages.steps import Context

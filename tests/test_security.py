@@ -19,7 +19,8 @@ from posttrain.launch.exit_codes import guarded
 from posttrain.models.diffusion.pipelines import find_pipeline, pipeline_directory
 from posttrain.models.language.loading import load_model
 from posttrain.reports.run_page import compare_page
-from posttrain.runs.directory import read_manifest, write_json
+from posttrain.runs.files import write_json
+from posttrain.runs.manifest import read_manifest
 from posttrain.secrets import HIDDEN, redact
 
 TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]

@@ -130,7 +130,7 @@ def test_bad_input(runs: dict[str, Path], tmp_path: Path) -> None:
     save_file({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in load_file(file).items()}, file)
     refused("is damaged", [a, str(zero)])
     manifest = json.loads((zero / "manifest.json").read_text())
-    from posttrain.runs.directory import sha256
+    from posttrain.runs.files import sha256
 
     manifest["files"]["adapter/adapter_model.safetensors"] = sha256(file)
     (zero / "manifest.json").write_text(json.dumps(manifest))

@@ -92,6 +92,6 @@ def test_damaged_and_zero_adapters_and_taken_places(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match=r"run: .* is missing"):
         merge_run(cut, tmp_path / "out", 1.0)
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="does not exist"):
         merge_run(tmp_path / "nowhere", tmp_path / "out", 1.0)
     assert not (tmp_path / "out").exists()

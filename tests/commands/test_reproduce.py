@@ -60,7 +60,7 @@ def test_what_differs_is_said_first_and_the_result_after(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(run.parent, [*ROWS[:-1], "another one"])
-    versions = {**posttrain.runs.directory.library_versions(), "transformers": "99.1"}  # type: ignore[attr-defined]
+    versions = {**posttrain.runs.identity.library_versions(), "transformers": "99.1"}  # type: ignore[attr-defined]
     monkeypatch.setattr("posttrain.stages.resume.library_versions", lambda: versions)
     with pytest.raises(RunError, match=r"does not agree with .*weights"):
         reproduce(run, run.with_name("again"))

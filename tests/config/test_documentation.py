@@ -8,7 +8,7 @@ import pytest
 from configuration_page import PAGE, STAGES, TEMPLATE, key_tables, page, said
 from posttrain.config.compose import compose_run
 from posttrain.config.paths import root
-from posttrain.runs.directory import flatten
+from posttrain.runs.identity import flatten
 from yaml_comments import explained, header
 
 GIVEN = {  # what a stage cannot do without

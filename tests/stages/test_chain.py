@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import posttrain
 from posttrain.errors import UserError
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 
 TINY = (
     "model=tiny",

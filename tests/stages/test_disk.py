@@ -15,7 +15,7 @@ import torch
 
 import posttrain
 from posttrain.errors import RunError, UserError
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 from posttrain.training.checkpoint import newest_checkpoint
 from posttrain.training.loop import Loop
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import posttrain
 from posttrain.errors import Stopped, UserError
-from posttrain.runs.directory import sha256
+from posttrain.runs.cache import write_tensors
+from posttrain.runs.files import sha256
 from posttrain.training.checkpoint import FILES, RECORD, _sha256_of
 
 STEPS, STOPPED, SAVE = 9, 6, 2
@@ -189,7 +190,7 @@ def test_other_references_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     (file,) = (tmp_path / "cache" / "reference").iterdir()
     kept = load_file(file)
     changed = kept["reference"] + torch.tensor([0.5, 0.0])
-    save_file({"reference": changed}, file)
+    write_tensors(file, {"reference": changed})
     digests = [hashlib.sha256(table.numpy().tobytes()).hexdigest()[:32] for table in (kept["reference"], changed)]
     said = "step-000002 is of another run: dpo.reference was {}, is now {}; .*resume.allow=dpo.reference".format(*digests)
     with pytest.raises(UserError, match=said):

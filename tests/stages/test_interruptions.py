@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import posttrain
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 
 STAGES = {
     "sft": ("+peft=lora", "peft.dropout=0.1"),

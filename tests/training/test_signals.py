@@ -10,7 +10,7 @@ import pytest
 
 import posttrain
 from posttrain.errors import Stopped
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 
 SIZE = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=3", "train.batch_size=2", "data.max_rows=30", "eval.rows=1")
 STAGES = {

@@ -62,7 +62,7 @@ class Conversation:
 
     def _ends(self) -> list[int]:
         tokenizer = self.live.tokenizer
-        texts = {*stop_tokens(self.live.source, self.live.revision, tokenizer), tokenizer.eos_token} - {None}
+        texts = {*stop_tokens(self.live.source, self.live.artifact.base.revision, tokenizer), tokenizer.eos_token} - {None}
         return sorted(tokenizer.convert_tokens_to_ids(list(texts)))
 
 

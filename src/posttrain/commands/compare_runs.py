@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain.runs.directory import read_manifest
+from posttrain.runs.artifact import open_artifact
 from posttrain.training.checkpoint import newest_checkpoint
 
 
@@ -24,8 +24,9 @@ class RunComparison:
 
 def compare_runs(first: Path, second: Path) -> list[RunComparison]:
     """Raises UserError where one is not finished, or has no checkpoint that is whole."""
-    manifests = [read_manifest(run) for run in (first, second)]
-    weights = [_tensors(run / m["weights"]["path"]) for run, m in zip((first, second), manifests, strict=True)]
+    artifacts = [open_artifact(run, "run") for run in (first, second)]
+    manifests = [artifact.finished() for artifact in artifacts]
+    weights = [_tensors(artifact.weights) for artifact in artifacts]
     checkpoints = [newest_checkpoint(run / "checkpoints")[0] for run in (first, second)]
     found = [tensors_agree("weights", *weights)]
     if all(checkpoints):
@@ -36,7 +37,7 @@ def compare_runs(first: Path, second: Path) -> list[RunComparison]:
         found.append(
             RunComparison("data order", same, "the same rows in the same order" if same else "other rows, or another order")
         )
-    return [*found, _figures_agree(*(manifest["metrics"] for manifest in manifests))]
+    return [*found, _figures_agree(*(manifest.metrics for manifest in manifests))]
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

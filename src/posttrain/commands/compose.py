@@ -6,7 +6,6 @@ arXiv 2212.04089). The result is a finished run's directory, so that every other
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -20,11 +19,11 @@ import yaml
 from torch import Tensor
 
 from posttrain.commands.merge import refuse_scorer, require_empty
-from posttrain.commands.sample import compose_pipelines, is_pipeline_run
+from posttrain.commands.sample import compose_pipelines
 from posttrain.console import Meter, say
 from posttrain.data.collate import pack
 from posttrain.data.prepare import prepare_set
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError
 from posttrain.losses.tokens import token_loss
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_base
@@ -34,8 +33,11 @@ from posttrain.models.peft.attach import load_adapter
 from posttrain.models.peft.export import Factors, write_lora
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
-from posttrain.runs.directory import Run, checked_weights, parent_record, read_config, read_manifest
+from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.directory import CONFIG, Run, read_config
+from posttrain.runs.files import write_json, write_text
 from posttrain.runs.identity import digest
+from posttrain.runs.manifest import Base
 
 STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights
 
@@ -45,8 +47,7 @@ class Part:
     """One adapter of a sum."""
 
     run: Path
-    manifest: dict[str, Any]
-    weights: Path
+    artifact: Artifact
     adapter: Adapter
 
 
@@ -61,11 +62,12 @@ def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn
     if learn and (weights or factors != [1.0] * len(runs)):
         raise UserError("--learn: the weights are to be learned, so give none")
     require_empty(out)
-    if any(is_pipeline_run(run) for run in runs):
+    artifacts = [open_artifact(run, "compose") for run in runs]
+    if any(each.is_pipeline for each in artifacts):
         if learn:
             raise UserError("--learn: weights of diffusion models' adapters are not learned; give --weights")
         return compose_pipelines(runs, factors, out)
-    parts = [_read(run) for run in runs]
+    parts = [_read(*each) for each in zip(runs, artifacts, strict=True)]
     _require_one_base(parts)
     if learn:
         factors = learn_weights(parts, learn)
@@ -96,28 +98,24 @@ def _parse_expression(text: str) -> tuple[list[Path], list[float]]:
     return runs, factors
 
 
-def _read(run: Path) -> Part:
-    if not (run / "manifest.json").exists():
-        siblings = [p.name for p in run.parent.iterdir() if (p / "manifest.json").exists()] if run.parent.is_dir() else []
-        raise UserError(f"{run} is no finished run (no manifest.json){did_you_mean(run.name, siblings)}")
-    manifest = read_manifest(run)
-    if manifest["weights"]["kind"] == "model":
+def _read(run: Path, artifact: Artifact) -> Part:
+    artifact.finished()
+    if artifact.kind == "model":
         raise UserError(f"{run} is a whole model; only adapters can be composed")
-    refuse_scorer(manifest, run)
-    weights = checked_weights(run, manifest, "compose")
-    adapter = Adapter(weights, "compose")
+    refuse_scorer(artifact)
+    adapter = Adapter(artifact.verified().weights, "compose")
     if not is_plain_sum(adapter.config):
         raise UserError(f"{run}: the change of {adapter.kind.name} is no sum of matrices that others could be added to; merge it")
-    return Part(run, manifest, weights, adapter)
+    return Part(run, artifact, adapter)
 
 
 def _require_one_base(parts: list[Part]) -> None:
-    first = parts[0]
+    first, base = parts[0], parts[0].artifact.base
     for part in parts[1:]:
-        if part.manifest["base"]["digest"] != first.manifest["base"]["digest"]:
+        if part.artifact.base.digest != base.digest:
             raise UserError(
-                f"{part.run} belongs to another base ({part.manifest['base']['name']}) than {first.run} "
-                f"({first.manifest['base']['name']}): their changes cannot be added"
+                f"{part.run} belongs to another base ({part.artifact.base.name}) than {first.run} ({base.name}): their changes "
+                "cannot be added"
             )
 
 
@@ -133,19 +131,19 @@ def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Fac
 
 def learn_weights(parts: list[Part], path: Path) -> list[float]:
     """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
-    first = parts[0]
-    tokenizer = load_tokenizer(str(first.weights), None, False, None)
-    encoder = make_encoder(tokenizer, first.manifest["base"]["path"], first.manifest["base"]["revision"])
+    first = parts[0].artifact
+    tokenizer = load_tokenizer(first.tokenizer, None, False, None)
+    encoder = make_encoder(tokenizer, first.source, first.base.revision)
     examples, kind = prepare_set(str(path), ROWS, encoder, LENGTH)
     if kind == "pairs":
         raise UserError(f"--learn: {path} holds pairs; give conversations, completions or text")
-    model: Any = load_adapter(load_base(first.manifest, "cpu", first.manifest["dtype"], True), first.weights)
+    model: Any = load_adapter(load_base(first, "cpu", first.finished().dtype, True), first.weights)
     names = ["default", *(f"part{i}" for i in range(1, len(parts)))]
     for name, part in zip(names[1:], parts[1:], strict=True):
-        model.load_adapter(str(part.weights), name)
+        model.load_adapter(str(part.artifact.weights), name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
-    lm = PackedLM(model, "documents", first.manifest.get("kernels", {}).get("choice", "auto")).eval()
+    lm = PackedLM(model, "documents", first.finished().kernels.choice).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
     handles = _scale_outputs(model, names, scales)
@@ -183,7 +181,7 @@ def _scale_outputs(model: Any, names: list[str], scales: Tensor) -> list[Any]:
 
 def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | None) -> dict[str, Any]:
     first = parts[0]
-    base = first.manifest["base"]
+    base = first.artifact.base
     with torch.device("meta"):
         skeleton = _skeleton(base)
     transposed = bool(first.adapter.config.get("fan_in_fan_out"))
@@ -191,25 +189,25 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch) / "run"
         made.mkdir()
-        write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base["path"], skeleton, transposed)
-        copy_tokenizer(first.weights, made / "adapter")
-        config = read_config(first.run) | {"stage": first.manifest["stage"]}
-        (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base.path, skeleton, transposed)
+        copy_tokenizer(first.artifact.weights, made / "adapter")
+        config = read_config(first.run) | {"stage": first.artifact.stage}
+        write_text(made / CONFIG, yaml.safe_dump(config, sort_keys=False))
         sums = [{"run": str(p.run.resolve()), "weight": w} for p, w in zip(parts, weights, strict=True)]
-        (made / "compose.json").write_text(json.dumps({"sum": sums, "learned_on": str(learn) if learn else None}, indent=2))
-        record = {key: first.manifest[key] for key in ("base", "weights", "tokenizer", "dtype", "quant")}
-        record |= {"stage": "compose", "parents": [parent_record("init", p.run.resolve()) for p in parts], "sum": sums}
+        write_json(made / "compose.json", {"sum": sums, "learned_on": str(learn) if learn else None})
+        record = first.artifact.finished().to_dict("base", "weights", "tokenizer", "dtype", "quant")
+        record |= {"stage": "compose", "parents": [p for part in parts for p in part.artifact.parents("init")], "sum": sums}
         record |= {"peft": {"method": "lora"}, "metrics": {}, "data": [], "steps": 0, "tokens": 0, "seconds": 0.0, "seed": None}
         manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
     say(f"composed adapter {out / 'adapter'}")
-    return manifest
+    return manifest.to_dict()
 
 
-def _skeleton(base: dict[str, Any]) -> Any:
+def _skeleton(base: Base) -> Any:
     """The base without weights, for the names of its layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(base["path"], base["revision"]).directory)
+    config = AutoConfig.from_pretrained(resolve(base.path, base.revision).directory)
     return AutoModelForCausalLM.from_config(config)

@@ -17,7 +17,7 @@ from rich.table import Table
 from posttrain.console import console
 from posttrain.errors import UserError
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import library_versions
+from posttrain.runs.identity import library_versions
 
 if TYPE_CHECKING:
     from posttrain.models.kernels.choice import KernelReport

@@ -16,11 +16,11 @@ from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
-from posttrain.models.language.loading import LoadedModel, device_here, is_scorer, load_model, load_models, scorer, switch
+from posttrain.models.language.loading import LoadedModel, device_here, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import make_encoder
+from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import read_config
 from posttrain.stages.spec import spec_of
 
 KEYS = ("data.path", "rows", "max_length", "tasks", "limit")
@@ -35,12 +35,12 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     tasks of lm-eval. Raises UserError before a model is loaded.
     """
     runs, settings = _sort_words(words)
-    if len(runs) == 1 and is_scorer(runs[0]):
+    if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings)}
     live, names = load_models(runs, device_here())
     if "tasks" in settings:
         return {name: _lm_eval(live, names, name, settings) for name in names}
-    sets = _sets(runs[0], live, settings)
+    sets = _sets(live, settings)
     found = {}
     for name in names:
         switch(live, names, name)
@@ -68,15 +68,14 @@ def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
     return runs, settings
 
 
-def _sets(run: str, live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = make_encoder(live.tokenizer, live.source, live.revision)
+def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
+    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
     rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
     if "data.path" in settings:
         return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
-    file = Path(run).expanduser() / "config.yaml"
-    if not file.exists():
+    config = live.artifact.config
+    if config is None:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
-    config = read_config(file.parent)
     wanted = config["eval"]
     named = (wanted["sets"] or {}).items()
     sets = [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
@@ -103,12 +102,14 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_model(run, device_here())
-    encoder = make_encoder(live.tokenizer, live.source, live.revision)
-    config = read_config(Path(run).expanduser())
+    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
+    config = live.artifact.config
+    if config is None:
+        raise UserError(f"run: {run} is a bare reward model, with no config of a run; give a finished rm run")
     rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
     data = config["data"]
     if "data.path" in settings:
-        data |= {
+        data = data | {
             "path": settings["data.path"],
             "sources": None,
             "alpha": None,

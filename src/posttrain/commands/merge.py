@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from posttrain.commands.sample import is_pipeline_run, merge_pipeline
+from posttrain.commands.sample import merge_pipeline
 from posttrain.config.interfaces import Quantizer
 from posttrain.console import console, say
 from posttrain.errors import RunError, UserError
@@ -21,7 +21,8 @@ from posttrain.models.language.loading import load_model
 from posttrain.models.language.packed_lm import load_causal
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
-from posttrain.runs.directory import checked_weights, read_manifest, write_json
+from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.files import write_json
 
 FIGURES = "merge.json"
 
@@ -33,20 +34,21 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. Raises UserError for what
     cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
     """
-    if is_pipeline_run(run):
+    artifact = open_artifact(run, "run")
+    artifact.finished()
+    if artifact.is_pipeline:
         require_empty(out)
         return merge_pipeline(run, out)
-    manifest = read_manifest(run)
-    if manifest["weights"]["kind"] == "model":
-        raise UserError(f"run: {run} is a whole model already, in {run / manifest['weights']['path']}; there is nothing to merge")
-    refuse_scorer(manifest, run)
+    if artifact.kind == "model":
+        raise UserError(f"run: {run} is a whole model already, in {artifact.weights}; there is nothing to merge")
+    refuse_scorer(artifact)
     require_empty(out)
-    adapter = Adapter(checked_weights(run, manifest, "run"), "run")
+    adapter = Adapter(artifact.verified().weights, "run")
     adapter.require_mergeable("run", "load it beside its base")
-    base_dir = resolve(manifest["base"]["path"], manifest["base"]["revision"]).directory
+    base_dir = resolve(artifact.source, artifact.base.revision).directory
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        candidates = _build(run, manifest, adapter, base_dir, Path(scratch))
+        candidates = _build(artifact, adapter, base_dir, Path(scratch))
         if onto not in ("auto", *candidates):
             raise UserError(f"--onto: there is no '{onto}' here (there are: auto, {', '.join(candidates)})")
         best = min(candidates, key=lambda name: candidates[name].kl) if onto == "auto" else onto
@@ -65,11 +67,11 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     return figures
 
 
-def refuse_scorer(manifest: dict[str, Any], run: Path) -> None:
+def refuse_scorer(artifact: Artifact) -> None:
     """Raises UserError for a reward model: merged as a language model it would lose its head."""
-    if manifest["stage"] == "rm":
+    if artifact.reward_head:
         raise UserError(
-            f"run: {run} is a reward model; peft loads it on AutoModelForSequenceClassification as it is, and "
+            f"run: {artifact.name} is a reward model; peft loads it on AutoModelForSequenceClassification as it is, and "
             "init_reward= takes it; there is no language model to merge"
         )
 
@@ -80,25 +82,26 @@ def require_empty(out: Path) -> None:
         raise UserError(f"--out: {out} exists already; give a new directory")
 
 
-def _build(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
+def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
-    rows = _live_answers(run, manifest, adapter, base_dir, scratch)
+    rows = _live_answers(artifact, adapter, base_dir, scratch)
     write_merged(base_dir, adapter, scratch / "full")
     found: dict[str, Agreement] = {}
     for name in ("full", "dequantized"):
         if (scratch / name).exists():
-            copy_tokenizer(run / manifest["weights"]["path"], scratch / name)
-            found[name] = _compare(scratch, name, manifest["dtype"], rows)
+            copy_tokenizer(artifact.weights, scratch / name)
+            found[name] = _compare(scratch, name, artifact.finished().dtype, rows)
     return found
 
 
-def _live_answers(run: Path, manifest: dict[str, Any], adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
+def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
     """The rows to compare on, with the live model's log-probs on disk; and the candidate that needs its quantized weights."""
+    run = Path(artifact.name)
     live = load_model(run)
     rows = held_out_rows(run, live)
     say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
     write_logprobs(live.model, rows, scratch / "live.safetensors")
-    if (quantizer := quantizer_of(manifest["quant"])).is_quantized:
+    if (quantizer := quantizer_of(artifact.quantization)).is_quantized:
         write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model, quantizer))
     return rows
 

@@ -8,8 +8,9 @@ from posttrain.commands.compare_runs import RunComparison, compare_runs
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.launch.subprocess_runner import run_child
-from posttrain.runs.directory import read_config, read_manifest
+from posttrain.runs.directory import read_config
 from posttrain.runs.identity import digest
+from posttrain.runs.manifest import read_manifest
 
 
 def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
@@ -18,13 +19,13 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
     Raises UserError for what is no finished run, RunError where the result does not agree.
     """
     manifest, config = read_manifest(run), read_config(run)
-    if digest(config) != manifest["config_digest"]:
+    if digest(config) != manifest.config_digest:
         raise UserError(
             f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
         )
     place = out or run.resolve().with_name(f"{run.resolve().name}-again")
-    if manifest.get("changes"):
-        said = "; ".join(f"{each['change']} from step {each['step']}" for each in manifest["changes"])
+    if manifest.changes:
+        said = "; ".join(f"{each.change} from step {each.step}" for each in manifest.changes)
         say(f"its settings changed on the way ({said}); the new run has the last ones throughout")
     config["run"] = {**config["run"], "dir": str(place), "stop_after": None, "reproduces": str(run.resolve())}
     code = run_child(config, f"the run in {place}")

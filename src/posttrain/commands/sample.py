@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from posttrain.batch import ImagePart
@@ -23,7 +24,9 @@ from posttrain.models.hub import BaseInfo
 from posttrain.models.language.loading import device_here
 from posttrain.models.peft.export import Factors
 from posttrain.models.peft.kinds import require_kind
-from posttrain.runs.directory import Run, checked_weights, parent_record, read_manifest, write_json
+from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.directory import CONFIG, Run, read_config
+from posttrain.runs.files import write_json, write_text
 from posttrain.runs.identity import digest
 
 LEVELS = (50, 350, 650, 950)  # of 1000, at which a merged pipeline is compared
@@ -31,33 +34,27 @@ MOST_APART = 0.02  # of the prediction's norm; rounding to 16 bit is a tenth of 
 
 
 class Result(NamedTuple):
-    """name: of the run's directory. weights: its files, in base; None for a bare pipeline. manifest: empty for one."""
+    """name: of the run's directory. base: the pipeline that its adapter belongs to, or that it is. weights: of the adapter; None
+    where it is a whole pipeline."""
 
     name: str
     base: BaseInfo
     weights: Path | None
-    manifest: dict[str, Any]
-
-
-def is_pipeline_run(run: Path) -> bool:
-    return (run / "manifest.json").exists() and "pipeline" in read_manifest(run)
+    artifact: Artifact
 
 
 def read_result(run: str | Path) -> Result:
     """A run's directory, whose files are checked, or a pipeline's. Raises UserError for anything else."""
-    directory = Path(run).expanduser()
-    if not (directory / "manifest.json").exists():
-        return Result(directory.name, find_pipeline(str(run), None), None, {})
-    manifest = read_manifest(directory)
-    if "pipeline" not in manifest:
-        raise UserError(f"run: {run} is a {manifest['stage']} run, of a language model; posttrain chat talks with it")
-    weights = checked_weights(directory, manifest, "run")
-    if manifest["weights"]["kind"] == "model":
-        return Result(directory.name, find_pipeline(str(weights), None), None, manifest)
-    base = find_pipeline(manifest["base"]["path"], manifest["base"]["revision"])
-    if base.digest != manifest["base"]["digest"]:
+    artifact = open_artifact(run, "run")
+    if artifact.is_run and not artifact.is_pipeline:
+        raise UserError(f"run: {run} is a {artifact.stage} run, of a language model; posttrain chat talks with it")
+    artifact.supported().verified()
+    name, base = Path(run).expanduser().name, find_pipeline(artifact.source, artifact.base.revision)
+    if artifact.kind == "model":
+        return Result(name, base, None, artifact)
+    if base.digest != artifact.base.digest:
         raise UserError(f"base: {base.path} is not what {run} was trained on (digests differ); give the run's own base")
-    return Result(directory.name, base, weights, manifest)
+    return Result(name, base, artifact.weights, artifact)
 
 
 def sample(
@@ -73,7 +70,8 @@ def sample(
         pipe = load_pipeline(group[0].base, torch.bfloat16 if device_here() == "cuda" else torch.float32).to(device_here())
         for result in (r for r in group if r.weights):
             load_adapter(pipe, result.weights, result.name)  # type: ignore[arg-type]
-        side = size or group[0].manifest.get("size") or native_size(pipeline_directory(group[0].base))[0]
+        trained = group[0].artifact.manifest
+        side = size or (trained and trained.size) or native_size(pipeline_directory(group[0].base))[0]
         how = Drawing(side, side, steps, guidance, 4)
         for result in group:
             files += _draw_with(pipe, result, prompts, out, images, seed, how)
@@ -120,14 +118,14 @@ def merge_pipeline(run: Path, out: Path) -> dict[str, Any]:
     if result.weights is None:
         raise UserError(f"run: {run} is a whole pipeline already, in {run / 'model'}; there is nothing to merge")
     for config in sorted(result.weights.glob("*/adapter_config.json")):
-        found = json.loads(config.read_text())
+        found = json.loads(config.read_text(encoding="utf-8"))
         if reason := require_kind(found, "run").objection(found):
             raise UserError(f"run: its adapter cannot be merged ({reason}); posttrain sample draws with it")
-    pipe = load_pipeline(result.base, torch.float32)
+    pipe, manifest = load_pipeline(result.base, torch.float32), result.artifact.finished()
     load_adapter(pipe, result.weights, "run")
-    prompts = list(result.manifest["prompts"].values())
+    prompts = list(manifest.prompts.values())
     live = _predictions(pipe, prompts)
-    names = sorted(result.manifest["trained_parts"])
+    names = sorted(manifest.trained_parts)
     parts = _merged_parts(pipe, names, (result.weights / LORA_FILE).is_file())
     base_dir = pipeline_directory(result.base)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +137,7 @@ def merge_pipeline(run: Path, out: Path) -> dict[str, Any]:
         say(f"predictions differ by {apart:.2e} of their norm from the live adapter's")
         if not apart <= MOST_APART:
             raise RunError(f"the merged pipeline differs from the live one by {apart:.1%}; nothing was written")
-        figures = {"run": str(run.resolve()), "difference": apart, "quant": result.manifest["quant"]["method"]}
+        figures = {"run": str(run.resolve()), "difference": apart, "quant": manifest.quant.method}
         write_json(made / "merge.json", figures)
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
@@ -196,8 +194,6 @@ def native_size_of(pipe: Any) -> int:
 
 def compose_pipelines(runs: list[Path], weights: list[float], out: Path) -> dict[str, Any]:
     """Write the weighted sum of LoRAs of one base to `out`, exactly, as a finished run's directory; returns its manifest."""
-    import yaml
-
     results = [read_result(run) for run in runs]
     first = results[0]
     for result, run in zip(results, runs, strict=True):
@@ -218,18 +214,20 @@ def compose_pipelines(runs: list[Path], weights: list[float], out: Path) -> dict
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch) / "run"
         write_tensors(tensors, made / "adapter")
-        config = yaml.safe_load((runs[0] / "config.yaml").read_text())
-        (made / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        config = read_config(runs[0])
+        write_text(made / CONFIG, yaml.safe_dump(config, sort_keys=False))
         sums = [{"run": str(run.resolve()), "weight": weight} for run, weight in zip(runs, weights, strict=True)]
-        (made / "compose.json").write_text(json.dumps({"sum": sums}, indent=2))
-        record = {key: first.manifest[key] for key in ("base", "weights", "pipeline", "size", "dtype", "quant")}
-        record["prompts"] = {f"instance {r.name}": r.manifest["prompts"]["instance"] for r in results}
-        record |= {"stage": "compose", "parents": [parent_record("init", run.resolve()) for run in runs], "sum": sums}
-        record |= {"trained_parts": sorted(found), "token": [r.manifest["token"] for r in results], "peft": {"method": "lora"}}
+        write_json(made / "compose.json", {"sum": sums})
+        manifests = [result.artifact.finished() for result in results]
+        record = manifests[0].to_dict("base", "weights", "pipeline", "size", "dtype", "quant")
+        record["prompts"] = {f"instance {r.name}": m.prompts["instance"] for r, m in zip(results, manifests, strict=True)}
+        parents = [parent for result in results for parent in result.artifact.parents("init")]
+        record |= {"stage": "compose", "parents": parents, "sum": sums}
+        record |= {"trained_parts": sorted(found), "token": [m.token for m in manifests], "peft": {"method": "lora"}}
         record |= {"metrics": {}, "data": [], "steps": 0, "images": 0, "seconds": 0.0, "seed": None}
         manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
     say("  ".join(f"{weight:+.4g} × {result.name}" for result, weight in zip(results, weights, strict=True)))
     say(f"composed adapter {out / 'adapter'}")
-    return manifest
+    return manifest.to_dict()

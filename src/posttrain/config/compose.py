@@ -29,8 +29,9 @@ from posttrain.config.schema import MixedSource
 from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.runs.directory import flatten, read_config
+from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.earlier import RENAMED_KEYS
+from posttrain.runs.identity import flatten
 
 # keys below these need no + before them
 NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
@@ -232,10 +233,10 @@ def compose_run(stage: str, overrides: list[str], config_dir: Path | None = None
 
 def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """With `init` a finished run, the model is that run's. Raises UserError where the user names another one."""
-    stored = Path(config["init"] or "").expanduser() / "config.yaml"
-    if not config["init"] or not stored.is_file():
+    directory = Path(config["init"] or "").expanduser()
+    if not config["init"] or not (directory / CONFIG).is_file():
         return config
-    whole = read_config(stored.parent)
+    whole = read_config(directory)
     parent = whole["model"]
     if whole["stage"] in REGISTRY.names() and REGISTRY.get(whole["stage"]).reads != REGISTRY.get(config["stage"]).reads:
         raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")

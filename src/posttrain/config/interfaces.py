@@ -79,7 +79,7 @@ class AdapterKind:
 
     def holds(self, config: dict[str, Any]) -> bool:
         """Is an adapter with this adapter_config.json of this kind?"""
-        return config["peft_type"] == self.peft_type
+        return config.get("peft_type") == self.peft_type
 
     def objection(self, config: dict[str, Any], tensors: Collection[str] = ()) -> str:
         """Why an adapter with this adapter_config.json and these tensors cannot be merged; '' where it can."""

@@ -40,7 +40,7 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself.
 
     live: the run's result, of load_model."""
-    encoder = make_encoder(live.tokenizer, live.source, live.revision)
+    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
     config = read_config(run)
     try:

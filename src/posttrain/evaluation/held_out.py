@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from posttrain.batch import PackedBatch
 from posttrain.console import Meter
 from posttrain.data.examples import Examples
 from posttrain.models.language.objectives import LIKELIHOOD, TOKENS
-from posttrain.runs.directory import write_json
+from posttrain.runs.cache import alone, cached_json, write_cached_json
 from posttrain.training.metrics import evaluate
 from posttrain.training.objective import Objective
 
@@ -83,15 +83,23 @@ def own_metrics(
 
 
 def set_metrics(
-    module: nn.Module, sets: list[EvalSet], identity: str | None, cache: Path, device: torch.device, check: Callable[[], None]
+    module: nn.Module,
+    sets: list[EvalSet],
+    identity: str | None,
+    cache: Path,
+    device: torch.device,
+    check: Callable[[], None],
+    agree: Callable[[bool], bool] = alone,
 ) -> dict[str, float]:
     """<set>/loss, <set>/perplexity or <set>/accuracy of every set.
 
     With an `identity` (a hash of the model's weights and precision) each figure is computed once and then read from the cache.
+    agree: see `cached_json`.
     """
     named: dict[str, float] = {}
     for each in sets:
-        found = _measured(module, each, identity, cache, device, check)
+        measure = partial(_measured, module, each, device, check)
+        found = cached_json(_path(each, identity, cache), measure, agree=agree) if identity else measure()
         named |= {f"{each.name}/{name}": value for name, value in found.items()}
         if each.name == ANSWER:
             counted = float((each.examples.weights[:] != 0).sum())
@@ -105,15 +113,10 @@ def remember(sets: list[EvalSet], metrics: dict[str, float], identity: str, cach
     """Keep what was measured on the weights called `identity`: the next stage starts from them."""
     for each in sets:
         names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith(("perplexity", "/logp"))]
-        _write(_path(each, identity, cache), {n.split("/", 1)[1]: metrics[n] for n in names})
+        write_cached_json(_path(each, identity, cache), {n.split("/", 1)[1]: metrics[n] for n in names})
 
 
-def _measured(
-    module: nn.Module, each: EvalSet, identity: str | None, cache: Path, device: torch.device, check: Callable[[], None]
-) -> dict[str, float]:
-    path = _path(each, identity, cache) if identity else None
-    if path and path.exists():
-        return json.loads(path.read_text())
+def _measured(module: nn.Module, each: EvalSet, device: torch.device, check: Callable[[], None]) -> dict[str, float]:
     batches = pack_by_tokens(each.objective.pack, each.examples)
     with Meter(each.name, len(batches)) as meter:
 
@@ -121,16 +124,8 @@ def _measured(
             meter.advance()
             check()
 
-        found, _ = evaluate(module, batches, each.objective.loss, device, advance)
-    if path:
-        _write(path, found)
-    return found
+        return evaluate(module, batches, each.objective.loss, device, advance)[0]
 
 
 def _path(each: EvalSet, identity: str, cache: Path) -> Path:
     return cache / "measured" / f"{hashlib.sha256(f'{identity} {each.fingerprint()}'.encode()).hexdigest()[:32]}.json"
-
-
-def _write(path: Path, values: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, values)

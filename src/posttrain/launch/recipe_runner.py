@@ -14,7 +14,8 @@ from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.launch.step_status import StepStatus, made_from, status_of
 from posttrain.launch.subprocess_runner import run_child
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
+from posttrain.runs.manifest import is_finished
 from posttrain.stages.spec import INIT, spec_of
 
 
@@ -215,7 +216,7 @@ def _run_child(each: Planned) -> None:
     goes_on = "the same command goes on from its last checkpoint"
     if code < 0:
         raise RunError(f"step {name} was killed by signal {-code} (out of memory?); {goes_on}")
-    if code or not (each.dir / "manifest.json").exists():
+    if code or not is_finished(each.dir):
         raise RunError(f"step {name} failed (exit {code}), its own message is above; {goes_on}")
 
 

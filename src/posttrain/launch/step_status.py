@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.reports.run_records import plain
-from posttrain.runs.directory import flatten, read_manifest, sha256
-from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest
+from posttrain.runs.artifact import open_artifact
+from posttrain.runs.files import sha256
+from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest, flatten
+from posttrain.runs.manifest import MANIFEST, is_finished
 from posttrain.stages.spec import spec_of
 
 
@@ -48,10 +50,9 @@ def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str |
         return StepStatus("redo", "redone, there is no record of what it was made from")
     if then["digest"] != parts["digest"]:
         return StepStatus("redo", f"redone, {_difference(then, parts)}")
-    if not (directory / "manifest.json").exists():
+    if not is_finished(directory):
         return StepStatus("resume", "goes on where it stopped", then["seconds"])
-    manifest = read_manifest(directory)
-    gone = [name for name in _weights(manifest) if not (directory / name).exists()]
+    gone = [name for name in open_artifact(directory, "run.dir").weight_files if not (directory / name).exists()]
     if gone:
         return StepStatus("redo", f"redone, its {gone[0]} is missing")
     return StepStatus("skip", "done already (same config, data and input)", then["seconds"])
@@ -70,15 +71,10 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _identity(run_dir: Path) -> dict[str, Any] | None:
-    if not (run_dir / "manifest.json").exists():
+    if not is_finished(run_dir):
         return None
-    manifest = read_manifest(run_dir)
-    return {"config": manifest["config_digest"], "weights": _weights(manifest)}
-
-
-def _weights(manifest: dict[str, Any]) -> dict[str, str]:
-    prefix = manifest["weights"]["path"] + "/"
-    return {name: value for name, value in manifest["files"].items() if name.startswith(prefix)}
+    artifact = open_artifact(run_dir, "init")
+    return {"config": artifact.finished().config_digest, "weights": artifact.weight_files}
 
 
 def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
@@ -103,8 +99,8 @@ def _content(path: Path) -> str:
 
 def _model(path: Path) -> str:
     """A finished run by its manifest, a model's directory by its weights (hashed once, then remembered)."""
-    if (path / "manifest.json").is_file():
-        return sha256(path / "manifest.json")
+    if is_finished(path):
+        return sha256(path / MANIFEST)
     if not path.is_dir() or not list(path.glob("*.safetensors")):
         return ""
     from posttrain.models.hub import digest as weights_digest

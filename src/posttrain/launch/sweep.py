@@ -19,8 +19,9 @@ from rich.table import Table
 
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
-from posttrain.runs.directory import read_manifest, write_json
+from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
+from posttrain.runs.manifest import is_finished, read_manifest
 from posttrain.training.signals import forward_to
 
 JOBS = "jobs.json"  # in the sweep's directory: what each job is, by its number
@@ -63,7 +64,7 @@ def job(config: Any) -> None:
     directory, label = Path(mine["dir"]), f"[{number + 1}/{len(jobs)}] {mine['label']}"
     if _stopped:
         return
-    if (directory / "manifest.json").exists() and mine["digest"] == read_manifest(directory)["config_digest"]:
+    if is_finished(directory) and mine["digest"] == read_manifest(directory).config_digest:
         say(f"{label}: done already")
         return
     began = time.monotonic()
@@ -133,7 +134,7 @@ def _directory(config: dict[str, Any], stage: str) -> Path:
     given = config["run"]["dir"]
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}-{digest(config)[:8]}"
     directory = Path(given).expanduser() if given else Path("runs") / "sweeps" / name
-    if (directory / "manifest.json").exists():
+    if is_finished(directory):
         raise UserError(f"run.dir: {directory} is a single run's directory; give the sweep another")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,9 +160,9 @@ def _safe(label: str) -> str:
 def _row(job: dict[str, Any]) -> dict[str, Any]:
     directory = Path(job["dir"])
     row = {"overrides": job["overrides"], "dir": job["dir"]}
-    if (directory / "manifest.json").exists():
+    if is_finished(directory):
         manifest = read_manifest(directory)
-        return row | {"status": "done", "metrics": manifest["metrics"], "seconds": manifest["seconds"]}
+        return row | {"status": "done", "metrics": manifest.metrics, "seconds": manifest.seconds}
     return row | {"status": "failed", "metrics": {}, "error": _last_line(directory / "job.log")}
 
 

@@ -20,13 +20,14 @@ from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
-from posttrain.runs.directory import Run, open_run, read_manifest
+from posttrain.runs.directory import Run, open_run
+from posttrain.runs.manifest import read_manifest
 from posttrain.stages.spec import spec_of
 from posttrain.training.signals import leaving_at_once
 
 
 def run_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Run a composed, validated config to its end, or go on where it stopped; returns the manifest.
+    """Run a composed, validated config to its end, or go on where it stopped; returns the manifest as its JSON has it.
 
     Raises UserError, RunError or Stopped.
     """
@@ -43,7 +44,7 @@ def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
     run = _open_shared(config) if launched and int(os.environ["WORLD_SIZE"]) > 1 else open_run(config)
     if run.finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
-        return read_manifest(run.dir)
+        return read_manifest(run.dir).to_dict()
     cfg = typed_config(config)
     try:
         return run_stage(cfg, run, spec_of(cfg.stage).steps_of(cfg))
@@ -120,7 +121,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
             raise Stopped("stopped by a signal; the same command goes on") from None
         except ChildFailedError as e:
             raise _meaning(e.get_first_failure()[1].exitcode, count) from None
-    return read_manifest(run.dir)
+    return read_manifest(run.dir).to_dict()
 
 
 def _meaning(code: int, count: int) -> BaseException:

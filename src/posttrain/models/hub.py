@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,8 @@ from huggingface_hub import snapshot_download
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, cached_json
+from posttrain.runs.files import sha256
 
 
 class BaseInfo(NamedTuple):
@@ -68,15 +68,9 @@ def digest(directory: Path) -> str:
         raise UserError(f"model.name: {directory} holds no safetensors file; convert the model with save_pretrained")
     stats = [(str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
-    cached = cache_root() / "digests" / key
-    if cached.is_file():
-        return cached.read_text()
-    whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            whole.update(f"{path.relative_to(directory)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    scratch = cached.with_suffix(f".{os.getpid()}")
-    scratch.write_text(whole.hexdigest())
-    scratch.replace(cached)
-    return whole.hexdigest()
+
+    def read_all() -> str:
+        lines = [f"{path.relative_to(directory)} {sha256(path)}\n" for path in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    return cached_json(cache_root() / "digests" / f"{key}.json", read_all)

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from posttrain.reports.plots import COLORS, Curve, Figure, line_figure, smoothed
 from posttrain.reports.run_records import Record, direction, show
-from posttrain.runs.directory import write_text
+from posttrain.runs.files import write_text
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),

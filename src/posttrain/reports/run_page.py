@@ -14,7 +14,6 @@ from posttrain.reports.pages import best_of, metric_grid, overlays, page_link, r
 from posttrain.reports.plots import Curve, Figure, line_figure
 from posttrain.reports.run_records import (
     Record,
-    amount,
     as_written,
     before_and_after,
     chain_table,
@@ -29,7 +28,8 @@ from posttrain.reports.run_records import (
 from posttrain.reports.sample_grids import sample_grids
 from posttrain.reports.stage_plots import stage_figures
 from posttrain.reports.sweep_page import sweep_page
-from posttrain.runs.directory import flatten
+from posttrain.runs.identity import flatten
+from posttrain.runs.manifest import DataRecord, Manifest, is_finished, read_manifest
 
 __all__ = ["compare_page", "recipe_page", "run_page", "sweep_page"]
 
@@ -95,8 +95,8 @@ def _run_page(run_dir: Path) -> Path:
         curves=stage_figures(record) + _run_curves(record),
         **_data_table(manifest),
         lineage=_lineage(record, page),
-        alarms=(manifest or {}).get("alarms", []),
-        samples=json.loads(samples.read_text()) if samples.exists() else [],
+        alarms=manifest.alarms if manifest else (),
+        samples=json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else [],
         pictures=sample_grids(run_dir),
         particulars=_particulars(record),
         config=yaml.safe_dump(config, sort_keys=False),
@@ -160,8 +160,7 @@ def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     grid = metric_grid([r.metrics for r in records], columns, rated)
     runs: list[dict[str, Any]] = []
     for record, cells in zip(records, grid, strict=True):
-        done = record.manifest or {"tokens": 0, "seconds": 0.0}
-        size, unit = amount(done)
+        size, unit = record.manifest.amount if record.manifest else (0, "tokens")
         runs.append(
             {
                 "name": _long_name(record),
@@ -169,7 +168,7 @@ def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
                 "stage": record.config["stage"],
                 "cells": cells,
                 "size": f"{size:,} {unit}",
-                "time": duration(done["seconds"]),
+                "time": duration(record.manifest.seconds if record.manifest else 0.0),
             }
         )
     flat = [flatten({k: v for k, v in r.config.items() if k != "run"}) for r in records]
@@ -213,16 +212,23 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         planned = record.config["train"]["max_steps"]
         more = f"of {planned} steps" if planned else "steps so far"
         return [*tiles, {"what": "progress", "start": "", "value": f"{last['step']:,}", "more": more, "verdict": ""}]
-    trained, total = manifest["trainable"]["trained"], manifest["trainable"]["total"]
-    size, unit = amount(manifest)
-    rate = size / manifest["seconds"] if manifest["seconds"] else 0.0
-    for what, value, more in (
-        ("trained parameters", _short(trained), f"{trained / total:.2%} of {_short(total)}"),
-        (unit, f"{size:,}", f"in {manifest['steps']:,} steps"),
-        ("training time", duration(manifest["seconds"]), f"{rate:,.3g} {unit}/s on {manifest['device']}"),
-    ):
-        tiles.append({"what": what, "start": "", "value": value, "more": more, "verdict": ""})
-    return tiles
+    return tiles + [
+        {"what": what, "start": "", "value": value, "more": more, "verdict": ""} for what, value, more in _costs(manifest)
+    ]
+
+
+def _costs(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """What, how much, and more on it."""
+    size, unit = manifest.amount
+    rate = size / manifest.seconds if manifest.seconds else 0.0
+    found = [
+        (unit, f"{size:,}", f"in {manifest.steps:,} steps"),
+        ("training time", duration(manifest.seconds), f"{rate:,.3g} {unit}/s on {manifest.device}"),
+    ]
+    if count := manifest.trainable:
+        share = f"{count.trained / count.total:.2%} of {_short(count.total)}" if count.total else ""
+        found = [("trained parameters", _short(count.trained), share), *found]
+    return found
 
 
 def _short(count: float) -> str:
@@ -254,11 +260,12 @@ def _loss_figure(title: str, record: Record) -> Figure | None:
     return _curve_figure(title, ("loss",), record)
 
 
-def _data_table(manifest: dict[str, Any] | None) -> dict[str, Any]:
+def _data_table(manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return {"data": [], "data_columns": []}
-    sources = [("train", source) for source in manifest["data"]]
-    sources += [("held out", manifest["held_out"])] if "held_out" in manifest else []
+    parts: list[tuple[str, DataRecord]] = [("train", source) for source in manifest.data]
+    parts += [("held out", manifest.held_out)] if manifest.held_out else []
+    sources = [(part, record.to_dict()) for part, record in parts]
     columns = [c for c in _COUNTS if any(c in source for _, source in sources)]
     rows = [
         {
@@ -283,13 +290,12 @@ def _lineage(record: Record, page: Path) -> list[dict[str, str]]:
     """From the base to this run, along the parents that were each run's start."""
     nodes = [{"name": run_name(record.dir), "href": "", "what": f"{record.config['stage']}, this run"}]
     manifest = record.manifest
-    while manifest and (parents := [p for p in manifest["parents"] if p["role"] == "init"]) and len(nodes) < 50:
-        directory = Path(parents[0]["path"])
-        path = directory / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.exists() else None
-        what = f"{manifest['stage']}, {manifest['steps']:,} steps" if manifest else "no longer there"
+    while manifest and (parents := [p for p in manifest.parents if p.role == "init"]) and len(nodes) < 50:
+        directory = Path(parents[0].path)
+        manifest = read_manifest(directory) if is_finished(directory) else None
+        what = f"{manifest.stage}, {manifest.steps:,} steps" if manifest else "no longer there"
         nodes.append({"name": directory.name, "href": page_link(directory, page), "what": what})
-    base = manifest["base"]["name"] if manifest else "" if record.manifest else record.config["model"]["name"]
+    base = manifest.base.name if manifest else "" if record.manifest else record.config["model"]["name"]
     nodes += [{"name": Path(base).name if Path(base).is_absolute() else base, "href": "", "what": "base model"}] if base else []
     return nodes[::-1]
 
@@ -298,24 +304,24 @@ def _particulars(record: Record) -> list[tuple[str, list[tuple[str, Any]]]]:
     manifest = record.manifest
     if manifest is None:
         return []
-    result = [("dtype", manifest["dtype"]), ("seed", manifest["seed"]), ("device", manifest["device"])]
-    result += [(f"weights {key}", value) for key, value in manifest["weights"].items()]
-    result += [(f"base {key}", value) for key, value in manifest["base"].items() if value]
-    result += [(f"quant {key}", value) for key, value in manifest["quant"].items()]
-    result += [(f"parent, {p['role']}", f"{p['path']} ({p['digest'][:12]})") for p in manifest["parents"]]
-    result += [("config digest", manifest["config_digest"])]
-    result += [(f"code {key}", value) for key, value in manifest["code"].items() if value is not None]
-    return [("Result", result), ("Versions", list(manifest["versions"].items()))]
+    result: list[tuple[str, Any]] = [("dtype", manifest.dtype), ("seed", manifest.seed), ("device", manifest.device)]
+    result += [(f"weights {key}", value) for key, value in manifest.weights.to_dict().items()]
+    result += [(f"base {key}", value) for key, value in manifest.base.to_dict().items() if value]
+    result += [(f"quant {key}", value) for key, value in manifest.quant.to_dict().items()]
+    result += [(f"parent, {p.role}", f"{p.path} ({p.digest[:12]})") for p in manifest.parents]
+    result += [("config digest", manifest.config_digest)]
+    result += [(f"code {key}", value) for key, value in manifest.code.to_dict().items() if value is not None]
+    return [("Result", result), ("Versions", list(manifest.versions.items()))]
 
 
 def _step(step: dict[str, Any], record: Record | None, path: Path) -> dict[str, Any]:
     done = record.manifest if record else None
-    seconds = step["seconds"] or (done["seconds"] if done else 0)
+    seconds = step["seconds"] or (done.seconds if done else 0)
     return {
         **{key: step[key] for key in ("name", "stage", "status", "why")},
         "href": page_link(Path(step["dir"]), path),
-        "steps": f"{done['steps']:,}" if done else "",
-        "size": "{:,} {}".format(*amount(done)) if done else "",
+        "steps": f"{done.steps:,}" if done else "",
+        "size": "{:,} {}".format(*done.amount) if done else "",
         "time": duration(seconds) if seconds else "",
         "own": own_result(record) if record and done else None,
     }

@@ -13,7 +13,8 @@ from typing import Any, cast
 from jinja2 import TemplateError
 
 from posttrain.errors import UserError
-from posttrain.runs.directory import is_number, read_config, read_manifest
+from posttrain.runs.directory import CONFIG, read_config
+from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
 
 LOWER_IS_BETTER = ("loss", "perplexity", "percent")
 HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "logp", "clip_i", "clip_t", "dino")
@@ -25,14 +26,14 @@ class Record:
 
     dir: Path
     config: dict[str, Any]
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     history: list[dict[str, Any]]
 
     @property
     def metrics(self) -> dict[str, float]:
         """The manifest's metrics; of an unfinished run what was measured so far, under the same names."""
         if self.manifest:
-            return self.manifest["metrics"]
+            return self.manifest.metrics
         found: dict[str, float] = {}
         for line in self.history:
             held_out = {k: v for k, v in line.items() if "/" in k and not k.startswith("train/")}
@@ -71,10 +72,10 @@ class ChainRow:
 def read_record(directory: Path) -> Record:
     """Raises UserError when `directory` is no run or cannot be read. A line cut short by a kill is left out."""
     metrics = directory / "metrics.jsonl"
-    if not (directory / "config.yaml").exists():
-        raise UserError(f"{directory} is no run (no config.yaml); give a run's directory")
+    if not (directory / CONFIG).exists():
+        raise UserError(f"{directory} is no run (no {CONFIG}); give a run's directory")
     config = read_config(directory)
-    found = read_manifest(directory) if (directory / "manifest.json").exists() else None
+    found = read_manifest(directory) if is_finished(directory) else None
     try:
         lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
     except OSError as e:
@@ -154,7 +155,7 @@ def chain_table(records: list[tuple[str, Record]]) -> tuple[list[str], list[Chai
     if not records:
         return [], []
     first = records[0][1]
-    rows = [ChainRow("start" if first.manifest and first.manifest["parents"] else "base", _before(first.metrics))]
+    rows = [ChainRow("start" if first.manifest and first.manifest.parents else "base", _before(first.metrics))]
     rows += [ChainRow(f"after {name}", dict(r.metrics), _before(r.metrics)) for name, r in records]
     origin = rows[0].values.get("general/loss")
     for row in rows[1:]:
@@ -191,12 +192,6 @@ def own_result(record: Record) -> Change | None:
     m = record.metrics
     name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
     return compare(name, m.get(f"{name}_before"), m[name]) if name else None
-
-
-def amount(manifest: dict[str, Any]) -> tuple[int, str]:
-    """How much a run trained on, and in what."""
-    unit = "images" if "images" in manifest else "tokens"
-    return manifest[unit], unit
 
 
 def plain(value: Any) -> str:

@@ -17,13 +17,17 @@ def stage_figures(record: Record) -> list[Figure]:
     """The plots that this run has data for."""
     rows_file = record.dir / "held_out.json"
     rows: dict[str, Any] = json.loads(rows_file.read_text()) if rows_file.exists() else {}
-    found = [rank_figure(record.manifest or {}), reliability_figure(rows), length_figure(rows), reward_kl_figure(record)]
+    found = [
+        rank_figure(record.manifest.peft.ranks if record.manifest else {}),
+        reliability_figure(rows),
+        length_figure(rows),
+        reward_kl_figure(record),
+    ]
     return [figure for figure in found if figure]
 
 
-def rank_figure(manifest: dict[str, Any]) -> Figure | None:
-    """Final ranks, of a method that puts such in the manifest: a row for each kind of matrix over the layers."""
-    ranks = manifest.get("peft", {}).get("ranks", {})
+def rank_figure(ranks: dict[str, int]) -> Figure | None:
+    """AdaLoRA's final ranks by layer: a row for each kind of matrix over the layers."""
     places = {name: next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in ranks}
     rows = {name.rsplit(".", 1)[-1]: [math.nan] * (max(places.values()) + 1) for name in ranks}
     for name, rank in ranks.items():

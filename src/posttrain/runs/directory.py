@@ -1,15 +1,10 @@
-"""A run's directory on disk: who owns it, what it was asked for, and the manifest that says it is complete. No torch."""
+"""A run's directory on disk: who owns it, what it was asked for, and when it is complete. No torch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
-from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest
+from posttrain.runs.files import file_hashes, write_json, write_text
+from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
+from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
 from posttrain.secrets import redact
 
-SCHEMA = 1
+CONFIG = "config.yaml"
 MIN_FREE_BYTES = 64 * 2**20
+_SECTIONS = ("model", "data", "train", "optim", "run")
 
 
 @dataclass
@@ -42,23 +40,25 @@ class Run:
 
     @property
     def manifest(self) -> Path:
-        return self.dir / "manifest.json"
+        return self.dir / MANIFEST
 
     @property
     def finished(self) -> bool:
-        return self.manifest.exists()
+        return is_finished(self.dir)
 
     def close(self) -> None:
         """Let other processes have it."""
         if self.lock:
             self.lock.release()
 
-    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write manifest.json, last and atomically: from here on the run is complete."""
-        record = {"schema": SCHEMA, **manifest, "config_digest": digest(self.config), "code": code_state()}
+    def finish(self, said: dict[str, Any]) -> Manifest:
+        """Write manifest.json, last and atomically: from here on the run is complete. said: its fields but for those that every
+        run has."""
+        record = {"schema": SCHEMA, **said, "config_digest": digest(self.config), "code": code_state()}
         record |= {"versions": library_versions(), "files": file_hashes(self.dir)}
-        write_json(self.manifest, record)
-        return record
+        manifest = Manifest.model_validate(record)
+        write_json(self.manifest, manifest.to_dict())
+        return manifest
 
 
 def open_run(config: dict[str, Any]) -> Run:
@@ -74,7 +74,7 @@ def open_run(config: dict[str, Any]) -> Run:
         lock = FileLock(directory / ".lock", blocking=False)
         lock.acquire()
         run = Run(directory, config, lock)
-        if (directory / "config.yaml").exists():
+        if (directory / CONFIG).exists():
             if _allowed_changes(run):
                 write_config(run)
         elif any(p.name not in (".lock", "job.log") for p in directory.iterdir()):
@@ -97,13 +97,13 @@ def choose_dir(config: dict[str, Any]) -> Path:
         return Path(config["run"]["dir"]).expanduser()
     parent, short = Path("runs") / config["stage"], digest(config)[:8]
     for old in sorted(parent.glob(f"*-{short}"), reverse=True):
-        if not (old / "manifest.json").exists():
+        if not is_finished(old):
             return old
     return parent / f"{time.strftime('%Y%m%d-%H%M%S')}-{short}"
 
 
 def write_config(run: Run) -> None:
-    write_text(run.dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
+    write_text(run.dir / CONFIG, yaml.safe_dump(run.config, sort_keys=False))
 
 
 def _allowed_changes(run: Run) -> list[str]:
@@ -112,46 +112,11 @@ def _allowed_changes(run: Run) -> list[str]:
     return compare(then, now, allowed(run.config), f"{run.dir} belongs to another config")
 
 
-def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """By key, every setting that makes a run itself."""
-    return {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_PART_OF_A_RUN}
-
-
-def allowed(config: dict[str, Any]) -> list[str]:
-    """The keys that resume.allow names."""
-    keys = config["resume"]["allow"]
-    return [keys] if isinstance(keys, str) else list(keys or [])
-
-
-def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: str) -> list[str]:
-    """A line for each key that has changed. Raises UserError unless `allow` has it, or a section of it."""
-    changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
-    lines = [f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed]
-    refused = [line for key, line in zip(changed, lines, strict=True) if not any(f"{key}.".startswith(f"{a}.") for a in allow)]
-    if refused:
-        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
-        allow_it = f"resume.allow={refused[0].split()[0]}"
-        raise UserError(
-            f"run.dir: {whose}: {'; '.join(refused[:3])}{more}; give another run.dir, the same settings, or {allow_it}"
-        )
-    return lines
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {"optim.lr": 0.001, ...}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """The config that a run was started with. Raises UserError when it cannot be read."""
-    path = directory / "config.yaml"
+    path = directory / CONFIG
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]})") from None
     if (
@@ -161,146 +126,3 @@ def read_config(directory: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path} is no run's config")
     return found
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished run. Raises UserError when there is none or it cannot be read."""
-    path = directory / "manifest.json"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no finished run (no manifest.json)") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if wrong := _what_is_wrong(found):
-        raise UserError(f"{path} is no manifest of a run: {wrong}")
-    return found
-
-
-def _what_is_wrong(manifest: Any) -> str:
-    """Empty where a manifest has the parts that others rely on, and names no file outside of its directory."""
-    if not isinstance(manifest, dict):
-        return "it is no object"
-    for name, kind in _PARTS.items():
-        if name in manifest and not isinstance(manifest[name], kind):
-            return f"{name} is {type(manifest[name]).__name__}, not {kind.__name__}"
-        if name not in manifest and name not in _OPTIONAL:
-            return f"{name} is missing"
-    weights = manifest["weights"]
-    if weights.get("kind") not in ("adapter", "model") or not is_inside(weights.get("path")):
-        return "weights.kind or weights.path"
-    outside = next((name for name, value in manifest["files"].items() if not is_inside(name) or not isinstance(value, str)), None)
-    if outside is not None:
-        return f"files has {outside!r}"
-    odd = next((name for name, value in manifest["metrics"].items() if not is_number(value)), None)
-    return f"metrics.{odd} is no number" if odd is not None else ""
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_inside(name: Any) -> bool:
-    """Is it the name of something within a directory?"""
-    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
-_PARTS: dict[str, type] = {
-    **dict.fromkeys(("weights", "files", "metrics", "base", "tokenizer", "quant", "peft", "identity", "made_with"), dict),
-    **dict.fromkeys(("parents", "data", "changes"), list),
-    **dict.fromkeys(("stage", "config_digest"), str),
-}
-_OPTIONAL = {"tokenizer", "quant", "peft", "parents", "data", "identity", "made_with", "changes", "base"}
-_SECTIONS = ("model", "data", "train", "optim", "run")
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-
-
-def checked_weights(directory: Path, manifest: dict[str, Any], field: str) -> Path:
-    """The directory of a finished run's weights. Raises UserError, about `field`, where a file is not as its manifest says."""
-    prefix = manifest["weights"]["path"] + "/"
-    listed = {name: expected for name, expected in manifest["files"].items() if name.startswith(prefix)}
-    if not any(name.endswith(".safetensors") for name in listed):
-        raise UserError(f"{field}: the manifest of {directory} lists no safetensors file; give a run made by posttrain")
-    if pickle := next((p for p in sorted((directory / prefix).rglob("*")) if p.suffix in PICKLES), None):
-        raise UserError(f"{field}: {pickle} may be a pickle, which can run code; posttrain reads none, remove it")
-    for name, expected in listed.items():
-        if not (directory / name).exists():
-            raise UserError(f"{field}: {directory / name} is missing, though the run's manifest lists it")
-        if sha256(directory / name) != expected:
-            raise UserError(f"{field}: {directory / name} is damaged: its sha256 is not the one in the run's manifest")
-    return directory / manifest["weights"]["path"]
-
-
-def parent_record(role: str, directory: Path) -> dict[str, str]:
-    """One entry of a manifest's `parents`; the digest is that of the parent's own manifest."""
-    return {"role": role, "path": str(directory), "digest": sha256(directory / "manifest.json")}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of every file of the result; checkpoints have records of their own."""
-    skip = {"checkpoints", ".lock", "manifest.json"}
-    files = (p for p in sorted(directory.rglob("*")) if p.is_file())
-    wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
-    return {str(p.relative_to(directory)): sha256(p) for p in wanted}
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def free_bytes(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
-
-
-def write_text(path: Path, text: str) -> None:
-    """Complete or absent: beside, flushed, renamed; without secrets."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as f:
-        f.write(redact(text))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def library_versions() -> dict[str, str]:
-    import platform
-
-    found = {"python": platform.python_version()}
-    for name in ("posttrain", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def code_state() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout this code runs from; nulls for an installed package."""
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        tracked = bool(git("ls-files", "directory.py"))
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))} if tracked else _NO_GIT
-    except (OSError, subprocess.CalledProcessError):
-        return _NO_GIT
-
-
-_NO_GIT: dict[str, Any] = {"commit": None, "dirty": None}

@@ -14,8 +14,8 @@ from rich.table import Table
 from posttrain.config.schema import Stage
 from posttrain.console import console, is_main, say
 from posttrain.evaluation.calibration import SUSPICIOUS
-from posttrain.reports.run_records import amount
 from posttrain.runs.directory import Run
+from posttrain.runs.manifest import Manifest
 from posttrain.stages.steps import Outcome
 
 
@@ -54,9 +54,9 @@ def _say_of_scores(metrics: dict[str, float]) -> None:
     say(f"score and length of the answer correlate with r = {r:+.2f}{warning}")
 
 
-def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
+def show_outcome(run: Run, manifest: Manifest, page: Path) -> None:
     """The end of a run as a table: what was measured, before and after."""
-    metrics = manifest["metrics"]
+    metrics = manifest.metrics
     table = Table("held out", "before", "after")
     for name in sorted(n for n in metrics if f"{n}_before" in metrics):
         table.add_row(name, f"{metrics[f'{name}_before']:.4f}", f"{metrics[name]:.4f}")
@@ -66,7 +66,7 @@ def show_outcome(run: Run, manifest: dict[str, Any], page: Path) -> None:
         say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")
     if "eval/accuracy_low" in metrics:
         _say_of_scores(metrics)
-    size, unit = amount(manifest)
-    say(f"{size:,} {unit} in {manifest['seconds']:.0f} s")
-    say(f"result {run.dir / manifest['weights']['path']}")
+    size, unit = manifest.amount
+    say(f"{size:,} {unit} in {manifest.seconds:.0f} s")
+    say(f"result {run.dir / manifest.weights.path}")
     say(f"report {page}")

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from posttrain.console import say
-from posttrain.runs.directory import Run, allowed, code_state, compare, identity_of, library_versions, read_manifest
+from posttrain.runs.directory import Run
+from posttrain.runs.identity import allowed, code_state, compare, identity_of, library_versions
+from posttrain.runs.manifest import read_manifest
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint
 from posttrain.training.state import TrainState
 
@@ -72,7 +74,7 @@ def made_with(device: torch.device) -> dict[str, str]:
 def _say_what_differs(state: TrainState, other: Path) -> None:
     """From a finished run that this one rebuilds."""
     manifest = read_manifest(other)
-    then = manifest["identity"] | manifest["made_with"]
+    then = manifest.identity | manifest.made_with
     now = state.identity | state.made_with
     lines = compare(then, now, sorted(then | now), str(other))
     for line in lines or ["code, libraries, data, base and device are those of the run that is rebuilt"]:

@@ -162,8 +162,9 @@ def _measure(training: Training[Any], done: int, stop: StopSignal, after: bool) 
 def _finish(run: Run, record: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     if accelerator.is_main_process:
-        manifest = run.finish(record)
-        show_outcome(run, manifest, run_page(run.dir))
+        finished = run.finish(record)
+        show_outcome(run, finished, run_page(run.dir))
+        manifest = finished.to_dict()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return manifest

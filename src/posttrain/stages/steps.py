@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from posttrain.batch import Batch
+from posttrain.runs.cache import cache_root, cached_tensors
 from posttrain.runs.directory import Run
 from posttrain.training.callbacks import StepCallback
+from posttrain.training.metrics import everywhere
 from posttrain.training.objective import LossFunction, UpdateSource
 from posttrain.training.state import TrainState
 from posttrain.training.tracking import Tracker
@@ -162,3 +165,9 @@ class Session:
     run: Run
     state: TrainState
     tracker: Tracker
+
+    def cached(self, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, computed once and kept in the cache under a name that says what it depends on. Every process must
+        call it."""
+        path, accelerator = cache_root() / kind / f"{key}.safetensors", self.accelerator
+        return cached_tensors(path, make, writes=accelerator.is_main_process, agree=partial(everywhere, accelerator))

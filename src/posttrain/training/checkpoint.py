@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from posttrain.errors import RunError, UserError
-from posttrain.runs.directory import flush, free_bytes, sha256
+from posttrain.runs.files import flush, free_bytes, sha256
 from posttrain.tensors import whole
 
 RECORD = "checkpoint.json"

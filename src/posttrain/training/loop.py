@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
 from posttrain.errors import Stopped
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.tensors import whole
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint

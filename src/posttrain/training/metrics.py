@@ -18,6 +18,13 @@ def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
     return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
 
 
+def everywhere(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether all processes say yes; each must ask."""
+    if accelerator.num_processes == 1:
+        return mine
+    return int(total_over(accelerator, torch.tensor(float(mine))).item()) == accelerator.num_processes
+
+
 class Averages:
     """Sums and counts by name, on the device until they are read."""
 

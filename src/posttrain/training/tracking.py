@@ -9,7 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from posttrain.runs.directory import flatten, write_text
+from posttrain.runs.files import write_text
+from posttrain.runs.identity import flatten
 
 
 class Tracker:

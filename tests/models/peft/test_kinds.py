@@ -146,3 +146,11 @@ def test_a_reward_models_head_is_left_out_of_a_merge(lora: Path, tmp_path: Path)
     found = Adapter(run / "adapter", "run")
     assert found.kind.objection(found.config, found.tensors) == ""
     assert found.modules == Adapter(lora / "adapter", "run").modules
+
+
+def test_a_value_model_cannot_start_from_what_does_not_merge(tmp_path: Path) -> None:
+    """A reward model on bottleneck adapters: its scores can be had, but no base that a value model could begin with."""
+    posttrain.run("rm", *WORDS, "peft=adapter", "peft.r=4", f"run.dir={tmp_path}/rm")
+    words = ["model=tiny", "peft=lora", "train.max_steps=1", "train.batch_size=2", "train.grad_accum=4", "data.max_rows=20"]
+    with pytest.raises(UserError, match=r"init_reward: its adapter cannot be merged \(bottleneck adapters are not linear\)"):
+        posttrain.run("ppo", *words, f"init_reward={tmp_path}/rm", f"run.dir={tmp_path}/ppo")

@@ -261,6 +261,7 @@ def test_every_file_is_the_method_that_it_is_called() -> None:
 def test_what_an_adapter_says_of_its_kind_is_what_its_method_leaves(base: Path, tmp_path: Path) -> None:
     for name in METHODS:
         model: Any = add_method(load(base), method(name), 10)
+        trained(model)
         export_adapter(model, tmp_path / name, str(base))
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert kind_of(config) is method(name).saves

@@ -23,7 +23,7 @@ from posttrain.errors import Stopped, UserError
 from posttrain.models.diffusion.denoiser import LORA_FILE, read_factors
 from posttrain.models.diffusion.families import DiffusionModel
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import sha256
+from posttrain.runs.files import sha256
 
 QUIET = ("sample.images=0", "eval.images=0", "prior.inference_steps=2", "prior.images=3")
 STEPS = ("train.max_steps=4", "train.batch_size=2")

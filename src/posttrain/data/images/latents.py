@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.batch import ImageBatch, ImagePart
 from posttrain.data.images.folder import Background, View, read_mask, read_view
+from posttrain.runs.cache import cached_tensors
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # pixels [n, 3, H, W] in -1..1 -> mean and std of their latents [n, c, h, w]
 Levels = Callable[[int, torch.Generator], Tensor]  # count -> noise levels, int64 [count]
@@ -58,21 +58,17 @@ def load_latents(
     views: list[View], path: Path | None, background: Background, encode: Encode, each: Callable[[], None]
 ) -> list[tuple[Tensor, Tensor]]:
     """Mean and std of each view, from the file at `path` or through `encode`, which is then kept there."""
-    if path and path.exists():
-        kept = load_file(path)
-        return [(kept[f"{i}.mean"], kept[f"{i}.std"]) for i in range(len(views))]
-    found = []
-    for view in views:
-        mean, std = encode(read_view(view, background)[0][None])
-        found.append((mean[0].cpu(), std[0].cpu()))
-        each()
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        kept = {f"{i}.{name}": value for i, pair in enumerate(found) for name, value in zip(("mean", "std"), pair, strict=True)}
-        save_file({name: value.contiguous() for name, value in kept.items()}, scratch)
-        scratch.replace(path)
-    return found
+
+    def encoded() -> dict[str, Tensor]:
+        found = {}
+        for i, view in enumerate(views):
+            mean, std = encode(read_view(view, background)[0][None])
+            found |= {f"{i}.mean": mean[0].cpu(), f"{i}.std": std[0].cpu()}
+            each()
+        return found
+
+    kept = cached_tensors(path, encoded) if path else encoded()
+    return [(kept[f"{i}.mean"], kept[f"{i}.std"]) for i in range(len(views))]
 
 
 def load_masks(views: list[View], masks: Masks, background: Background, scale: int) -> list[Tensor]:

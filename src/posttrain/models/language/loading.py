@@ -17,23 +17,26 @@ from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import load_adapter
 from posttrain.models.quantization import quantization
-from posttrain.runs.directory import checked_weights, read_manifest
+from posttrain.runs.artifact import Artifact, open_artifact
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: of transformers, or peft's around it, in evaluation mode. name: where it came from. source: of the base, for its
-    generation config. weights: the run's own files. digest: of the base's weights, '' for a bare model. kernels: as the run had
-    `model.kernels`."""
+    """model: of transformers, or peft's around it, in evaluation mode."""
 
-    name: str
+    artifact: Artifact
     model: Any
     tokenizer: Any
-    source: str
-    digest: str = ""
-    weights: Path = Path()
-    revision: str | None = None  # of source
-    kernels: Kernels = "auto"
+
+    @property
+    def source(self) -> str:
+        """The base's, for its generation config."""
+        return self.artifact.source
+
+    @property
+    def kernels(self) -> Kernels:
+        """As the run had `model.kernels`."""
+        return self.artifact.manifest.kernels.choice if self.artifact.manifest else "auto"
 
     @property
     def attention(self) -> str:
@@ -41,14 +44,14 @@ class LoadedModel:
         return default_attention(self.model.device)
 
 
-def load_base(manifest: dict[str, Any], device: str, dtype: str, quantized: bool) -> Any:
-    """The base that a run's adapter belongs to. Raises UserError where its weights are not those of the run."""
-    base, quant = manifest["base"], manifest["quant"]
-    source = resolve(base["path"], base["revision"])
-    if digest(source.directory) != base["digest"]:
-        raise UserError(f"base: {base['path']} is not what the run was trained on (digests differ); give the run's own base")
-    config = quantization(quant, device) if quantized else None
-    return load_causal(base["path"], base["revision"], dtype, device, False, config)
+def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> Any:
+    """The base that an adapter belongs to. Raises UserError where its weights are not those that the adapter was trained on."""
+    base = artifact.base
+    source = resolve(artifact.source, base.revision)
+    if digest(source.directory) != base.digest:
+        raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
+    config = quantization(artifact.quantization, device) if quantized else None
+    return load_causal(base.path, base.revision, dtype, device, False, config)
 
 
 def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, quantized: bool = True) -> LoadedModel:
@@ -56,36 +59,24 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
 
     dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
     """
-    directory = Path(run).expanduser()
-    if not (directory / "manifest.json").exists():
-        if directory.is_dir() and not (directory / "config.json").exists():
-            raise UserError(f"{directory} is no finished run (no manifest.json)")
-        model = load_causal(str(run), None, dtype or "bfloat16", device, False, None)
-        return LoadedModel(str(run), model.eval(), load_tokenizer(str(run), None, False, None), str(run))
-    manifest = read_manifest(directory)
-    if "pipeline" in manifest:
-        raise UserError(f"{directory} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
-    weights = checked_weights(directory, manifest, "run")
-    precision, kernels = dtype or manifest["dtype"], manifest.get("kernels", {}).get("choice", "auto")
-    tokenizer = load_tokenizer(str(weights), None, False, None)
-    if manifest["weights"]["kind"] == "model":
-        model = load_causal(str(weights), None, precision, device, False, None)
-        return LoadedModel(str(run), model.eval(), tokenizer, str(weights), weights=weights, kernels=kernels)
-    base = manifest["base"]
-    model = load_adapter(load_base(manifest, device, precision, quantized), weights)
-    return LoadedModel(str(run), model.eval(), tokenizer, base["path"], base["digest"], weights, base["revision"], kernels)
-
-
-def is_scorer(run: str | Path) -> bool:
-    """Is it a reward model's run?"""
-    directory = Path(run).expanduser()
-    return (directory / "manifest.json").exists() and read_manifest(directory)["stage"] == "rm"
+    artifact = open_artifact(run, "run").supported()
+    if artifact.is_pipeline:
+        raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
+    artifact.verified()
+    precision = dtype or (artifact.manifest.dtype if artifact.manifest else "bfloat16")
+    tokenizer = load_tokenizer(artifact.tokenizer, None, False, None)
+    if artifact.kind == "model":
+        model = load_causal(artifact.source, None, precision, device, False, None)
+    else:
+        model = load_adapter(load_base(artifact, device, precision, quantized), artifact.weights)
+    return LoadedModel(artifact, model.eval(), tokenizer)
 
 
 def scorer(live: LoadedModel) -> PackedScorer:
     """A reward model that reads packs, with the head it was saved with."""
-    found = PackedScorer(live.model, live.attention, live.kernels)
-    found.load_head(live.weights)
+    found = PackedScorer(live.model, "flex" if live.model.device.type == "cuda" else "documents")
+    assert live.artifact.reward_head
+    found.load_head(live.artifact.reward_head)
     return found.eval()
 
 
@@ -94,24 +85,24 @@ def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
 
     Raises UserError for adapters of another base, and for whole models, which have nothing to switch.
     """
-    for run in runs:
-        if is_scorer(run):
-            raise UserError(f"{run} is a reward model: it scores, and cannot write; give the run that it was made from")
+    artifacts = [open_artifact(run, "run") for run in runs]
+    if rewards := [each.name for each in artifacts if each.reward_head]:
+        raise UserError(f"{rewards[0]} is a reward model: it scores, and cannot write; give the run that it was made from")
     live = load_model(runs[0], device)
     names = [Path(run).name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
-    for name, run in zip(names[1:], runs[1:], strict=True):
-        manifest = read_manifest(Path(run))
-        if not live.digest or manifest["weights"]["kind"] == "model" or manifest["base"]["digest"] != live.digest:
-            raise UserError(f"{run} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
-        live.model.load_adapter(str(checked_weights(Path(run), manifest, "run")), name)
+    for name, other in zip(names[1:], artifacts[1:], strict=True):
+        other.finished()
+        if "model" in (live.artifact.kind, other.kind) or other.base.digest != live.artifact.base.digest:
+            raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
+        live.model.load_adapter(str(other.verified().weights), name)
     return live, names
 
 
 def switch(live: LoadedModel, names: list[str], name: str) -> None:
     """Make the adapter called `name` the active one."""
-    if live.digest:
+    if live.artifact.kind == "adapter":
         live.model.set_adapter("default" if name == names[0] else name)
 
 

@@ -18,6 +18,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM, load_causal
+from posttrain.runs.files import replacing
 
 OPENINGS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")  # what pre-training puts before a document
 
@@ -76,7 +77,6 @@ class Replay:
                 if rounds > 4 and not texts:
                     raise UserError("data.general.path: the base model writes nothing; give a general corpus")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         return path

@@ -28,7 +28,7 @@ def require_kind(config: dict[str, Any], field: str) -> AdapterKind:
     kind = kind_of(config)
     if kind is None:
         merged = ", ".join(sorted(kind.name for kind in _known() if kind.merges))
-        strange = f"its adapter is of peft's type {config['peft_type']}, which is not known here"
+        strange = f"its adapter is of peft's type {config.get('peft_type')}, which is not known here"
         raise UserError(f"{field}: {strange} (what can be merged: {merged})")
     return kind
 

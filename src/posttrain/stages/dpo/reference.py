@@ -1,4 +1,4 @@
-"""Log-probs of the answers under the stage's start: computed once, kept by content, shared by epochs and jobs of a sweep.
+"""Log-probs of the answers under the stage's start: computed once, so that epochs and the jobs of a sweep share them.
 
 The reference of a stage is the model it starts from, whatever adapters that carries, so its log-probs are the policy's own
 before the first step. They are computed in the very batches that the first epoch will draw: the same numbers come out of the
@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.batch import PackedBatch
@@ -23,7 +22,6 @@ from posttrain.data.collate import BatchSampler, pack_pairs
 from posttrain.data.examples import Examples
 from posttrain.evaluation.held_out import pack_by_tokens
 from posttrain.losses.tokens import answer_sums
-from posttrain.runs.cache import cache_root
 from posttrain.runs.identity import content_hash
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.language.training import References
@@ -35,8 +33,8 @@ def references(context: Context, data: PreparedData, session: Session) -> Refere
     order = data.order
     layout = [order.batch_size, order.grad_accum, order.world_size, [order.step(step) for step in order.first_seen()]]
     key = content_hash(data.function(context.cfg), data.data.key, layout, str(context.device))
-    path = cache_root() / "reference" / f"{key}.safetensors"
-    table = train_reference(session.module, data.data.train, order, session.accelerator, path, context.check)
+    make = partial(train_reference, session.module, data.data.train, order, session.accelerator, context.check)
+    table = session.cached("reference", key, lambda: {"reference": make()})["reference"]
     held_out = [
         attach(batch, reference_logps(session.module, batch, context.device))
         for batch in pack_by_tokens(pack_pairs, data.data.held_out)
@@ -66,11 +64,10 @@ def reference_logps(module: nn.Module, batch: PackedBatch, device: torch.device)
 
 
 def train_reference(
-    module: nn.Module, examples: Examples, order: BatchSampler, accelerator: Accelerator, path: Path, check: Callable[[], None]
+    module: nn.Module, examples: Examples, order: BatchSampler, accelerator: Accelerator, check: Callable[[], None]
 ) -> Tensor:
-    """float32 [units, 2]: chosen and rejected log-probs of every unit that the run will draw; NaN for the others."""
-    if path.exists():
-        return load_file(path)["reference"]
+    """float32 [units, 2]: chosen and rejected log-probs of every unit that the run will draw; NaN for the others. Every process
+    must call it."""
     table = torch.full((len(examples), 2), float("nan"))
     steps = order.first_seen()
     with Meter("reference", len(steps)) as meter:
@@ -82,14 +79,7 @@ def train_reference(
                 table[torch.tensor(units, dtype=torch.int64)[new]] = found[new]
             meter.advance()
             check()
-    if accelerator.num_processes > 1:
-        table = _union(table, accelerator)
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{accelerator.process_index}.tmp")
-        save_file({"reference": table}, temporary)
-        temporary.replace(path)
-    return table
+    return _union(table, accelerator) if accelerator.num_processes > 1 else table
 
 
 def _union(table: Tensor, accelerator: Accelerator) -> Tensor:

@@ -12,7 +12,7 @@ from posttrain.console import Meter, say
 from posttrain.models.diffusion.families import encode_texts, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import replacing, write_json
 from posttrain.runs.identity import content_hash
 
 
@@ -47,8 +47,7 @@ def _fill(
             chosen = missing[start : start + how.batch_size]
             rows = {key: value.expand(len(chosen), *value.shape[1:]) for key, value in texts.items()}
             for i, image in zip(chosen, draw(pipe, rows, negative, [seed + i for i in chosen], how), strict=True):
-                scratch = files[i].with_suffix(".tmp")
-                image.save(scratch, format="PNG")
-                scratch.replace(files[i])
+                with replacing(files[i]) as scratch:
+                    image.save(scratch, format="PNG")
                 meter.advance()
             check()

@@ -14,8 +14,9 @@ from posttrain.data.images.folder import FoundImage, Framing, View, find_images,
 from posttrain.errors import UserError
 from posttrain.models.diffusion.pipelines import find_pipeline, native_size, pipeline_directory
 from posttrain.models.hub import BaseInfo
-from posttrain.runs.directory import parent_record, read_manifest
+from posttrain.runs.artifact import open_artifact
 from posttrain.runs.identity import content_hash
+from posttrain.runs.manifest import Parent
 from posttrain.stages.dreambooth.config import Dreambooth
 
 
@@ -25,7 +26,7 @@ class ImageData:
     smaller than what is made of them."""
 
     base: BaseInfo
-    parents: list[dict[str, str]]
+    parents: list[Parent]
     framing: Framing
     background: tuple[int, int, int]
     instance: list[FoundImage]
@@ -79,22 +80,17 @@ def read_images(cfg: Dreambooth, world_size: int, weights: bool = True) -> Image
     )  # fmt: skip
 
 
-def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[dict[str, str]]]:
+def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[Parent]]:
     """The pipeline to begin with: the model's own, or what a finished run in full has left."""
     if cfg.init is None:
         return find_pipeline(cfg.model.name, cfg.model.revision, weights), []
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        if directory.is_dir() and (directory / "config.yaml").exists():
-            raise UserError(f"init: {directory} is no finished run; finish it with its own command first")
-        return find_pipeline(cfg.init, None, weights), []
-    manifest = read_manifest(directory)
-    if manifest["weights"]["kind"] == "adapter":
+    artifact = open_artifact(cfg.init, "init")
+    if artifact.kind == "adapter":
         raise UserError(
-            f"init: {directory} is an adapter; merge it first (posttrain merge {cfg.init} --out DIR) and say init=DIR, or train "
+            f"init: {cfg.init} is an adapter; merge it first (posttrain merge {cfg.init} --out DIR) and say init=DIR, or train "
             "another on the same base and put both together with posttrain compose"
         )
-    return find_pipeline(str(directory / manifest["weights"]["path"]), None), [parent_record("init", directory.resolve())]
+    return find_pipeline(artifact.source, None, weights), artifact.parents("init")
 
 
 def _check_masks(folder: Path, instance: list[FoundImage]) -> None:

@@ -13,7 +13,7 @@ from posttrain.data.images.folder import as_image, read_view
 from posttrain.evaluation.image_similarity import Similarity
 from posttrain.models.diffusion.families import DiffusionModel, encode_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 

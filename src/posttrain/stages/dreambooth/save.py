@@ -44,7 +44,7 @@ def _record(cfg: Dreambooth, dataset: DreamboothDataset, model: DreamboothModel,
     base, inputs = dataset.inputs.base, dataset.inputs
     return {
         "stage": cfg.stage,
-        "parents": inputs.parents,
+        "parents": [parent.to_dict() for parent in inputs.parents],
         "base": {"name": base.name, "path": base.path, "revision": base.revision, "digest": base.digest},
         "weights": {"kind": kind, "path": kind},
         "pipeline": type(dataset.pipe).__name__,

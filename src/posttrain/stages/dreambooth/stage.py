@@ -36,7 +36,7 @@ class DreamboothSteps:
             "data.content": data.key,
             "train.processes": context.processes,
             "model.weights": data.base.digest,
-            "init.parents": [parent["digest"] for parent in data.parents],
+            "init.parents": [parent.digest for parent in data.parents],
         }
         lines = lines_of(context.cfg, context.directory, data)
         return Prepared(data, data.order.num_steps, identity, lines, lambda row: str(data.views[row].path))

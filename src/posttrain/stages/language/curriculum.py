@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from posttrain.batch import PackedBatch
 from posttrain.config.schema import Guarded, LanguageStage
@@ -18,15 +17,14 @@ from posttrain.data.examples import Examples
 from posttrain.data.mixture import Curriculum, make_sampler
 from posttrain.evaluation.held_out import EVAL_TOKENS, by_tokens
 from posttrain.losses.tokens import answer_sums
-from posttrain.runs.cache import cache_root
 from posttrain.runs.identity import content_hash
 from posttrain.stages.language.prepare import PreparedData, with_order
-from posttrain.stages.steps import Context
+from posttrain.stages.steps import Context, Session
 from posttrain.training.objective import Objective
 
 
 def apply_curriculum(
-    context: Context, data: PreparedData, module: nn.Module, objective: Objective[PackedBatch]
+    context: Context, data: PreparedData, session: Session, objective: Objective[PackedBatch]
 ) -> tuple[PreparedData, NDArray[np.floating] | None]:
     """The data in the order of `curriculum.by`, for which the model may be asked how hard the rows are to it, and the difficulty
     of every unit. As it was, and None, where there is no curriculum."""
@@ -37,25 +35,17 @@ def apply_curriculum(
     if cfg.curriculum.by == "length":
         difficulty = train.unit_lengths()
     else:
-        key = content_hash(data.function(cfg), data.data.key, str(context.device))
-        path = cache_root() / "difficulty" / f"{key}.safetensors"
-        difficulty = perplexities(module, train, objective, context.device, path, context.main, context.check)
+        key, name = content_hash(data.function(cfg), data.data.key, str(context.device)), "difficulty"
+        make = partial(perplexities, session.module, train, objective, context.device, context.check)
+        difficulty = session.cached(name, key, lambda: {name: make()})[name].numpy()
     curriculum = Curriculum(difficulty, cfg.curriculum.beta_start, cfg.curriculum.beta_end)
     return with_order(data, make_sampler(data.data, cfg.data, cfg.train, context.processes, curriculum)), difficulty
 
 
 def perplexities(
-    module: nn.Module,
-    examples: Examples,
-    objective: Objective[PackedBatch],
-    device: torch.device,
-    path: Path,
-    is_writer: bool,
-    check: Callable[[], None],
-) -> NDArray[np.float32]:
+    module: nn.Module, examples: Examples, objective: Objective[PackedBatch], device: torch.device, check: Callable[[], None]
+) -> Tensor:
     """float32 [units]: mean loss of a unit's counting tokens, in nats (the logarithm of its perplexity)."""
-    if path.exists():
-        return load_file(path)["difficulty"]
     module.eval()
     batches = list(by_tokens(examples, EVAL_TOKENS))
     found = []
@@ -67,16 +57,10 @@ def perplexities(
             answers = [len(examples.sequences(unit)) * batch.num_answers // _sequences(examples, units) for unit in units]
             owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(answers))
             total, count = (torch.zeros(len(units)).index_add(0, owner, each) for each in (losses, weights))
-            found.append((total / count.clamp(min=1e-9)).numpy())
+            found.append(total / count.clamp(min=1e-9))
             meter.advance()
             check()
-    difficulty = np.concatenate(found).astype(np.float32)
-    if is_writer:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"difficulty": difficulty}, temporary)
-        temporary.replace(path)
-    return difficulty
+    return torch.cat(found).float()
 
 
 def _sequences(examples: Examples, units: list[int]) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.console import Meter
@@ -42,12 +40,8 @@ class EwcPenalty:
         pass
 
 
-def fisher(
-    module: nn.Module, examples: Examples, device: torch.device, path: Path, is_writer: bool, check: Callable[[], None]
-) -> dict[str, Tensor]:
-    """Diagonal Fisher of what is trained, on every sequence of `examples`, from the file at `path` where it is there."""
-    if path.exists():
-        return load_file(path)
+def fisher(module: nn.Module, examples: Examples, device: torch.device, check: Callable[[], None]) -> dict[str, Tensor]:
+    """Diagonal Fisher of what is trained, on every sequence of `examples`: parameter's name -> its shape."""
     named, count = trainable(module), len(examples.rows)
     module.eval()
 
@@ -60,10 +54,4 @@ def fisher(
                     meter.advance()
                     check()
 
-    found = dict(zip(named, fisher_diagonal(log_likelihoods(), list(named.values())), strict=True))
-    if is_writer:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({name: value.cpu().contiguous() for name, value in found.items()}, temporary)
-        temporary.replace(path)
-    return found
+    return dict(zip(named, fisher_diagonal(log_likelihoods(), list(named.values())), strict=True))

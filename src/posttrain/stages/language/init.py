@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.peft.kinds import is_plain_sum, require_kind
 from posttrain.models.peft.merge import merged_directory
-from posttrain.runs.directory import checked_weights, parent_record, read_manifest
+from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.manifest import Parent
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class InitSource:
     mode: str = ""
     base_digest: str | None = None
     identity: str = ""
-    parents: list[dict[str, str]] = field(default_factory=list)
+    parents: list[Parent] = field(default_factory=list)
     scorer: Path | None = None
 
 
@@ -41,26 +41,34 @@ def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str
 
     Raises UserError for anything else, and for one that reads other tokens than the policy writes.
     """
-    directory = Path(run).expanduser()
-    manifest = read_manifest(directory) if (directory / "manifest.json").exists() else None
-    if not manifest or manifest["stage"] != "rm":
-        what = f"a {manifest['stage']} run" if manifest else "no finished run"
+    artifact = open_artifact(run, field)
+    manifest = artifact.manifest
+    if not manifest or not artifact.reward_head:
+        what = f"a {manifest.stage} run" if manifest else "no finished run"
         raise UserError(f"{field}: {run} is {what}; give what posttrain rm has made")
-    weights = checked_weights(directory, manifest, field)
-    if manifest["tokenizer"]["hash"] != tokenizer_hash:
+    artifact.verified()
+    if not manifest.tokenizer or manifest.tokenizer.hash != tokenizer_hash:
         raise UserError(
             f"{field}: {run} has another tokenizer or chat template than the policy; give one made from the same init"
         )
-    parents = [parent_record("reward" if field == "init_reward" else "gold", directory.resolve())]
-    if manifest["weights"]["kind"] == "model":
-        return InitSource(str(weights), str(weights), str(weights), parents=parents, scorer=weights)
-    adapter = json.loads((weights / "adapter_config.json").read_text())
+    role = "reward" if field == "init_reward" else "gold"
+    if artifact.kind == "model":
+        return source_of(artifact, role, "")
+    adapter = artifact.adapter.whole
     stackable = cfg.peft.is_additive and is_plain_sum(adapter)
     if starts_critic and not stackable and (reason := require_kind(adapter, field).objection(adapter)):
         raise UserError(f"{field}: its adapter cannot be merged ({reason}), for the value model to start from; give another")
-    base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    mode = "stack" if stackable else "merge"
-    return InitSource(base["name"], base["path"], str(weights), weights, mode, base["digest"], added, parents, weights)
+    return source_of(artifact, role, "stack" if stackable else "merge")
+
+
+def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
+    """mode: what becomes of it where it is an adapter."""
+    base, parents, head = artifact.base, artifact.parents(role), artifact.reward_head
+    if artifact.kind == "model":
+        return InitSource(base.name, base.path, artifact.tokenizer, parents=parents, scorer=head)
+    return InitSource(
+        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head
+    )  # fmt: skip
 
 
 def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
@@ -71,30 +79,14 @@ def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
     """
     if cfg.init is None:
         return InitSource(cfg.model.name, cfg.model.name, cfg.model.name)
-    directory = Path(cfg.init).expanduser()
-    if not (directory / "manifest.json").exists():
-        if directory.is_dir() and not (directory / "config.json").exists():
-            unfinished = (
-                " (it has checkpoints: finish it with its own command first)" if (directory / "checkpoints").is_dir() else ""
-            )
-            raise UserError(f"init: {directory} is no finished run{unfinished}")
-        if not directory.exists() and cfg.init[0] in "./~":
-            raise UserError(f"init: {directory} does not exist")
-        return InitSource(cfg.init, cfg.init, cfg.init)
-    manifest = read_manifest(directory)
-    own = directory / manifest["weights"]["path"]
+    artifact = open_artifact(cfg.init, "init").supported()
     if weights:
-        own = checked_weights(directory, manifest, "init")
-    is_scorer = manifest["stage"] == "rm"
-    if is_scorer and cfg.stage != "rm":
-        raise UserError(f"init: {directory} is a reward model, which writes nothing; give the run that it was made from")
-    scorer = own if is_scorer else None
-    parents = [parent_record("init", directory.resolve())]
-    if manifest["weights"]["kind"] == "model":
-        return InitSource(str(own), str(own), str(own), parents=parents, scorer=scorer)
-    mode = chain_mode(cfg, json.loads((own / "adapter_config.json").read_text()))
-    base, added = manifest["base"], manifest["files"][f"{manifest['weights']['path']}/adapter_model.safetensors"]
-    return InitSource(base["name"], base["path"], str(own), own, mode, base["digest"], added, parents, scorer)
+        artifact.verified()
+    if artifact.is_pipeline:
+        raise UserError(f"init: {cfg.init} is of a diffusion model, which {cfg.stage} cannot start from")
+    if artifact.reward_head and cfg.stage != "rm":
+        raise UserError(f"init: {cfg.init} is a reward model, which writes nothing; give the run that it was made from")
+    return source_of(artifact, "init", chain_mode(cfg, artifact.adapter.whole) if artifact.kind == "adapter" else "")
 
 
 def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:

@@ -21,8 +21,9 @@ from posttrain.models.hub import BaseInfo
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import write_text
+from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
+from posttrain.runs.manifest import Parent
 from posttrain.stages.language.build import attention_of
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.summary import lines_of
@@ -95,7 +96,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         "train.processes": context.processes,
         "model.weights": base.digest,
         "init.weights": start.identity,
-        "init.parents": [parent["digest"] for parent in start.parents],
+        "init.parents": [parent.digest for parent in start.parents],
     }
     lines = lines_of(cfg, context.directory, start, base, data, order)
     return Prepared(found, order.num_steps, identity, lines, data.where)
@@ -171,12 +172,12 @@ def with_order(data: PreparedData, order: BatchSampler) -> PreparedData:
     return replace(data, order=order)
 
 
-def with_parents(prepared: Prepared[PreparedData], more: list[dict[str, str]]) -> Prepared[PreparedData]:
+def with_parents(prepared: Prepared[PreparedData], more: list[Parent]) -> Prepared[PreparedData]:
     """With the runs, beside `init`, that this one is made from."""
     start = prepared.data.start
     parents = [*start.parents, *more]
     data = replace(prepared.data, start=replace(start, parents=parents))
-    identity = prepared.identity | {"init.parents": [parent["digest"] for parent in parents]}
+    identity = prepared.identity | {"init.parents": [parent.digest for parent in parents]}
     return replace(prepared, data=data, identity=identity)
 
 

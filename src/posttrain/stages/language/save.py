@@ -14,7 +14,7 @@ from posttrain.evaluation.held_out import remember
 from posttrain.models.hub import digest
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.runs.cache import cache_root
-from posttrain.runs.directory import sha256, write_json
+from posttrain.runs.files import sha256, write_json
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.result import write_result
@@ -68,7 +68,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
     base = data.base
     return {
         "stage": cfg.stage,
-        "parents": data.start.parents,
+        "parents": [parent.to_dict() for parent in data.start.parents],
         "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
         "weights": {"kind": kind, "path": kind},
         "tokenizer": {"hash": data.tokenizer_hash, "chat_template": template_hash(data.tokenizer)},

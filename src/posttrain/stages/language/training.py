@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from posttrain.batch import Metrics, PackedBatch
 from posttrain.config.schema import Guarded, LanguageStage
@@ -25,6 +25,7 @@ from posttrain.stages.language.ewc import EwcPenalty, fisher
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.steps import Context, Measured, Session, Training
 from posttrain.training.callbacks import StepCallback, together
+from posttrain.training.metrics import everywhere
 from posttrain.training.objective import Objective, Update
 
 Compared = Callable[[PackedBatch, list[int]], PackedBatch]  # a training batch, its units -> with what it is compared with
@@ -51,7 +52,7 @@ def train_language(
     make_references: MakeReferences | None = None,
 ) -> Training[PackedBatch]:
     """Updates of one batch a step. make_references: of a loss that compares with the start."""
-    data, difficulty = apply_curriculum(context, data, session.module, objective)
+    data, difficulty = apply_curriculum(context, data, session, objective)
     if make_references:
         references = make_references(context, data, session)
     else:
@@ -68,7 +69,7 @@ def train_language(
         updates=updates,
         loss=objective.loss,
         measure=measure,
-        measure_around=measure_sets(context, data, session.module),
+        measure_around=measure_sets(context, data, session),
         compare=compare_ends,
         references=references.digest,
         callback=step_callback(context, data, model, session),
@@ -94,12 +95,13 @@ def _difficulty(difficulty: NDArray[np.floating], units: Any) -> Metrics:
     return {"difficulty": (drawn.sum(), float(len(drawn)))}
 
 
-def measure_sets(context: Context, data: PreparedData, module: nn.Module) -> Callable[[bool], dict[str, float]]:
+def measure_sets(context: Context, data: PreparedData, session: Session) -> Callable[[bool], dict[str, float]]:
     """Figures of `eval.sets`, before and after the run. Those of the start are kept in the cache."""
 
     def measure(after: bool) -> dict[str, float]:
         function = None if after else data.function(context.cfg)
-        return set_metrics(module, data.sets, function, cache_root(), context.device, context.check)
+        agree = partial(everywhere, session.accelerator)
+        return set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
 
     return measure
 
@@ -120,8 +122,8 @@ def step_callback(context: Context, data: PreparedData, model: TrainableModel, s
         importance = None
         if data.ewc_text is not None:
             trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", data.ewc_text, "").fingerprint()]
-            path = cache_root() / "fisher" / f"{content_hash(data.function(cfg), trained)}.safetensors"
-            importance = fisher(plain, data.ewc_text, context.device, path, context.main, context.check)
+            make = partial(fisher, plain, data.ewc_text, context.device, context.check)
+            importance = session.cached("fisher", content_hash(data.function(cfg), trained), make)
         found.append(EwcPenalty(plain, importance, cfg.ewc.lam))
     return together(found)
 

@@ -13,7 +13,7 @@ from posttrain.models.language.loading import load_model, scorer
 from posttrain.models.language.packed_lm import PackedLM, count_numbers
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
-from posttrain.runs.directory import read_manifest
+from posttrain.runs.artifact import open_artifact
 from posttrain.stages.language.build import TrainableModel, attention_of, build_model
 from posttrain.stages.language.init import InitSource, find_base, merged_start
 from posttrain.stages.language.prepare import PreparedData
@@ -43,7 +43,7 @@ def build_actor_critic(
             adapters[name] = [name]
             scorers[name] = _scorer_on(cfg, policy, start, device)
         else:
-            scorers[name] = scorer(load_model(start.parents[0]["path"], str(device)))
+            scorers[name] = scorer(load_model(start.parents[0].path, str(device)))
         scorers[name].score.requires_grad_(False)
     if cfg.ppo.advantage == "gae":
         start = starts.get("reward")
@@ -74,8 +74,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
     """Is it an adapter that can take turns with the policy's: a LoRA on the same weights in the same number format?"""
     if not start.adapter or start.mode != "stack" or start.base_digest != inputs.base.digest:
         return False
-    manifest = read_manifest(start.adapter.parent)
-    return manifest["quant"] == cfg.quant.model_dump()
+    return open_artifact(start.adapter.parent, "init_reward").quantization == cfg.quant.model_dump()
 
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,7 @@ from numpy.typing import NDArray
 
 from posttrain.data.examples import Examples
 from posttrain.models.peft.kinds import is_plain_sum
-from posttrain.runs.directory import read_manifest
+from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.stages.language.plan import Extra
 from posttrain.stages.ppo.config import Ppo
 
@@ -36,18 +34,17 @@ def extra(cfg: Ppo, units: int, parts: dict[str, float], model: Any, base: str) 
 
 def role_bytes(cfg: Ppo, parts: dict[str, float], base: str) -> tuple[dict[str, float], bool]:
     """Bytes by role beside the policy, and whether all roles share one base. parts: the policy's own; base: where its base is."""
-    rewards = {
-        name: Path(run).expanduser() for name, run in (("reward", cfg.init_reward), ("gold", _run(cfg.reward.gold))) if run
-    }
+    named = (("reward", cfg.init_reward, "init_reward"), ("gold", _run(cfg.reward.gold), "reward.gold"))
+    rewards = {name: open_artifact(run, field) for name, run, field in named if run}
     in_place = not cfg.peft.writes_base
     shared = in_place and cfg.peft.is_additive and all(_shares(cfg, run, base) for run in rewards.values())
     whole = sum(parts.get(part, 0.0) for part in BASE)
     trained = sum(parts.get(part, 0.0) for part in TRAINED)
     found = {} if in_place else {"reference model": whole}
     for name, run in rewards.items():
-        kind = read_manifest(run)["weights"]["kind"]
-        own = sum(file.stat().st_size for file in (run / kind).glob("*.safetensors"))
-        found[f"{name} adapter" if shared else f"{name} model"] = own if shared or kind == "model" else whole + own
+        run.finished()
+        own = run.weight_bytes
+        found[f"{name} adapter" if shared else f"{name} model"] = own if shared or run.kind == "model" else whole + own
     if cfg.ppo.advantage == "gae":
         # in full training its weights are among what is trained; their gradients and moments come on top
         found["value adapter, gradients, optimizer" if shared else "value model"] = trained if shared else whole + trained
@@ -66,9 +63,7 @@ def _run(name: str | None) -> str | None:
     return None if name and ":" in name else name
 
 
-def _shares(cfg: Ppo, run: Path, base: str) -> bool:
-    manifest = read_manifest(run)
-    if manifest["weights"]["kind"] != "adapter" or manifest["quant"] != cfg.quant.model_dump():
+def _shares(cfg: Ppo, run: Artifact, base: str) -> bool:
+    if run.kind != "adapter" or run.quantization != cfg.quant.model_dump():
         return False
-    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    return is_plain_sum(adapter) and manifest["base"]["path"] == base
+    return is_plain_sum(run.adapter.whole) and run.source == base

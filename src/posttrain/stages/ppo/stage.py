@@ -103,7 +103,7 @@ class PpoSteps:
             updates=ppo.updates,
             loss=ppo.loss,
             measure=ppo.measure,
-            measure_around=measure_sets(context, data, session.module),
+            measure_around=measure_sets(context, data, session),
             compare=compare_ends,
             callback=step_callback(context, data, built.model.policy, session),
         )

@@ -15,7 +15,7 @@ from posttrain.batch import LossOutput, PackedBatch
 from posttrain.console import say
 from posttrain.losses.policy import adapted
 from posttrain.rewards import combined
-from posttrain.runs.directory import write_json
+from posttrain.runs.files import write_json
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.ppo.config import Ppo
 from posttrain.stages.ppo.diagnostics import alarms

@@ -18,7 +18,8 @@ from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import make_encoder
 from posttrain.rewards import RewardFunction, load_function
-from posttrain.runs.directory import read_manifest, write_text
+from posttrain.runs.artifact import open_artifact
+from posttrain.runs.files import write_text
 from posttrain.stages.rm.config import Rm
 from posttrain.training.seeding import seed_step
 
@@ -38,7 +39,8 @@ def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
     assert cfg.rm.policy and cfg.rm.rule
     rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / "pairs.jsonl"
     directory = Path(cfg.rm.policy).expanduser()
-    if not (directory / "manifest.json").exists() or read_manifest(directory)["stage"] == "rm":
+    policy = open_artifact(cfg.rm.policy, "rm.policy")
+    if not policy.is_run or policy.reward_head:
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
     if not path.exists():
         write_text(path, "".join(json.dumps(pair) + "\n" for pair in _pairs(cfg, directory, rule)))
@@ -51,7 +53,7 @@ def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
 
 def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, object]]:
     live = load_model(directory, device_here())
-    encoder = make_encoder(live.tokenizer, live.source, live.revision)
+    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
     sampling = Sampling(cfg.rm.max_new_tokens, 1.0, 1.0, 0, AT_ONCE)
     room = cfg.train.max_length - cfg.rm.max_new_tokens
     rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, PROMPTS)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from posttrain.data.collate import pack_pairs
 from posttrain.evaluation.calibration import score_summary
 from posttrain.losses.reward import reward_loss
 from posttrain.models.language.objectives import answer_lengths
-from posttrain.runs.directory import parent_record
+from posttrain.runs.artifact import open_artifact
 from posttrain.stages.language.prepare import PreparedData, prepare_language, with_parents
 from posttrain.stages.language.stage import LanguageSteps
 from posttrain.stages.rm.config import Rm
@@ -45,5 +44,5 @@ class PolicyPairSteps(LanguageSteps):
         if not context.weights:  # a plan has the policy write nothing
             return prepare_language(context)
         written = cfg.model_copy(update={"data": own_pairs(cfg, context.directory)})
-        policy = parent_record("policy", Path(str(cfg.rm.policy)).expanduser().resolve())
-        return with_parents(prepare_language(replace(context, cfg=written)), [policy])
+        policy = open_artifact(str(cfg.rm.policy), "rm.policy").parents("policy")
+        return with_parents(prepare_language(replace(context, cfg=written)), policy)

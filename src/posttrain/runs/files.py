@@ -1,0 +1,74 @@
+"""Files of a run directory and of the cache: written complete or not at all, named by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from posttrain.secrets import redact
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of files that can run code when they are read
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file of the result; checkpoints have records of their own."""
+    skip = {"checkpoints", ".lock", "manifest.json"}
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
+    return {str(p.relative_to(directory)): sha256(p) for p in wanted}
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
+
+
+def is_inside(name: Any) -> bool:
+    """Is it the name of something within a directory?"""
+    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, under a name that no other process uses; it takes `path`'s place when the block ends well.
+
+    Whoever reads `path` sees the old content or the new one, never a part, and so does the disk after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Complete or absent, in UTF-8, without secrets."""
+    with replacing(path) as temporary:
+        temporary.write_text(redact(text), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")

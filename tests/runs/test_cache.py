@@ -1,0 +1,215 @@
+"""Files that can be made again: made once, whole or not there, found out when damaged, and safe for processes side by side."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posttrain.models.builtin import builtin_directory
+from posttrain.runs import cache
+from posttrain.runs.cache import cached_json, cached_tensors, write_cached_json, write_tensors
+from posttrain.runs.files import replacing, write_json
+
+
+class Maker:
+    """Counts how often it was asked."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.times = value, 0
+
+    def __call__(self) -> Any:
+        self.times += 1
+        return self.value
+
+
+def tensors() -> dict[str, Tensor]:
+    return {
+        "a": torch.tensor([[1.0, float("nan")], [2.5, -3.0]]),
+        "half": torch.tensor([0.1, 0.2], dtype=torch.bfloat16),
+        "one": torch.tensor(7, dtype=torch.int64),
+        "none": torch.zeros(0, 3),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "yes": torch.tensor([True, False]),
+    }
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    def bits(value: Tensor) -> bytes:
+        return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    about = {n: (v.dtype, v.shape, bits(v)) for n, v in first.items()}
+    return about == {n: (v.dtype, v.shape, bits(v)) for n, v in second.items()}
+
+
+def test_tensors_are_made_once_and_come_back_bit_for_bit(tmp_path: Path) -> None:
+    make, path = Maker(tensors()), tmp_path / "new" / "x.safetensors"
+    assert cached_tensors(path, make) is make.value
+    assert same(cached_tensors(path, make), tensors()) and make.times == 1
+    assert same(load_file(path), tensors()) and [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("value", [{"loss": 0.1 + 0.2, "n": 3, "odd": float("inf")}, "ab" * 32, [1, None]])
+def test_json_is_made_once_and_comes_back(value: Any, tmp_path: Path) -> None:
+    make, path = Maker(value), tmp_path / "new" / "x.json"
+    assert [cached_json(path, make) for _ in range(3)] == [value] * 3 and make.times == 1
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the header, the checksum and the tensors alike: the file is named and made again."""
+    path = tmp_path / "x.safetensors"
+    cached_tensors(path, lambda: {"reference": torch.arange(4.0)})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        found = cached_tensors(path, lambda: {"reference": torch.arange(4.0)})
+        assert same(found, {"reference": torch.arange(4.0)}), at
+        assert path.read_bytes() == whole or load_file(path)["reference"].tolist() == [0, 1, 2, 3], at
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 0.8 * len(whole), "the other bits are padding, or the checksum's own name"
+    assert all(line.startswith(f"cache: {path} is damaged (") and line.endswith("; it is made again") for line in lines)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -3])
+def test_a_file_that_was_cut_short_is_made_again(kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, make, read in (
+        (tmp_path / "x.safetensors", Maker(tensors()), cached_tensors),
+        (tmp_path / "x.json", Maker({"loss": 1.5}), cached_json),
+    ):
+        read(path, make)
+        path.write_bytes(path.read_bytes()[:kept])
+        read(path, make)
+        assert make.times == 2 and f"cache: {path} is damaged" in capsys.readouterr().out
+        read(path, make)
+        assert make.times == 2
+
+
+def test_a_changed_number_in_json_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, make = tmp_path / "x.json", Maker({"loss": 1.5})
+    cached_json(path, make)
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+    assert cached_json(path, make) == {"loss": 1.5} and "does not match its checksum" in capsys.readouterr().out
+
+
+def test_a_file_of_version_0_1_is_made_again_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    write_json(tmp_path / "x.json", {"loss": 9.0})
+    assert cached_tensors(tmp_path / "x.safetensors", lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
+    assert cached_json(tmp_path / "x.json", lambda: {"loss": 1.0}) == {"loss": 1.0}
+    assert capsys.readouterr().out == ""
+
+
+def test_only_a_writer_writes(tmp_path: Path) -> None:
+    assert cached_json(tmp_path / "x.json", lambda: 1, writes=False) == 1
+    cached_tensors(tmp_path / "x.safetensors", tensors, writes=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_not_all_processes_have_is_made_by_all(tmp_path: Path) -> None:
+    """Else one of them would wait for the others in the middle of making it."""
+    make, asked = Maker({"a": torch.ones(1)}), []
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+
+    def some_lack_it(mine: bool) -> bool:
+        asked.append(mine)
+        return False
+
+    cached_tensors(tmp_path / "x.safetensors", make, agree=some_lack_it)
+    cached_tensors(tmp_path / "y.safetensors", make, agree=some_lack_it)
+    assert asked == [True, False] and make.times == 2
+
+
+def test_a_disk_that_refuses_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert same(cached_tensors(tmp_path / "x.safetensors", tensors), tensors())
+    assert cached_json(tmp_path / "x.json", lambda: 1) == 1
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out.count("No space left on device") == 2
+
+
+def test_what_is_left_half_done_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+
+    def fail() -> None:
+        with replacing(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (tmp_path / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+import torch
+from posttrain.runs.cache import cached_tensors
+folder, made = Path(sys.argv[1]), 0
+(folder / f"ready-{sys.argv[2]}").touch()
+while len(list(folder.glob("ready-*"))) < 3:
+    time.sleep(0.001)
+for i in range(40):
+    def make():
+        global made
+        made += 1
+        return {"x": torch.full((20_000,), float(i))}
+    found = cached_tensors(folder / "cache" / f"{i}.safetensors", make)["x"]
+    assert found.shape == (20_000,) and bool((found == i).all()), i
+print("made", made)
+"""
+
+
+def test_processes_that_race_for_the_same_files(tmp_path: Path) -> None:
+    """Nobody reads a half, nothing is called damaged, and no scratch file is left."""
+    commands = [[sys.executable, "-c", RACE, str(tmp_path), str(number)] for number in range(3)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    said = [child.communicate(timeout=120)[0].split() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0] and [words[0] for words in said] == ["made"] * 3
+    assert 40 <= sum(int(words[1]) for words in said) <= 120
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted(f"{i}.safetensors" for i in range(40))
+
+
+def test_what_is_written_by_hand_is_read(tmp_path: Path) -> None:
+    write_cached_json(tmp_path / "x.json", {"loss": 2.0})
+    assert cached_json(tmp_path / "x.json", Maker(None)) == {"loss": 2.0}
+    assert json.loads((tmp_path / "x.json").read_text())["content"] == {"loss": 2.0}
+    assert cache.alone(True) and not cache.alone(False)
+
+
+APART = """
+import os, sys
+os.environ["POSTTRAIN_CACHE"] = f"{sys.argv.pop(1)}-{os.environ['RANK']}"
+from posttrain.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_whose_caches_are_not_one(tmp_path: Path) -> None:
+    """As on two nodes: DPO's reference, in which both work together, lies with one of them; nobody waits for ever."""
+    (tmp_path / "apart.py").write_text(APART)
+    for rank in range(2):
+        shutil.copytree(builtin_directory("tiny")[0], tmp_path / f"cache-{rank}" / "models" / "tiny-v1")
+    words = ["dpo", "model=tiny", "+peft=lora", "train.max_steps=1", "train.batch_size=1", "data.max_rows=8", "data.eval_rows=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "apart.py")]
+    losses = []
+    for name in ("first", "second"):
+        command = [*launch, str(tmp_path / "cache"), *words, "eval.rows=1", f"run.dir={tmp_path / name}"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses += [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[0] == losses[1]
+    assert len(list((tmp_path / "cache-0" / "reference").iterdir())) == 1 and not (tmp_path / "cache-1" / "reference").exists()
