@@ -39,9 +39,9 @@ def test_an_empty_micro_batch_is_a_batch_that_counts_for_nothing() -> None:
 
 
 def test_packing_leaves_the_examples_as_they_were() -> None:
-    before = CONVERSATIONS.weights.copy()
+    before = np.array(CONVERSATIONS.weights)
     pack(CONVERSATIONS, [2])
-    assert np.array_equal(before, CONVERSATIONS.weights)
+    assert np.array_equal(before, np.array(CONVERSATIONS.weights))
 
 
 def test_pack_pairs_shares_the_prompt() -> None:
@@ -58,7 +58,7 @@ def test_pack_pairs_shares_the_prompt() -> None:
 
 
 def test_pairs_count_by_their_weights() -> None:
-    rows = [([1, 2, 3, 4], [0, 0, 1, 1], number) for number in range(3)]
+    rows = [([1, 2, 3, 4], [0.0, 0.0, 1.0, 1.0], number) for number in range(3)]
     pairs = join([build(rows[:2], 2 * [(2, 3)], None, [0.25, 3.0]), build(rows[2:], [(2, 3)])])
     batch = pack_pairs(pairs, [2, 0, 1])
     assert batch.extra["pair_weight"].tolist() == [1.0, 0.25, 3.0] and batch.loss_denominator == 4.25

@@ -25,8 +25,10 @@ from posttrain.models.peft.attach import add_method
 from posttrain.models.quantization import quantization
 from posttrain.models.quantization.nf4 import nf4_bytes
 
-SHAPE = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 WORDS = ["train.max_steps=4", "train.batch_size=2", "data.max_rows=40"]
 
 

@@ -211,7 +211,7 @@ def test_latents_go_there_and_back_with_shift_and_scale() -> None:
 
 
 def test_squares_are_fluxs_own() -> None:
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     from posttrain.models.diffusion.families import _to_squares
 

@@ -19,7 +19,7 @@ def case(scale: float, softcap: float | None, trained: bool) -> tuple[Tensor, Te
 
 
 def plain(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
-    logits = (hidden @ head.weight.T + head.bias) * head.scale
+    logits = (hidden @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.log_softmax(-1)[torch.arange(N), target]
@@ -69,11 +69,12 @@ def test_frozen_head_keeps_no_logits_for_the_backward() -> None:
 def test_no_predictions_give_no_gradient() -> None:
     hidden, target, head, _ = case(1.0, None, False)
     token_logprobs(hidden[:0], target[:0], head).sum().backward()
-    assert not hidden.grad.any()
+    assert hidden.grad is not None and not hidden.grad.any()
 
 
 def test_half_precision_gives_float32_logprobs() -> None:
     hidden, target, head, _ = case(1.0, None, False)
+    assert head.bias is not None
     half = head._replace(weight=head.weight.bfloat16(), bias=head.bias.bfloat16())
     got = token_logprobs(hidden.bfloat16(), target, half)
     assert got.dtype == torch.float32

@@ -74,7 +74,7 @@ def test_a_run_leaves_adapter_samples_page_and_manifest(photos: Path, tmp_path: 
     assert shots == ["step-000000", "step-000002", "step-000004"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 * 3 and "a sks dog" in page
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(manifest["base"]["path"])
     pipe.load_lora_weights(str(tmp_path / "run" / "adapter"))

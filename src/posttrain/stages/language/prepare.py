@@ -75,12 +75,8 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
 def prepare_language(context: Context) -> Prepared[PreparedData]:
     """Raises UserError for everything a mistake of the user can be in."""
     cfg: LanguageStage = context.cfg
-<<<<<<< HEAD
-    attention_of(cfg, context.device)  # refused here where it does not run on this device
-=======
     if context.weights:  # a plan may be of another machine
         attention_of(cfg, context.device)
->>>>>>> wt-kernels
     opened = open_language(cfg, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
