@@ -15,6 +15,7 @@ from posttrain.data.example_store import Store, load
 from posttrain.data.examples import Examples, build
 from posttrain.data.mixture import read_mixture
 from posttrain.models.builtin import tiny_tokenizer
+from posttrain.stages.spec import row_uses
 
 ROWS = [([1, 2, 3], [0.0, 1.0, 1.0], 1), ([4, 5], [0.0, 0.5], 2), ([6, 7, 8, 9], [0.0, 1.0, 1.0, 1.0], 3)]
 
@@ -54,7 +55,7 @@ def test_other_code_that_reads_the_same_is_no_change(tmp_path: Path, monkeypatch
         file.write_text("".join(json.dumps({"prompt": text, "completion": f"{text}!"}) + "\n" for text in texts))
         config = compose_run("sft", ["model=tiny", f"data.path={file}", "data.eval_share=0"])
         data = DataConfig.model_validate(config["data"])
-        mixture = read_mixture(data, "sft", Encoder(tiny_tokenizer()), 64, tmp_path / "cache")
+        mixture = read_mixture(data, row_uses()["sft"], Encoder(tiny_tokenizer()), 64, tmp_path / "cache")
         return mixture.key, mixture.content
 
     first = read(["one", "two", "three"])

@@ -59,7 +59,7 @@ def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
         torch.tensor([6, 7, 9]), torch.ones(3), torch.tensor([0, 0, 1]), torch.tensor([2, 4]), 2, (0, 1), 3.0,
     )  # fmt: skip
     lm(batch).sum().backward()
-    learning = [bool(p.grad.any()) for n, p in lm.named_parameters() if "lora_B" in n]
+    learning = [p.grad is not None and bool(p.grad.any()) for n, p in lm.named_parameters() if "lora_B" in n]
     assert learning == [True] * 7
 
 

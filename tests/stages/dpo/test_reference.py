@@ -1,5 +1,7 @@
 """The reference is the model that a stage is given, without dropout, in the very batches that are trained on."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from posttrain.losses.tokens import answer_sums
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
+from posttrain.runs.cache import cached_tensors
 from posttrain.stages.dpo.reference import reference_logps, train_reference
 
 CPU = torch.device("cpu")
@@ -65,7 +68,12 @@ def test_every_pair_that_is_drawn_has_its_own_and_no_other(lm: PackedLM, tmp_pat
     """Pairs 5, 0, 2, 4 in two steps of two, the first of them once more; from the file the second time."""
     order = BatchSampler(torch.tensor([5, 0, 2, 4, 5, 0]).numpy(), 2, 1, 1)
     file = tmp_path / "reference" / "table.safetensors"
-    table = train_reference(lm, pairs(), order, Accelerator(cpu=True), file, lambda: None)
+
+    def cached(check: Callable[[], None]) -> torch.Tensor:
+        make = partial(train_reference, lm, pairs(), order, Accelerator(cpu=True), check)
+        return cached_tensors(file, lambda: {"reference": make()})["reference"]
+
+    table = cached(lambda: None)
     assert table.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2, [True] * 2, [False] * 2, [False] * 2]
     lm.eval()
     for units in ([5, 0], [2, 4]):
@@ -73,5 +81,5 @@ def test_every_pair_that_is_drawn_has_its_own_and_no_other(lm: PackedLM, tmp_pat
     with torch.no_grad():
         for p in lm.parameters():
             p.zero_()
-    again = train_reference(lm, pairs(), order, Accelerator(cpu=True), file, lambda: pytest.fail("computed again"))
+    again = cached(lambda: pytest.fail("computed again"))
     assert torch.equal(again.nan_to_num(), table.nan_to_num())

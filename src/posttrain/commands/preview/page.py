@@ -48,7 +48,7 @@ def show_preview(preview: Preview, page: Path) -> None:
 
 
 def _unit_name(preview: Preview) -> str:
-    return {"dpo": "pair", "rm": "pair", "sft": "conversation", "ppo": "prompt"}.get(preview.stage, "pack")
+    return preview.unit
 
 
 def _headline(seen: Seen, several: bool) -> str:

@@ -22,11 +22,11 @@ from posttrain.data.selection import SELF, sources_of
 from posttrain.data.split import Split, sound_rows
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
-from posttrain.stages.language.prepare import open_language
-from posttrain.stages.spec import spec_of
+from posttrain.stages.language.prepare import open_language, rows_of
 
 BUCKETS = 12  # of the lengths' histogram
-_PACKS = {"dpo": pack_pairs, "rm": pack_pairs}
+# kind of examples -> what one of them is called; the pairs lie in packs of their own
+UNITS = {"documents": "pack", "conversations": "conversation", "pairs": "pair", "scored_pairs": "pair", "prompts": "prompt"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Seen:
 @dataclass
 class Preview:
     stage: str
+    unit: str  # what one of `units` is called
     model: str
     sources: list[Seen]
     units: list[list[PreviewSegment]]  # of the first step, in the order of their drawing
@@ -82,6 +83,7 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
     cfg = typed_config(compose_run(stage, words))
     if not isinstance(cfg, LanguageStage):
         raise UserError(f"{stage} reads no text; its own report shows what it trains on")
+    use = rows_of(cfg)
     opened = open_language(cfg, weights=False)
     encoder, tokenizer = opened.encoder, opened.tokenizer
     found, notes = [], []
@@ -97,8 +99,9 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
     train = cfg.train
     per_step = min(units, train.batch_size * train.grad_accum * train.processes)
     drawn = draw_units(mixture.sizes, mixture.shares, train.seed, per_step, None, cfg.data.exhausted)
-    shown = [_segments(stage, mixture, int(unit), tokenizer) for unit in drawn]
-    return Preview(stage, cfg.model.name, [seen for _, seen in found], shown, cfg.example_length, notes)
+    kind = UNITS.get(use.examples, "pack")
+    shown = [_segments(kind == "pair", mixture, int(unit), tokenizer) for unit in drawn]
+    return Preview(stage, kind, cfg.model.name, [seen for _, seen in found], shown, cfg.example_length, notes)
 
 
 def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
@@ -112,8 +115,7 @@ def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
 def _look(
     cfg: LanguageStage, name: str, source: SourceConfig, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
 ) -> tuple[PreparedSource, Seen]:
-    use = spec_of(cfg.stage).rows
-    assert use
+    use = rows_of(cfg)
     if most is not None:  # and not a row more is read or downloaded
         source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
     split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), use, eval_path)
@@ -148,12 +150,12 @@ def _first_mistake(stats: SourceStats) -> str:
     return (stats.places.get("skipped") or [""])[0]
 
 
-def _segments(stage: str, mixture: Mixture, unit: int, tokenizer: Any) -> list[PreviewSegment]:
-    batch = _PACKS.get(stage, pack)(mixture.train, [unit])
+def _segments(paired: bool, mixture: Mixture, unit: int, tokenizer: Any) -> list[PreviewSegment]:
+    batch = (pack_pairs if paired else pack)(mixture.train, [unit])
     weights = weights_of(batch)
-    rows = [int(mixture.train.rows[i]) for i in batch.rows for _ in range(3 if stage in _PACKS else 1)]
-    kinds = ("prompt", "chosen", "rejected") if stage in _PACKS else ("",)
-    weight = float(batch.extra["pair_weight"][0]) if stage in _PACKS else 1.0
+    rows = [int(mixture.train.rows[i]) for i in batch.rows for _ in range(3 if paired else 1)]
+    kinds = ("prompt", "chosen", "rejected") if paired else ("",)
+    weight = float(batch.extra["pair_weight"][0]) if paired else 1.0
     found = []
     for k, segment in enumerate(batch.segments):
         span = slice(segment.start, segment.stop)
