@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def is_inside(name: Any) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """A new file beside `path`, under a name that no other process uses; it takes `path`'s place when the block ends well.
 
     Whoever reads `path` sees the old content or the new one, never a part, and so does the disk after a power cut.

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -35,7 +35,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, value in cast("dict[Any, Any]", tree).items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
