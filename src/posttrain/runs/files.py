@@ -18,6 +18,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of fil
 
 
 def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -40,6 +41,7 @@ def flush(path: Path) -> None:
 
 
 def free_bytes(directory: Path) -> int:
+    """Free space on the disk of a directory."""
     return shutil.disk_usage(directory).free
 
 
@@ -71,4 +73,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, indented."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")

@@ -66,6 +66,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: 
 
 
 def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -62,6 +62,8 @@ class Seen:
 
 @dataclass
 class Preview:
+    """What a run would read, and what is wrong with it."""
+
     stage: str
     model: str
     sources: list[Seen]
@@ -71,6 +73,7 @@ class Preview:
 
     @property
     def mistakes(self) -> list[str]:
+        """A line for each kind of mistake that was found."""
         return [f.line for seen in self.sources for f in seen.findings if f.is_mistake and f.count]
 
 

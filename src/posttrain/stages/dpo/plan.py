@@ -11,5 +11,6 @@ __all__ = ["extra", "unit_tokens"]
 
 
 def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
+    """What the table of reference log-probs takes."""
     note = "the reference is a table of log-probs, computed by the model itself before training; no second model"
     return Extra({"reference": 8.0 * units}, notes=[note])
