@@ -18,15 +18,23 @@ class Batch(Protocol):
     """
 
     @property
-    def loss_denominator(self) -> float: ...
+    def loss_denominator(self) -> float:
+        """What its sum of losses is divided by, over a whole optimizer step; zero where it counts for nothing."""
+        ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How much it is, in the unit of its stage."""
+        ...
 
     @property
-    def rows(self) -> tuple[int, ...]: ...
+    def rows(self) -> tuple[int, ...]:
+        """Its examples' numbers in the run's data."""
+        ...
 
-    def to(self, device: torch.device | str) -> Self: ...
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        ...
 
     def split(self) -> tuple[Self, ...]:
         """Two batches of half the examples, whose loss denominators add up to this one's; itself alone where there is one."""
@@ -49,6 +57,7 @@ class Segment(NamedTuple):
     prefix_stop: int = 0
 
     def moved(self, by: int) -> Segment:
+        """The same segment `by` tokens further on; an empty prefix stays empty."""
         shares = self.prefix_start < self.prefix_stop
         prefix = (self.prefix_start + by, self.prefix_stop + by) if shares else (0, 0)
         return Segment(self.start + by, self.stop + by, *prefix)
@@ -115,6 +124,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        """The same with its tensors on `device`."""
         names = ("tokens", "positions", "logit_index", "target", "weight", "sequence_id", "eos_index")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
@@ -154,6 +164,7 @@ class ImageBatch:
 
     @property
     def size(self) -> int:
+        """Pictures of all parts."""
         return sum(len(part.level) for part in self.parts)
 
     def split(self) -> tuple[ImageBatch, ...]:
@@ -169,6 +180,7 @@ class ImageBatch:
         return tuple(found)
 
     def to(self, device: torch.device | str) -> ImageBatch:
+        """The same with its tensors on `device`."""
         return replace(self, parts=tuple(_moved(part, device) for part in self.parts))
 
 

@@ -325,6 +325,7 @@ def _options(
 
 
 def main() -> None:
+    """Run the command line."""
     app()
 
 

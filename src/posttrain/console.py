@@ -21,6 +21,7 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
+    """Print a line, in the one process that prints, with secrets hidden."""
     if is_main():
         console.print(redact(line), markup=False)
 

@@ -56,7 +56,7 @@ class Registry(Generic[T]):
 
     def config_dirs(self) -> list[Path]:
         """The folders called `configs` that lie beside the modules of other packages' entries: YAML files as ours in configs/."""
-        found = []
+        found: list[Path] = []
         for name, place in self._places().items():
             if isinstance(place, EntryPoint):
                 folder = self._file_of(name, place).parent / "configs"

@@ -52,6 +52,7 @@ class Conversation:
         return said
 
     def reset(self) -> None:
+        """Forget all messages."""
         self.messages.clear()
 
     def _prompt(self) -> str:

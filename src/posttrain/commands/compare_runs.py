@@ -46,6 +46,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def tensors_agree(part: str, first: dict[str, Tensor], second: dict[str, Tensor]) -> RunComparison:
+    """Compare two sets of tensors by names, shapes and bits."""
     odd = sorted(set(first) ^ set(second)) or [name for name, value in first.items() if value.shape != second[name].shape]
     if odd:
         return RunComparison(part, False, f"{odd[0]} (and {len(odd) - 1} more) is not in both, or of another shape")

@@ -114,6 +114,7 @@ def quoted(hydra: Hydra, line: str) -> str:
 
 
 def parse(hydra: Hydra, line: str) -> Override | None:
+    """An override as Hydra reads it; None where Hydra's grammar does not allow it."""
     try:
         return OverridesParser.create(hydra.config_loader).parse_override(line)
     except (HydraException, OmegaConfBaseException):
@@ -177,6 +178,7 @@ def shipped_keys(hydra: Hydra, stage: str) -> list[str]:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
+    """The message about a key that does not exist, with a near name or the group that it belongs to."""
     if key in known:
         group = key.split(".")[0]
         hint = "+peft=lora (or another method)" if group == "peft" else f"another {group}="

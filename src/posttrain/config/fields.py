@@ -40,6 +40,7 @@ class OneOf:
         self.registry, self.others = registry, others
 
     def choices(self) -> list[str]:
+        """The other choices, then the registry's names."""
         return [*self.others, *self.registry.names()]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -140,6 +140,7 @@ def zero_weight(batch: PackedBatch) -> PackedBatch:
 
 
 def permutation(size: int, *seeds: int) -> NDArray[np.int64]:
+    """int64 [size]: a random order that follows from the seeds alone."""
     return np.random.default_rng(seeds).permutation(size)
 
 
@@ -165,10 +166,12 @@ class BatchSampler:
 
     @property
     def units_per_step(self) -> int:
+        """Units that all processes draw together in one step."""
         return self.batch_size * self.grad_accum * self.world_size
 
     @property
     def num_steps(self) -> int:
+        """Steps of the whole run; the last one may be smaller."""
         return -(-len(self.drawn) // self.units_per_step)
 
     def step(self, step: int) -> list[int]:

@@ -32,6 +32,7 @@ class RowEncoder:
             raise UserError(f"{self.use.name}: there is no kind of examples '{self.use.examples}' (there are: {known})")
 
     def examples(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats]:
+        """Rows as examples, with counts of what was read, cut and left out."""
         stats = SourceStats(self.source, self.shape, "")
         sound = list(sound_rows(rows, self.shape, stats, self.skips))
         try:

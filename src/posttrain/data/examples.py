@@ -50,13 +50,16 @@ class Examples:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all sequences."""
         return len(self.tokens)
 
     def sequence(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Tokens and weights of sequence i."""
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return self.tokens[span], self.weights[span]
 
     def sequences(self, unit: int) -> range:
+        """The numbers of the sequences of a unit."""
         return range(int(self.units[unit]), int(self.units[unit + 1]))
 
     def only(self, i: int) -> Examples:

@@ -38,6 +38,7 @@ class Mixture:
 
     @cached_property
     def train(self) -> Examples:
+        """The examples of all sources, one source after another."""
         return join([part.train for part in self.parts])
 
     @property
@@ -47,10 +48,12 @@ class Mixture:
 
     @property
     def stats(self) -> SourceStats:
+        """Counts of the first source."""
         return self.parts[0].stats
 
     @property
     def held_out_stats(self) -> SourceStats:
+        """Counts of the first source's held-out rows."""
         return self.parts[0].held_out_stats
 
     @property

@@ -49,6 +49,7 @@ class Split:
 
     @property
     def held_so_far(self) -> list[NumberedRow]:
+        """The rows that were held out up to here."""
         return self._held
 
     def held_out(self) -> list[NumberedRow]:

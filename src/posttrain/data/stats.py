@@ -28,6 +28,7 @@ class SourceStats:
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def where(self, number: int) -> str:
+        """What messages call a row of this source."""
         return row_name(self.source, number)
 
     def moved(self, source: str) -> SourceStats:

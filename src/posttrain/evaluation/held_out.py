@@ -37,9 +37,11 @@ class EvalSet:
 
     @property
     def objective(self) -> Objective[PackedBatch]:
+        """The objective by which the set is measured."""
         return LIKELIHOOD if self.kind == "pairs" else TOKENS
 
     def fingerprint(self) -> str:
+        """A hash of the examples and their kind."""
         content = (self.examples.tokens, self.examples.weights, self.examples.offsets, self.examples.splits)
         return hashlib.sha256(b"".join(a[:].tobytes() for a in content) + self.kind.encode()).hexdigest()
 

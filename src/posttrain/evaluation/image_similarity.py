@@ -13,6 +13,8 @@ from posttrain.errors import UserError
 
 
 class Loaded(NamedTuple):
+    """A model, and what makes its inputs of pictures and texts."""
+
     model: Any
     processor: Any
 

@@ -61,6 +61,7 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
     return sorted(path.stem for path in root("recipes").glob("*.yaml"))
 
 

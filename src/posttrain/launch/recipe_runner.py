@@ -30,9 +30,11 @@ class Planned:
 
     @property
     def record(self) -> Path:
+        """The file that says what the directory of the step was made from."""
         return self.dir.with_name(f"{self.dir.name}.digest.json")
 
     def entry(self, status: str, why: str, seconds: float) -> dict[str, Any]:
+        """The step's line in the recipe's report."""
         place = str(self.dir)
         return {
             "name": self.step.name,

@@ -14,6 +14,7 @@ from posttrain.training.signals import forward_to
 
 
 def worker_command(config_file: str) -> list[str]:
+    """The command of a worker that runs the config in `config_file`."""
     return [sys.executable, "-m", "posttrain.launch.worker", config_file]
 
 

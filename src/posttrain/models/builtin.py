@@ -119,6 +119,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def offline() -> bool:
+    """May the hub not be asked?"""
     return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}
 
 

@@ -25,6 +25,8 @@ class BaseInfo(NamedTuple):
 
 
 class ResolvedModel(NamedTuple):
+    """What a model name stands for: its files, the commit that they are of, and in words where they come from."""
+
     path: str  # a hub id or an absolute directory
     directory: Path
     revision: str | None

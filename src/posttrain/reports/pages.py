@@ -27,16 +27,20 @@ _TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Cell:
+    """A figure in a table; best: is it the best of its column?"""
+
     text: str
     best: bool = False
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Write a page from a template, and return its path."""
     write_text(path, _TEMPLATES.get_template(template).render(written=time.strftime("%Y-%m-%d %H:%M"), **values))
     return path
 
 
 def run_name(directory: Path) -> str:
+    """The name of a run on pages."""
     return directory.resolve().name
 
 
@@ -71,6 +75,7 @@ def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smo
 
 
 def best_of(name: str, values: Sequence[float | None]) -> int | None:
+    """Index of the best value; None where none is better or it cannot be said."""
     known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and value == value]
     distinct = len({show(name, value) for value, _ in known}) > 1
     return min(known)[1] if distinct and direction(name) else None

@@ -67,6 +67,7 @@ class ChainRow:
     before: dict[str, float] = field(default_factory=dict[str, float])
 
     def change(self, name: str) -> Change:
+        """A figure beside that of the state before."""
         return compare(name, self.before.get(name), self.values.get(name))
 
 
@@ -121,6 +122,7 @@ def show(name: str, value: float | None) -> str:
 
 
 def compare(name: str, before: float | None, after: float | None) -> Change:
+    """A metric before and after, in words, and whether that is better."""
     if before is None or after is None:
         return Change(name, show(name, before), show(name, after), "", "")
     difference = after - before
@@ -203,6 +205,7 @@ def plain(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

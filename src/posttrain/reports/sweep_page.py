@@ -29,6 +29,7 @@ class Job:
 
     @property
     def loss(self) -> float:
+        """The figure by which jobs are ranked; infinite where it is missing or not a number."""
         value = self.metrics[METRIC] if METRIC in self.metrics else float("inf")
         return value if value == value else float("inf")
 

@@ -55,10 +55,12 @@ class Artifact:
 
     @property
     def is_run(self) -> bool:
+        """Is it a finished run?"""
         return self.manifest is not None
 
     @property
     def stage(self) -> str | None:
+        """The stage that made it, if a run did."""
         return self.manifest.stage if self.manifest else None
 
     @property

@@ -33,18 +33,22 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
         return self.dir / "checkpoints"
 
     @property
     def metrics(self) -> Path:
+        """The file of metrics, a JSON line each."""
         return self.dir / "metrics.jsonl"
 
     @property
     def manifest(self) -> Path:
+        """The file that says that the run is complete."""
         return self.dir / MANIFEST
 
     @property
     def finished(self) -> bool:
+        """Is the manifest there?"""
         return is_finished(self.dir)
 
     def close(self) -> None:
@@ -104,6 +108,7 @@ def choose_dir(config: dict[str, Any]) -> Path:
 
 
 def write_config(run: Run) -> None:
+    """Write the run's config.yaml."""
     write_text(run.dir / CONFIG, yaml.safe_dump(run.config, sort_keys=False))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> new, since 0.2
 RENAMED_MODULES = {"posttrain.rules": "posttrain.rewards"}  # where a function of ours is named, since 0.2
@@ -81,4 +81,4 @@ def _moved(tree: dict[str, Any], old: list[str], new: list[str]) -> dict[str, An
     if len(old) == 1:
         return {new[0] if key == old[0] else key: value for key, value in tree.items()}
     section = tree.get(old[0])
-    return {**tree, old[0]: _moved(section, old[1:], new[1:])} if isinstance(section, dict) else tree
+    return {**tree, old[0]: _moved(cast("dict[str, Any]", section), old[1:], new[1:])} if isinstance(section, dict) else tree

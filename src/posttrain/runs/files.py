@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of fil
 
 
 def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -40,6 +41,7 @@ def flush(path: Path) -> None:
 
 
 def free_bytes(directory: Path) -> int:
+    """Free space on the disk of a directory."""
     return shutil.disk_usage(directory).free
 
 
@@ -49,7 +51,7 @@ def is_inside(name: Any) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """A new file beside `path`, under a name that no other process uses; it takes `path`'s place when the block ends well.
 
     Whoever reads `path` sees the old content or the new one, never a part, and so does the disk after a power cut.
@@ -71,4 +73,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, indented."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")

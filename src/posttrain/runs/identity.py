@@ -8,7 +8,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -36,7 +36,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, value in cast("dict[Any, Any]", tree).items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
@@ -68,6 +68,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: 
 
 
 def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

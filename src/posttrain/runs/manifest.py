@@ -59,6 +59,7 @@ class Parent(Record):
 
     @classmethod
     def of(cls, role: str, directory: Path) -> Parent:
+        """The finished run in `directory`, by the hash of its manifest."""
         return cls(role=role, path=str(directory), digest=sha256(directory / MANIFEST))
 
 
@@ -195,6 +196,7 @@ class Manifest(Record):
 
 
 def is_number(value: Any) -> bool:
+    """Is it an int or a float, and no bool?"""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -67,6 +67,7 @@ class StageSpec:
 
     @property
     def config_class(self) -> type[Stage]:
+        """The pydantic model of its config."""
         return _load(self.config)
 
     def plan_of(self) -> Any:

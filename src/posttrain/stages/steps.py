@@ -96,8 +96,8 @@ class Trainable(Generic[M]):
 class Measured:
     """Held-out figures, and a value for each held-out unit of those that have one."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
-    rows: dict[str, list[float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Training(Generic[B]):
     measure: Callable[[int, Callable[[], None]], Measured]
     measure_around: Callable[[bool], dict[str, float]] = lambda after: {}
     compare: Callable[[dict[str, float], dict[str, float]], dict[str, float]] = lambda before, after: {}
-    references: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, Any] = field(default_factory=dict[str, Any])
     callback: StepCallback | None = None
     checkpoint_gate: Callable[[int], bool] | None = None
     unit: str = "tokens"

@@ -43,14 +43,17 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Tensor]:
+        """What was trained, by the names of parameters."""
         return load_file(self.path / FILES[0])
 
     @property
     def optimizer(self) -> dict[str, Tensor]:
+        """The state of the optimizer."""
         return load_file(self.path / FILES[1])
 
     @property
     def method(self) -> dict[str, Tensor]:
+        """What the step callback keeps; empty for most methods."""
         return load_file(self.path / FILES[2])
 
 
@@ -194,6 +197,7 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> 
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

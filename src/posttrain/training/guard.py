@@ -69,6 +69,7 @@ def spike_limit(losses: list[float], mads: float) -> float:
 
 
 def not_finite(entry: dict[str, Any], limits: GuardConfig) -> RunError:
+    """The error that ends a run whose loss or gradient is not finite, with the rows of the batch."""
     rows = entry["rows"]
     others = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     more = f"; {limits.skip_nonfinite} such updates were left out before" if limits.skip_nonfinite else ""

@@ -33,6 +33,7 @@ class Averages:
         self.counts: dict[str, float | Tensor] = {}
 
     def add(self, metrics: Metrics, share: float = 1.0) -> None:
+        """Add the sums and counts of a batch, weighted by `share`."""
         for name, (total, count) in metrics.items():
             part = share * total.detach()
             self.sums[name] = self.sums[name].to(part.device) + part if name in self.sums else part
@@ -58,6 +59,7 @@ class Averages:
         return {name: (float(value), float(self.counts[name])) for name, value in self.sums.items()}
 
     def load(self, state: dict[str, tuple[float, float]]) -> None:
+        """Go on from what `state` has said."""
         self.sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
         self.counts = {name: count for name, (_, count) in state.items()}
 

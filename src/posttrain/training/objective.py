@@ -40,7 +40,7 @@ class Update(Generic[B]):
     """One step of the optimizer: this process's micro-batches (none: no step), and figures as in `LossOutput`."""
 
     batches: list[B]
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 @dataclass(frozen=True)

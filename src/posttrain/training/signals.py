@@ -52,6 +52,7 @@ class StopSignal:
             self.check()  # what a callback has swallowed
 
     def restore(self) -> None:
+        """Put the earlier handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

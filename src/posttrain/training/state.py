@@ -24,24 +24,24 @@ class TrainState:
     checkpoint has it.
     """
 
-    identity: dict[str, Any] = field(default_factory=dict)
-    order: dict[str, Any] = field(default_factory=dict)
-    references: dict[str, Any] = field(default_factory=dict)
-    made_with: dict[str, str] = field(default_factory=dict)
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict[str, Any])
+    order: dict[str, Any] = field(default_factory=dict[str, Any])
+    references: dict[str, Any] = field(default_factory=dict[str, Any])
+    made_with: dict[str, str] = field(default_factory=dict[str, str])
+    changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    before: dict[str, float] = field(default_factory=dict[str, float])
     seen: int = 0
     seconds: float = 0.0
     drawn: str = ""
-    halved: list[int] = field(default_factory=list)
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    halved: list[int] = field(default_factory=list[int])
+    left_out: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    losses: list[float] = field(default_factory=list[float])
     evaluation_owed: bool = False
     within_budget: int | None = None
     ended: dict[str, int] | None = None
-    window: dict[str, tuple[float, float]] = field(default_factory=dict)
+    window: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     lines: int | None = None
-    stage: Any = field(default_factory=dict)
+    stage: Any = field(default_factory=dict[str, Any])
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> TrainState:

@@ -35,6 +35,7 @@ class Tracker:
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of finite values, here and to the tracker."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no NaN
         self.lines += 1
         if self.accelerator.is_main_process:

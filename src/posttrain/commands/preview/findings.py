@@ -29,12 +29,14 @@ class Finding:
     places: list[str] = field(default_factory=list)
 
     def add(self, place: str) -> None:
+        """Count one more, and keep its place if there is room."""
         self.count += 1
         if len(self.places) < SHOWN:
             self.places.append(place)
 
     @property
     def line(self) -> str:
+        """Count, what it is, and the first places."""
         more = ", ..." if self.count > len(self.places) else ""
         where = f": {', '.join(self.places)}{more}" if self.places else ""
         return f"{self.count:,} {self.what}{where}"

@@ -25,6 +25,7 @@ def _kind(weight: float) -> int:
 
 
 def show_preview(preview: Preview, page: Path) -> None:
+    """Print the preview and write its page to `page`."""
     for seen in preview.sources:
         say(_headline(seen, len(preview.sources) > 1))
         _show_lengths(seen, preview.max_length)

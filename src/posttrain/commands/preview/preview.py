@@ -62,6 +62,8 @@ class Seen:
 
 @dataclass
 class Preview:
+    """What a run would read, and what is wrong with it."""
+
     stage: str
     unit: str  # what one of `units` is called
     model: str
@@ -72,6 +74,7 @@ class Preview:
 
     @property
     def mistakes(self) -> list[str]:
+        """A line for each kind of mistake that was found."""
         return [f.line for seen in self.sources for f in seen.findings if f.is_mistake and f.count]
 
 

@@ -45,6 +45,8 @@ class SourceConfig(Strict):
 
 
 class MixedSource(SourceConfig):
+    """One source of a mixture, with its share of the run's tokens."""
+
     share: Annotated[float, Field(gt=0, le=1)]  # of the run's tokens
 
 
@@ -58,6 +60,8 @@ class ReplayConfig(Strict):
 
 
 class DataConfig(SourceConfig):
+    """`data`: what a stage of language models reads, and what of it is held out."""
+
     path: str | None  # pyright: ignore[reportIncompatibleVariableOverride]  # None: with sources
     alpha: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None  # share of tokens from `path`; general has the others
     general: SourceConfig

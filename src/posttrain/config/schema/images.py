@@ -10,6 +10,8 @@ from posttrain.config.fields import NonNegative, Positive, Rate, Strict, listed
 
 
 class ImageData(Strict):
+    """`data` of dreambooth: the pictures, their captions and how they are cut."""
+
     instance_dir: str | None
     instance_prompt: str | None
     class_prompt: str | None
@@ -27,6 +29,8 @@ class ImageData(Strict):
 
 
 class PriorConfig(Strict):
+    """`prior`: class images that keep the class as it is."""
+
     weight: Annotated[float, Field(ge=0)]
     images: Positive
     inference_steps: Positive
@@ -35,6 +39,8 @@ class PriorConfig(Strict):
 
 
 class DreamboothConfig(Strict):
+    """`dreambooth`: what is trained, and how noise is drawn and weighed."""
+
     text_encoder: bool
     levels: Literal["auto", "uniform", "logit_normal"]
     min_snr: Rate | None
@@ -42,6 +48,8 @@ class DreamboothConfig(Strict):
 
 
 class SampleConfig(Strict):
+    """`sample`: pictures that are drawn at every evaluation."""
+
     images: NonNegative
     prompts: Annotated[list[str], BeforeValidator(listed)]
     unrelated: Annotated[list[str], BeforeValidator(listed)]
@@ -51,6 +59,8 @@ class SampleConfig(Strict):
 
 
 class DriftConfig(Strict):
+    """`eval` of dreambooth: how drift and similarity are measured."""
+
     images: NonNegative
     levels: Positive
     clip: str | None

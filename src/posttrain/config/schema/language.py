@@ -11,6 +11,8 @@ from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, S
 
 
 class DpoConfig(Strict):
+    """`dpo`: the preference loss and its settings."""
+
     beta: Rate
     loss: Annotated[str, OneOf(PREFERENCE_LOSSES)]
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
@@ -18,6 +20,8 @@ class DpoConfig(Strict):
 
 
 class EwcConfig(Strict):
+    """`ewc`: a pull to the weights at the start (Kirkpatrick et al. 2017)."""
+
     lam: Weight = Field(alias="lambda")  # of the pull to the start; 0: none
     importance: Literal["fisher", "l2"]  # how much each weight mattered, or all alike
     path: str  # general text, or self: text that the base model writes
@@ -26,6 +30,8 @@ class EwcConfig(Strict):
 
 
 class CurriculumConfig(Strict):
+    """`curriculum`: easy rows first (Bengio et al. 2009)."""
+
     by: Literal["length", "perplexity"] | None
     beta_start: float
     beta_end: float
@@ -36,12 +42,16 @@ def _percent(value: Any) -> Any:
 
 
 class ForgettingConfig(Strict):
+    """`forgetting`: how much the loss on general text may rise."""
+
     budget: Annotated[float | None, BeforeValidator(_percent)]  # percent of the general loss, as 5 or 5%
     action: Literal["warn", "stop"]
     weight: Weight  # of forgetting, in nats, beside the domain's loss, when a sweep over data.alpha chooses
 
 
 class CotConfig(Strict):
+    """`cot`: answers of reasoning, a marker and the final answer."""
+
     marker: str | None  # ends the reasoning of an answer: </think>, ####
     reasoning_weight: Weight
     answer_weight: Weight
@@ -57,6 +67,8 @@ class WeightsConfig(Strict):
 
 
 class RmConfig(Strict):
+    """`rm`: the reward model's loss, and pairs from a policy's own answers."""
+
     centering: Annotated[float, Field(ge=0)]  # weight of (r_chosen + r_rejected)^2, which keeps scores around zero
     policy: str | None  # a run whose own answers make the pairs
     rule: str | None  # module:name, which ranks them
@@ -73,6 +85,8 @@ class RmConfig(Strict):
 
 
 class PpoConfig(Strict):
+    """`ppo`: advantages, KL, clipping and updates of policy optimisation."""
+
     advantage: Advantage
     samples: Positive  # answers to a prompt
     gamma: Share
@@ -92,6 +106,8 @@ class PpoConfig(Strict):
 
 
 class RolloutConfig(Strict):
+    """`rollout`: how answers are sampled."""
+
     max_new_tokens: Positive
     temperature: Rate
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -102,6 +118,8 @@ class RolloutConfig(Strict):
 
 
 class RewardConfig(Strict):
+    """`reward`: your own functions, their weights, and how rewards are shaped."""
+
     function: Annotated[list[str], BeforeValidator(listed)]  # module:name
     weights: list[float] | None
     clip: Rate | None

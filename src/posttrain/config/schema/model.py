@@ -14,12 +14,16 @@ from posttrain.config.interfaces import METHODS, QUANTIZERS, Method, Quantizer
 
 
 class ModelConfig(Strict):
+    """`model`: the base."""
+
     name: str  # a hub id, a directory, or one made by the tool: tiny, smollm2
     revision: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]  # auto: bfloat16 if the base is frozen, float32 if it is trained
 
 
 class LanguageModel(ModelConfig):
+    """`model` of language models."""
+
     attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
     kernels: Kernels  # reference: the plain modules of transformers and peft
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
@@ -43,4 +47,6 @@ else:
 
 
 class ChainConfig(Strict):
+    """`chain`: what becomes of the adapter that init brings."""
+
     mode: Literal["auto", "stack", "merge", "continue"]

@@ -46,6 +46,8 @@ class Stage(Strict):
 
 
 class LanguageStage(Stage):
+    """What all stages of language models have."""
+
     model: LanguageModel  # pyright: ignore[reportIncompatibleVariableOverride]
     train: LanguageTrain  # pyright: ignore[reportIncompatibleVariableOverride]
     chain: ChainConfig

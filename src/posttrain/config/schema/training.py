@@ -11,6 +11,8 @@ from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, 
 
 
 class OptimConfig(Strict):
+    """`optim`: the optimizer and the schedule of its learning rate."""
+
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
     lr: Rate
     betas: tuple[Share, Share]
@@ -22,6 +24,8 @@ class OptimConfig(Strict):
 
 
 class TrainConfig(Strict):
+    """`train`: steps, batches, checkpoints, memory and processes."""
+
     max_steps: Positive | None  # optimizer steps; wins over epochs
     epochs: Rate
     batch_size: Positive  # sequences (pairs, packs) a micro-batch, per process
@@ -41,20 +45,28 @@ class TrainConfig(Strict):
 
 
 class LanguageTrain(TrainConfig):
+    """`train` of language models."""
+
     max_length: Annotated[int, Field(ge=8)]
 
 
 class EvalConfig(Strict):
+    """`eval` of language models: sets that are measured before and after a stage."""
+
     sets: dict[str, str] | None  # name -> path; each is measured before and after the stage
     rows: Positive
     max_length: Annotated[int, Field(ge=8)]
 
 
 class RunConfig(Strict):
+    """`run`: the run's directory, and how a run ends early or rebuilds another."""
+
     dir: str | None
     stop_after: Positive | None  # steps of one start
     reproduces: str | None
 
 
 class ResumeConfig(Strict):
+    """`resume`: what may change between two starts of a run."""
+
     allow: Annotated[list[str], BeforeValidator(listed)]  # keys that may change between two starts of a run

@@ -35,6 +35,7 @@ class AlignedText:
     appended: str
 
     def fill(self, words: Sequence[str]) -> Rendered:
+        """The text with words in place of the marks, and the spans in it."""
         parts = [self.literals[0]]
         for number, literal in zip(self.words, self.literals[1:], strict=True):
             parts += [words[number], literal]
@@ -80,14 +81,17 @@ def tested_strings(template: str) -> re.Pattern[str]:
 
 
 def content_of(message: Message) -> str:
+    """A message's text; empty where it has none."""
     return message.get("content", "")
 
 
 def sentinel(number: int) -> str:
+    """The mark that stands for the words of this number."""
     return f"\U0010f0a0{number}\U0010f0a1"
 
 
 def sentinels(text: str) -> list[str]:
+    """All marks in a text, in order."""
     return [match.group() for match in SENTINEL.finditer(text)]
 
 
@@ -135,4 +139,5 @@ def first_words(text: str, content: str, tested: re.Pattern[str]) -> tuple[int, 
 
 
 def blank_before(text: str, position: int) -> str:
+    """The white space right before a position."""
     return text[len(text[:position].rstrip()) : position]

@@ -33,6 +33,7 @@ class Tokeniser:
         return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def tokens(self, texts: Sequence[str]) -> Iterator[Tokens]:
+        """The tokens of each text, with their places in it."""
         return map(_tokens, self._encoded(texts))
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[Tokens, Tokens]]:

@@ -50,6 +50,7 @@ class Pictures:
         return len(self.views)
 
     def shape(self, unit: int) -> tuple[int, int, int]:
+        """Channels, height and width of a unit's latent."""
         view = self.views[unit]
         return self.channels, view.height // self.scale, view.width // self.scale
 

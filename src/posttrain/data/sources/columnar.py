@@ -12,6 +12,7 @@ ParsedRows = Iterator[tuple[int, Any]]  # what a file's reader yields: number fr
 
 
 def parquet_rows(file: Path, name: str, _: str) -> ParsedRows:
+    """Rows of a Parquet file with their numbers, or what is wrong with them."""
     from pyarrow import parquet
 
     def batches() -> Iterator[Any]:

@@ -99,6 +99,7 @@ def _too_long(name: str, number: int) -> UserError:
 
 
 def lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, str | UserError]]:
+    """Lines of a text file with their numbers; a UserError in place of one that is not UTF-8 or too long."""
     for number, line in _byte_lines(file, name, compression):
         if isinstance(line, UserError):
             yield number, line
@@ -111,6 +112,7 @@ def lines(file: Path, name: str, compression: str) -> Iterator[tuple[int, str | 
 
 
 def sound(found: Iterator[tuple[int, str | UserError]]) -> Iterator[str]:
+    """The lines alone. Raises the first UserError among them."""
     for _, line in found:
         if isinstance(line, UserError):
             raise line

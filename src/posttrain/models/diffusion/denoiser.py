@@ -61,6 +61,7 @@ def save_adapter(parts: dict[str, Any], out: Path, method: Method, base: str) ->
 
 
 def lora_tensors(part: str, layers: dict[str, Factors]) -> dict[str, Tensor]:
+    """The factors of a part as diffusers names them, filled up with zeros to one rank."""
     rank = max(len(factors.a) for factors in layers.values())
     found = {}
     for layer, (a, b) in layers.items():

@@ -142,6 +142,7 @@ def negative_texts(pipe: Any) -> Texts:
 
 
 def text_device(pipe: Any) -> torch.device:
+    """The device of the pipeline's text encoder."""
     return pipe.text_encoder.device
 
 
@@ -217,6 +218,7 @@ class DiffusionModel(nn.Module):
         return mean + std * part.draw
 
     def conditions(self, caption: Tensor) -> Texts:
+        """The embeddings of captions, by their indices: from the cache, or by the encoders where those are trained."""
         if self.texts is not None:
             return {name: value.to(caption.device)[caption] for name, value in self.texts.items()}
         with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):

@@ -138,6 +138,8 @@ class DocumentMask:
         return self._made[key]
 
     def dense(self, window: int | None) -> Tensor:
+        """The mask of the whole pack (see `dense_mask`); made once."""
+
         def make() -> Tensor:
             return dense_mask(self.segments, self.num_tokens, window, self.size).to(self.device)
 
@@ -145,19 +147,24 @@ class DocumentMask:
 
     @property
     def whole(self) -> Run:
+        """The pack as a single run."""
         return Run(self.num_tokens, self.segments)
 
     @property
     def runs(self) -> list[Run]:
+        """The pack cut into runs (see `runs`); made once."""
         return self._once(("runs",), lambda: runs(self.segments))
 
     def bands(self, run: Run, window: int | None) -> list[Band]:
+        """A run cut into bands (see `bands`); made once."""
         return self._once(("bands", run, window), lambda: bands(dense_mask(run.segments, run.length, window, self.size)))
 
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
+        """The mask of a segment after its prefix (see `context_mask`); made once."""
         return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
 
     def blocks(self, window: int | None) -> BlockMask:
+        """FlexAttention's sparse block mask; made once."""
         n, on_gpu = self.num_tokens, self.device.type == "cuda"
         mod = flex_mask_mod(self.segments, window, self.device, self.size)
         # compiled, no [T, T] mask is ever written out

@@ -61,6 +61,7 @@ class ActorCritic(nn.Module):
 
 
 def adapter_layers(module: nn.Module) -> list[Any]:
+    """The layers of a model that carry peft adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]

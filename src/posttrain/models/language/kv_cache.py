@@ -13,12 +13,14 @@ class RoomyLayer(DynamicLayer):
     """keys, values: views [n, heads, length, dim] of the first places of larger tensors."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self._rooms = (self.keys, self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Add keys and values [n, heads, new, dim]; returns all that are held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None

@@ -107,4 +107,5 @@ def switch(live: LoadedModel, names: list[str], name: str) -> None:
 
 
 def device_here() -> str:
+    """cuda where there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"

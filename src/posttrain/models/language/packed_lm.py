@@ -99,10 +99,12 @@ class PackedLM(nn.Module):
 
     @property
     def num_layers(self) -> int:
+        """Layers of the language model."""
         return self.causal.config.get_text_config().num_hidden_layers
 
     @property
     def layers(self) -> list[GradientCheckpointingLayer]:
+        """The layers that can be recomputed."""
         return [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def recompute(self, layers: int) -> None:
@@ -146,6 +148,7 @@ class PackedLM(nn.Module):
 
     @property
     def head(self) -> Head:
+        """The output head with its scale and softcap."""
         output: Any = self.causal.get_output_embeddings()
         return head_of(output, self.causal.config.get_text_config())
 

@@ -37,6 +37,7 @@ class Replay:
 
     @property
     def name(self) -> str:
+        """A hash of all that decides the texts."""
         said = [self.digest, self.tokenizer.backend_tokenizer.to_str(), self.options.model_dump(), self._opening]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 

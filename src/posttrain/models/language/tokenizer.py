@@ -58,6 +58,7 @@ def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerB
 
 
 def trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ResolvedModel:
+    """The model of `name`, resolved. Raises UserError where code of the hub would be run from a moving revision."""
     source = resolve(name, revision, weights)
     if trust_remote_code and source.revision != revision and source.origin == "the hub":
         raise UserError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
@@ -75,4 +76,5 @@ def _tokenizer(source: ResolvedModel, trust_remote_code: bool, chat_template: st
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

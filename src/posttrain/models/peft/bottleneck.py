@@ -70,6 +70,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, r: int, inference_mode: bool) -> None:
+        """Add an adapter of this name to the layer."""
         width = linear_shape(self.get_base_layer())[1]
         self.r[adapter_name] = r
         self.bottleneck_down[adapter_name] = nn.Linear(width, r)
@@ -81,6 +82,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, with the active adapters' change of it."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result

@@ -11,6 +11,8 @@ from posttrain.config.interfaces import Quantizer
 
 
 class Int8(Quantizer):
+    """Eight bits, with large inputs multiplied in 16."""
+
     method: Literal["int8"]
     threshold: Annotated[float, Field(ge=0)]  # inputs with a larger magnitude are multiplied in 16 bit
 

@@ -21,6 +21,8 @@ BLOCK, BLOCK_OF_CONSTANTS = 64, 256  # parameters that share a constant, and con
 
 
 class Nf4(Quantizer):
+    """Four bits, as NormalFloat in blocks with scales."""
+
     is_readable = True
     for_images = True
     method: Literal["nf4"]

@@ -9,6 +9,8 @@ from posttrain.config.interfaces import Quantizer
 
 
 class NoQuantization(Quantizer):
+    """The base as it is."""
+
     is_quantized = False
     is_readable = True
     for_images = True

@@ -8,4 +8,5 @@ from posttrain.stages.language.stage import LanguageSteps
 
 
 def steps(cfg: Cpt) -> LanguageSteps:
+    """The steps of a run of this config."""
     return LanguageSteps(TOKENS)

@@ -6,4 +6,6 @@ from posttrain.config.schema import DpoConfig, Guarded
 
 
 class Dpo(Guarded):
+    """Config of `posttrain dpo`."""
+
     dpo: DpoConfig

@@ -12,6 +12,7 @@ __all__ = ["extra", "unit_tokens"]
 
 
 def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
+    """What the table of reference log-probs takes."""
     if not PREFERENCE_LOSSES.get(cfg.dpo.loss).needs_reference:  # type: ignore[attr-defined]
         return Extra()
     note = "the reference is a table of log-probs, computed by the model itself before training; no second model"

@@ -52,6 +52,7 @@ def attach(batch: PackedBatch, reference: Tensor) -> PackedBatch:
 
 
 def digest_of(table: Tensor) -> str:
+    """A hash of the table, which checkpoints keep."""
     return hashlib.sha256(table.numpy().tobytes()).hexdigest()[:32]
 
 

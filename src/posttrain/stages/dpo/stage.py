@@ -17,6 +17,7 @@ from posttrain.training.objective import Objective
 
 
 def steps(cfg: Dpo) -> LanguageSteps:
+    """The steps of a run of this config."""
     found = objective(cfg)
     return LanguageSteps(found, references if found.needs_reference else None)
 

@@ -8,6 +8,8 @@ from posttrain.config.schema import DreamboothConfig, DriftConfig, ImageData, Pr
 
 
 class Dreambooth(Stage):
+    """Config of `posttrain dreambooth`."""
+
     data: ImageData
     prior: PriorConfig
     dreambooth: DreamboothConfig

@@ -52,6 +52,7 @@ class DreamboothDataset:
         return [self.captions.index(prompt) for prompt in prompts]
 
     def prompts(self) -> list[tuple[str, str]]:
+        """The prompts that are drawn at every evaluation, with their kinds."""
         return prompts_of(self.cfg, self.inputs)
 
 

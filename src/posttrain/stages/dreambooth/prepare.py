@@ -39,6 +39,7 @@ class ImageData:
 
     @property
     def upscaled(self) -> int:
+        """How many pictures are smaller than they are trained at."""
         return len({view.path for view in self.views if view.original < (view.width, view.height)})
 
 

@@ -26,11 +26,15 @@ class Filled(NamedTuple):
 
 
 def steps(cfg: Dreambooth) -> DreamboothSteps:
+    """The steps of a run of this config."""
     return DreamboothSteps()
 
 
 class DreamboothSteps:
+    """The steps of a run that trains a diffusion model on pictures."""
+
     def prepare(self, context: Context) -> Prepared[ImageData]:
+        """Everything that can be refused before a weight is loaded: pipeline, pictures, captions."""
         data = read_images(context.cfg, context.processes, context.weights)
         identity = {
             "data.content": data.key,
@@ -42,6 +46,7 @@ class DreamboothSteps:
         return Prepared(data, identity, data.order, lines, lambda row: str(data.views[row].path))
 
     def build(self, context: Context, prepared: Prepared[ImageData], accelerator: Accelerator) -> Trainable[Filled]:
+        """Class images, latents and embeddings, then the model with what is trained of it."""
         with accelerator.main_process_first():  # the others find what it makes in the cache
             dataset = fill_dataset(context.cfg, prepared.data, context.device, context.check)
         model = build_dreambooth(context.cfg, dataset, prepared.num_steps)
@@ -50,6 +55,7 @@ class DreamboothSteps:
     def training(
         self, context: Context, prepared: Prepared[ImageData], built: Trainable[Filled], session: Session
     ) -> Training[ImageBatch]:
+        """What a step draws, its loss, and what is measured."""
         cfg, (dataset, model) = context.cfg, built.model
         drift = DriftEvaluator(cfg, dataset, model.module.noising)
         samples = SampleLogger(cfg, context.directory, dataset)
@@ -71,4 +77,5 @@ class DreamboothSteps:
         outcome: Outcome,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
+        """Write the result; returns the stage's part of the manifest."""
         return save_dreambooth(context, built.model.dataset, built.model.model, outcome, accelerator)

@@ -36,6 +36,7 @@ class DreamboothTraining:
 
     @property
     def cfg(self) -> Dreambooth:
+        """The run's config."""
         return self.context.cfg
 
     def updates(self, step: int) -> Iterator[Update[ImageBatch]]:
@@ -63,6 +64,7 @@ class DreamboothTraining:
         return (((self.cfg.train.seed * 1_000_003 + step) * PLACES + place) * 2 + kind) % 2**63
 
     def loss(self, module: nn.Module, batch: ImageBatch) -> LossOutput:
+        """The denoising loss of a batch, of all its parts."""
         return added([self._loss(module, part) for part in batch.parts])
 
     def _loss(self, module: nn.Module, part: ImagePart) -> LossOutput:

@@ -28,16 +28,18 @@ class EwcPenalty:
         self.strength = strength
 
     def penalty(self) -> Tensor:
+        """The pull to the start, a scalar."""
         return ewc_penalty(self.params, self.start, self.importance, self.strength)
 
     def after_step(self, done: int) -> None:
-        pass
+        """Nothing: the start and its Fisher do not change."""
 
     def state(self) -> dict[str, Tensor]:
+        """Nothing: both are computed again, or read from the cache."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        pass
+        """Nothing, as `state`."""
 
 
 def fisher(module: nn.Module, examples: Examples, device: torch.device, check: Callable[[], None]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class InitSource:
     mode: str = ""
     base_digest: str | None = None
     identity: str = ""
-    parents: list[Parent] = field(default_factory=list)
+    parents: list[Parent] = field(default_factory=list[Parent])
     scorer: Path | None = None
 
 

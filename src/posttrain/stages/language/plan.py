@@ -17,9 +17,9 @@ class Extra:
     """memory: bytes by part, beside what every run has. passes: forward and backward passes over each token that is drawn.
     notes: what the plan assumes."""
 
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict[str, float])
     passes: float = 1.0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
 
 
 def unit_tokens(cfg: LanguageStage, examples: Examples) -> NDArray[np.int64]:

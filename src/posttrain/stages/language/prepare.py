@@ -170,6 +170,7 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def with_order(data: PreparedData, order: BatchSampler) -> PreparedData:
+    """The data with another order of its units."""
     return replace(data, order=order)
 
 

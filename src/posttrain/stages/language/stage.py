@@ -27,9 +27,11 @@ class LanguageSteps:
     make_references: MakeReferences | None = None
 
     def prepare(self, context: Context) -> Prepared[PreparedData]:
+        """Everything that can be refused before a weight is loaded: base, data, parents."""
         return prepare_language(context)
 
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
+        """The model with what is trained of it."""
         model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
         if warning := model.module.report.warning:
             say(warning)
@@ -39,6 +41,7 @@ class LanguageSteps:
     def training(
         self, context: Context, prepared: Prepared[PreparedData], built: Trainable[TrainableModel], session: Session
     ) -> Training[PackedBatch]:
+        """What a step draws, its loss, and what is measured."""
         return train_language(context, prepared.data, built.model, session, self.objective, self.make_references)
 
     def save(
@@ -49,6 +52,7 @@ class LanguageSteps:
         outcome: Outcome,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
+        """Write the result; returns the stage's part of the manifest."""
         return save_language(context, prepared.data, built.model, outcome, accelerator, self.objective.scores)
 
 

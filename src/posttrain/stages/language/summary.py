@@ -49,7 +49,7 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
 
 def _of_shares(data: Mixture, order: BatchSampler) -> list[str]:
     """Asked and given shares, and how often each source is gone through."""
-    lines = []
+    lines: list[str] = []
     for part, share, figures in zip(data.parts, data.shares, seen(order.drawn, data.sizes), strict=True):
         passes = f"{figures['passes']:.2f} passes over its rows"
         repeated = f", each repeated {figures['passes']:.1f} times" if figures["passes"] > 1 else ""

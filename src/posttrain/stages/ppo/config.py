@@ -8,6 +8,8 @@ from posttrain.config.schema import LanguageStage, PpoConfig, RewardConfig, Roll
 
 
 class Ppo(LanguageStage):
+    """Config of `posttrain ppo`."""
+
     init_reward: str | None
     ppo: PpoConfig
     rollout: RolloutConfig
@@ -15,6 +17,7 @@ class Ppo(LanguageStage):
 
     @property
     def example_length(self) -> int:
+        """Tokens that a prompt may have, so that an answer fits behind it."""
         return self.train.max_length - self.rollout.max_new_tokens
 
     @model_validator(mode="after")

@@ -42,10 +42,12 @@ class Rollout:
 
     @property
     def ended(self) -> Tensor:
+        """bool [A]: which answers ended by themselves."""
         return torch.tensor([answer.ended for answer in self.answers])
 
     @property
     def lengths(self) -> Tensor:
+        """int64 [A]: tokens of each answer."""
         return self.mask.sum(1)
 
     @property

@@ -49,11 +49,15 @@ class PpoModel:
 
 
 def steps(cfg: Ppo) -> PpoSteps:
+    """The steps of a run of this config."""
     return PpoSteps()
 
 
 class PpoSteps:
+    """The steps of a run whose policy learns from its own answers."""
+
     def prepare(self, context: Context) -> Prepared[PpoData]:
+        """Everything that can be refused before a weight is loaded: base, data, parents."""
         cfg: Ppo = context.cfg
         language = prepare_language(context)
         base = language.data.base
@@ -70,6 +74,7 @@ class PpoSteps:
         return Prepared(data, language.identity, language.order, language.lines, language.where)
 
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
+        """Policy, reference, value and reward, on one base where they can share it."""
         cfg, data = context.cfg, prepared.data
         policy = build_language(context, data, prepared.num_steps, scores=False)
         if warning := policy.module.report.warning:
@@ -83,6 +88,7 @@ class PpoSteps:
     def training(
         self, context: Context, prepared: Prepared[PpoData], built: Trainable[PpoModel], session: Session
     ) -> Training[PackedBatch]:
+        """Rollouts, the updates that each feeds, and what is measured."""
         cfg, data, rollout = context.cfg, prepared.data, context.cfg.rollout
         state = session.state
         state.stage = PpoState(**state.stage) if state.stage else PpoState(cfg.ppo.kl_coef)
@@ -116,6 +122,7 @@ class PpoSteps:
         outcome: Outcome,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
+        """Write the result; returns the stage's part of the manifest."""
         record = save_language(context, prepared.data, built.model.policy, outcome, accelerator, scores=False)
         state: PpoState = outcome.state.stage
         return record | {"alarms": state.alarms, "kl_coef": state.kl_coef}

@@ -50,10 +50,12 @@ class PpoTraining:
 
     @property
     def cfg(self) -> Ppo:
+        """The run's config."""
         return self.context.cfg
 
     @property
     def state(self) -> PpoState:
+        """What checkpoints keep of PPO alone."""
         return self.session.state.stage
 
     def updates(self, step: int) -> Generator[Update[PackedBatch], UpdateOutcome, None]:
@@ -89,6 +91,7 @@ class PpoTraining:
         return [[batch for part in groups[i] for batch in part] for i in order]
 
     def loss(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
+        """The loss of a micro-batch, of the policy or of the values."""
         return ppo_loss(self.cfg, module, batch)
 
     def measure(self, done: int, check: Callable[[], None]) -> Measured:

@@ -6,4 +6,6 @@ from posttrain.config.schema import LanguageStage, RmConfig
 
 
 class Rm(LanguageStage):
+    """Config of `posttrain rm`."""
+
     rm: RmConfig

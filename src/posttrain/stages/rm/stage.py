@@ -21,6 +21,7 @@ from posttrain.training.objective import Objective
 
 
 def steps(cfg: Rm) -> LanguageSteps:
+    """The steps of a run of this config, on given pairs or on a policy's own."""
     return PolicyPairSteps(objective(cfg)) if cfg.rm.policy else LanguageSteps(objective(cfg))
 
 
@@ -40,6 +41,7 @@ class PolicyPairSteps(LanguageSteps):
     """On pairs that a policy writes first (`rm.policy`)."""
 
     def prepare(self, context: Context) -> Prepared[PreparedData]:
+        """As for other stages, after the policy has written the pairs."""
         cfg: Rm = context.cfg
         if not context.weights:  # a plan has the policy write nothing
             return prepare_language(context)

@@ -8,4 +8,5 @@ from posttrain.stages.sft.config import Sft
 
 
 def steps(cfg: Sft) -> LanguageSteps:
+    """The steps of a run of this config."""
     return LanguageSteps(TOKENS)

@@ -89,6 +89,7 @@ def place(*words: str) -> float:
 
 
 def pick(options: list[Any] | tuple[Any, ...], *words: str) -> Any:
+    """One of the options, always the same for the same words."""
     return options[int(place(*words) * len(options))]
 
 

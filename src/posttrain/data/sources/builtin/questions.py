@@ -89,6 +89,7 @@ _WORDS = re.compile(r"[a-z]{3,}")
 
 
 def question_rows(part: str) -> list[CanonicalRow]:
+    """Questions and answers made from docstrings, as conversations; part: train or eval."""
     rows = []
     for entry in _entries_of("questions", part):
         forms = _forms(entry)
@@ -99,6 +100,7 @@ def question_rows(part: str) -> list[CanonicalRow]:
 
 
 def preference_rows(part: str) -> list[CanonicalRow]:
+    """A right and a wrong or rambling answer to each question; part: train or eval."""
     pool = _entries_of("preferences", part)
     rows = [(entry, form) for entry in pool for form in _forms(entry)]
     rows.sort(key=lambda row: place("order", row[0].name, row[1]))

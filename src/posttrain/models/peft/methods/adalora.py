@@ -20,6 +20,8 @@ AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's sensitivity, its smoo
 
 
 class AdaLora(SavedAsLora):
+    """LoRA whose ranks move to the layers that need them."""
+
     method: Literal["adalora"]
     init_r: Positive  # every layer's rank at the start; r is their mean at the end
     start: Share  # share of the steps before ranks begin to go

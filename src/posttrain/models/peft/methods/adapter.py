@@ -11,11 +11,15 @@ from posttrain.models.peft.base import Adapted, check_rank_continued
 
 
 class BottleneckKind(AdapterKind):
+    """Files of bottleneck adapters, which peft does not know by itself."""
+
     def register(self) -> None:
         import posttrain.models.peft.bottleneck  # noqa: F401
 
 
 class Bottleneck(Adapted):
+    """Bottleneck layers after attention and MLP, or after the MLP alone."""
+
     saves = BottleneckKind("bottleneck", "BOTTLENECK", "bottleneck adapters are not linear")
     own_parts = ("bottleneck_",)
     can_continue = True

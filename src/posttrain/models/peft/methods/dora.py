@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class DoraKind(LoraKind):
+    """Files of LoRA factors with a magnitude for each row."""
+
     is_sum = False
 
     def holds(self, config: dict[str, Any]) -> bool:
@@ -36,6 +38,8 @@ class DoraKind(LoraKind):
 
 
 class Dora(Targeted):
+    """LoRA on the direction of a weight, with a magnitude for each row."""
+
     saves = DoraKind("dora", "LORA")
     own_parts = ("lora_", "magnitude")
     can_continue = True

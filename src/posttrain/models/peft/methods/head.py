@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 class Head(OwnWeights):
+    """The output head alone."""
+
     method: Literal["head"]
 
     def attach(self, model: PreTrainedModel, num_steps: int, task: str | None) -> PreTrainedModel:

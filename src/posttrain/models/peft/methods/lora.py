@@ -82,6 +82,7 @@ class SavedAsLora(Targeted):
             write_lora(layers, scale, out_dir, base_path, model.get_base_model(), config.fan_in_fan_out)
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
+        """A scale, and each layer's whole change over it as factors."""
         raise NotImplementedError
 
 
@@ -121,6 +122,8 @@ class LoraFamily(SavedAsLora):
 
 
 class Lora(LoraFamily):
+    """Plain LoRA."""
+
     method: Literal["lora"]
 
 

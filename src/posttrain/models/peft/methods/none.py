@@ -8,6 +8,8 @@ from posttrain.models.peft.base import OwnWeights
 
 
 class Full(OwnWeights):
+    """Full training."""
+
     for_images = True
     method: Literal["none"]
 

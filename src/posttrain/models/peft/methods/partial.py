@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class Partial(OwnWeights):
+    """The top layers, the final norm and the head."""
+
     method: Literal["partial"]
     layers: Rate  # how many at the top, or below 1 their share
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 class Pissa(LoraFamily):
+    """LoRA that starts from the weights' principal components."""
+
     writes_base = True
     can_continue = False
     on_quantized = False

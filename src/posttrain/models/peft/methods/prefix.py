@@ -9,6 +9,8 @@ from posttrain.models.peft.base import SoftPrompt
 
 
 class Prefix(SoftPrompt):
+    """Keys and values before each layer's own."""
+
     saves = AdapterKind("prefix_tuning", "PREFIX_TUNING", "a prefix is no weight", virtual="prefix")
     own_parts = ("prompt_encoder",)
     can_continue = True

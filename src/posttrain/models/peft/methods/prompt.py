@@ -9,6 +9,8 @@ from posttrain.models.peft.base import SoftPrompt
 
 
 class Prompt(SoftPrompt):
+    """Soft tokens before the text."""
+
     saves = AdapterKind("prompt_tuning", "PROMPT_TUNING", "a soft prompt is no weight", virtual="prompt")
     own_parts = ("prompt_encoder",)
     can_continue = True

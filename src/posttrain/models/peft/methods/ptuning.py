@@ -10,6 +10,8 @@ from posttrain.models.peft.base import SoftPrompt
 
 
 class PTuning(SoftPrompt):
+    """Soft tokens that a small network makes."""
+
     saves = AdapterKind("p_tuning", "P_TUNING", "a soft prompt is no weight", virtual="prompt")
     own_parts = ("prompt_encoder",)
     on_quantized = True

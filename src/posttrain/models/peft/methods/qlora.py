@@ -8,6 +8,8 @@ from posttrain.models.peft.methods.lora import LoraFamily
 
 
 class QLora(LoraFamily):
+    """LoRA on a quantized base."""
+
     method: Literal["qlora"]
 
 

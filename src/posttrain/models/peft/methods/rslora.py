@@ -8,6 +8,8 @@ from posttrain.models.peft.methods.lora import LoraFamily
 
 
 class RsLora(LoraFamily):
+    """LoRA that is scaled by alpha / sqrt(r)."""
+
     options = {"use_rslora": True}  # noqa: RUF012 (a ClassVar, as the base has it)
     method: Literal["rslora"]
 

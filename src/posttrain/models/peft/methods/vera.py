@@ -18,6 +18,8 @@ A, B = "base_model.vera_A", "base_model.vera_B"
 
 
 class VeraKind(AdapterKind):
+    """Files of two vectors for each layer, with the seed of the shared matrices."""
+
     merges = True
 
     def objection(self, config: dict[str, Any], tensors: Collection[str] = ()) -> str:
@@ -39,6 +41,8 @@ class VeraKind(AdapterKind):
 
 
 class Vera(Targeted):
+    """Two vectors for each layer, between frozen random matrices."""
+
     saves = VeraKind("vera", "VERA")
     own_parts = ("vera_",)
     can_continue = True
