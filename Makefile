@@ -1,11 +1,12 @@
 # make help shows what there is; everything runs in .venv, which `make setup` makes.
 PYTHON ?= python3
 BIN := .venv/bin
+GOLDEN ?= runs/golden.json
 
-.PHONY: help setup demo demo-dreambooth check test torture load bench bench-gpu clean
+.PHONY: help setup demo demo-dreambooth check test slow docs golden mutate house torture load bench bench-gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 setup: .venv/ready ## make .venv with posttrain and all it needs
 
@@ -26,8 +27,25 @@ check: setup ## format, lint, types, fast tests
 	$(BIN)/pyright
 	$(BIN)/pytest -q -m "not slow" -n 2
 
+slow: setup ## the slow tests alone; with `make check` these are all tests
+	$(BIN)/pytest -q -m slow -n 2
+
 test: setup ## all tests
 	$(BIN)/pytest -q -n 2
+
+docs: setup ## docs/configuration.md and docs/api, from the configs' comments, the schema and the docstrings
+	$(BIN)/python scripts/configuration_page.py
+	$(BIN)/python scripts/api_pages.py
+
+golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
+	mkdir -p $(dir $(GOLDEN))
+	$(BIN)/python scripts/golden.py $(if $(wildcard $(GOLDEN)),compare,record) $(GOLDEN)
+
+mutate: setup ## put named faults into the code, one at a time: which does no test see?
+	$(BIN)/python scripts/mutate.py
+
+house: setup ## the structure in figures: long files and functions, missing docstrings, rooms that know each other
+	$(BIN)/python scripts/house.py
 
 torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
 	$(BIN)/python scripts/torture.py --count 200

@@ -34,8 +34,8 @@ Growth = list[tuple[str, float, float]]
 PAGE = """# Benchmarks
 
 LoRA (rank 8 on all linear layers) of SmolLM2-135M, batch 4, one epoch over {rows} ragged rows whose lengths follow
-Alpaca's, on a CPU. Every contender is a process of its own; they take turns, {rounds} rounds. A figure is the median over the
-rounds of a ratio within a round, with the smallest and the largest in brackets: the machine is noisy, a ratio is less so.
+Alpaca's, on a CPU. Every contender is a process of its own, and they take turns: {rounds} rounds. A figure is the median over the
+rounds of a ratio within a round, with the smallest and the largest in brackets. The machine is noisy; a ratio is less so.
 
     {command}
 
@@ -45,30 +45,30 @@ rounds of a ratio within a round, with the smallest and the largest in brackets:
 
 {tables}
 
-- *steps*: forward, backward and optimizer, over the same rows, so it is the ratio of real (unpadded) tokens a second.
+- *steps*: forward, backward and optimizer over the same rows, so this is the ratio of real (unpadded) tokens per second.
 - *whole command*: from the first import to the saved adapter, with tokenising, loading and, for DPO, the reference.
-- *memory*: the highest resident memory of the process, less is better.
-- *mean loss*: over all steps; the batches differ in order, so it agrees only roughly. Step by step equality is held by
-  `tests/stages/test_trl_parity.py`.
+- *memory*: the highest resident memory of the process; less is better.
+- *mean loss*: over all steps. The batches are in another order, so it agrees only roughly.
+  `tests/stages/test_trl_parity.py` checks that the losses are equal step by step.
 
-TRL's defaults: float32 weights under bfloat16 autocast and gradient checkpointing. Its best flags here: bfloat16 weights, no
-checkpointing, rows grouped by length (SFT), packed into blocks that documents share (CPT: they see one another),
-reference log-probs computed beforehand (DPO); its packing without that asks for FlashAttention. posttrain runs with its defaults,
-under which nothing is computed twice while memory allows; *recomputing* is with `train.gradient_checkpointing=true`, which takes
-the least memory, and is what TRL's defaults do.
+TRL's defaults are float32 weights under bfloat16 autocast, and gradient checkpointing. Its best flags here are bfloat16
+weights, no checkpointing, rows grouped by length (SFT), packed blocks in which documents see one another (CPT; its packing
+that keeps them apart needs FlashAttention), and reference log-probs computed beforehand (DPO). posttrain runs with its
+defaults, under which nothing is computed twice while memory allows. *Recomputing* is
+`train.gradient_checkpointing=true`, which takes the least memory and is what TRL's defaults do.
 {ppo}{growth}"""
 
 PPO = """
-TRL has no PPO any more. In its place stands `benchmarks/plain_ppo.py`, the loop that one writes with transformers and peft:
-policy and value model of their own, `generate`, padded batches, whole logits; two steps of 8 prompts, {new_tokens} new tokens,
+TRL has no PPO any more. `benchmarks/plain_ppo.py` takes its place, the loop that one writes with transformers and peft:
+separate policy and value models, `generate`, padded batches, whole logits. Two steps of 8 prompts, {new_tokens} new tokens,
 two epochs of two updates.
 """
 
 GROWTH = """
 ## How it grows
 
-Seconds of all SFT steps over those of the first row of each pair, for TRL's defaults and posttrain: one run each, {rows} rows
-unless said.
+Seconds of all SFT steps, divided by those of the first row of each pair, for TRL's defaults and posttrain. One run each,
+{rows} rows unless the table says otherwise.
 
 | | TRL, its defaults | posttrain | posttrain, times as fast |
 |---|---|---|---|
@@ -132,7 +132,7 @@ def remarks(found: Results, stage: str) -> list[str]:
     said = [f"{own[0]['tokens']:,} tokens a run."] if stage != "ppo" else []
     if stage == "cpt":
         said.append(
-            "posttrain and TRL's best flags take them as full packs, so in fewer steps than its defaults, which take four rows."
+            "posttrain and TRL's best flags train on full packs, so in fewer steps than TRL's defaults, which take four rows."
         )
     best = statistics.median(theirs["steps"] / ours["steps"] for theirs, ours in pairs)
     against = OF_PPO["trl_best"] if stage == "ppo" else "TRL's best flags"
@@ -140,14 +140,14 @@ def remarks(found: Results, stage: str) -> list[str]:
     if "floor_share" in own[0]:
         share = statistics.median(each["floor_share"] for each in own)
         said.append(
-            f"The products that such a step cannot do without, at the rate of this machine's bfloat16 matmul (measured in the "
-            f"same process), would take {share:.0%} of the time that the steps took."
+            f"The matrix products that such a step needs at least, at the rate of this machine's bfloat16 matmul (measured in "
+            f"the same process), would take {share:.0%} of the time of the steps."
         )
     for part in ("rollout", "update"):
         rate = f"{part}_tokens_per_second"
         if rate in own[0]:
             factor = statistics.median(ours[rate] / theirs[rate] for theirs, ours in pairs)
-            said.append(f"Of the {part} alone: {factor:.2f} times its tokens a second.")
+            said.append(f"The {part} alone has {factor:.2f} times its tokens per second.")
     return said
 
 

@@ -237,7 +237,8 @@ def record_of(directory: Path) -> dict[str, Any]:
         found["metrics"] = [stable(json.loads(line)) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     if (directory / "manifest.json").exists():
         manifest = json.loads((directory / "manifest.json").read_text().replace(str(Path.cwd()), "."))
-        manifest.pop("identity", None), manifest.pop("config_digest", None), manifest.pop("base", None)
+        for key in ("identity", "config_digest", "base"):
+            manifest.pop(key, None)
         found["manifest"] = stable(manifest)
     if (directory / "config.yaml").exists():
         found["config"] = yaml.safe_load((directory / "config.yaml").read_text().replace(str(Path.cwd()), "."))

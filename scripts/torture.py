@@ -177,7 +177,7 @@ class Torture:
         self.runs += 1
         stage = config["stage"]
         run = self.home / f"{stage}-{self.runs:03d}"
-        killed, kills, within = True, 0, 0
+        killed, kills, within, code = True, 0, 0, 0
         while killed:
             spared = kills >= limit or self.rng.random() < 0.15
             save = not spared and self.rng.random() < 0.5

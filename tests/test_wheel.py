@@ -32,6 +32,7 @@ def test_configs_and_recipes_come_along(unpacked: Path) -> None:
         shipped = {p.relative_to(root(kind)) for p in root(kind).rglob("*.yaml")}
         assert shipped and shipped == {p.relative_to(unpacked / "posttrain" / kind) for p in unpacked.rglob(f"{kind}/**/*.yaml")}
     assert list(unpacked.rglob("general.txt")) and list(unpacked.rglob("templates/run.html"))
+    assert (unpacked / "posttrain" / "py.typed").exists()
 
 
 def test_a_run_outside_the_checkout(unpacked: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class PackedBatch:
     num_answers: int
     rows: tuple[int, ...]
     loss_denominator: float
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def size(self) -> int:
@@ -161,7 +161,7 @@ class ImageBatch:
         if self.size < 2:
             return (self,)
         ends = [0, *accumulate(len(part.level) for part in self.parts)]
-        found = []
+        found: list[ImageBatch] = []
         for start, stop in ((0, self.size // 2), (self.size // 2, self.size)):
             spans = [(max(0, start - end), min(len(part.level), stop - end)) for part, end in zip(self.parts, ends, strict=False)]
             parts = tuple(_cut(part, *span) for part, span in zip(self.parts, spans, strict=True) if span[0] < span[1])
@@ -194,5 +194,5 @@ class LossOutput:
     """
 
     total: Tensor
-    metrics: Metrics = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    rows: dict[str, Tensor] = field(default_factory=dict[str, Tensor])

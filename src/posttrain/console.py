@@ -16,7 +16,7 @@ QUIET_SECONDS = 5.0  # without a terminal, at most one line of progress in so ma
 
 
 def is_main() -> bool:
-    """True in the one process that speaks: rank 0, or the only one."""
+    """True in the one process that prints: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

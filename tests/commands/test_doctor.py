@@ -15,7 +15,7 @@ def test_all_kernels_are_used_with_the_installed_libraries() -> None:
     assert rows["kernel RMSNorm"] == "used for llama, mistral, qwen2, qwen3, smollm3, phi3"
     assert rows["kernel SwiGLU"] == "used for llama, mistral, qwen2, qwen3, smollm3"  # Phi 3 has an MLP of another make
     assert rows["kernel LoRA linear"].startswith("used for plain weights")
-    assert rows["kernel of writing on a CPU"] in ("used", "not used: torch has no oneDNN")
+    assert rows["kernel for sampling on a CPU"] in ("used", "not used: torch has no oneDNN")
 
 
 def test_a_module_that_has_changed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from posttrain.batch import Segment
-from posttrain.data.collate import BatchSampler, pack, pack_pairs
+from posttrain.data.collate import BatchSampler, pack, pack_pairs, zero_weight
 from posttrain.data.example_store import Store, load
 from posttrain.data.examples import build, group, join
 
@@ -20,13 +20,28 @@ def test_pack_documents() -> None:
     assert batch.target.tolist() == [7, 8, 13]
     assert batch.weight.tolist() == [1, 1, 0.5]
     assert batch.sequence_id.tolist() == [0, 0, 1]
+    assert batch.eos_index.tolist() == [3, 6]
     assert (batch.rows, batch.loss_denominator, batch.num_answers) == ((0, 2), 2.5, 2)
 
 
+def test_an_answer_ends_with_its_last_token_that_counts() -> None:
+    """What a template puts after the end of turn does not."""
+    documents = pack(build([([5, 6, 7, 8], [0, 1, 1, 0], 1), ([9, 10, 11], [0, 1, 1], 2)]), [0, 1])
+    assert documents.eos_index.tolist() == [2, 6]
+    pairs = pack_pairs(build([([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 1, 0], 8)], [(2, 5)]), [0])
+    assert pairs.eos_index.tolist() == [3, 5]
+
+
+def test_an_empty_micro_batch_is_a_batch_that_counts_for_nothing() -> None:
+    batch = pack(CONVERSATIONS, [0, 2])
+    silent = zero_weight(batch)
+    assert silent.loss_denominator == 0.0 and silent.tokens.tolist() == batch.tokens.tolist()
+
+
 def test_packing_leaves_the_examples_as_they_were() -> None:
-    before = CONVERSATIONS.weights.copy()
+    before = np.array(CONVERSATIONS.weights)
     pack(CONVERSATIONS, [2])
-    assert np.array_equal(before, CONVERSATIONS.weights)
+    assert np.array_equal(before, np.array(CONVERSATIONS.weights))
 
 
 def test_pack_pairs_shares_the_prompt() -> None:
@@ -43,7 +58,7 @@ def test_pack_pairs_shares_the_prompt() -> None:
 
 
 def test_pairs_count_by_their_weights() -> None:
-    rows = [([1, 2, 3, 4], [0, 0, 1, 1], number) for number in range(3)]
+    rows = [([1, 2, 3, 4], [0.0, 0.0, 1.0, 1.0], number) for number in range(3)]
     pairs = join([build(rows[:2], 2 * [(2, 3)], None, [0.25, 3.0]), build(rows[2:], [(2, 3)])])
     batch = pack_pairs(pairs, [2, 0, 1])
     assert batch.extra["pair_weight"].tolist() == [1.0, 0.25, 3.0] and batch.loss_denominator == 4.25

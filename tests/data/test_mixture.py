@@ -11,7 +11,7 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import BatchSampler
-from posttrain.data.mixture import Curriculum, auto_alpha, draw_units, read_mixture, seen
+from posttrain.data.mixture import Curriculum, auto_alpha, draw_units, make_sampler, read_mixture, seen, shares_of
 from posttrain.stages.spec import row_uses
 
 RNG = np.random.default_rng(0)
@@ -79,6 +79,21 @@ def test_every_sequence_has_the_name_of_its_row(alpha: str, names: dict[str, str
     )
     sequences = range(len(mixture.train.rows))
     assert {mixture.where(i): tokenizer.decode(mixture.train.sequence(i)[0][:-1]) for i in sequences} == expected
+
+
+def test_alpha_is_the_domains_share(tmp_path: Path, make_tokenizer: Any) -> None:
+    """Said, drawn, and written down; the domain comes first."""
+    for name in ("code", "web"):
+        rows = [{"text": f"{name} {k} " + "word " * (k % 7)} for k in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.path={tmp_path}/code.jsonl", f"data.general.path={tmp_path}/web.jsonl", "data.eval_share=0", "data.alpha=0.2"]
+    cfg = validate(compose_run("cpt", [*words, "train.max_steps=60", "train.batch_size=2", "train.grad_accum=1"]))
+    assert shares_of(cfg.data, []) == pytest.approx([0.2, 0.8])
+    mixture = read_mixture(cfg.data, row_uses()["cpt"], Encoder(make_tokenizer(None)), 32, tmp_path / "cache")
+    domain, general = mixture.record(make_sampler(mixture, cfg.data, cfg.train, 1))
+    assert (domain["source"], general["source"]) == (f"{tmp_path}/code.jsonl", f"{tmp_path}/web.jsonl")
+    assert (domain["share"], general["share"]) == pytest.approx((0.2, 0.8))
+    assert domain["share_seen"] == pytest.approx(0.2, abs=0.02) and general["share_seen"] == pytest.approx(0.8, abs=0.02)
 
 
 def test_a_source_that_ends_can_end_the_run() -> None:

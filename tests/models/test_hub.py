@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_tiny_is_small_and_speaks_chatml() -> None:
     assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.max_position_embeddings == 4096
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi é"}], tokenize=False, add_generation_prompt=True)
+    text: Any = tokenizer.apply_chat_template([{"role": "user", "content": "Hi é"}], tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nHi é<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("Return the number of items in the list.")["input_ids"]) <= 12

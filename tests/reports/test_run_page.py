@@ -85,7 +85,7 @@ class Page(html.parser.HTMLParser):
             self.row.append("")
 
     def handle_endtag(self, tag):
-        if tag == "tr":
+        if tag == "tr" and self.row is not None:
             self.rows.append([" ".join(cell.split()) for cell in self.row])
             self.row = None
 

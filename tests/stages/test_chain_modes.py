@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import posttrain
+from posttrain.config.compose import compose_run, validate
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
 from posttrain.models.quantization import keep_as_quantized
+from posttrain.runs.cache import cache_root
+from posttrain.stages.spec import row_uses
 
 IDS = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 TINY = (
@@ -47,6 +52,24 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
+def logp_chosen(model: Any, run_dir: Path, words: tuple[str, ...]) -> float:
+    """Mean log-prob of the held-out chosen answers, each read alone after its prompt."""
+    config = validate(compose_run("dpo", list(words)))
+    encoder = Encoder(AutoTokenizer.from_pretrained(run_dir / "adapter"))
+    held_out = prepare(config.data, row_uses()["dpo"], encoder, config.train.max_length, cache_root())[0].held_out
+    found = []
+    for unit in range(len(held_out)):
+        tokens, weights = (torch.from_numpy(each.copy()) for each in held_out.sequence(unit))
+        prompt, border = (int(each) for each in held_out.splits[unit])
+        ids = tokens[:border].long()
+        with torch.no_grad():
+            logps = model.eval()(ids[None]).logits[0].float().log_softmax(-1)
+        own = logps[prompt - 1 : border - 1].gather(1, ids[prompt:, None])[:, 0]
+        found.append(float(own[weights[prompt:border] != 0].sum()))
+    assert len(found) == 4
+    return sum(found) / len(found)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["stack", "merge", "continue"])
 def test_three_stages_by_plain_peft(mode: str, method: str, tmp_path: Path) -> None:
@@ -62,8 +85,10 @@ def test_three_stages_by_plain_peft(mode: str, method: str, tmp_path: Path) -> N
     assert config["r"] == ranks[mode]
     # by hand: the adapter on the base that it names is what the run measured
     final = PeftModel.from_pretrained(base_of(tmp_path / "dpo", quantized), str(tmp_path / "dpo" / "adapter"))
+    measured, before = (manifest["metrics"][f"eval/logp_chosen{when}"] for when in ("", "_before"))
+    assert logp_chosen(final, tmp_path / "dpo", words) == pytest.approx(measured, abs=1e-3 if quantized else 1e-4)
+    assert abs(measured - before) > 0.1 and lines[0]["eval/logp_chosen"] == before
     if mode != "merge":
-        assert not torch.allclose(logits(final), logits(base_of(tmp_path / "dpo", quantized)))
         return
     # merge: its base is the earlier base with the earlier adapter in it, merged by peft in 32 bit, never in 4
     earlier = PeftModel.from_pretrained(base_of(tmp_path / "sft", False), str(tmp_path / "sft" / "adapter"))

@@ -69,7 +69,10 @@ def ours(stage: str, data: list[dict[str, Any]], folder: Path, *extra: str) -> l
 
 
 def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -> list[float]:
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[stage]
     directory, _ = builtin_directory("tiny")
@@ -95,7 +98,8 @@ def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -
 def test_rm(tmp_path: Path) -> None:
     """In full, on the same head; TRL scores the last token that is not padding, ours the end of turn."""
     from transformers import AutoModelForSequenceClassification
-    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
 
     data = rows("dpo")
     directory, _ = builtin_directory("tiny")
@@ -109,7 +113,8 @@ def test_rm(tmp_path: Path) -> None:
     order = BatchSampler.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = Dataset.from_list([data[unit] for step in range(STEPS) for unit in order.step(step)])
     rate = 3 * LR  # from a head of zeros: enough to move
-    config = RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=0.01, **(COMMON | {"learning_rate": rate}))
+    settings: dict[str, Any] = COMMON | {"learning_rate": rate}
+    config = RewardConfig(output_dir=str(tmp_path / "trl"), center_rewards_coefficient=0.01, **settings)
     job = RewardTrainer(model=model, args=config, train_dataset=in_order, processing_class=tokenizer)
     job.train()
     expected = [entry["loss"] for entry in job.state.log_history if "loss" in entry]

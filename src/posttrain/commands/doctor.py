@@ -119,7 +119,7 @@ def _kernels() -> list[tuple[str, str]]:
     found["LoRA linear"] = {name: peft_differs(name == "NF4", device) for name in ("plain weights", "NF4")}
     rows = [(f"kernel {kernel}", _in_words(where)) for kernel, where in found.items()]
     lacks = f"torch has no {missing()}" if missing() else "" if torch.backends.mkldnn.is_available() else "torch has no oneDNN"
-    return [*rows, ("kernel of writing on a CPU", f"not used: {lacks}" if lacks else "used")]
+    return [*rows, ("kernel for sampling on a CPU", f"not used: {lacks}" if lacks else "used")]
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")

@@ -86,7 +86,7 @@ def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) 
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
     rows = _live_answers(artifact, adapter, base_dir, scratch)
     write_merged(base_dir, adapter, scratch / "full")
-    found = {}
+    found: dict[str, Agreement] = {}
     for name in ("full", "dequantized"):
         if (scratch / name).exists():
             copy_tokenizer(artifact.weights, scratch / name)

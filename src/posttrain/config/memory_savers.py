@@ -7,7 +7,8 @@ from posttrain.config.schema import LanguageStage, Stage
 
 def memory_savers(cfg: Stage) -> list[str]:
     """Overrides that save memory, in the order one would try them."""
-    train, found = cfg.train, []
+    train = cfg.train
+    found: list[str] = []
     if train.gradient_checkpointing is not True:
         found.append("train.gradient_checkpointing=true")
     if train.batch_size > 1:  # the same run: losses are sums over the whole step

@@ -229,7 +229,7 @@ def seen(drawn: NDArray[np.int64], sizes: Sequence[NDArray[np.int64]]) -> list[d
     before = np.concatenate([[0], np.cumsum(source == 0)[:-1]]) if len(drawn) else np.zeros(0)
     epoch = np.where(source == 0, before, np.maximum(before - 1, 0)) // len(sizes[0])
     whole = np.bincount(epoch, tokens) if len(drawn) else np.zeros(0)
-    found = []
+    found: list[dict[str, Any]] = []
     for s in range(len(sizes)):
         own = np.where(source == s, tokens, 0)
         by_epoch = np.bincount(epoch, own, len(whole)) / np.maximum(whole, 1) if len(drawn) else np.zeros(0)

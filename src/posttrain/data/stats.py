@@ -25,14 +25,17 @@ class SourceStats:
     border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
     filtered: int = 0  # rows left out for their quality
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
-    places: dict[str, list[str]] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def where(self, number: int) -> str:
         return row_name(self.source, number)
 
     def moved(self, source: str) -> SourceStats:
         """The same, of rows that lie at `source` now."""
-        there = lambda place: source + place.removeprefix(self.source) if place.startswith(self.source) else place  # noqa: E731
+
+        def there(place: str) -> str:
+            return source + place.removeprefix(self.source) if place.startswith(self.source) else place
+
         places = {what: [there(place) for place in found] for what, found in self.places.items()}
         return replace(self, source=source, places=places)
 

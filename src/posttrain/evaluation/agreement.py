@@ -68,13 +68,13 @@ def _first_tokens(examples: Examples, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def write_logprobs(model: Any, rows: list[Tensor], path: Path) -> None:
-    """float32 log-probs [T, V] of every row, on disk: a model's answers, to be compared when it is gone."""
+    """float32 log-probs [T, V] of every row, on disk, to compare with after the model is freed."""
     save_file({f"{i:04d}": _logprobs(model, row) for i, row in enumerate(rows)}, path)
 
 
 @torch.no_grad()
 def agreement(path: Path, model: Any, rows: list[Tensor]) -> Agreement:
-    """Of the model whose log-probs lie at `path` (live) with `model`."""
+    """Agreement of `model` with the live model, whose log-probs are at `path`."""
     kl, same, count, losses = 0.0, 0, 0, [0.0, 0.0]
     predicted = 0
     live_rows = load_file(path)

@@ -1,4 +1,4 @@
-"""How far a reward model's scores can be trusted: calibration, what they owe to length, and how sure its accuracy is."""
+"""How far a reward model's scores can be trusted: calibration, correlation with length, confidence interval of the accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUSPICIOUS = 0.4  # a correlation of score and length from which a warning is du
 
 
 class Bin(NamedTuple):
-    """Pairs whose winner the model was about equally sure of: mean confidence, share that was right, number."""
+    """Pairs about which the model was equally confident: their mean confidence, the share that was right, their number."""
 
     confidence: float
     accuracy: float
@@ -26,7 +26,7 @@ def reliability(margins: Tensor) -> list[Bin]:
     """Pairs by the model's confidence in its own choice, sigma(|r_chosen - r_rejected|), in ten bins of 0.5 to 1."""
     confidence, wins = torch.sigmoid(margins.abs()).double(), right(margins).double()
     which = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    found = []
+    found: list[Bin] = []
     for i in range(BINS):
         inside = which == i
         if count := int(inside.sum()):

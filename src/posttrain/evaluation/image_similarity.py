@@ -1,4 +1,4 @@
-"""How like the individual samples are, and how like their prompt, by models that the user names (Ruiz et al. 2022, section
+"""How similar samples are to the individual and to their prompt, by models that the user names (Ruiz et al. 2022, section
 4.1)."""
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def guarded(command: Callable[[], Any]) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep what libraries say about themselves out of the user's way; their errors stay."""
+    """Silence the libraries' own messages, except errors."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU: an optional kernel for inference is missing
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

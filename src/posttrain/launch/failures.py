@@ -1,4 +1,4 @@
-"""What a run can meet on a machine, by name: a disk that refuses, a memory that is full."""
+"""Failures of the machine, by name: a disk that refuses, memory that is full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOES_ON = "what was saved is kept, and the same command goes on from there"
 
 
 def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError | None:
-    """What happened to the run in `directory` in one line with a way on, or None for what has no name."""
+    """One line that says what happened to the run in `directory` and how to go on, or None for a failure without a name."""
     from posttrain.training.guard import is_out_of_memory
 
     if is_out_of_memory(error):

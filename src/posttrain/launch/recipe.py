@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -34,7 +34,9 @@ class _Recipe(Strict):
     @field_validator("steps", mode="before")
     @classmethod
     def _bare_names(cls, value: Any) -> Any:
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {name: dict[str, Any]() if step is None else step for name, step in cast("dict[str, Any]", value).items()}
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
 
 
 def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
-    """The steps that an override's key speaks to, and the key as they know it. A bare `init` is the first step's."""
+    """The steps that an override is for, and the key without their names. A bare `init` is for the first step."""
     head, _, rest = key.partition(".")
     if head in steps and rest:
         fields = config_classes()[steps[head].stage].model_fields

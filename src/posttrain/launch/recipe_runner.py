@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -95,12 +95,12 @@ def _compose(recipe: Recipe) -> list[Planned]:
 
 def _name_steps(config: dict[str, Any], above: dict[str, Path]) -> dict[str, Path]:
     """Put the directories of steps above where the config names them as reward models; returns which they are."""
-    found = {}
+    found: dict[str, Path] = {}
     for key in (parent.key for parent in spec_of(config["stage"]).parents if parent != INIT):
         *sections, last = key.split(".")
-        place = config
+        place: dict[str, Any] = config
         for section in sections:
-            place = place.get(section, {})
+            place = cast("dict[str, Any]", place.get(section, {}))
         if place.get(last) in above:
             found[key] = above[place[last]]
             place[last] = str(found[key])
@@ -129,7 +129,8 @@ def _again(recipe: Recipe, from_step: str | None, fresh: bool) -> dict[str, str]
 
 
 def _preview(planned: list[Planned], again: dict[str, str]) -> list[dict[str, Any]]:
-    entries, waiting = [], set()
+    entries: list[dict[str, Any]] = []
+    waiting: set[Path] = set()
     for each in planned:
         if late := [directory for directory in each.parents.values() if directory in waiting]:
             standing = StepStatus("redo", f"its input {late[0].name.partition('-')[2]} is to be done first")
@@ -205,7 +206,7 @@ def _move_aside(directory: Path) -> Path:
 
 
 def _run_child(each: Planned) -> None:
-    """Raises what the process's exit code means; the process has said more itself."""
+    """Raise the error that the process's exit code means. The process has printed the details itself."""
     name = each.step.name
     code = run_child(each.config, f"step {name}")
     if code == Stopped.exit_code:

@@ -71,7 +71,8 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
     said = [f"{key} {plain(before.get(key))} -> {plain(after.get(key))}" for key in keys[:3]]
     said += [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
     said += [f"{path} changed" for path in now["files"] if then["files"].get(path, "") not in ("", now["files"][path])]
-    changed = [now["input_name"][key] for key, identity in now["input"].items() if (then["input"] or {}).get(key) != identity]
+    inputs: dict[str, Any] = then["input"] or {}
+    changed = [now["input_name"][key] for key, identity in now["input"].items() if inputs.get(key) != identity]
     said += [f"its input {name} changed" for name in changed]
     return ", ".join(said) or "its files changed"
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[Any]:
+def _forwarding(child: subprocess.Popen[bytes]) -> Generator[Any]:
     import threading
 
     if threading.current_thread() is not threading.main_thread():  # a launcher's thread cannot install handlers
@@ -104,7 +104,7 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[Any]:
 
 
 @contextmanager
-def one_gpu() -> Iterator[dict[str, str]]:
+def one_gpu() -> Generator[dict[str, str]]:
     """The environment for one job: with a GPU that no other job of this machine holds, where there is any GPU."""
     gpus = _gpus()
     with ExitStack() as held:

@@ -68,7 +68,7 @@ def _leave_group() -> None:
 
 
 def _open_shared(config: dict[str, Any]) -> Run:
-    """Rank 0 opens the directory; the others learn where it is, or why it cannot be had."""
+    """Rank 0 opens the directory; the others get its path, or the reason why it cannot be opened."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -125,7 +125,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meaning(code: int, count: int) -> BaseException:
-    """What the first of `count` processes to end with `code` has said itself."""
+    """The error for the first of `count` processes that ended, with `code`. It has printed the details itself."""
     if code == Stopped.exit_code:
         return Stopped("stopped by a signal; the same command goes on")
     if code == UserError.exit_code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def fisher_diagonal(log_likelihoods: Iterable[Tensor], params: Sequence[Tensor])
     count = 0
     for value in log_likelihoods:
         gradients = torch.autograd.grad(value, params, allow_unused=True)
-        for total, gradient in zip(totals, gradients, strict=True):
+        for total, gradient in zip(totals, cast("tuple[Tensor | None, ...]", gradients), strict=True):
             if gradient is not None:
                 total += gradient.detach().float() ** 2
         count += 1

@@ -38,7 +38,7 @@ class Choice:
 
 def choices(jobs: list[tuple[str, dict[str, float], float]]) -> list[Choice]:
     """The best first. jobs: data.alpha as it was typed, metrics, forgetting.weight; others are left out."""
-    found = []
+    found: list[Choice] = []
     for alpha, metrics, weight in jobs:
         needed = [f"{name}/loss{when}" for name in ("eval", "general") for when in ("", "_before")]
         try:

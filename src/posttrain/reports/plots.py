@@ -39,7 +39,7 @@ class Figure:
 
     title: str
     svg: Markup
-    legend: list[tuple[int, str]] = field(default_factory=list)
+    legend: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     note: str = ""
 
 
@@ -91,7 +91,7 @@ def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average over about a twentieth of the values, without a bias at the start."""
     keep = 1 - 1 / max(len(values) / 20, 2)
     total = weight = 0.0
-    found = []
+    found: list[float] = []
     for value in values:
         total, weight = keep * total + value, keep * weight + 1
         found.append(total / weight)

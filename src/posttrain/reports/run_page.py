@@ -104,7 +104,7 @@ def _run_page(run_dir: Path) -> Path:
 
 
 def _data_of(data: dict[str, Any]) -> str:
-    """What a run learnt from, in a few words: a path, or the names of a mixture's sources."""
+    """The training data in a few words: a path, or the names of a mixture's sources."""
     return data.get("path") or data.get("instance_dir") or "a mixture of " + ", ".join(data.get("sources") or ())
 
 
@@ -158,7 +158,7 @@ def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     stages = list(dict.fromkeys(r.config["stage"] for r in records))
     rated = [name for name in columns if len(stages) == 1 or not name.startswith("eval/")]
     grid = metric_grid([r.metrics for r in records], columns, rated)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for record, cells in zip(records, grid, strict=True):
         size, unit = record.manifest.amount if record.manifest else (0, "tokens")
         runs.append(
@@ -195,7 +195,8 @@ def _long_name(record: Record) -> str:
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
-    tiles, metrics, manifest = [], record.metrics, record.manifest
+    tiles: list[dict[str, str]] = []
+    metrics, manifest = record.metrics, record.manifest
     if own := own_result(record):
         what = f"held-out {own.name.split('/')[1]}"
         tiles.append({"what": what, "start": own.before, "value": own.after, "more": own.text, "verdict": own.verdict})
@@ -226,7 +227,7 @@ def _costs(manifest: Manifest) -> list[tuple[str, str, str]]:
     ]
     if count := manifest.trainable:
         share = f"{count.trained / count.total:.2%} of {_short(count.total)}" if count.total else ""
-        found = [("trained numbers", _short(count.trained), share), *found]
+        found = [("trained parameters", _short(count.trained), share), *found]
     return found
 
 
@@ -246,7 +247,7 @@ def _run_curves(record: Record) -> list[Figure]:
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:
-    curves = []
+    curves: list[Curve] = []
     for i, name in enumerate(names, 1):
         label = name.rsplit("_", 1)[-1] if len(names) > 1 else "train"
         curves.append(Curve(label, *record.series(f"train/{name}"), color=i, smooth=name != "lr"))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -64,7 +64,7 @@ class ChainRow:
 
     label: str
     values: dict[str, float]
-    before: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict[str, float])
 
     def change(self, name: str) -> Change:
         return compare(name, self.before.get(name), self.values.get(name))
@@ -86,16 +86,18 @@ def read_record(directory: Path) -> Record:
 
 def _line(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found: Any = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    numbers = {name: value for name, value in found.items() if is_number(value)} if isinstance(found, dict) else {}
-    return current_figures(numbers) if "step" in numbers else {}
+    if not isinstance(found, dict):
+        return {}
+    figures = {name: value for name, value in cast("dict[str, Any]", found).items() if is_number(value)}
+    return current_figures(figures) if "step" in figures else {}
 
 
 @contextmanager
-def as_written(what: Path) -> Iterator[None]:
-    """Turns what is missing from a damaged record, or is of another kind, into a UserError about `what`."""
+def as_written(what: Path) -> Generator[None]:
+    """Turn the errors that a damaged record causes (a key or type that is wrong) into a UserError about `what`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
@@ -194,7 +196,7 @@ def own_result(record: Record) -> Change | None:
 
 
 def plain(value: Any) -> str:
-    """A config's value as one would type it."""
+    """A config's value as one would type it on the command line."""
     if isinstance(value, float):
         return f"{value:.10g}"
     return "null" if value is None else str(value)

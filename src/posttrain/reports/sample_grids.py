@@ -19,7 +19,7 @@ def sample_grids(run_dir: Path) -> list[dict[str, Any]]:
     if not (folder / "index.json").exists():
         return []
     steps = sorted(folder.glob("step-*"))
-    grids = []
+    grids: list[dict[str, Any]] = []
     for number, about in enumerate(json.loads((folder / "index.json").read_text(encoding="utf-8"))):
         shots = [
             {"label": _label(step), "images": [as_uri(file) for file in sorted(step.glob(f"{number}-*.png"))]} for step in steps

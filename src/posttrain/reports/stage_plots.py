@@ -1,9 +1,10 @@
-"""Pictures that only some runs have: ranks that were kept, what a reward model's scores are worth, reward against KL."""
+"""Plots that only some runs have: AdaLoRA's final ranks, a reward model's calibration, reward against KL."""
 
 from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import torch
 
@@ -13,9 +14,9 @@ from posttrain.reports.run_records import Record
 
 
 def stage_figures(record: Record) -> list[Figure]:
-    """Those that this run has the numbers for."""
+    """The plots that this run has data for."""
     rows_file = record.dir / "held_out.json"
-    rows = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.exists() else {}
+    rows: dict[str, Any] = json.loads(rows_file.read_text(encoding="utf-8")) if rows_file.exists() else {}
     found = [
         rank_figure(record.manifest.peft.ranks if record.manifest else {}),
         reliability_figure(rows),
@@ -36,7 +37,7 @@ def rank_figure(ranks: dict[str, int]) -> Figure | None:
 
 
 def reliability_figure(rows: dict[str, list[float]]) -> Figure | None:
-    """How often a reward model is right where it is so sure; on the grey line it knows what it knows."""
+    """How often a reward model is right, by its confidence. On the grey line it is perfectly calibrated."""
     if "rejected" not in rows:
         return None
     bins = reliability(torch.tensor(rows["chosen"]) - torch.tensor(rows["rejected"]))
@@ -59,7 +60,7 @@ def length_figure(rows: dict[str, list[float]]) -> Figure | None:
 
 
 def reward_kl_figure(record: Record) -> Figure | None:
-    """The price of reward: how far the policy has gone from its reference for it (Gao et al. 2022, arXiv 2210.10760)."""
+    """Reward against the KL from the reference that it cost (Gao et al. 2022, arXiv 2210.10760)."""
     pairs = [(line["train/kl"], line) for line in record.history if "train/kl" in line and "train/reward" in line]
     if not pairs:
         return None

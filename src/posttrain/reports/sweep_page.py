@@ -1,4 +1,4 @@
-"""The page of a sweep: which settings won, as a table and, where the sweep has the shape for it, a picture."""
+"""The page of a sweep: which settings were best, as a table and, for one or two swept numbers, a plot."""
 
 from __future__ import annotations
 
@@ -83,9 +83,8 @@ def alpha_star(rows: list[dict[str, Any]], path: Path) -> str:
 
 
 def _job(row: dict[str, Any], path: Path) -> Job:
-    overrides = row["overrides"]
-    if not isinstance(overrides, dict):
-        overrides = dict(line.partition("=")[::2] for line in overrides)
+    listed: dict[str, Any] | list[str] = row["overrides"]
+    overrides = listed if isinstance(listed, dict) else {line.partition("=")[0]: line.partition("=")[2] for line in listed}
     directory = Path(row["dir"])
     directory = directory if directory.is_dir() else path.parent / directory
     record = read_record(directory) if (directory / "config.yaml").exists() else None

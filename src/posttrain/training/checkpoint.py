@@ -35,7 +35,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one on disk. state: the counters of the run."""
+    """A complete checkpoint on disk. state: the counters of the run."""
 
     path: Path
     step: int
@@ -58,10 +58,10 @@ def save_checkpoint(
     directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
     *, keep: int, is_writer: bool, spare: int | None = None,
 ) -> None:  # fmt: skip
-    """Write step `step` beside, flush, read back, rename; then drop all older ones but the newest `keep` and that of
-    step `spare`. Every process must call it.
+    """Write the checkpoint of `step` under another name, flush it, read it back and rename it. Then delete older ones, except the
+    newest `keep` and that of step `spare`. Every process must call it.
 
-    Raises RunError for numbers that are not finite, and when the disk refuses; the older checkpoints are then untouched.
+    Raises RunError for values that are not finite, and when the disk refuses. The older checkpoints are then untouched.
     """
     parts: dict[str, dict[str, Tensor]] = dict(
         zip(FILES, (gather_weights(module), _gather_optimizer(module, optimizer), method), strict=True)
@@ -127,7 +127,7 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. No tensor is read yet.
+    """The newest checkpoint that is intact, and a line for each newer one that is not. No tensor is read yet.
 
     Raises UserError when checkpoints are there and none of them is whole.
     """

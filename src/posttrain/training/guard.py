@@ -1,4 +1,4 @@
-"""What must not reach the weights: numbers that are not finite, losses far out of line, batches too large for the memory."""
+"""What must not reach the weights: values that are not finite, losses far above the usual, batches too large for the memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ NAMED = 4  # rows of a batch that a message names
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """skip_nonfinite: updates that may be left out in a run. spike_mads: how far above the median of the last spike_steps
-    losses one may lie, in their median absolute deviation; None: anywhere."""
+    """When an update may not be taken.
+
+    Args:
+        skip_nonfinite: how many updates that are not finite a run may leave out.
+        spike_mads: how far a loss may lie above the median of the last spike_steps losses, in their median absolute deviation;
+            None: anywhere.
+        spike_steps: how many losses that median is of.
+    """
 
     skip_nonfinite: int = 0
     spike_mads: float | None = None
@@ -29,7 +35,7 @@ class GuardConfig:
 
 
 class Spike(Exception):
-    """A loss is out of line; nothing was stepped."""
+    """A loss is far above the usual; no step was taken."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
         super().__init__(f"loss {entry['loss']:.4g} is above {entry['limit']:.4g}")
@@ -56,7 +62,7 @@ def check_update(
 
 
 def spike_limit(losses: list[float], mads: float) -> float:
-    """median + mads * MAD, and at least a thousandth of the median for a MAD, or a flat curve would have no room at all."""
+    """median + mads * MAD. The MAD is taken as at least a thousandth of the median, because it would be 0 for a flat curve."""
     middle = statistics.median(losses)
     spread = statistics.median(abs(loss - middle) for loss in losses)
     return middle + mads * max(spread, 1e-3 * abs(middle))
@@ -74,12 +80,12 @@ def not_finite(entry: dict[str, Any], limits: GuardConfig) -> RunError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA says it by a class of its own, a CPU's allocator by its words."""
+    """CUDA has an error class for it; the CPU's allocator is known by its message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def halved(batches: list[B]) -> list[B]:
-    """Each batch in two; as it is where nothing can be divided."""
+    """Each batch split in two; a batch that cannot be split stays as it is."""
     return [half for batch in batches for half in batch.split()]

@@ -1,4 +1,4 @@
-"""The one training loop. It owns time; what is computed comes in as an objective, what is read as a source of batches."""
+"""The one training loop. It decides when things happen; the loss and the source of batches are given to it."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class Loop(Generic[B]):
     def _gradients(
         self, step: int, parts: int, batches: list[B], count: float
     ) -> tuple[Tensor, list[tuple[Metrics, float]], int]:
-        """Of the whole update, in micro-batches that memory has room for; with this process's part of the mean loss."""
+        """Gradients of the whole update, in micro-batches that fit into memory; returns this process's part of the mean loss."""
         for _ in self.state.halved:
             batches = halved(batches)
         while True:
@@ -233,7 +233,7 @@ class Loop(Generic[B]):
         return entry
 
     def _go_back(self, spike: Spike) -> None:
-        """To the last checkpoint's weights, without the data since: they are what led here."""
+        """Go back to the last checkpoint's weights, and leave out the data since, which led to the spike."""
         self.optimizer.zero_grad(set_to_none=True)
         checkpoint, _ = newest_checkpoint(self.checkpoints)
         assert checkpoint  # one was saved at the start
@@ -242,7 +242,7 @@ class Loop(Generic[B]):
         say(f"step {spike.entry['step']}: {spike}; back to the weights of step {checkpoint.step}, without the batches since")
 
     def _remember(self, rows: list[int]) -> None:
-        """All rows that were ever drawn, as one hash: two runs with the same one have seen the same data in the same order."""
+        """Add the rows of a step to the hash of all rows drawn: runs with the same hash saw the same data in the same order."""
         said = f"{self.state.drawn} {rows}"
         self.state.drawn = hashlib.sha256(said.encode()).hexdigest()
 
@@ -250,7 +250,7 @@ class Loop(Generic[B]):
         return self.config.lr * lr_factor(self.config.schedule, step, self.config.num_steps, self.config.warmup_steps)
 
     def _add_penalty(self, penalty: Tensor) -> None:
-        """To the gradients that all processes have in common by now: it depends on the weights alone."""
+        """Add the penalty's gradient. It depends on the weights alone, and all processes have the same gradients by now."""
         params = [p for p in self.module.parameters() if p.grad is not None]
         for p, grad in zip(params, torch.autograd.grad(penalty, params, allow_unused=True), strict=True):
             if grad is not None and p.grad is not None:
@@ -291,7 +291,7 @@ class Loop(Generic[B]):
             raise Stopped(f"stopped {why} after step {done} of {config.num_steps}, saved; the same command goes on")
 
     def _end(self, done: int) -> None:
-        """With the newest checkpoint's weights; the steps after it are said, and count for nothing."""
+        """End the run with the newest checkpoint's weights. The steps after it are printed and do not count."""
         checkpoint, _ = newest_checkpoint(self.checkpoints)
         assert checkpoint  # one was saved at the start
         self.restore(checkpoint)

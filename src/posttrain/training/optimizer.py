@@ -18,8 +18,8 @@ def make_optimizer(
 ) -> tuple[Optimizer, str | None]:  # fmt: skip
     """The optimizer, and a line to show when it is not the one that was asked for.
 
-    bitsandbytes' 8-bit and paged optimizers exist on CUDA; elsewhere plain AdamW takes their place. Weight decay spares
-    vectors (norms, biases) as is usual. lr_ratio: parameter name -> its learning rate over the run's, kept in its group.
+    bitsandbytes' 8-bit and paged optimizers exist on CUDA; elsewhere plain AdamW takes their place. Weight decay leaves
+    out vectors (norms, biases), as is usual. lr_ratio: parameter name -> its learning rate divided by the run's.
     """
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for full_name, p in module.named_parameters():

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,8 +41,8 @@ class StopSignal:
             raise Stopped("stopped by a signal between steps; the same command goes on")
 
     @contextmanager
-    def at_once(self, allowed: bool = True) -> Iterator[None]:
-        """Within it a signal raises Stopped wherever it finds us. allowed: not where other processes would wait for this one."""
+    def at_once(self, allowed: bool = True) -> Generator[None]:
+        """Inside, a signal raises Stopped at once. allowed: False where other processes would wait for this one."""
         self.leaves, before = allowed, self.leaves
         try:
             yield
@@ -57,8 +57,8 @@ class StopSignal:
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Within it a signal raises Stopped, until somebody installs handlers of his own."""
+def leaving_at_once() -> Generator[None]:
+    """Inside, a signal raises Stopped, until other handlers are installed."""
     stop = StopSignal()
     try:
         with stop.at_once():
@@ -68,7 +68,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def forward_to(child: subprocess.Popen[bytes]) -> Iterator[StopSignal]:
+def forward_to(child: subprocess.Popen[bytes]) -> Generator[StopSignal]:
     """While inside, signals go on to `child` (which saves and leaves); the yielded object says whether one came."""
     stop = StopSignal()
 

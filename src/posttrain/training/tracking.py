@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, and the tracker that the user named, through accelerate."""
+"""Where a run's metrics go: always to metrics.jsonl, and to the tracker that the user named, through accelerate."""
 
 from __future__ import annotations
 

@@ -83,6 +83,13 @@ def test_a_doubled_beginning_and_a_missing_end() -> None:
     found = {f.what: f.places for f in of_tokens(rows, encoder, tokenizer, str, 99) if f.count}
     assert found["rows that begin with the beginning-of-text token twice"] == ["1"]
     assert "answers that are trained without an end of turn" not in found
+    # where nothing counts behind the marker, the end of turn does not either
+    weighed = validate(compose_run("sft", ["model=tiny", "cot.marker='####'", "cot.answer_weight=0"]))
+    opened = open_language(weighed, weights=False)
+    encoder, tokenizer = opened.encoder, opened.tokenizer
+    rows = [(7, {"prompt": "a", "completion": "b #### c"}), (8, {"prompt": "a", "completion": "b"}), (9, {"text": "b"})]
+    found = {f.what: f.places for f in of_tokens(rows, encoder, tokenizer, str, 99) if f.count}
+    assert found["answers that are trained without an end of turn"] == ["7"]
 
 
 def test_only_the_first_rows_are_read(tmp_path: Path) -> None:

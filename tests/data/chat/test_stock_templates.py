@@ -81,8 +81,13 @@ REFUSED = {
 }
 
 
-def longest_key(table: dict[str, object], name: str) -> str | None:
-    return max((key for key in table if name.startswith(key)), key=len, default=None)
+def leads_of(table: dict[str, list[str]], name: str) -> list[str]:
+    """What the template of this name may write before an answer, by the longest key that the name begins with."""
+    return table.get(max((key for key in table if name.startswith(key)), key=len, default=""), [])
+
+
+def end_of_turn(name: str) -> str:
+    return ENDS[max((key for key in ENDS if name.startswith(key)), key=len)]
 
 
 def load(make_tokenizer, name: str):
@@ -129,8 +134,8 @@ def test_trains_each_answer_and_its_end_and_nothing_else(make_tokenizer, name):
         assert len(found) == len(answers) and result.borders == 0, (case, found)
         for k, (run, content) in enumerate(zip(found, answers, strict=True)):
             last = k == len(answers) - 1
-            end = ("<|return|>" if last else "<|end|>") if name == "gptoss" else ENDS[longest_key(ENDS, name)]
-            leads = ["", *WRITTEN_LEAD.get(longest_key(WRITTEN_LEAD, name) or "", [])]
+            end = ("<|return|>" if last else "<|end|>") if name == "gptoss" else end_of_turn(name)
+            leads = ["", *leads_of(WRITTEN_LEAD, name)]
             assert run.endswith(end), (case, run)
             assert run.removesuffix(end) in {lead + form for lead in leads for form in allowed(content)}, (case, run)
 
@@ -158,7 +163,7 @@ def test_agrees_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
     twin.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # or transformers loses " The"
     build = encoder(stock, name)
     as_list = name in ("idefics3", "smolvlm", "llava_next")
-    leads = ["", *TWIN_LEAD.get(longest_key(TWIN_LEAD, name) or "", [])]
+    leads = ["", *leads_of(TWIN_LEAD, name)]
     compared = 0
     for case in ("single", "multi", "think_last", "white_space", "identical"):  # unicode: transformers drops bytes
         messages = CONVERSATIONS[case]
@@ -184,7 +189,7 @@ def test_marked_templates_end_with_the_end_of_turn(make_tokenizer, name):
     tokenizer = load(make_tokenizer, name)
     result = Encoder(tokenizer).encode_conversation(CONVERSATIONS["multi"])
     found = [run for run in runs(tokenizer, result.tokens, result.weights) if run != "</s>"]
-    ends = ["<|end|>", "<|return|>"] if name.startswith("gptoss") else [ENDS[longest_key(ENDS, name)]] * 2
+    ends = ["<|end|>", "<|return|>"] if name.startswith("gptoss") else [end_of_turn(name)] * 2
     assert all(run.endswith(answer + end) for run, answer, end in zip(found, ["The dog.", "The fox."], ends, strict=True))
 
 

@@ -93,7 +93,8 @@ def test_buckets_keep_the_shape_at_the_same_area(size: tuple[int, int], expected
 
 def test_tiny_ones_are_enlarged_and_huge_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves((3, 2)).save(tmp_path / "tiny.png")
-    assert pixels(tmp_path / "tiny.png").shape == (3, 16, 16)
+    read = pixels(tmp_path / "tiny.png")
+    assert read.shape == (3, 16, 16) and float(read[:, :, 0].max()) < 0 and float(read[:, :, -4:].min()) > 0.9
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     halves((40, 40)).save(tmp_path / "huge.png")
     with pytest.raises(UserError, match=r"huge.png has more than 100 pixels; make it smaller"):

@@ -2,10 +2,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from posttrain.data.sources.source import Row, fingerprint, place, read_rows, split_rows
+from posttrain.data.sources.source import fingerprint, place, read_rows, split_rows
 from posttrain.errors import UserError
 
 ROWS = [{"text": "one"}, {"text": "zwölf"}]
@@ -51,12 +52,12 @@ def test_reads_parquet(tmp_path: Path) -> None:
 
 def test_csv_cells_may_be_long(tmp_path: Path) -> None:
     ((_, row),) = read_rows(write(tmp_path / "a.csv", "text\n" + "x" * 200_000))
-    assert len(row["text"]) == 200_000
+    assert isinstance(row, dict) and len(row["text"]) == 200_000
 
 
 def test_reads_built_in_sets() -> None:
-    first = next(read_rows("builtin:general", split="eval"))
-    assert first[0] == 1 and list(first[1]) == ["text"]
+    number, row = next(read_rows("builtin:general", split="eval"))
+    assert number == 1 and isinstance(row, dict) and list(row) == ["text"]
 
 
 @pytest.mark.parametrize(
@@ -126,16 +127,16 @@ def test_trouble_with_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, raise
     assert "\n" not in str(error.value)
 
 
-def held(rows: list[Row], share: float = 0.1) -> list[Row]:
+def held(rows: list[Any], share: float = 0.1) -> list[Any]:
     return [row for is_held, row in split_rows(rows, share) if is_held]
 
 
-def kept(rows: list[Row], share: float = 0.1) -> list[Row]:
+def kept(rows: list[Any], share: float = 0.1) -> list[Any]:
     return [row for is_held, row in split_rows(rows, share) if not is_held]
 
 
 def test_split_keeps_rows_on_their_side() -> None:
-    rows = [(n, {"id": n, "text": str(n)}) for n in range(1, 2001)]
+    rows: list[Any] = [(n, {"id": n, "text": str(n)}) for n in range(1, 2001)]
     train, held_out = (part(rows) for part in (kept, held))
     assert sorted(train + held_out, key=lambda item: item[0]) == rows
     assert 160 <= len(held_out) <= 240  # 200 expected, standard deviation 13.4
@@ -148,7 +149,7 @@ def test_split_keeps_rows_on_their_side() -> None:
 
 
 def test_split_extremes() -> None:
-    rows = [(n, {"text": str(n)}) for n in range(50)]
+    rows: list[Any] = [(n, {"text": str(n)}) for n in range(50)]
     assert kept(rows, 0.0) == rows and not held(rows, 0.0)
 
 

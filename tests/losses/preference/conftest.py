@@ -29,7 +29,7 @@ class Alone:
 def trl_loss() -> TrlLoss:
     """(loss, policy, reference, lengths, beta) -> the mean over pairs of TRL's loss called so. Tables as ours: [2P]."""
     pytest.importorskip("trl")
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     def loss(name: str, policy: Tensor, reference: Tensor, lengths: Tensor, beta: float, **options: Any) -> float:
         order = [*range(0, len(policy), 2), *range(1, len(policy), 2)]  # theirs: all chosen, then all rejected

@@ -24,10 +24,10 @@ FAMILIES = {"llama": LlamaConfig(**SHAPE), "qwen3": Qwen3Config(**SHAPE, head_di
 
 def with_lora(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, adapters: int = 1, **options: Any) -> Any:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base, model = AutoModelForCausalLM.from_config(config, dtype=dtype), None
     for i in range(adapters):
         lora = LoraConfig(r=4 + 4 * i, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-        model = get_peft_model(base, lora, "a0") if i == 0 else model  # noqa: F821
+        model: Any = get_peft_model(base, lora, "a0") if i == 0 else model
         if i:
             model.add_adapter(f"a{i}", lora)
     model.base_model.set_adapter([f"a{i}" for i in range(adapters)])
@@ -158,10 +158,10 @@ def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
     base = bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     base.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=base)
     base = base.to("cpu")
-    layer = Linear4bit(base, "default", config=LoraConfig(r=4), r=4, lora_alpha=8)
+    layer: Any = Linear4bit(base, "default", config=LoraConfig(r=4), r=4, lora_alpha=8)
     nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     holder = nn.ModuleDict({"plain": layer, "lean": copy.deepcopy(layer)})
-    holder["plain"].train(), holder["lean"].train()
+    holder.train()
     use_kernels(holder["lean"], "auto")
     assert hasattr(holder["lean"], OWN)
     found = {}
@@ -169,7 +169,7 @@ def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
         x = torch.linspace(-1, 1, 6 * 64).view(6, 64).requires_grad_()
         y = holder[name](x)
         (y**2).sum().backward()
-        part = holder[name]
+        part: Any = holder[name]
         found[name] = {
             "y": y.detach(),
             "x": x.grad,

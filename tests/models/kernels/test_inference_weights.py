@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -64,7 +64,8 @@ def test_in_bfloat16_it_differs_by_rounding_of_the_adapters_part() -> None:
 
 def test_with_biases_with_dora_and_with_adapters_that_are_off() -> None:
     biased = LlamaConfig(**SHAPE, attention_bias=True)
-    for options in ({}, {"use_dora": True}):
+    every: tuple[dict[str, Any], ...] = ({}, {"use_dora": True})
+    for options in every:
         model = with_lora(biased, **options).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("base_layer.bias"):
@@ -142,7 +143,7 @@ def test_draws_come_as_often_as_their_chances_say() -> None:
 
 def test_a_cache_with_room_holds_what_transformers_cache_holds() -> None:
     """Over a prompt, answers that share it, tokens one by one, and answers that end."""
-    ours, theirs = RoomyLayer(), DynamicCache().layer_class_to_replicate()  # pyright: ignore
+    ours, theirs = RoomyLayer(), cast(Any, DynamicCache()).layer_class_to_replicate()
     generator, n, rooms = torch.Generator().manual_seed(0), 2, set[int]()
     for step in range(150):
         length = 5 if step == 0 else 1

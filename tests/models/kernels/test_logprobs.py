@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models.kernels.logprobs import Head, plain_logprobs, token_logprobs
+from posttrain.models.kernels.logprobs import Head, plain_logprobs, token_entropies, token_logprobs
 
 N, H, V = 11, 6, 17
 
@@ -17,7 +19,7 @@ def case(scale: float, softcap: float | None, trained: bool) -> tuple[Tensor, Te
 
 
 def plain(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
-    logits = (hidden @ head.weight.T + head.bias) * head.scale
+    logits = (hidden @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.log_softmax(-1)[torch.arange(N), target]
@@ -67,11 +69,12 @@ def test_frozen_head_keeps_no_logits_for_the_backward() -> None:
 def test_no_predictions_give_no_gradient() -> None:
     hidden, target, head, _ = case(1.0, None, False)
     token_logprobs(hidden[:0], target[:0], head).sum().backward()
-    assert not hidden.grad.any()
+    assert hidden.grad is not None and not hidden.grad.any()
 
 
 def test_half_precision_gives_float32_logprobs() -> None:
     hidden, target, head, _ = case(1.0, None, False)
+    assert head.bias is not None
     half = head._replace(weight=head.weight.bfloat16(), bias=head.bias.bfloat16())
     got = token_logprobs(hidden.bfloat16(), target, half)
     assert got.dtype == torch.float32
@@ -94,3 +97,27 @@ def test_gradient_of_a_sure_model_survives_half_precision() -> None:
     (have,) = torch.autograd.grad(got.sum(), halves[0])
     (need,) = torch.autograd.grad(want.sum(), leaf)
     assert (have.double() - need).norm() < 0.02 * need.norm()
+
+
+def test_entropy_by_hand() -> None:
+    """Chances 1/2, 1/4, 1/4 have an entropy of 1.5 bits, four equal ones of 2; of the sure one it is nearly 0."""
+    logits = torch.tensor([[0.5, 0.25, 0.25, 1e-30], [0.25] * 4, [1.0, 1e-12, 1e-12, 1e-12]]).log().requires_grad_()
+    found = token_entropies(logits, Head(torch.eye(4), None, 1.0, None))
+    assert found.tolist() == pytest.approx([1.5 * math.log(2), 2 * math.log(2), 0.0], abs=1e-6)
+    # dH / d logit_i = -p_i (log p_i + H)
+    (have,) = torch.autograd.grad(found[0], logits)
+    log2 = math.log(2)
+    assert have[0].tolist() == pytest.approx(
+        [-0.5 * (-log2 + 1.5 * log2), *[-0.25 * (-2 * log2 + 1.5 * log2)] * 2, 0.0], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_temperature_divides_the_logits(softcap: float | None) -> None:
+    hidden, target, head, _ = case(0.5, softcap, False)
+    logits = head.logits(hidden) / 0.7
+    want = logits.log_softmax(-1)[torch.arange(N), target]
+    torch.testing.assert_close(token_logprobs(hidden, target, head.at(0.7), 4, 5), want, rtol=0, atol=1e-6)
+    entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(token_entropies(hidden, head.at(0.7)), entropies, rtol=0, atol=1e-6)
+    assert (want - token_logprobs(hidden, target, head, 4, 5)).abs().max() > 1e-2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -136,7 +138,7 @@ def test_recomputing_activations_changes_nothing() -> None:
 
 
 def test_generation_after_packing_is_plain_generation() -> None:
-    model = build("Llama").eval()
+    model: Any = build("Llama").eval()
     prompt = torch.tensor([[5, 6, 7], [0, 8, 9]])
     ask = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     plain = model.generate(prompt, **ask)
@@ -195,7 +197,8 @@ def test_scores_written_out_give_what_the_dense_mask_gives(
     exact = [x.detach().double().requires_grad_() for x in heads]
     groups = [x.repeat_interleave(3, dim=1) for x in exact[1:]]
     scores = (exact[0] @ groups[0].transpose(2, 3) * 0.3).masked_fill(~dense_mask(segments, 860, window, memory), -torch.inf)
-    want, got = scores.softmax(-1) @ groups[1], _by_document(*heads, mask, dropout=0.0, scaling=0.3, window=window)
+    want = scores.softmax(-1) @ groups[1]
+    got = _by_document(heads[0], heads[1], heads[2], mask, dropout=0.0, scaling=0.3, window=window)
     chooses = torch.randn_like(want)
     needed = torch.autograd.grad((want * chooses).sum(), exact)
     had = torch.autograd.grad((got * chooses.to(dtype)).sum(), heads)
@@ -228,7 +231,8 @@ def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
     load_tokenizer("tiny", None, False, None).save_pretrained(directory)
     model = load_causal(str(directory), None, "float32", "cpu", False, None)
     PackedLM(model, "documents")(batch_of([[5, 6, 7]], [])[0]).sum().backward()
-    assert float(model.get_input_embeddings().weight.grad[5].abs().sum()) > 0
+    embeddings: Any = model.get_input_embeddings()
+    assert float(embeddings.weight.grad[5].abs().sum()) > 0
 
 
 def test_a_state_space_model_is_refused() -> None:

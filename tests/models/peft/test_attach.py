@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,7 +35,10 @@ def add_lora(model: Any, r: int, alpha: float, dropout: float, targets: str | li
     return add_method(model, Lora(method="lora", r=r, alpha=alpha, dropout=dropout, targets=targets, dtype=dtype, lr_factor=1.0))
 
 
-def load(base: Path, quantized: bool = False) -> LlamaForCausalLM:
+Shape = tuple[int, float, Any]  # r, alpha, targets
+
+
+def load(base: Path, quantized: bool = False) -> Any:
     if not quantized:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=nf4(True, "float32", "cpu"))
@@ -72,7 +75,7 @@ def test_an_exported_adapter_is_the_live_one(base: Path, tmp_path: Path, quantiz
     again = PeftModel.from_pretrained(load(base, quantized), str(tmp_path / "out"))
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
     assert not torch.allclose(logits(again), logits(load(base, quantized)), atol=1e-2)
-    config = again.peft_config["default"]
+    config: Any = again.peft_config["default"]
     assert (config.base_model_name_or_path, config.r, config.lora_alpha) == (str(base), 4, 8)
     assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -82,7 +85,7 @@ def test_an_exported_adapter_is_the_live_one(base: Path, tmp_path: Path, quantiz
     ("first", "second"),
     [((4, 8.0, ALL), (4, 8.0, ALL)), ((4, 8.0, ALL), (3, 5.0, QV)), ((3, 2.0, QV), (4, 16.0, ["v_proj", "o_proj"]))],
 )
-def test_stacked_adapters_become_one(base: Path, tmp_path: Path, first: tuple, second: tuple, quantized: bool) -> None:
+def test_stacked_adapters_become_one(base: Path, tmp_path: Path, first: Shape, second: Shape, quantized: bool) -> None:
     init = finished(base, tmp_path / "init", *first)
     model = add_lora(load(base, quantized), *second[:2], 0.0, second[2], "float32")
     add_frozen(model, init)
@@ -93,7 +96,7 @@ def test_stacked_adapters_become_one(base: Path, tmp_path: Path, first: tuple, s
 
 
 def test_three_stages_add_up(base: Path, tmp_path: Path) -> None:
-    init = finished(base, tmp_path / "one", 2, 4.0, ALL)
+    init, model = finished(base, tmp_path / "one", 2, 4.0, ALL), load(base)
     for stage, (r, alpha) in {"two": (3, 9.0), "three": (5, 1.0)}.items():
         model = add_lora(load(base), r, alpha, 0.0, QV, "float32")
         add_frozen(model, init)
@@ -103,7 +106,7 @@ def test_three_stages_add_up(base: Path, tmp_path: Path) -> None:
         export_adapter(model, init, str(base))
     last = PeftModel.from_pretrained(load(base), str(init))
     torch.testing.assert_close(logits(last), logits(model), rtol=0, atol=1e-5)
-    layer = last.get_base_model().model.layers[0].self_attn
+    layer = cast(Any, last.get_base_model()).model.layers[0].self_attn
     assert layer.q_proj.lora_A["default"].weight.shape[0] == 10
     assert layer.o_proj.lora_A["default"].weight.shape[0] == 2
 

@@ -35,8 +35,10 @@ from posttrain.models.quantization import keep_as_quantized, quantization
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 V, D, FF, LAYERS, KV = 31, 64, 96, 2, 32
-LLAMA = {"vocab_size": V, "hidden_size": D, "intermediate_size": FF, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": D, "intermediate_size": FF, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 # in and out of the linear layers of one block
 SHAPES = {
     "llama": [(D, D), (D, KV), (D, KV), (D, D), (D, FF), (D, FF), (FF, D)],
@@ -119,7 +121,7 @@ def method_of(name: str, *more: str) -> Any:
 def test_reference_counts_of_one_matrix(side: int, r: int, full: int, lora: int, times: int) -> None:
     with torch.device("meta"):
         shape = {**LLAMA, "hidden_size": side, "num_hidden_layers": 1, "num_key_value_heads": 4, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(**shape))
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape))
     assert model.model.layers[0].self_attn.q_proj.weight.numel() == full
     trained = count_numbers(add_method(model, method_of("lora", f"peft.r={r}", "peft.targets=[q_proj]")))[0]
     assert trained == lora and full // trained == times
@@ -128,7 +130,7 @@ def test_reference_counts_of_one_matrix(side: int, r: int, full: int, lora: int,
 
 
 def test_a_tied_head_is_untied_and_the_embeddings_stay() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
     before = model.get_input_embeddings().weight.detach().clone()
     add_method(model, method_of("head"))
     model(IDS, labels=IDS).loss.backward()

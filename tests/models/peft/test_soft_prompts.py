@@ -17,8 +17,10 @@ from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.soft_prompts import insert_virtual
 
 V = 61
-SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 DOCUMENTS = [[5, 6, 7, 8, 9, 10], [13, 14, 15]]
 PROMPT, ANSWERS = [20, 21, 22], [[30, 31, 32, 33], [40, 41]]
 
@@ -26,7 +28,7 @@ PROMPT, ANSWERS = [20, 21, 22], [[30, 31, 32, 33], [40, 41]]
 def make(family: str) -> Any:
     torch.manual_seed(0)
     if family == "gpt2":
-        small = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        small: dict[str, Any] = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         return GPT2LMHeadModel(GPT2Config(**small, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     if family == "mistral":  # a window shorter than prefix and document together
         return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=6))

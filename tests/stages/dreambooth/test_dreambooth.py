@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.evaluation.test_image_similarity import clip_and_dino
 
 import posttrain
 from posttrain.batch import ImagePart
@@ -20,6 +21,7 @@ from posttrain.commands.compose import compose_runs
 from posttrain.commands.merge import merge_run
 from posttrain.commands.sample import sample
 from posttrain.errors import Stopped, UserError
+from posttrain.evaluation.image_similarity import Similarity
 from posttrain.models.diffusion.denoiser import LORA_FILE, read_factors
 from posttrain.models.diffusion.families import DiffusionModel
 from posttrain.runs.cache import cache_root
@@ -72,7 +74,7 @@ def test_a_run_leaves_adapter_samples_page_and_manifest(photos: Path, tmp_path: 
     assert shots == ["step-000000", "step-000002", "step-000004"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 * 3 and "a sks dog" in page
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(manifest["base"]["path"])
     pipe.load_lora_weights(str(tmp_path / "run" / "adapter"))
@@ -241,24 +243,14 @@ def test_one_corrupt_picture_among_five(photos: Path, tmp_path: Path) -> None:
 
 
 def test_clip_and_dino_of_a_named_model(photos: Path, tmp_path: Path) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, Dinov2Config, Dinov2Model
-
-    from posttrain.models.diffusion.tiny import clip_tokenizer
-
-    tokenizer = clip_tokenizer()
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8)
-    processor: Any = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(config).save_pretrained(tmp_path / "clip")
-    CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "clip")
-    dino = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
-    Dinov2Model(dino).save_pretrained(tmp_path / "dino")
-    processor.save_pretrained(tmp_path / "dino")
+    clip_and_dino(tmp_path)
     named = (f"eval.clip={tmp_path / 'clip'}", f"eval.dino={tmp_path / 'dino'}", "sample.images=1", "sample.inference_steps=2")
     metrics = train(photos, tmp_path / "run", "train.max_steps=1", *named)["metrics"]
-    for name in ("eval/clip_i", "eval/clip_t", "eval/dino"):
-        assert -1 <= metrics[name] <= 1 and f"{name}_before" in metrics
+    for when in ("", "_before"):
+        assert {f"eval/{name}{when}" for name in ("clip_i", "clip_t", "dino")} <= metrics.keys()
+    pictures = [Image.open(path) for path in sorted((tmp_path / "run" / "samples" / "step-000001").glob("*instance*.png"))]
+    similar = Similarity(str(tmp_path / "clip"), None).measure(pictures, [Image.open(p) for p in sorted(photos.iterdir())], "x")
+    assert len(pictures) == 1 and metrics["eval/clip_i"] == pytest.approx(similar["clip_i"], abs=0.02)
 
 
 @pytest.mark.slow

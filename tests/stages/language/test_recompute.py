@@ -34,7 +34,9 @@ def test_dense_layers_by_hand() -> None:
 
 def trained(tmp_path: Path, name: str, *words: str) -> dict[str, torch.Tensor]:
     posttrain.run(*RUN, *words, f"run.dir={tmp_path / name}")
-    return load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    found = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    assert any(bool(value.any()) for key, value in found.items() if "lora_B" in key), "nothing was learned"
+    return found
 
 
 def test_little_memory_recomputes_layers_and_changes_nothing(

@@ -106,18 +106,20 @@ def test_roles_take_turns_on_one_base(runs: Path, tmp_path: Path, monkeypatch: p
     assert {p["role"] for p in found["parents"]} == {"init", "reward"}
     module, batch = seen["module"], seen["batch"]
     assert isinstance(module, ActorCritic) and module.adapters["value"] == ["reward", "value"] and module.reference is None
+    scorers: Any = module.scorers
     # each role against the run it came from, loaded by peft
     base = AutoModelForCausalLM.from_pretrained(builtin_directory("tiny")[0], dtype=torch.bfloat16)
     alone = PackedLM(PeftModel.from_pretrained(base, str(runs / "sft" / "adapter")), "documents").eval()
     with torch.no_grad():
         assert (alone(batch) - seen["reference"]).abs().max() < 0.05
     head = load_file(runs / "rm" / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
-    assert torch.equal(module.scorers["reward"].score.weight, head) and not module.scorers["reward"].score.weight.requires_grad
+    assert torch.equal(scorers["reward"].score.weight, head) and not scorers["reward"].score.weight.requires_grad
     # the reward stays what it was; policy, value and the value's head learn
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert all(".default." in name or ".value." in name or name == "scorers.value.score.weight" for name in trained)
-    assert torch.equal(module.scorers["reward"].score.weight, head)
-    assert not torch.equal(module.scorers["value"].score.weight, head)
+    assert [sum(kind in name for name in trained) for kind in (".default.", ".value.")] == [28, 28 + 1] and len(trained) == 57
+    assert "scorers.value.score.weight" in trained
+    assert torch.equal(scorers["reward"].score.weight, head)
+    assert not torch.equal(scorers["value"].score.weight, head)
     with torch.no_grad():
         assert torch.equal(module(batch, "reward"), seen["score"]) and torch.equal(module(batch, "reference"), seen["reference"])
         assert not torch.equal(module(batch, "policy"), seen["new"]) and not torch.equal(module(batch, "value"), seen["value"])
@@ -184,21 +186,21 @@ def test_killed_and_resumed_is_bit_identical(runs: Path, tmp_path: Path) -> None
     posttrain.run("ppo", *words, "run.dir=straight")
     command = [sys.executable, "-m", "posttrain", "ppo", *words, "run.dir=killed"]
     kills = 0
+
+    def newest() -> str:
+        return max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default="")
+
     for pause in (0.0, 0.15, 0.3):
+        before = newest()
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(list((tmp_path / "killed" / "checkpoints").glob("step-*")))
-        newest = max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default="")
-        while (
-            process.poll() is None
-            and max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default="") <= newest
-        ):
+        while process.poll() is None and newest() <= before:
             time.sleep(0.02)
         time.sleep(pause)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        assert before >= 0
+        assert newest() > before, "every start goes on from the one before"
     assert kills >= 1
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     straight, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("straight", "killed"))

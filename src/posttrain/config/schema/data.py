@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import Field, model_validator
@@ -40,7 +40,8 @@ class SourceConfig(Strict):
     def _filled(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {**{k: v for k, v in _unsaid().items() if k in cls.model_fields and k != "path"}, **given}
+        inherited = {key: value for key, value in _unsaid().items() if key in cls.model_fields and key != "path"}
+        return inherited | cast("dict[str, Any]", given)
 
 
 class MixedSource(SourceConfig):

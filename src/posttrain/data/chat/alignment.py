@@ -108,7 +108,7 @@ def skeleton(messages: list[Message], tested: re.Pattern[str]) -> tuple[list[Mes
         filled = "".join(pieces)
         return filled if sentinels(filled) else filled + place("", role)
 
-    bones = []
+    bones: list[Message] = []
     for message in messages:
         # Beside tool calls, a template may leave out an empty content with all that is around it; nothing to find then.
         empty_calls = message.get("tool_calls") and not content_of(message).strip()

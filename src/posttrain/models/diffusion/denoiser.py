@@ -1,4 +1,4 @@
-"""What of a pipeline is trained, and the files that such training leaves: a LoRA as diffusers loads it, or a whole pipeline."""
+"""What of a pipeline is trained, and the files that training leaves: a LoRA as diffusers loads it, or a whole pipeline."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def load_adapter(pipe: Any, adapter: Path, name: str) -> None:
 
 
 def save_pipeline(base_dir: Path, parts: dict[str, Any], out: Path) -> None:
-    """The base's own files, with `parts` in place of its parts of these names."""
+    """Write the base's files, with `parts` in place of the base's parts of the same names."""
     shutil.copytree(base_dir, out, ignore=lambda folder, names: [n for n in names if n in parts or n == "source.json"])
     for name, module in parts.items():
         bare(module).save_pretrained(out / name)

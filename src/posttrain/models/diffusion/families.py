@@ -1,4 +1,4 @@
-"""Diffusion pipelines of diffusers through one path: what the families differ in stands in one table.
+"""Diffusion pipelines of diffusers in one code path; one table says what the families differ in.
 
 A pipeline is a denoiser (UNet or transformer), text encoders, an autoencoder and a schedule. Everything here speaks of latents
 as the denoiser sees them: shifted and scaled.
@@ -24,7 +24,7 @@ LATENT_BATCH = 8  # pictures that go through the autoencoder at a time
 
 
 def quiet() -> None:
-    """No bars, and no word about image processors that nothing here uses."""
+    """No progress bars, and no warnings about image processors, which are not used here."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
@@ -125,7 +125,7 @@ def draw_levels(how: str, count: int, generator: torch.Generator, num_levels: in
 
 
 def encode_texts(pipe: Any, prompts: Sequence[str]) -> Texts:
-    """What the denoiser is told of each prompt, by the pipeline's own encoders."""
+    """The embeddings of each prompt, by the pipeline's own encoders."""
     family = FAMILIES[type(pipe).__name__]
     known = inspect.signature(pipe.encode_prompt).parameters
     asked: dict[str, Any] = {"prompt": list(prompts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
@@ -135,7 +135,7 @@ def encode_texts(pipe: Any, prompts: Sequence[str]) -> Texts:
 
 
 def negative_texts(pipe: Any) -> Texts:
-    """What classifier-free guidance leads away from."""
+    """The embeddings of the empty prompt, for classifier-free guidance."""
     texts = encode_texts(pipe, [""])
     zero = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
     return {name: torch.zeros_like(value) if zero else value for name, value in texts.items()}
@@ -186,8 +186,8 @@ class DiffusionModel(nn.Module):
     """What is trained of a pipeline. The denoiser, and text encoders if they are trained, are its submodules; all else is the
     pipeline's.
 
-    captions: what the numbers in a part's `caption` stand for; texts: their embeddings, None where encoders are trained or
-    nothing is cached.
+    captions: the texts that the indices in a part's `caption` stand for; texts: their embeddings, None where encoders are trained
+    or nothing is cached.
     """
 
     def __init__(self, pipe: Any, captions: list[str], texts: Texts | None, trained: dict[str, nn.Module]) -> None:
@@ -200,7 +200,7 @@ class DiffusionModel(nn.Module):
 
     @property
     def denoiser(self) -> nn.Module:
-        """With whatever method is on it."""
+        """The denoiser, with the PEFT method on it."""
         return self.trained[self.family.denoiser]
 
     def forward(self, part: ImagePart, noisy: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def find_pipeline(name: str, revision: str | None, weights: bool = True) -> Base
 
 
 def _custom_part(index: dict[str, Any]) -> str | None:
-    """The first part, or the pipeline itself, whose class is of no library; what is never loaded may be of any."""
+    """The first part, or the pipeline itself, whose class does not come from a known library. Parts that are never loaded may."""
     modules = {name: value[0] for name, value in index.items() if isinstance(value, list) and value and name not in LEFT_OUT}
     modules |= {"custom_pipeline": index.get("custom_pipeline")}
     return next((name for name, module in modules.items() if module not in (None, *LIBRARIES)), None)
@@ -109,7 +109,7 @@ def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
 
 
 def shapes_of_pipeline(directory: Path, dtype: torch.dtype) -> Any:
-    """The pipeline on the meta device: its tokenizers and schedule, and its models without numbers."""
+    """The pipeline on the meta device: its tokenizers and schedule, and its models as shapes alone."""
     import transformers
 
     quiet()
@@ -123,13 +123,13 @@ def shapes_of_pipeline(directory: Path, dtype: torch.dtype) -> Any:
         if not issubclass(made, torch.nn.Module):
             parts[name] = made.from_pretrained(directory / name)
             continue
-        model = _without_numbers(made, directory / name)
+        model = _of_shapes(made, directory / name)
         parts[name] = model.to(torch.float32 if name == "vae" else dtype).requires_grad_(False)
     more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     return getattr(diffusers, index["_class_name"])(**parts, **more)
 
 
-def _without_numbers(kind: Any, folder: Path) -> torch.nn.Module:
+def _of_shapes(kind: Any, folder: Path) -> torch.nn.Module:
     """A model of a class of diffusers or transformers, from its config alone."""
     with torch.device("meta"):
         if hasattr(kind, "load_config"):

@@ -1,4 +1,4 @@
-"""What a backward pass needs to have kept, counted on a model of shapes alone, and how many layers must be recomputed for it."""
+"""The memory that a backward pass needs, counted on the meta device, and how many layers must be recomputed to fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KeptBytes = TypeVar("KeptBytes")
 
 
 def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
-    """The model with its method, on the meta device: shapes without numbers."""
+    """The model with its method, on the meta device: shapes without values."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         return add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
 
@@ -64,7 +64,7 @@ def cost(
 
 
 class _Counted(torch.autograd.Function):
-    """Attention without numbers: keeps what the flash kernels keep and does as many products as they, where the meta device would
+    """Attention on shapes alone: keeps what the flash kernels keep and does as many products as they, where the meta device would
     write out all scores."""
 
     @staticmethod

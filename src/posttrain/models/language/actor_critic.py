@@ -20,8 +20,8 @@ VALUE = "value"  # peft's name of the value model's adapter
 class ActorCritic(nn.Module):
     """What PPO asks of its models, each under its role.
 
-    adapters: role -> which adapters of `policy`'s model set_role for it; a role that is not named there speaks with all that its
-    own model has. reference: None where the policy without its new adapter is it.
+    adapters: role -> which adapters of `policy`'s model set_role for it; a role that is not named there uses all adapters of
+    its own model. reference: None where the policy without its new adapter is it.
     """
 
     def __init__(

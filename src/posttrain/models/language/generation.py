@@ -1,4 +1,4 @@
-"""Answers drawn from a policy, with a key-value cache; only the logits of the newest token ever exist."""
+"""Answers sampled from a policy, with a key-value cache. Only the logits of the newest token ever exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sampling:
     at_once: int
 
     def allowed(self, logps: Tensor) -> Tensor:
-        """float32 [n, V] -> the chances of what top-k and top-p leave, and 0 for what they do not."""
+        """float32 [n, V] -> the probabilities of the tokens that top-k and top-p keep, and 0 for the others."""
         cut: Any = LogitsProcessorList()
         if self.top_k:
             cut.append(TopKLogitsWarper(self.top_k))
@@ -48,9 +48,10 @@ class Sampling:
 
 
 def draw(chances: Tensor) -> Tensor:
-    """float32 [n, V], which need not add up to 1 -> int64 [n, 1], by one of torch's global random numbers for each row.
+    """float32 [n, V], rows that need not add up to 1 -> int64 [n, 1], with one of torch's global random numbers for each row.
 
-    A number below the sum of all is drawn, and the first word up to which the sum reaches it: no word of chance 0.
+    The number drawn is above 0 and at most the row's sum; the token is the first one at which the cumulative sum reaches it. So a
+    token of probability 0 is never drawn.
     """
     sums = chances.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand_like(sums[:, :1])))

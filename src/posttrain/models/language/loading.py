@@ -101,7 +101,7 @@ def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
 
 
 def switch(live: LoadedModel, names: list[str], name: str) -> None:
-    """Let the adapter called `name` be the one that speaks."""
+    """Make the adapter called `name` the active one."""
     if live.artifact.kind == "adapter":
         live.model.set_adapter("default" if name == names[0] else name)
 

@@ -46,7 +46,7 @@ class PackedScorer(PackedLM):
         return self.score(hidden[ends].float())[:, 0]
 
     def values(self, batch: PackedBatch) -> Tensor:
-        """What the head says before each target, where only its past is seen: float32 [N]."""
+        """The head's value before each target, from which only its past is visible: float32 [N]."""
         hidden, source = self.read(batch, batch.logit_index)
         return self.score(hidden[source].float())[:, 0]
 

@@ -1,4 +1,4 @@
-"""Answers written by vLLM, which keeps the base in memory of its own and is handed the policy's adapter before every rollout."""
+"""Answers written by vLLM, which keeps its own copy of the base and gets the policy's adapter before every rollout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """docs/methods.md from a sweep over every method: what each learned, what it cost, and what it forgot.
 
 posttrain sft -m model=smollm2 peft=... run.dir=runs/methods      (the whole command stands in the page)
-python benchmarks/methods.py runs/methods
+python scripts/methods_page.py runs/methods
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMAND = """posttrain sft -m model=smollm2 \\
         peft=none,head,partial,lora,qlora,rslora,dora,pissa,loraplus,adalora,vera,adapter,prefix,ptuning,prompt \\
         train.max_steps=40 train.batch_size=4 train.grad_accum=1 train.max_length=256 train.save_steps=null \\
         data.eval_rows=32 eval.rows=24 eval.max_length=256 run.dir=runs/methods
-    python benchmarks/methods.py runs/methods"""
+    python scripts/methods_page.py runs/methods"""
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "methods_page.md"
 
@@ -65,7 +65,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
         axes.annotate(name(run), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes.axhline(runs[0]["metrics"]["eval/loss_before"], color="#888", linewidth=1, linestyle="--")
     axes.set_xscale("log")
-    axes.set_xlabel("trained numbers")
+    axes.set_xlabel("trained parameters")
     axes.set_ylabel("held-out loss after 40 steps")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """docs/forgetting.md's tables: what replay, EWC, LoRA, a curriculum and span weights do to SmolLM2, measured.
 
-python benchmarks/forgetting.py --web c4.jsonl --chat alpaca.json [NAME ...]     runs what is not done yet, then writes the page
+python scripts/forgetting_page.py --web c4.jsonl --chat alpaca.json [NAME ...]     runs what is not done yet, then writes the page
 
 web: general text with a `text` column, of which the last fifth is held out. chat: instructions, of which the first rows are
 measured on. NAME: a pattern such as 'replay full*'; --page writes the page from what is there.
@@ -19,8 +19,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "forgetting_page.md"
-COMMAND = """python benchmarks/forgetting.py --web c4.jsonl --chat alpaca.json
-    python benchmarks/forgetting.py --page"""
+COMMAND = """python scripts/forgetting_page.py --web c4.jsonl --chat alpaca.json
+    python scripts/forgetting_page.py --page"""
 UNMEASURED = "Not measured yet: the command above fills this in."
 SMALL = "model=smollm2 train.max_length=512 train.batch_size=2 train.grad_accum=1 train.save_steps=null data.eval_rows=16"
 MEASURED = "eval.rows=24 eval.max_length=256"

@@ -1,22 +1,21 @@
 """Steps with cached latents and text embeddings beside steps that encode every picture and prompt, on the same pictures; the
 fastest step of each.
 
-python scripts/dreambooth_speed.py                          (a random Stable Diffusion 1.5 of half its width, LoRA, 256 pixels)
-python scripts/dreambooth_speed.py --side 512 --width 1      (as the real one is: 12 GB of memory)
+python benchmarks/dreambooth_speed.py                          (a random Stable Diffusion 1.5 of half its width, LoRA, 256 pixels)
+python benchmarks/dreambooth_speed.py --side 512 --width 1      (as the real one is: 12 GB of memory)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import posttrain
-from drawn import individual  # scripts/, on the path
 from posttrain.models.diffusion.families import diffusers
 from posttrain.models.diffusion.tiny import clip_text, clip_tokenizer
 
@@ -79,7 +78,7 @@ def main() -> None:
         make_pipeline(place / "base", args.side, args.width)
         (place / "photos").mkdir()
         for i in range(3):
-            individual(random.Random(i)).resize((args.side, args.side)).save(place / "photos" / f"{i}.png")
+            Image.effect_noise((args.side, args.side), 40 + i).convert("RGB").save(place / "photos" / f"{i}.png")
         found: dict[bool, list[float]] = {True: [], False: []}
         for number in range(args.rounds):
             for cache in (False, True):

@@ -1,0 +1,101 @@
+"""Where rows are cut to train.max_length, and which are left out since nothing of their answer is left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config.compose import compose_run, validate
+from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.template_text import CHATML
+from posttrain.data.examples import Examples
+from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.stages.spec import row_uses
+
+LAST = {"prompt": "x", "completion": " y"}  # a row that fits
+GIVEN = {"ppo": ["reward.function=posttrain.rewards:brevity"]}
+
+
+@pytest.fixture(scope="module")
+def encoder(make_tokenizer: Any) -> Encoder:
+    return Encoder(make_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>"))
+
+
+def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int) -> PreparedSource:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.path={folder / 'rows.jsonl'}", "data.eval_share=0", "data.max_untrained_share=1", *GIVEN.get(stage, [])]
+    return prepare(validate(compose_run(stage, words)).data, row_uses()[stage], encoder, most, folder / "cache")[0]
+
+
+def counting(encoder: Encoder, found: Examples) -> list[str]:
+    """What counts of each sequence."""
+    parts = [found.sequence(i) for i in range(len(found.rows))]
+    return [encoder._tokenizer.decode(tokens[weights > 0].tolist()) for tokens, weights in parts]
+
+
+def test_an_answer_is_cut_and_a_row_whose_answer_is_cut_off_is_left_out(encoder: Encoder, tmp_path: Path) -> None:
+    row = {"prompt": "a b c", "completion": " d e f g"}
+    first = next(k for k, weight in enumerate(encoder.encode_completion(**row).weights) if weight)
+    cut = prepared(tmp_path, encoder, [row, LAST], "sft", first + 2)
+    assert cut.train.rows.tolist() == [1, 2] and cut.train.sequence(0)[1].tolist() == [0.0] * first + [1.0, 1.0]
+    assert (cut.stats.truncated, cut.stats.untrained) == (1, 0)
+    gone = prepared(tmp_path, encoder, [row, LAST], "sft", first)
+    assert gone.train.rows.tolist() == [2] and (gone.stats.truncated, gone.stats.untrained) == (1, 1)
+
+
+def test_both_answers_of_a_pair_have_what_its_prompt_leaves(encoder: Encoder, tmp_path: Path) -> None:
+    row = {"prompt": "a b c", "chosen": " d", "rejected": " e f g h i j"}
+    other = {"prompt": "x", "chosen": " y", "rejected": " z"}
+    pair = encoder.encode_pair(row)
+    prompt, chosen = len(pair.prompt), len(pair.chosen.tokens)
+    assert len(pair.rejected.tokens) > chosen + 1
+    cut = prepared(tmp_path, encoder, [row, other], "dpo", prompt + chosen)
+    assert cut.train.splits[0].tolist() == [prompt, prompt + chosen]
+    tokens, _ = cut.train.sequence(0)
+    assert len(tokens) == prompt + 2 * chosen, "the rejected answer is cut to the room that the chosen one fills"
+    assert (cut.stats.truncated, cut.stats.untrained) == (1, 0)
+    gone = prepared(tmp_path, encoder, [row, other], "dpo", prompt)
+    assert gone.train.rows.tolist() == [2] and gone.stats.untrained == 1
+
+
+def test_a_scored_answer_ends_with_its_end_of_turn(encoder: Encoder, tmp_path: Path) -> None:
+    """ChatML writes a line break after it, which DPO keeps and a reward model does not see."""
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c d"}
+    end = encoder._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for stage, is_last in (("dpo", False), ("rm", True)):
+        found = prepared(tmp_path, encoder, [row], stage, 64).train
+        tokens, _ = found.sequence(0)
+        border = int(found.splits[0, 1])
+        assert [bool(tokens[k] == end) for k in (border - 1, -1)] == [is_last] * 2
+        assert counting(encoder, found) == ["b<|im_end|>c d<|im_end|>"]
+
+
+def test_documents_are_cut_into_pieces_of_which_none_is_lost(encoder: Encoder, tmp_path: Path) -> None:
+    row = {"text": "one two three four five six seven eight nine ten"}
+    whole = encoder.encode_text(row).tokens
+    found = prepared(tmp_path, encoder, [row, {"text": "a b"}], "cpt", 4).train
+    assert max(found.unit_tokens()) <= 4
+    pieces = [found.sequence(i)[0].tolist() for i in range(len(found.rows)) if found.rows[i] == 1]
+    # but for a lone token at the end, which nothing predicts
+    assert sorted(pieces) == sorted(whole[k : k + 4] for k in range(0, len(whole) - 1, 4)) and len(pieces) > 3
+
+
+def test_prompts_that_are_too_long_are_left_out(encoder: Encoder, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": " yes"}, {"prompt": "a b c d e f g h", "completion": " no"}]
+    short = len(encoder.encode_prompt(rows[0]))
+    found = prepared(tmp_path, encoder, rows, "ppo", short)
+    assert found.train.rows.tolist() == [1] and found.stats.untrained == 1
+    assert int(found.train.splits[0, 0]) == short and not found.train.weights[:].any()
+    assert encoder._tokenizer.decode(found.train.sequence(0)[0][short:].tolist()) == " yes"
+
+
+def test_a_row_that_is_held_out_is_not_trained_on(encoder: Encoder, tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {k}:", "completion": f" answer {k}"} for k in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = validate(compose_run("sft", [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0.3", "data.eval_rows=5"])).data
+    found = prepare(data, row_uses()["sft"], encoder, 64, tmp_path / "cache")[0]
+    train, held_out = (set(part.rows.tolist()) for part in (found.train, found.held_out))
+    assert len(held_out) == 5 and len(train) > 20 and not train & held_out
+    # those beyond data.eval_rows are on the held-out side all the same
+    assert len(train) < 35

@@ -1,0 +1,64 @@
+"""Reward functions and their sum against numbers worked out by hand; what is wrong with one is said in a line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.config.schema import RewardConfig
+from posttrain.errors import RunError, UserError
+from posttrain.rewards import brevity, code_spans, combined, load_function, overlap
+
+
+def config(**settings: object) -> RewardConfig:
+    plain = {"function": None, "weights": None, "clip": None, "whiten": False, "missing_eos_penalty": 0.0, "gold": None}
+    return RewardConfig.model_validate(plain | settings)
+
+
+def test_built_in_functions() -> None:
+    # of 3 and 2 words, "the" and "dog" are shared: F1 = 2 * 2 / (3 + 2); a word counts as often as both have it
+    assert overlap(["", "", ""], ["The quick dog", "a a a", "x"], ["the dog", "a", "y"]) == [0.8, 0.5, 0.0]
+    assert brevity(["", ""], ["", "one two three"]) == [1.0, 0.97]
+    assert code_spans(["", ""], ["`a` and `b`", "`a"]) == [2.0, 0.0]
+
+
+def test_scores_are_added_by_their_weights_then_shaped() -> None:
+    scores = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 10.0, -10.0])]
+    ended = torch.tensor([True, True, False])
+    reward, shaped = combined(scores, ended, config(weights=[2.0, 0.5], clip=4.0, missing_eos_penalty=1.5))
+    assert reward.tolist() == [2.0, 9.0, 1.0]
+    assert shaped.tolist() == [2.0, 4.0, -0.5]  # 9 is clipped to 4; the last one was cut short
+    assert combined(scores[:1], ended, config())[1].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_whitening_comes_before_the_clip_and_the_penalty_after() -> None:
+    ended = torch.tensor([True, True, False])
+    _, shaped = combined([torch.tensor([0.0, 0.0, 30.0])], ended, config(whiten=True, clip=1.0, missing_eos_penalty=2.0))
+    # mean 10, standard deviation sqrt(200): -0.7071, -0.7071, 1.4142
+    torch.testing.assert_close(shaped, torch.tensor([-0.7071, -0.7071, -1.0]), atol=1e-3, rtol=0)
+
+
+def test_a_function_of_ones_own_may_ask_for_the_known_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "def right(prompts, answers, references): return [float(a == r) for a, r in zip(answers, references)]\n"
+    text += "def few(prompts, answers): return [1]\ndef odd(prompts, answers): return [float('nan')] * len(answers)\n"
+    Path("own_rewards.py").write_text(text)
+    right = load_function("own_rewards:right", "reward.function")
+    assert right(["p", "p"], ["a", "b"], ["a", "c"]).tolist() == [1.0, 0.0]
+    with pytest.raises(RunError, match="own_rewards:few gave 1 scores for 2 answers"):
+        load_function("own_rewards:few", "reward.function")(["p", "p"], ["a", "b"], ["", ""])
+    with pytest.raises(RunError, match="own_rewards:odd gave nan for 'a'"):
+        load_function("own_rewards:odd", "reward.function")(["p"], ["a"], [""])
+
+
+@pytest.mark.parametrize("name", ["brevity", "no_such_module_here:f", "posttrain.rewards:absent"])
+def test_a_name_that_is_no_function_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"^rm\.rule: ") as caught:
+        load_function(name, "rm.rule")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_modules_earlier_name_still_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_function("posttrain.rules:brevity", "reward.function")(["p"], [""], [""]).tolist() == [1.0]
+    said = capsys.readouterr()
+    assert "posttrain.rewards" in said.out + said.err

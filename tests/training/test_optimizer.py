@@ -1,0 +1,91 @@
+"""Schedules at the places where they differ, and which parameter decays and learns how."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from posttrain.training.optimizer import lr_factor, make_optimizer
+
+
+def factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
+    return [lr_factor(schedule, step, num_steps, warmup_steps) for step in range(num_steps)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warm_up_begins_above_zero_and_ends_at_the_whole_rate(schedule: str) -> None:
+    assert factors(schedule, 24, 4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_schedules_at_the_quarters() -> None:
+    """Of 20 steps after 4 of warm-up: at 4, 9, 14 and 19 none, a quarter, half and three quarters are done."""
+    quarters = [4, 9, 14, 19]
+    found = {name: [factors(name, 24, 4)[step] for step in quarters] for name in ("constant", "linear", "cosine")}
+    assert found["constant"] == [1.0, 1.0, 1.0, 1.0]
+    assert found["linear"] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    # (1 + cos(pi / 4)) / 2, and the same from below
+    assert found["cosine"] == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rate_is_zero_one_step_after_the_last(schedule: str) -> None:
+    assert lr_factor(schedule, 24, 24, 4) == pytest.approx(0.0, abs=1e-12)  # type: ignore[arg-type]
+    assert factors(schedule, 24, 4)[-1] > 1e-3
+
+
+def test_a_run_that_is_all_warm_up_divides_by_nothing() -> None:
+    assert factors("cosine", 3, 3) == pytest.approx([1 / 3, 2 / 3, 1.0]) and factors("linear", 1, 0) == [1.0]
+
+
+class Small(nn.Module):
+    """A matrix, a bias and a norm; a frozen matrix; and a LoRA's two halves by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.frozen = nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 2, bias=False)
+        self.lora_A, self.lora_B = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
+        self.frozen.requires_grad_(False)
+
+
+def groups_of(module: nn.Module, weight_decay: float = 0.1) -> dict[str, tuple[float, float]]:
+    """Name -> (weight decay, lr_ratio) of the group that a parameter is in."""
+    optimizer, note = make_optimizer(
+        "adamw", module, lambda name: 16.0 if "lora_B" in name else 1.0, lr=1e-3, betas=(0.9, 0.99), eps=1e-7,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    assert note is None and all(group["betas"] == (0.9, 0.99) and group["eps"] == 1e-7 for group in optimizer.param_groups)
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = [(names[id(p)], (g["weight_decay"], g["lr_ratio"])) for g in optimizer.param_groups for p in g["params"]]
+    assert len(found) == len(dict(found)), "a parameter is in one group"
+    return dict(found)
+
+
+def test_vectors_do_not_decay_and_what_is_frozen_is_in_no_group() -> None:
+    assert groups_of(Small()) == {
+        "linear.weight": (0.1, 1.0), "linear.bias": (0.0, 1.0), "norm.weight": (0.0, 1.0), "norm.bias": (0.0, 1.0),
+        "lora_A.weight": (0.1, 1.0), "lora_B.weight": (0.1, 16.0),
+    }  # fmt: skip
+
+
+def test_decay_shrinks_a_matrix_and_leaves_a_norm() -> None:
+    """AdamW's decay is apart from the gradient: with gradients of zero a weight is multiplied by 1 - lr * decay."""
+    module = Small()
+    optimizer, _ = make_optimizer(
+        "adamw", module, lambda name: 1.0, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    torch.testing.assert_close(module.linear.weight, before["linear.weight"] * (1 - 0.1 * 0.5))
+    for name in ("linear.bias", "norm.weight", "frozen.weight"):
+        assert torch.equal(module.get_parameter(name), before[name])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what takes the place of a CUDA optimizer without CUDA")
+def test_an_optimizer_that_needs_cuda_says_what_takes_its_place() -> None:
+    optimizer, note = make_optimizer(
+        "paged_adamw_8bit", Small(), lambda name: 1.0, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
+    assert type(optimizer) is torch.optim.AdamW and note is not None and "paged_adamw_8bit needs CUDA" in note
