@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SPEC = """
 from posttrain.data.row_use import RowUse
 from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec

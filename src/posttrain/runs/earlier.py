@@ -27,7 +27,7 @@ def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, An
     """
     found = {RENAMED_KEYS.get(key, key): _current_value(value) for key, value in then.items()}
     found |= {key: value for key, value in now.items() if _is_new(key, found)}
-    lines = []
+    lines: list[str] = []
     if str(now.get("data.content")).startswith(OF_CONTENT) and not str(found.get("data.content")).startswith(OF_CONTENT):
         lines.append(
             f"data.content was {found.get('data.content')}, which names the rows and an earlier version's code together: whether "
@@ -70,9 +70,9 @@ def _is_new(key: str, then: dict[str, Any]) -> bool:
 def _current_value(value: Any) -> Any:
     """Functions by today's modules, however deep they lie."""
     if isinstance(value, dict):
-        return {key: _current_value(each) for key, each in value.items()}
+        return {key: _current_value(each) for key, each in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
-        return [_current_value(each) for each in value]
+        return [_current_value(each) for each in cast("list[Any]", value)]
     return current_function(value) if isinstance(value, str) and ":" in value else value
 
 
