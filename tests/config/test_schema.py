@@ -10,12 +10,15 @@ import posttrain
 from posttrain.config import schema
 from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
+from posttrain.config.stages import config_classes
 
 PACKAGE = Path(posttrain.__file__).parent
 
 
 def models() -> set[type[schema.Strict]]:
-    modules = [importlib.import_module(f"{schema.__name__}.{each.name}") for each in pkgutil.iter_modules(schema.__path__)]
+    names = [f"{schema.__name__}.{each.name}" for each in pkgutil.iter_modules(schema.__path__)]
+    names += [each.__module__ for each in config_classes().values()]
+    modules = [importlib.import_module(name) for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [each for registry in REGISTRIES for entry in registry.all().values() for each in entry.__mro__]
     return {value for value in values if isinstance(value, type) and issubclass(value, schema.Strict)}

@@ -14,13 +14,13 @@ from posttrain.errors import UserError
 from posttrain.models import builtin
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.hub import digest, resolve
-from posttrain.models.language.packed_lm import count_numbers, load_causal
+from posttrain.models.language.packed_lm import count_parameters, load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 
 
 def test_tiny_is_small_and_speaks_chatml() -> None:
     model, tokenizer = load_causal("tiny", None, "float32", "cpu", False, None), load_tokenizer("tiny", None, False, None)
-    assert count_numbers(model)[1] < 1_000_000
+    assert count_parameters(model)[1] < 1_000_000
     source = resolve("tiny", None)
     assert (Path(source.path).is_dir(), source.revision) == (True, None)
     assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token

@@ -8,7 +8,7 @@ from bitsandbytes import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import UserError
-from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
+from posttrain.models.language.packed_lm import PackedLM, count_parameters, load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
@@ -43,9 +43,9 @@ def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
 def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
     expected = 2 * 64 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64  # embedding and head, attention, MLP, norms
     model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
-    assert count_numbers(model)[1] == expected
+    assert count_parameters(model)[1] == expected
     lora = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128)) // 2  # r (in + out) a matrix
-    assert count_numbers(add_method(model, LORA)) == (lora, expected + lora)
+    assert count_parameters(add_method(model, LORA)) == (lora, expected + lora)
 
 
 def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:

@@ -12,13 +12,7 @@ if TYPE_CHECKING:
 
 SHARED = ("accelerator", "language", "manifest", "result", "resume", "spec", "stage", "steps")  # of stages/, and no stage
 # a folder of posttrain.stages with a SPEC, or a package of others; by its name, for configs lie below stages
-REGISTRY: Registry[Any] = Registry(
-    "posttrain.stages",
-    "posttrain.stages",
-    "SPEC",
-    "stage",
-    shared=("accelerator", "language", "manifest", "result", "resume", "spec", "stage", "steps"),
-)
+REGISTRY: Registry[Any] = Registry("posttrain.stages", "posttrain.stages", "SPEC", "stage", shared=SHARED)
 
 
 def config_classes() -> dict[str, type[Stage]]:

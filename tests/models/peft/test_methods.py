@@ -26,7 +26,7 @@ from posttrain.config.interfaces import QUANTIZERS
 from posttrain.config.paths import root
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
-from posttrain.models.language.packed_lm import count_numbers
+from posttrain.models.language.packed_lm import count_parameters
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.export import export_adapter
 from posttrain.models.peft.kinds import kind_of
@@ -91,8 +91,8 @@ CASES = [(n, s) for n in METHODS for s in SHAPES if (n, s) != ("prefix", "qwen")
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_trained_numbers_are_the_closed_form(name: str, shape: str) -> None:
-    total = count_numbers(make(shape))[1]
-    trained, with_frozen = count_numbers(add_method(make(shape), method(name), 10))
+    total = count_parameters(make(shape))[1]
+    trained, with_frozen = count_parameters(add_method(make(shape), method(name), 10))
     assert trained == expected(name, shape)
     if name not in ("adalora", "vera"):  # these have frozen numbers of their own
         assert with_frozen == total + trained
@@ -101,13 +101,14 @@ def test_trained_numbers_are_the_closed_form(name: str, shape: str) -> None:
 @pytest.mark.parametrize(("shape", "block"), [("llama", None), ("qwen", None), ("gpt2", None)])
 def test_head_and_partial(shape: str, block: None) -> None:
     head = V * D
-    assert count_numbers(add_method(make(shape), method_of("head")))[0] == head
+    assert count_parameters(add_method(make(shape), method_of("head")))[0] == head
     model = make(shape)
     one = sum(p.numel() for p in (model.transformer.h if shape == "gpt2" else model.model.layers)[-1].parameters())
     norm = 2 * D if shape == "gpt2" else D
     for layers, count in (("1", 1), ("0.5", 1), ("2", 2)):
         assert (
-            count_numbers(add_method(make(shape), method_of("partial", f"peft.layers={layers}")))[0] == count * one + norm + head
+            count_parameters(add_method(make(shape), method_of("partial", f"peft.layers={layers}")))[0]
+            == count * one + norm + head
         )
 
 
@@ -123,7 +124,7 @@ def test_reference_counts_of_one_matrix(side: int, r: int, full: int, lora: int,
         shape = {**LLAMA, "hidden_size": side, "num_hidden_layers": 1, "num_key_value_heads": 4, "num_attention_heads": 4}
         model: Any = LlamaForCausalLM(LlamaConfig(**shape))
     assert model.model.layers[0].self_attn.q_proj.weight.numel() == full
-    trained = count_numbers(add_method(model, method_of("lora", f"peft.r={r}", "peft.targets=[q_proj]")))[0]
+    trained = count_parameters(add_method(model, method_of("lora", f"peft.r={r}", "peft.targets=[q_proj]")))[0]
     assert trained == lora and full // trained == times
     if side == 512:  # three tasks on one base
         assert (3 * full, full + 3 * trained) == (786_432, 286_720)

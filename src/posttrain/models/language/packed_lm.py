@@ -70,14 +70,14 @@ def is_scorer(directory: Path) -> bool:
     return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
 
 
-def count_numbers(model: nn.Module) -> tuple[int, int]:
-    """(trained, total) numbers; a 4-bit weight counts the numbers that it stands for, a shared one counts once."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, total) parameters; a 4-bit weight counts the parameters that it stands for, a shared one counts once."""
     trained = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        numbers = state.shape.numel() if state is not None else parameter.numel()
-        total += numbers
-        trained += numbers if parameter.requires_grad else 0
+        size = state.shape.numel() if state is not None else parameter.numel()
+        total += size
+        trained += size if parameter.requires_grad else 0
     return trained, total
 
 

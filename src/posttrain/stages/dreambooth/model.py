@@ -8,7 +8,7 @@ import torch
 
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, text_encoders
-from posttrain.models.language.packed_lm import count_numbers
+from posttrain.models.language.packed_lm import count_parameters
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 from posttrain.training.callbacks import StepCallback
@@ -40,4 +40,4 @@ def build_dreambooth(cfg: Dreambooth, dataset: DreamboothDataset, num_steps: int
         for name in text_encoders(dataset.pipe):
             setattr(dataset.pipe, name, None)
     module = DiffusionModel(dataset.pipe, dataset.captions, dataset.texts if encoded else None, parts)
-    return DreamboothModel(module, *count_numbers(module), dataset.dtype, cfg.peft.step_callback(module.denoiser))
+    return DreamboothModel(module, *count_parameters(module), dataset.dtype, cfg.peft.step_callback(module.denoiser))

@@ -10,7 +10,7 @@ import torch
 from posttrain.config.schema import LanguageStage
 from posttrain.models.hub import BaseInfo
 from posttrain.models.kernels.attention import chosen_attention
-from posttrain.models.language.packed_lm import PackedLM, count_numbers, load_causal
+from posttrain.models.language.packed_lm import PackedLM, count_parameters, load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.stages.language.init import InitSource
@@ -53,7 +53,7 @@ def build_model(
     module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.model.kernels)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
-    return TrainableModel(module, *count_numbers(module), getattr(torch, dtype), cfg.peft.step_callback(model))
+    return TrainableModel(module, *count_parameters(module), getattr(torch, dtype), cfg.peft.step_callback(model))
 
 
 def attention_of(cfg: LanguageStage, device: torch.device) -> str:

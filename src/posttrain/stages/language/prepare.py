@@ -93,7 +93,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text
     )
     identity = {
-        "data.content": data.key,
+        "data.content": data.content,
         "train.processes": context.processes,
         "model.weights": base.digest,
         "init.weights": start.identity,

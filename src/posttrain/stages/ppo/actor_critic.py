@@ -10,7 +10,7 @@ from torch import nn
 from posttrain.console import say
 from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
 from posttrain.models.language.loading import load_model, scorer
-from posttrain.models.language.packed_lm import PackedLM, count_numbers
+from posttrain.models.language.packed_lm import PackedLM, count_parameters
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.artifact import open_artifact
@@ -24,27 +24,19 @@ from posttrain.training.seeding import seed_step
 def build_actor_critic(
     cfg: Ppo, built: TrainableModel, inputs: PreparedData, starts: dict[str, InitSource], device: torch.device
 ) -> tuple[ActorCritic, TrainableModel]:
-    """starts: of the reward model and of the gold one, where there are such. The numbers of all roles are counted in."""
-    policy, adapters, scorers = built.module, dict[str, list[str]](), dict[str, PackedScorer]()
+    """starts: of the reward model and of the gold one, where there are such. The parameters of all roles are counted in."""
+    policy, scorers = built.module, dict[str, PackedScorer]()
     under = [INIT] if INIT in getattr(policy.model, "peft_config", {}) else []
-    reference: PackedLM | None = None
-    if not cfg.peft.writes_base and inputs.start.mode != "continue":
-        adapters = {"policy": [*under, NEW], "reference": under}
-    elif cfg.peft.is_additive and not cfg.peft.writes_base and inputs.start.adapter:
-        put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
-        adapters = {"policy": [NEW], "reference": [INIT]}
-    else:
-        frozen = build_model(cfg, inputs.start, inputs.base, 1, device).module
-        reference = frozen.requires_grad_(False).eval()
+    adapters, reference = _policy_and_reference(cfg, policy, under, inputs, device)
     shared = bool(adapters) and cfg.peft.is_additive and all(_on_this_base(cfg, inputs, start) for start in starts.values())
     for name, start in starts.items():
-        if shared and start.adapter:
+        if shared:
             put_beside(policy.model, start.adapter, name)  # pyright: ignore
             adapters[name] = [name]
             scorers[name] = _scorer_on(cfg, policy, start, device)
+            scorers[name].score.requires_grad_(False)
         else:
-            scorers[name] = scorer(load_model(start.parents[0].path, str(device)))
-        scorers[name].score.requires_grad_(False)
+            scorers[name] = scorer(load_model(start.parents[0].path, str(device))).requires_grad_(False)
     if cfg.ppo.advantage == "gae":
         start = starts.get("reward")
         seed_step(cfg.train.seed, 0, 1)
@@ -56,18 +48,27 @@ def build_actor_critic(
             scorers["value"] = _critic(cfg, start or inputs.start, inputs, device)
         if not start:
             nn.init.zeros_(scorers["value"].score.weight)
-    for name in ("reward", "gold"):
-        if name in scorers and name not in adapters:
-            scorers[name].requires_grad_(False)
     roles = ActorCritic(policy, reference, scorers, adapters)
-    if not shared:
-        apart = [
-            name for name in ("reference", "value", "reward", "gold") if name in scorers or (name == "reference" and reference)
-        ]
-        apart = [name for name in apart if name not in adapters]
-        if apart:
-            say(f"models of their own in memory beside the policy: {', '.join(apart)}")
-    return roles, replace(built, trained=count_numbers(roles)[0], total=count_numbers(roles)[1])
+    apart = [name for name in ("reference", "value", "reward", "gold") if name in {"reference", *scorers} - adapters.keys()]
+    if apart:
+        say(f"models of their own in memory beside the policy: {', '.join(apart)}")
+    return roles, replace(built, trained=count_parameters(roles)[0], total=count_parameters(roles)[1])
+
+
+def _policy_and_reference(
+    cfg: Ppo, policy: PackedLM, under: list[str], inputs: PreparedData, device: torch.device
+) -> tuple[dict[str, list[str]], PackedLM | None]:
+    """The adapters that are on for each of the two; or none, and a reference that is a model of its own.
+
+    under: the adapter that the policy lies on, if there is one.
+    """
+    if not cfg.peft.writes_base and inputs.start.mode != "continue":
+        return {"policy": [*under, NEW], "reference": under}, None
+    if cfg.peft.is_additive and not cfg.peft.writes_base and inputs.start.adapter:
+        put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
+        return {"policy": [NEW], "reference": [INIT]}, None
+    frozen = build_model(cfg, inputs.start, inputs.base, 1, device).module
+    return {}, frozen.requires_grad_(False).eval()
 
 
 def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
