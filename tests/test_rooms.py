@@ -1,11 +1,15 @@
 """The house: who may import whom. A floor imports from floors below it, never up, and no files import each other in a circle."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 import posttrain
 from house import FACE, circles, graph, modules
 
 ROOT = Path(posttrain.__file__).parent
+PAGE = ROOT.parents[1] / "docs" / "architecture.md"
 # from the roof down; modules of one line stand side by side and do not know each other
 FLOORS = (
     ("__main__",),
@@ -66,3 +70,14 @@ def test_stages_do_not_import_each_other() -> None:
 
 def test_a_circle_is_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")
+def test_the_architecture_page_has_the_floors_and_names_what_is_there() -> None:
+    text = PAGE.read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.M)
+    assert [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows] == list(FLOORS[1:])  # __main__ is one line
+    rooms = {name.split(".")[0] for name in modules(ROOT)}
+    named = {path for path in re.findall(r"`([a-z_]+/[\w/]*)(?:\.py)?/?`", text) if path.split("/")[0] in rooms}
+    assert len(named) > 25
+    assert [path for path in sorted(named) if not ((ROOT / path).is_dir() or (ROOT / f"{path}.py").exists())] == []
