@@ -19,6 +19,8 @@ from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, encode_texts
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:

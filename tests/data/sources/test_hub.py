@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 FIRST, SECOND = "a" * 40, "b" * 40
+pytestmark = pytest.mark.slow
+
 READ = """
 import json, sys
 from itertools import islice
