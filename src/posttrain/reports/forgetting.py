@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.reports.plots import COLORS, Curve, Figure, line_figure
 from posttrain.reports.run_records import ChainRow
 
@@ -20,7 +21,7 @@ def forgetting_matrix(rows: list[ChainRow]) -> tuple[list[str], list[tuple[str, 
     names = [name for name in names if any(name in row.values for row in rows[1:])]
 
     def percent(row: ChainRow, name: str) -> float | None:
-        return 100 * (row.values[name] - start[name]) / start[name] if name in row.values else None
+        return forgetting_percent(start[name], row.values[name]) if name in row.values else None
 
     return [name.split("/")[0] for name in names], [(row.label, [percent(row, name) for name in names]) for row in rows[1:]]
 

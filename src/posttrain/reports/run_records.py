@@ -13,6 +13,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 
 from posttrain.errors import UserError
+from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.earlier import current_figures
 from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
@@ -164,8 +165,8 @@ def chain_table(records: list[tuple[str, Record]]) -> tuple[list[str], list[Chai
     for row in rows[1:]:
         row.values.pop("forgetting/percent", None)
         if origin and "general/loss" in row.values:
-            row.values["forgetting/percent"] = 100 * (row.values["general/loss"] - origin) / origin
-            row.before["forgetting/percent"] = 100 * (row.before["general/loss"] - origin) / origin
+            row.values["forgetting/percent"] = forgetting_percent(origin, row.values["general/loss"])
+            row.before["forgetting/percent"] = forgetting_percent(origin, row.before["general/loss"])
     columns = summary_columns([row.values for row in rows])
     return [name for name in columns if not name.startswith("eval/")], rows
 
