@@ -52,6 +52,22 @@ def test_names_import_nothing(place: Path) -> None:
     assert "house_of_kinds.plain" in sys.modules and "house_of_kinds.folder" not in sys.modules
 
 
+def test_what_is_installed_is_looked_for_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look reads the metadata of every package, and a command asks dozens of times. Another sys.path is another look."""
+    looked: list[str] = []
+    monkeypatch.setattr("posttrain.registry.entry_points", lambda group: looked.append(group) or [])
+    found = kinds()
+    for _ in range(3):
+        assert found.names() == ["folder", "plain"] and found.get("plain") == "a module" and found.config_dirs() == []
+    assert looked == ["posttrain.test_kinds"]
+    (place / "more").mkdir()
+    monkeypatch.syspath_prepend(str(place / "more"))
+    found.names()
+    found.forget()
+    found.names()
+    assert len(looked) == 3
+
+
 def test_an_unknown_name_is_refused_with_a_near_one(place: Path) -> None:
     with pytest.raises(
         UserError, match=r"no test kind 'plian' - did you mean 'plain'\? \(there are: folder, plain, second, visitor\)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import threading
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ class Registry(Generic[T]):
     def __init__(self, package: str, group: str, attribute: str, kind: str, shared: tuple[str, ...] = ()) -> None:
         self.package, self.group, self.attribute, self.kind, self.shared = package, group, attribute, kind, shared
         self._loaded: dict[str, T] = {}
+        self._found: dict[tuple[str, ...], dict[str, str | EntryPoint]] = {}  # by sys.path, which decides it
         self._lock = threading.RLock()
 
     def names(self) -> list[str]:
@@ -79,8 +81,17 @@ class Registry(Generic[T]):
         """Look again for what is installed: for tests, which add packages on the way."""
         with self._lock:
             self._loaded.clear()
+            self._found.clear()
 
     def _places(self) -> dict[str, str | EntryPoint]:
+        """Name -> where the entry is. What is installed is looked for once: that reads every package's metadata."""
+        path = tuple(sys.path)
+        with self._lock:
+            if path not in self._found:
+                self._found[path] = self._look()
+            return self._found[path]
+
+    def _look(self) -> dict[str, str | EntryPoint]:
         found: dict[str, str | EntryPoint] = {}
         spec = find_spec(self.package)
         for module in pkgutil.iter_modules(spec.submodule_search_locations if spec else None):
