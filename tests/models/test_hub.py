@@ -14,7 +14,8 @@ from posttrain.errors import UserError
 from posttrain.models import builtin
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.hub import digest, resolve
-from posttrain.models.language.packed_lm import count_parameters, load_causal
+from posttrain.models.language.packed_lm import count_parameters
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 
 

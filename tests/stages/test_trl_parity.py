@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import posttrain
 from posttrain.data.collate import BatchSampler
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora

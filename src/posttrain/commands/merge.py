@@ -18,7 +18,7 @@ from posttrain.errors import RunError, UserError
 from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, write_logprobs
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_model
-from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact

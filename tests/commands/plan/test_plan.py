@@ -19,7 +19,8 @@ from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.activations import activations, model_of_shapes
-from posttrain.models.language.packed_lm import PackedLM, load_causal
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.quantization import quantization

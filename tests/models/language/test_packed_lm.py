@@ -223,7 +223,7 @@ def test_flex_blocks_can_be_made() -> None:
 
 
 def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
-    from posttrain.models.language.packed_lm import load_causal
+    from posttrain.models.language.pretrained import load_causal
     from posttrain.models.language.tokenizer import load_tokenizer
 
     directory = tmp_path / "base"

@@ -16,7 +16,8 @@ from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.objectives import TOKENS
-from posttrain.models.language.packed_lm import PackedLM, load_causal
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.pretrained import load_causal
 from posttrain.stages.language.curriculum import perplexities
 from posttrain.stages.language.ewc import EwcPenalty, fisher
 

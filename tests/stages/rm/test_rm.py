@@ -22,7 +22,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation.calibration import correlation, expected_calibration_error, reliability, score_summary
 from posttrain.losses.reward import reward_loss
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.cache import cache_root

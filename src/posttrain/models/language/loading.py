@@ -12,7 +12,7 @@ from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
 from posttrain.models.kernels.attention import default_attention
-from posttrain.models.language.packed_lm import load_causal
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import load_adapter

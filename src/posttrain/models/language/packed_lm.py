@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
 from posttrain.batch import PackedBatch, Segment
 from posttrain.config.choices import Kernels
@@ -21,10 +19,9 @@ from posttrain.models.kernels.attention import ATTENTION, sliding_windows
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.tokenizer import first_line, trusted
+from posttrain.models.language.tokenizer import first_line
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
-from posttrain.models.quantization import keep_as_quantized
 from posttrain.tensors import whole
 
 if TYPE_CHECKING:
@@ -32,42 +29,6 @@ if TYPE_CHECKING:
 
 # Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
 TOLERATED_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-
-def load_causal(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: BitsAndBytesConfig | None
-) -> PreTrainedModel:
-    """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded.
-
-    dtype: float32 | bfloat16 | float16.
-    """
-    logging.disable_progress_bar()
-    source = trusted(name, revision, trust_remote_code, weights=True)
-    before = logging.get_verbosity()
-    if is_scorer(source.directory):
-        logging.set_verbosity_error()  # its head, which a language model has no place for, is read elsewhere
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
-            quantization_config=quantization, device_map={"": device},
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
-    finally:
-        logging.set_verbosity(before)
-    keep_as_quantized(model)
-    # a pad token that is also an end token would otherwise get no gradient in the embedding
-    embedding: Any = model.get_input_embeddings()
-    if hasattr(embedding, "padding_idx"):
-        embedding.padding_idx = None
-    return model
-
-
-def is_scorer(directory: Path) -> bool:
-    """Does the directory hold a whole reward model?"""
-    file = directory / "config.json"
-    kinds = json.loads(file.read_text()).get("architectures") if file.is_file() else None
-    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from posttrain.console import Meter
 from posttrain.errors import UserError
 from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.generation import Sampling, sample
-from posttrain.models.language.packed_lm import PackedLM, load_causal
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.pretrained import load_causal
 from posttrain.runs.files import replacing
 
 OPENINGS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")  # what pre-training puts before a document

@@ -10,7 +10,8 @@ import torch
 from posttrain.config.schema import LanguageStage
 from posttrain.models.hub import BaseInfo
 from posttrain.models.kernels.attention import chosen_attention
-from posttrain.models.language.packed_lm import PackedLM, count_parameters, load_causal
+from posttrain.models.language.packed_lm import PackedLM, count_parameters
+from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.stages.language.init import InitSource

@@ -1,0 +1,51 @@
+"""Causal language models of transformers, from files to memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
+
+from posttrain.errors import UserError
+from posttrain.models.language.tokenizer import first_line, trusted
+from posttrain.models.quantization import keep_as_quantized
+
+
+def load_causal(
+    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded.
+
+    dtype: float32 | bfloat16 | float16.
+    """
+    logging.disable_progress_bar()
+    source = trusted(name, revision, trust_remote_code, weights=True)
+    before = logging.get_verbosity()
+    if is_scorer(source.directory):
+        logging.set_verbosity_error()  # its head, which a language model has no place for, is read elsewhere
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
+            quantization_config=quantization, device_map={"": device},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
+    finally:
+        logging.set_verbosity(before)
+    keep_as_quantized(model)
+    # a pad token that is also an end token would otherwise get no gradient in the embedding
+    embedding: Any = model.get_input_embeddings()
+    if hasattr(embedding, "padding_idx"):
+        embedding.padding_idx = None
+    return model
+
+
+def is_scorer(directory: Path) -> bool:
+    """Does the directory hold a whole reward model?"""
+    file = directory / "config.json"
+    kinds = json.loads(file.read_text()).get("architectures") if file.is_file() else None
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
