@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "scripts" / "faults.toml"
 PAGE = ROOT / "docs" / "testing.md"
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
-COPIED = ("src", "tests", "configs", "recipes", "pyproject.toml")
+COPIED = ("src", "tests", "configs", "recipes", "docs", "pyproject.toml")
 LIMIT = 300  # seconds for the tests of one fault; a fault that makes them hang is caught too
 # imported once, before the processes fork; nothing of ours is among them
 PRELOADED = ["pytest", "torch", "accelerate", "peft", "transformers.models.llama.modeling_llama", "safetensors.torch", "pydantic"]

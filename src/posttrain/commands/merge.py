@@ -71,8 +71,8 @@ def refuse_scorer(artifact: Artifact) -> None:
     """Raises UserError for a reward model: merged as a language model it would lose its head."""
     if artifact.reward_head:
         raise UserError(
-            f"run: {artifact.name} is a reward model; peft loads it on AutoModelForSequenceClassification as it is, and "
-            "init_reward= takes it; there is no language model to merge"
+            f"run: {artifact.name} is a reward model, and there is no language model to merge; init_reward= takes it as it is, "
+            "and docs/rlhf.md says how others load it"
         )
 
 

@@ -19,6 +19,7 @@ from posttrain.runs.files import PICKLES, sha256
 from posttrain.runs.manifest import MANIFEST, Base, Manifest, Parent, is_finished, read_manifest
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+HEAD_FILE = "score.safetensors"  # of a reward model for which transformers has no class: its head, and the mark that it is one
 MODEL_CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of transformers, of diffusers
 
 
@@ -29,7 +30,7 @@ class AdapterConfig:
     peft_type: str
     use_dora: bool
     rank: int | None
-    is_classifier: bool  # it belongs to a model for sequence classification, as a reward model's does
+    is_classifier: bool  # it belongs to a model for sequence classification, as a reward model's mostly does
     base: str  # a hub id or a directory
     whole: dict[str, Any]  # the file's content
 
@@ -109,9 +110,10 @@ class Artifact:
         """The directory whose files have a reward model's head; None where it is no reward model."""
         if self.manifest:
             return self.weights if self.manifest.stage == "rm" else None
-        if self.kind == "adapter":
-            return self.weights if self.adapter.is_classifier else None
-        return self.directory if self.directory and _is_classifier(self.directory / MODEL_CONFIG) else None
+        if self.directory is None:
+            return None
+        of_transformers = self.adapter.is_classifier if self.kind == "adapter" else is_classifier(self.directory)
+        return self.directory if of_transformers or (self.directory / HEAD_FILE).is_file() else None
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -232,10 +234,10 @@ def _bare_adapter(name: str, field: str, directory: Path) -> Artifact:
     return replace(found, base=Base(name=base, path=base), tokenizer=tokenizer)
 
 
-def _is_classifier(config: Path) -> bool:
-    """Of transformers' classes for sequence classification, which is what a whole reward model is saved as."""
+def is_classifier(directory: Path) -> bool:
+    """Does it hold a model of transformers' classes for sequence classification, which most whole reward models are saved as?"""
     try:
-        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures")
+        kinds = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8")).get("architectures")
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GraniteConfig
 
 import posttrain
 from posttrain.commands.evaluate import evaluate_runs
@@ -198,6 +198,35 @@ def test_it_goes_on_and_is_no_language_model(tmp_path: Path) -> None:
         posttrain.run("sft", *TINY, f"init={tmp_path}/rm")
     with pytest.raises(UserError, match="is a reward model: it scores"):
         evaluate_runs([str(tmp_path / "rm"), str(tmp_path / "again")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_a_model_without_a_classifier_goes_on_and_is_no_language_model(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Granite has none. It is said before the data is read; init, eval and init_reward find the head again."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(builtin_directory("tiny")[0])
+    config = GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = (*TINY[1:], f"model.name={tmp_path}/base", f"peft={method}", "eval.sets=null")
+    posttrain.run("rm", *base, f"run.dir={tmp_path}/rm")
+    said = capsys.readouterr().out
+    assert -1 < said.find("transformers has no sequence classifier for granite") < said.find("data builtin")
+    assert manifest(tmp_path / "rm")["classifier"] is None
+    posttrain.run("rm", *base, f"init={tmp_path}/rm", f"run.dir={tmp_path}/again")
+    after, before = manifest(tmp_path / "rm")["metrics"], manifest(tmp_path / "again")["metrics"]
+    assert before["eval/loss_before"] == pytest.approx(after["eval/loss"], abs=1e-6) != pytest.approx(0.693147, abs=1e-4)
+    assert evaluate_runs([str(tmp_path / "rm")])["rm"]["eval/loss"] == pytest.approx(after["eval/loss"], abs=1e-6)
+    with pytest.raises(UserError, match="is a reward model, which writes nothing"):
+        posttrain.run("sft", *base, f"init={tmp_path}/rm")
+    rollout = ("rollout.max_new_tokens=8", "train.max_steps=1", f"init_reward={tmp_path}/rm", f"run.dir={tmp_path}/ppo")
+    posttrain.run("ppo", *base, *rollout)
+    assert manifest(tmp_path / "ppo")["parents"][0]["role"] == "reward"
 
 
 def test_margin_moves_the_loss() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers.utils import logging
 from posttrain.errors import UserError
 from posttrain.models.language.tokenizer import first_line, trusted
 from posttrain.models.quantization import keep_as_quantized
+from posttrain.runs.artifact import is_classifier
 
 
 def load_causal(
@@ -25,7 +24,7 @@ def load_causal(
     logging.disable_progress_bar()
     source = trusted(name, revision, trust_remote_code, weights=True)
     before = logging.get_verbosity()
-    if is_scorer(source.directory):
+    if is_classifier(source.directory):
         logging.set_verbosity_error()  # its head, which a language model has no place for, is read elsewhere
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -42,10 +41,3 @@ def load_causal(
     if hasattr(embedding, "padding_idx"):
         embedding.padding_idx = None
     return model
-
-
-def is_scorer(directory: Path) -> bool:
-    """Does the directory hold a whole reward model?"""
-    file = directory / "config.json"
-    kinds = json.loads(file.read_text()).get("architectures") if file.is_file() else None
-    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])

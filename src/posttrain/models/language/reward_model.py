@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from posttrain.batch import PackedBatch
 from posttrain.config.choices import Kernels
+from posttrain.models.language.architecture import classifier_of
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.export import WEIGHTS
 from posttrain.models.peft.kinds import kind_of
+from posttrain.runs.artifact import HEAD_FILE
 from posttrain.tensors import whole
 
 HEAD = "score"  # the head's name in transformers' classes for sequence classification
@@ -25,7 +26,8 @@ HEAD = "score"  # the head's name in transformers' classes for sequence classifi
 class PackedScorer(PackedLM):
     """r = w h at the last token that counts, of every answer of a pack (Stiennon et al. 2020, arXiv 2009.01325).
 
-    Saved as transformers' AutoModelForSequenceClassification with one label. The language model's own head stays unused.
+    Saved as transformers' AutoModelForSequenceClassification with one label where there is such a class (`classifier_of`), else
+    as the language model with the head in a file beside it. The language model's own head stays unused.
     """
 
     def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
@@ -51,25 +53,27 @@ class PackedScorer(PackedLM):
         return self.score(hidden[source].float())[:, 0]
 
     def save(self, out_dir: Path, is_writer: bool) -> None:
-        """A model directory for AutoModelForSequenceClassification. Every process must call it; one of them writes."""
+        """A model directory, as the class says. Every process must call it; one of them writes."""
+        classifier, head = classifier_of(self.causal.config), whole(self.score.weight)
+        if classifier is None:
+            super().save(out_dir, is_writer)
+            if is_writer:
+                _write_head(out_dir, head)
+            return
         copies: dict[int, Tensor] = {}
         state = {n: copies.setdefault(id(p), whole(p)) for n, p in self.causal.state_dict(keep_vars=True).items()}
-        state[f"{HEAD}.weight"] = whole(self.score.weight)
+        state[f"{HEAD}.weight"] = head
         if is_writer:
-            config = copy.deepcopy(self.causal.config)
-            config.num_labels = 1
-            with torch.device("meta"):
-                classifier = AutoModelForSequenceClassification.from_config(config)
             own = set(classifier.state_dict())
             classifier.config.architectures = [type(classifier).__name__]
             classifier.save_pretrained(out_dir, state_dict={name: value for name, value in state.items() if name in own})
 
     def save_adapter(self, out_dir: Path, base_path: str, is_writer: bool) -> None:
-        """An adapter directory that peft puts on AutoModelForSequenceClassification: body and head."""
+        """An adapter directory: of body and head for AutoModelForSequenceClassification, or of the body with the head beside."""
         super().save_adapter(out_dir, base_path, is_writer)
         weight = whole(self.score.weight)
         if is_writer:
-            _add_head(out_dir, weight)
+            (_write_head if classifier_of(self.causal.config) is None else _add_head)(out_dir, weight)
 
     def load_head(self, directory: Path) -> None:
         """Take the head of a saved reward model."""
@@ -80,9 +84,10 @@ class PackedScorer(PackedLM):
 def saved_head(directory: Path) -> Tensor:
     """w of the reward model saved in `directory` (adapter or whole model): float32 [1, H]. KeyError where it has none."""
     for file in sorted(directory.glob("*.safetensors")):
-        for name, value in load_file(file).items():
-            if name.endswith(f"{HEAD}.weight"):
-                return value.float()
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                if f".{name}".endswith(f".{HEAD}.weight"):
+                    return tensors.get_tensor(name).float()
     raise KeyError(HEAD)
 
 
@@ -98,6 +103,10 @@ def padding_apart(tokenizer: Any, ends: list[int]) -> int | None:
             return None
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special[0])
     return tokenizer.pad_token_id
+
+
+def _write_head(directory: Path, weight: Tensor) -> None:
+    save_file({f"{HEAD}.weight": weight.contiguous()}, directory / HEAD_FILE, metadata={"format": "pt"})
 
 
 def _add_head(directory: Path, weight: Tensor) -> None:

@@ -12,6 +12,7 @@ from posttrain.config.schema import LanguageStage
 from posttrain.data.chat.encoder import template_hash
 from posttrain.evaluation.held_out import remember
 from posttrain.models.hub import digest
+from posttrain.models.language.architecture import classifier_of
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import sha256, write_json
@@ -43,7 +44,8 @@ def save_language(
             write_json(context.directory / "held_out.json", outcome.measured.rows)
         function = data.function(cfg, result.base_digest, result.adapter_digest)
         remember(data.sets, outcome.measured.metrics, function, cache_root())
-    return _record(cfg, data, model, result.kind, outcome)
+    record = _record(cfg, data, model, result.kind, outcome)
+    return record | ({"classifier": _classifier(model)} if scores else {})
 
 
 def _write(context: Context, data: PreparedData, model: TrainableModel, accelerator: Accelerator) -> Result:
@@ -62,6 +64,12 @@ def _write(context: Context, data: PreparedData, model: TrainableModel, accelera
     if kind == "adapter":
         return Result(kind, data.base.digest, sha256(final / "adapter_model.safetensors"))
     return Result(kind, digest(final), "")
+
+
+def _classifier(model: TrainableModel) -> str | None:
+    """transformers' class that a reward model is saved as; None where the head lies beside the language model."""
+    found = classifier_of(model.module.causal.config)
+    return None if found is None else type(found).__name__
 
 
 def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind: str, outcome: Outcome) -> dict[str, Any]:

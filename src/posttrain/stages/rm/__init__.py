@@ -16,4 +16,5 @@ SPEC = StageSpec(
     rows=RowUse("rm", ("pairs",), "scored_pairs", "prompt, chosen and rejected"),
     parents=(INIT, Parent("rm.policy", "policy")),
     measured_by="posttrain.stages.rm.stage:objective",
+    plan="posttrain.stages.rm.plan",
 )

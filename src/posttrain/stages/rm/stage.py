@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from posttrain.batch import LossOutput, PackedBatch
+from posttrain.console import say
 from posttrain.data.collate import pack_pairs
 from posttrain.evaluation.calibration import score_summary
 from posttrain.losses.reward import reward_loss
+from posttrain.models.hub import resolve
+from posttrain.models.language.architecture import classifier_of, config_of
 from posttrain.models.language.objectives import answer_lengths
-from posttrain.runs.artifact import open_artifact
-from posttrain.stages.language.prepare import PreparedData, prepare_language, with_parents
+from posttrain.runs.artifact import HEAD_FILE, open_artifact
+from posttrain.stages.language.init import resolve_start
+from posttrain.stages.language.prepare import PreparedData, with_parents
 from posttrain.stages.language.stage import LanguageSteps
 from posttrain.stages.rm.config import Rm
 from posttrain.stages.rm.policy_pairs import own_pairs
@@ -20,9 +25,9 @@ from posttrain.stages.steps import Context, Prepared
 from posttrain.training.objective import Objective
 
 
-def steps(cfg: Rm) -> LanguageSteps:
+def steps(cfg: Rm) -> RewardSteps:
     """The steps of a run of this config, on given pairs or on a policy's own."""
-    return PolicyPairSteps(objective(cfg)) if cfg.rm.policy else LanguageSteps(objective(cfg))
+    return (PolicyPairSteps if cfg.rm.policy else RewardSteps)(objective(cfg))
 
 
 def objective(cfg: Rm) -> Objective[PackedBatch]:
@@ -36,15 +41,39 @@ def objective(cfg: Rm) -> Objective[PackedBatch]:
     return Objective(pack_pairs, loss, summary=score_summary, scores=True)
 
 
+def head_beside(model: Any) -> str:
+    """Of a base with this config of transformers': that its reward model is no class of theirs; '' where it is one."""
+    if classifier_of(model) is not None:
+        return ""
+    return (
+        f"transformers has no sequence classifier for {model.model_type}: the reward model is saved as the language model with "
+        f"its head beside it in {HEAD_FILE} (docs/rlhf.md says how others load it)"
+    )
+
+
 @dataclass(frozen=True)
-class PolicyPairSteps(LanguageSteps):
+class RewardSteps(LanguageSteps):
+    """On given pairs."""
+
+    def prepare(self, context: Context) -> Prepared[PreparedData]:
+        """As for other stages, after it is said what the run will leave."""
+        cfg: Rm = context.cfg
+        if context.weights:
+            directory = resolve(resolve_start(cfg, weights=False).source, cfg.model.revision, weights=False).directory
+            if line := head_beside(config_of(directory, cfg.model.trust_remote_code)):
+                say(line)
+        return super().prepare(context)
+
+
+@dataclass(frozen=True)
+class PolicyPairSteps(RewardSteps):
     """On pairs that a policy writes first (`rm.policy`)."""
 
     def prepare(self, context: Context) -> Prepared[PreparedData]:
         """As for other stages, after the policy has written the pairs."""
         cfg: Rm = context.cfg
         if not context.weights:  # a plan has the policy write nothing
-            return prepare_language(context)
+            return super().prepare(context)
         written = cfg.model_copy(update={"data": own_pairs(cfg, context.directory)})
         policy = open_artifact(str(cfg.rm.policy), "rm.policy").parents("policy")
-        return with_parents(prepare_language(replace(context, cfg=written)), policy)
+        return with_parents(super().prepare(replace(context, cfg=written)), policy)

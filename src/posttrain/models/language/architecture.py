@@ -1,0 +1,69 @@
+"""Which class of transformers a checkpoint is: asked of its config, before any weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+
+from posttrain.errors import UserError
+
+
+def config_of(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a checkpoint's directory. Raises UserError for one that transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"model.name: the config in {directory} cannot be read ({reason})") from error
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The auto class that loads all of a checkpoint with this config: its towers too, where it has such.
+
+    Many configs of images and text have a class for the text alone, which AutoModelForCausalLM takes. It would load the half of
+    a checkpoint that names the whole one.
+    """
+    named = set(config.architectures or ())
+    if type(config) not in _known(AutoModelForMultimodalLM) or named & {
+        name.__name__ for name in _classes(AutoModelForCausalLM, config)
+    }:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM
+
+
+def classifier_of(config: PretrainedConfig) -> Any:
+    """transformers' class for sequence classification, where a reward model can be saved as it: its weights are those of the
+    language model and one `score`. Without weights, on the meta device; None where there is no such class."""
+    if type(config) not in _known(AutoModelForSequenceClassification):
+        return None
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    vars(config).pop("quantization_config", None)  # shapes alone are asked for
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+        ours = model_class(config).from_config(config).state_dict()
+    theirs = classifier.state_dict()
+    head = theirs.pop("score.weight", None)
+    width = config.get_text_config().hidden_size
+    return classifier if head is not None and head.shape == (1, width) and theirs.keys() <= ours.keys() else None
+
+
+def _known(auto: Any) -> Any:
+    """The configs that an auto class has a model for."""
+    return auto._model_mapping.keys()
+
+
+def _classes(auto: Any, config: PretrainedConfig) -> tuple[Any, ...]:
+    """The models that an auto class has for a config."""
+    found = auto._model_mapping[type(config)] if type(config) in _known(auto) else ()
+    return found if isinstance(found, tuple) else (found,)
