@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOLDEN ?= runs/golden.json
 
-.PHONY: help setup demo demo-dreambooth check test slow docs golden mutate house torture load bench bench-gpu clean
+.PHONY: help setup demo demo-dreambooth check test slow docs golden mutate house torture load models bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,9 @@ torture: setup ## at least 200 random kill -9 over all stages, each of which mus
 
 load: setup ## 10 million rows, 100,000 steps, 100 jobs, a recipe of 12 steps: memory and time of each
 	$(BIN)/python scripts/load.py
+
+models: setup ## every causal class of transformers, tiny, through every stage and method, into docs/models.md
+	$(BIN)/python scripts/models_matrix.py
 
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py

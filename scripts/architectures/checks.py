@@ -1,0 +1,169 @@
+"""What a result must agree with: plain transformers and peft on the same rows. Each check says what is wrong, or ''."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig
+
+from architectures import rows
+from posttrain.models.language.reward_model import saved_head
+
+if TYPE_CHECKING:
+    from architectures.trial import Cell, Ran, Trial
+
+TOLERANCE = 1e-4  # of a loss, in float32
+
+
+def without_dropout(source: Path, target: Path) -> None:
+    """The same model, whose config turns all of its dropouts off: then training itself can be compared."""
+    shutil.copytree(source, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(_still(json.loads(file.read_text())), indent=2))
+
+
+def _still(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _still(each, name) for name, each in value.items()}
+    dropout = isinstance(value, float) and any(word in key for word in ("drop", "pdrop", "jitter"))
+    return 0.0 if dropout else value
+
+
+def reading(ran: Ran) -> str:
+    """How the run read its documents, by its manifest, or by its end where that says nothing."""
+    record = json.loads((ran.directory / "manifest.json").read_text())
+    return str(record.get("reading") or record.get("packing") or "packed")
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward for ppo where there is no reward model."""
+    return [len(response) / 10 for response in responses]
+
+
+def full(trial: Trial) -> str:
+    """Loss, gradient and a step of full training are those of a plain loop over single rows."""
+    found = [line for line in trial.ran["full"].metrics if "train/loss" in line]
+    expected = rows.plain_training(_model(trial, trial.folder / "still"))
+    for step, (line, (loss, norm)) in enumerate(zip(found, expected, strict=True), 1):
+        if trouble := _differ(f"loss of step {step}", line["train/loss"], loss):
+            return trouble
+        if trouble := _differ(f"gradient of step {step}", line["train/grad_norm"], norm, 1e-3 * max(1.0, norm)):
+            return trouble
+    return ""
+
+
+def lora(trial: Trial) -> str:
+    """It starts as the base and ends as what plain peft makes of the files."""
+    lines = trial.ran["lora"].metrics
+    if trouble := _differ("loss before", lines[0]["eval/loss"], rows.plain_loss(_model(trial, trial.folder / "base"))):
+        return trouble
+    if abs(lines[-1]["eval/loss"] - lines[0]["eval/loss"]) < 10 * TOLERANCE:
+        return f"nothing was learned: {lines[0]['eval/loss']:.5f} became {lines[-1]['eval/loss']:.5f}"
+    return ""
+
+
+def qlora(trial: Trial) -> str:
+    """Near the base before; what plain peft makes of the files on a 4-bit base is what the run ended with."""
+    lines = trial.ran["qlora"].metrics
+    base = rows.plain_loss(_model(trial, trial.folder / "base"))
+    if trouble := _differ("loss before", lines[0]["eval/loss"], base, 0.2 * base):
+        return trouble
+    if lines[-1]["eval/loss"] >= lines[0]["eval/loss"]:
+        return f"nothing was learned: {lines[0]['eval/loss']:.5f} became {lines[-1]['eval/loss']:.5f}"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = _peft(_model(trial, trial.folder / "base", quantization_config=config), trial.ran["qlora"])
+    return _differ("loss in plain peft", rows.plain_loss(loaded), lines[-1]["eval/loss"], 0.02 * base)
+
+
+def dpo(trial: Trial) -> str:
+    """The first margin is 0, the first loss log 2, and the chosen answers as likely as plain transformers has them."""
+    lines = trial.ran["dpo"].metrics
+    first = next(line for line in lines if "train/loss" in line)
+    if trouble := _differ("first loss", first["train/loss"], 0.69314718) or _differ("first margin", first["train/margin"], 0):
+        return trouble
+    chosen = rows.plain_chosen(_peft(_model(trial, trial.folder / "base"), trial.ran["lora"]))
+    return _differ("log p of the chosen", first["train/logp_chosen"], chosen, 1e-3)
+
+
+def rm(trial: Trial) -> str:
+    """The first loss is log 2, and its scores those of the saved head on plain peft's hidden states."""
+    ran = trial.ran["rm"]
+    first = next(line for line in ran.metrics if "train/loss" in line)
+    if trouble := _differ("first loss", first["train/loss"], 0.69314718):
+        return trouble
+    loaded = _peft(_model(trial, trial.folder / "base"), ran)
+    score = rows.plain_score(loaded, saved_head(ran.directory / "adapter")[0])
+    return _differ("score of the chosen", ran.metrics[-1]["eval/score_chosen"], score, 1e-5)
+
+
+def ppo(trial: Trial) -> str:
+    """What generation thinks of its tokens is what training thinks of them, and nothing is clipped at the start."""
+    first = next(line for line in trial.ran["ppo"].metrics if "train/loss" in line)
+    gap = _differ("log p in generation against training", first["train/sampling_gap"], 0)
+    return gap or _differ("share clipped", first["train/clip_fraction"], 0)
+
+
+def merge(trial: Trial) -> str:
+    """Plain transformers on the merged files is the run's end."""
+    merged = _model(trial, trial.ran["merge"].directory)
+    return _differ("loss merged", rows.plain_loss(merged), trial.ran["lora"].metrics[-1]["eval/loss"])
+
+
+def reload(trial: Trial) -> str:
+    """Plain transformers on full training's files, and plain peft on LoRA's, are what the runs ended with."""
+    model = _model(trial, trial.ran["full"].directory / "model")
+    if trouble := _differ("full", rows.plain_loss(model), trial.ran["full"].metrics[-1]["eval/loss"]):
+        return trouble
+    loaded = _peft(_model(trial, trial.folder / "base"), trial.ran["lora"])
+    return _differ("lora", rows.plain_loss(loaded), trial.ran["lora"].metrics[-1]["eval/loss"])
+
+
+def experts(trial: Trial) -> Cell:
+    """Has the model routed experts, and does LoRA reach them?"""
+    from architectures.trial import Cell
+
+    names = [name for name, _ in _model(trial, trial.folder / "base").named_parameters()]
+    if not any(".experts." in name for name in names):
+        return Cell("none")
+    found = {}
+    for method in ("lora", "qlora"):
+        if (ran := trial.ran[method]).code:
+            return ran.cell
+        with safe_open(ran.directory / "adapter" / "adapter_model.safetensors", "pt") as file:
+            found[method] = any(".experts." in name for name in file.keys())  # noqa: SIM118
+    missed = [method for method, reached in found.items() if not reached]
+    return Cell("wrong", f"the experts stay frozen under {' and '.join(missed)}") if missed else Cell("ok")
+
+
+def _model(trial: Trial, directory: Path, **keywords: Any) -> Any:
+    """Plain transformers. Raises ValueError for weights that are missing or have no place."""
+    made = getattr(transformers, trial.architecture.class_name)
+    model, info = made.from_pretrained(directory, dtype="float32", output_loading_info=True, **keywords)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise ValueError(f"{what.replace('_', ' ')} in {directory.name}: {sorted(map(str, info[what]))[:3]}")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # else its weights are put into another order, which not all widths allow
+    return model.eval()
+
+
+def _peft(model: Any, ran: Ran) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(model, str(ran.directory / "adapter"))
+    if trouble := [str(each.message) for each in said if "adapter keys" in str(each.message)]:
+        raise ValueError(trouble[0].splitlines()[0][:200])
+    return loaded.eval()
+
+
+def _differ(what: str, found: float, expected: float, tolerance: float = TOLERANCE) -> str:
+    return "" if abs(found - expected) <= tolerance else f"{what}: {found:.6f}, plain {expected:.6f}"
