@@ -7,6 +7,7 @@ import torch
 
 from architectures import rows
 from architectures.page import counts, exact, page
+from architectures.releases import RELEASES
 from architectures.shrink import tiny_keywords
 from architectures.tiny import Architecture, NotTiny, architectures, quiet
 from architectures.tokens import END, make_tokenizer, token_ids
@@ -85,6 +86,13 @@ def test_page_and_counts_by_hand() -> None:
     assert "| `good` | packed | yes | – | yes | yes | yes | yes | yes | yes | yes |" in text
     assert "- refused: why  \n  `bad` dpo; `shut` dpo" in text
     assert "- `odd` (OddForCausalLM): needs a picture" in text and "**trained** in full" in text
+
+
+def test_every_release_has_a_row() -> None:
+    assert set(RELEASES) <= set(ALL)
+    assert "| Llama 2" in page([record("llama", rm="refused")], "5.0") and "| rm refused |" in page(
+        [record("llama", rm="refused")], ""
+    )
 
 
 def states(architecture: Architecture, folder: Path) -> dict[str, str]:

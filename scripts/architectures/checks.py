@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from architectures.trial import Cell, Ran, Trial
 
 TOLERANCE = 1e-4  # of a loss, in float32
+MOVED = 0.02  # of a weight's change: rounding, some steps deep
 
 
 def without_dropout(source: Path, target: Path) -> None:
@@ -47,15 +49,28 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def full(trial: Trial) -> str:
-    """Loss, gradient and a step of full training are those of a plain loop over single rows."""
+    """Losses, gradients and every weight after two steps of full training are those of a plain loop over single rows."""
     found = [line for line in trial.ran["full"].metrics if "train/loss" in line]
-    expected = rows.plain_training(_model(trial, trial.folder / "still"))
+    plain, began = (_model(trial, trial.folder / "still") for _ in range(2))
+    expected = rows.plain_training(plain)
     for step, (line, (loss, norm)) in enumerate(zip(found, expected, strict=True), 1):
         if trouble := _differ(f"loss of step {step}", line["train/loss"], loss):
             return trouble
         if trouble := _differ(f"gradient of step {step}", line["train/grad_norm"], norm, 1e-3 * max(1.0, norm)):
             return trouble
-    return ""
+    return _weights_differ(_model(trial, trial.ran["full"].directory / "model"), plain, began)
+
+
+@torch.no_grad()
+def _weights_differ(found: Any, expected: Any, began: Any) -> str:
+    """began: before training, for how far a weight has moved at all."""
+    first, theirs = dict(began.named_parameters()), dict(expected.named_parameters())
+    worst, where = 0.0, ""
+    for name, weight in found.named_parameters():
+        moved = float((theirs[name] - first[name]).abs().max())
+        off = float((weight - theirs[name]).abs().max()) / (moved + 1e-4)
+        worst, where = max((worst, where), (off, name))
+    return f"{where} is off by {worst:.1%} of its change" if worst > MOVED else ""
 
 
 def lora(trial: Trial) -> str:
@@ -88,7 +103,10 @@ def dpo(trial: Trial) -> str:
     if trouble := _differ("first loss", first["train/loss"], 0.69314718) or _differ("first margin", first["train/margin"], 0):
         return trouble
     chosen = rows.plain_chosen(_peft(_model(trial, trial.folder / "base"), trial.ran["lora"]))
-    return _differ("log p of the chosen", first["train/logp_chosen"], chosen, 1e-3)
+    if trouble := _differ("log p of the chosen", first["train/logp_chosen"], chosen, 1e-3):
+        return trouble
+    chosen = rows.plain_chosen(_peft(_model(trial, trial.folder / "base"), trial.ran["dpo"]))
+    return _differ("log p of the chosen after it", lines[-1]["eval/logp_chosen"], chosen, 1e-3)
 
 
 def rm(trial: Trial) -> str:
@@ -103,7 +121,8 @@ def rm(trial: Trial) -> str:
 
 
 def ppo(trial: Trial) -> str:
-    """What generation thinks of its tokens is what training thinks of them, and nothing is clipped at the start."""
+    """Generation and training give a token the same log p, nothing is clipped at the start, and plain peft loads the result."""
+    _peft(_model(trial, trial.folder / "base"), trial.ran["ppo"])
     first = next(line for line in trial.ran["ppo"].metrics if "train/loss" in line)
     gap = _differ("log p in generation against training", first["train/sampling_gap"], 0)
     return gap or _differ("share clipped", first["train/clip_fraction"], 0)

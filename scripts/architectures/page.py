@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from architectures.releases import RELEASES
 from architectures.trial import CELLS, Cell, Record
 
 COLUMNS = ("reading", "lora", "experts", "qlora", "full", "dpo", "rm", "ppo", "merge", "reload")
@@ -47,7 +48,7 @@ def page(records: list[Record], transformers: str) -> str:
     if unmade := [record for record in records if record.made]:
         parts += ["## Not tried\n\nWhat cannot be made tiny, or not run on text.\n"]
         parts += ["".join(f"- `{record.name}` ({record.class_name}): {record.made}\n" for record in unmade)]
-    return "\n".join(parts)
+    return "\n".join([*parts, _released(records)])
 
 
 def exact(record: Record) -> bool:
@@ -118,3 +119,19 @@ def _lines(records: list[Record]) -> str:
         trained = [name for name, cell in record.cells.items() if cell.state == "ok"]
         found.append(f"- `{record.name}`: " + "; ".join([*said, *([f"**trained** in {', '.join(trained)}"] if trained else [])]))
     return "\n".join(found) + "\n"
+
+
+def _released(records: list[Record]) -> str:
+    """The rows of well-known models."""
+    lines = [
+        "## Released models\n",
+        "By `model_type` in config.json, which says the row of models that are not listed here too.\n",
+    ]
+    lines += ["| released as | architecture | reading | not exact |", "|---|---|---|---|"]
+    for record in records:
+        if record.name in RELEASES:
+            short = [f"{name} {SIGNS[cell.state]}" for name, cell in record.cells.items() if cell.state not in ("ok", "none")]
+            states = "not made" if record.made else ", ".join(short) or "–"
+            reading = READINGS.get(record.reading, record.reading)
+            lines.append(f"| {RELEASES[record.name]} | `{record.name}` | {reading} | {states} |")
+    return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures import checks
-from architectures.rows import LR, ROWS, STEPS, sees_later, write_rows
+from architectures.rows import EPSILON, LR, ROWS, STEPS, sees_later, write_rows
 from architectures.tiny import Architecture, NotTiny
 from posttrain.config.compose import compose, inherit_model, validate
 from posttrain.launch.exit_codes import guarded
@@ -101,7 +101,7 @@ class Trial:
         """The runs, each from the one before where that has left something."""
         base = f"model.name={self.folder / 'base'}"
         still = f"model.name={self.folder / 'still'}"
-        fixed = [f"optim.lr={LR}", "optim.schedule=constant", "optim.warmup_ratio=0"]
+        fixed = [f"optim.lr={LR}", f"optim.eps={EPSILON}", "optim.schedule=constant", "optim.warmup_ratio=0"]
         self._stage("full", "sft", still, *fixed)
         self._stage("lora", "sft", base, "+peft=lora", "optim.lr=0.003", "train.gradient_checkpointing=auto")
         self._stage("qlora", "sft", base, "+peft=qlora", "optim.lr=0.003")

@@ -54,11 +54,11 @@ def rows(kind: str) -> list[dict[str, Any]]:
     return found
 
 
-def ours(stage: str, data: list[dict[str, Any]], folder: Path, *extra: str) -> list[float]:
+def ours(stage: str, data: list[dict[str, Any]], folder: Path, *extra: str, model: str = "model=tiny") -> list[float]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "template.jinja").write_text(TEMPLATE)
     posttrain.run(
-        stage, "model=tiny", *([] if "peft=none" in extra else ["+peft=lora", "peft.r=4", "peft.alpha=8"]),
+        stage, model, *([] if "peft=none" in extra else ["+peft=lora", "peft.r=4", "peft.alpha=8"]),
         f"data.path={folder}/rows.jsonl", "data.eval_share=0",
         f"model.chat_template={folder}/template.jinja", "eval.sets=null", f"train.max_steps={STEPS}", f"train.batch_size={BATCH}",
         f"train.grad_accum={ACCUMULATION}", f"train.seed={SEED}", "train.max_length=256", f"optim.lr={LR}",
@@ -68,21 +68,29 @@ def ours(stage: str, data: list[dict[str, Any]], folder: Path, *extra: str) -> l
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-def theirs(stage: str, data: list[dict[str, Any]], folder: Path, **extra: Any) -> list[float]:
+def with_lora(model: Any) -> Any:
+    """As a run of ours makes it."""
+    seed_step(SEED, 0, 0)
+    return add_method(
+        model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1)
+    )  # fmt: skip
+
+
+def theirs(
+    stage: str, data: list[dict[str, Any]], folder: Path, model: Any = None, tokenizer: Any = None, **extra: Any
+) -> list[float]:
+    """model: as it is to be trained; None: the built-in one with LoRA."""
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[stage]
-    directory, _ = builtin_directory("tiny")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if model is None:
+        directory, _ = builtin_directory("tiny")
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = with_lora(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32))
     tokenizer.chat_template = TEMPLATE
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    seed_step(SEED, 0, 0)  # as a run of ours does before it makes an adapter
-    model = add_method(
-        model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1)
-    )  # fmt: skip
     order = BatchSampler.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))
     in_order = [data[unit] for step in range(STEPS) for unit in order.step(step)]
     job = trainer(
@@ -137,4 +145,24 @@ def test_dpo(tmp_path: Path, loss: str, trl_loss: str) -> None:
     expected = theirs("dpo", data, tmp_path, loss_type=trl_loss, beta=0.1)
     found = ours("dpo", data, tmp_path, f"dpo.loss={loss}")
     assert abs(expected[-1] - expected[0]) > 0.01, "nothing moved, so nothing was compared"
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", ["qwen3_moe"])
+def test_sft_of_other_architectures(tmp_path: Path, name: str, method: str) -> None:
+    """A mixture of experts."""
+    from architectures.tiny import architectures
+    from architectures.tokens import make_tokenizer
+
+    base = tmp_path / "base"
+    model = next(each for each in architectures() if each.name == name).make(base)
+    data = rows("sft")
+    whole = model if method == "full" else with_lora(model)
+    settings = {"assistant_only_loss": True, "router_aux_loss_coef": 0.0}
+    expected = theirs("sft", data, tmp_path, whole, make_tokenizer(), **settings)
+    words = ["model.dtype=float32", *(["peft=none"] if method == "full" else [])]
+    found = ours("sft", data, tmp_path, *words, model=f"model.name={base}")
+    assert expected[-1] < expected[0] - 0.02, "nothing was learned, so nothing was compared"
     assert found == pytest.approx(expected, abs=1e-4)
