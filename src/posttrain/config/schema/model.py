@@ -28,6 +28,7 @@ class LanguageModel(ModelConfig):
     kernels: Kernels  # reference: the plain modules of transformers and peft
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
+    ignore_unexpected: bool  # leave tensors out that the model has no place for
 
     @model_validator(mode="after")
     def _code_is_pinned(self) -> LanguageModel:

@@ -51,7 +51,7 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     if digest(source.directory) != base.digest:
         raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
     config = quantization(artifact.quantization, device) if quantized else None
-    return load_causal(base.path, base.revision, dtype, device, False, config)
+    return load_causal(base.path, base.revision, dtype, device, False, config, "say")
 
 
 def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, quantized: bool = True) -> LoadedModel:
@@ -66,7 +66,7 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
     precision = dtype or (artifact.manifest.dtype if artifact.manifest else "bfloat16")
     tokenizer = load_tokenizer(artifact.tokenizer, None, False, None)
     if artifact.kind == "model":
-        model = load_causal(artifact.source, None, precision, device, False, None)
+        model = load_causal(artifact.source, None, precision, device, False, None, "say")
     else:
         model = load_adapter(load_base(artifact, device, precision, quantized), artifact.weights)
     return LoadedModel(artifact, model.eval(), tokenizer)

@@ -61,7 +61,7 @@ class Replay:
         path, options = self.path(cache), self.options
         if path.exists():
             return path
-        model = load_causal(self.source, self.revision, dtype, str(device), trusted, None)
+        model = load_causal(self.source, self.revision, dtype, str(device), trusted, None, "say")
         lm = PackedLM(model, default_attention(device), self.kernels)
         sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, 0, options.batch_size)
         ends = sorted({*self.ends, self._opening})

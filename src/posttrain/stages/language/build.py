@@ -41,7 +41,8 @@ def build_model(
     config = cfg.quant.loading(str(device))
     # FSDP moves a layer at a time to its device, and never holds all of them there
     place = "cpu" if cfg.train.fsdp else str(device)
-    model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config)
+    extra = "say" if cfg.model.ignore_unexpected else "refuse"
+    model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config, extra)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if start.adapter and start.mode == "continue":
         model = cfg.peft.continue_from(model, start.adapter)
