@@ -24,7 +24,6 @@ from posttrain.batch import PackedBatch
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
 from posttrain.losses.tokens import token_loss
-from posttrain.models.kernels.attention import default_attention
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
@@ -146,7 +145,7 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Lora]:
 
 def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     model, method = adapted(options, device)
-    lm = PackedLM(model, default_attention(torch.device(device))).train()
+    lm = PackedLM(model).train()
     if options.dense:
         keep_dense(lm.layers[: options.dense])
     layers = recomputed(model, method, options, device)
@@ -185,7 +184,7 @@ def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
     model, _ = adapted(options, device)
     batch = random_batch(options.tokens, options.documents, SHAPES[options.shape]["vocab_size"])
     prompts = batch.tokens.view(options.documents, -1)
-    lm = PackedLM(model, default_attention(torch.device(device))).eval()
+    lm = PackedLM(model).eval()
     seconds = []
     for _ in range(WARM + 1):
         _wait(device)

@@ -143,7 +143,7 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
         model.load_adapter(str(part.artifact.weights), name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
-    lm = PackedLM(model, "documents", first.finished().kernels.choice).eval()
+    lm = PackedLM(model, kernels=first.finished().kernels.choice).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
     handles = _scale_outputs(model, names, scales)

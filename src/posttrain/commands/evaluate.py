@@ -45,7 +45,7 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     found = {}
     for name in names:
         switch(live, names, name)
-        lm = PackedLM(live.model, live.attention, live.kernels)
+        lm = PackedLM(live.model, kernels=live.kernels)
         metrics = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
         found[name] = metrics | _intervals(sets, metrics)
     return found

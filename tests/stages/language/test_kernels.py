@@ -14,7 +14,7 @@ from posttrain.commands.chat import Conversation
 from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
 from posttrain.errors import UserError
-from posttrain.models.kernels.attention import chosen_attention, default_attention
+from posttrain.models.kernels.attention import ways_of_attention
 from posttrain.models.kernels.fused import OWN
 from posttrain.models.language import packed_lm
 from posttrain.models.language.loading import load_model
@@ -107,7 +107,7 @@ def test_what_reads_a_run_computes_as_it_did(tmp_path: Path) -> None:
     run = tmp_path / "run"
     posttrain.run(*RUNS["sft"], *SMALL, "train.max_steps=1", "model.kernels=reference", f"run.dir={run}")
     live = load_model(run)
-    assert live.kernels == "reference" and live.attention == "documents"
+    assert live.kernels == "reference"
     Conversation(live, 0.0, 1.0, 2).answer("hello")
     assert not any(hasattr(module, OWN) for module in live.model.modules())
     child = compose_run("dpo", [f"init={run}"])
@@ -138,9 +138,9 @@ def test_a_plan_may_be_of_another_machines_attention() -> None:
 
 def test_attention_by_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
-    assert (default_attention(cpu), default_attention(cuda)) == ("documents", "flex")
-    assert (chosen_attention("auto", cpu), chosen_attention("auto", cuda)) == ("documents", "flex")
-    assert (chosen_attention("dense", cuda), chosen_attention("flex", cuda)) == ("dense", "flex")
+    assert ways_of_attention("auto", cpu) == ("documents", "dense")
+    assert ways_of_attention("auto", cuda) == ("flex", "documents", "dense")
+    assert ways_of_attention("dense", cuda) == ("dense",)
 
 
 def test_dense_copies_that_nothing_would_read_are_refused() -> None:

@@ -47,6 +47,8 @@ class TrainConfig(Strict):
 class LanguageTrain(TrainConfig):
     """`train` of language models."""
 
+    packing: Literal["auto"] | StrictBool  # documents of a micro-batch in one row; auto: where the model can keep them apart
+    base_dropout: bool  # as the base's own config has it; no adapter's
     max_length: Annotated[int, Field(ge=8)]
 
 

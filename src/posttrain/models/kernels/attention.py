@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,10 +26,16 @@ from posttrain.models.kernels.masks import Band, DocumentMask, Run, context_mask
 
 Sdpa = Callable[..., Tensor]  # as torch's scaled_dot_product_attention
 ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# kinds of layers, by their names in configs (layer_types)
+FULL, SLIDING = {"full_attention", "hybrid"}, {"sliding_attention", "hybrid_sliding"}
+STATEFUL, NO_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}, {"linear_attention", "conv", "moe"}
 # Tokens of a run whose scores a CPU writes out in half precision: half of the flash kernel's time for documents of 128 tokens,
 # two thirds of it for 512, four fifths for 1,024, and more than it beyond.
 WRITTEN_OUT = 1024
+
+
+class CannotCompute(Exception):
+    """This way of attention is not made for what the model asks of it."""
 
 
 def _scores_attention(
@@ -184,7 +190,7 @@ def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> C
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra, **kwargs
             )
         if position_bias is not None:
-            raise UserError("model.name: attention with a position bias cannot be packed; use another model")
+            raise CannotCompute("its attention has a position bias")
         document_mask.windows.append(sliding_window)
         if document_mask.memory:
             remembered: Any = document_mask.memory[module.layer_idx]  # pyright: ignore
@@ -196,7 +202,7 @@ def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> C
             blocks = document_mask.blocks(sliding_window)
             return flex_attention_forward(module, query, key, value, blocks, scaling, softcap, s_aux, dropout=dropout)
         if softcap is not None or s_aux is not None:
-            raise UserError("model.attention: documents cannot compute this model's softcap or sinks; use dense")
+            raise CannotCompute("documents cannot compute its softcap or sinks")
         options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "sdpa": sdpa}
         output = _by_document(query, key, value, document_mask, **options)
         return output.transpose(1, 2).contiguous(), None
@@ -214,24 +220,32 @@ for _how, _name in ATTENTION.items():
     register(_name, attention_function(_how))
 
 
-def default_attention(device: torch.device) -> str:
-    """What `model.attention=auto` is on this device."""
-    return "flex" if device.type == "cuda" else "documents"
+def ways_of_attention(asked: str, device: torch.device) -> tuple[str, ...]:
+    """What `model.attention` lets be tried on this device, the fastest first. asked: documents | dense | flex | auto."""
+    if asked != "auto":
+        return (asked,)
+    return ("flex", "documents", "dense") if device.type == "cuda" else ("documents", "dense")
 
 
-def chosen_attention(asked: str, device: torch.device) -> str:
-    """documents | dense | flex. asked: these, or auto. Raises UserError for flex where there is no kernel of it to train with."""
+def check_attention(asked: str, device: torch.device) -> None:
+    """Raises UserError for flex where there is no kernel of it to train with."""
     if asked == "flex" and device.type in ("cpu", "mps"):
         raise UserError(f"model.attention: flex needs a CUDA device, and this one is {device.type}; say documents or auto")
-    return default_attention(device) if asked == "auto" else asked
 
 
-def sliding_windows(config: PretrainedConfig) -> list[int | None]:
-    """The window of each layer, None for full attention. UserError for a layer that a pack cannot go through."""
+def carries_state(model: PreTrainedModel) -> bool:
+    """Has it layers that hand a state from token to token (a recurrence, a short convolution), which no mask reaches?"""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    stateful = any(getattr(type(module), "_is_stateful", False) for module in model.modules())
+    return stateful or bool(types & STATEFUL)
+
+
+def attention_windows(config: PretrainedConfig) -> list[int | None]:
+    """The window of each layer with attention, None for full attention. ValueError for layers of kinds that are not known."""
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if types is None:
         return [window] * config.num_hidden_layers
-    if unknown := sorted(set(types) - LAYER_TYPES):
-        raise UserError(f"model.name: layers of type {', '.join(unknown)} cannot be packed; use another model")
-    return [window if kind == "sliding_attention" else None for kind in types]
+    if unknown := sorted(set(types) - FULL - SLIDING - NO_ATTENTION):
+        raise ValueError(f"layers of type {', '.join(unknown)} are not known to keep documents apart")
+    return [window if kind in SLIDING else None for kind in types if kind not in NO_ATTENTION]

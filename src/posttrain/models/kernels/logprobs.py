@@ -14,6 +14,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+WIDENED = 2**13  # words whose weights are in float32 at a time, for a comparison
+
 
 def block(device: str) -> tuple[int, int]:
     """(positions, words) whose logits are in memory at a time: on a CPU what its caches hold, on a GPU what keeps it busy."""
@@ -37,6 +39,12 @@ class Head(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> float32 [n, V]."""
         return self.shaped(linear(hidden, self.weight, self.bias).float())
+
+    def exact(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of float32 [n, H] and with every product in float32; the weight is widened a tile at a time."""
+        tiles = (tile for _, tile in self.tiles(WIDENED))
+        parts = [linear(hidden, each.weight.float(), None if each.bias is None else each.bias.float()) for each in tiles]
+        return self.shaped(torch.cat(parts, -1))
 
     def shaped(self, products: Tensor) -> Tensor:
         """Logits of W h + b."""

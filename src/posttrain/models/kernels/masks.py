@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from posttrain.batch import Segment
+from posttrain.models.kernels.documents import Layout, end_to_end, in_rows
 
 BAND = 128  # rows whose scores are written out at a time, and tokens of short documents that are taken side by side
 
@@ -162,6 +163,25 @@ class DocumentMask:
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
         """The mask of a segment after its prefix (see `context_mask`); made once."""
         return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
+
+    def rows(self, alone_beyond: int | None, at_once: bool) -> Layout:
+        """The pack's documents, one a row (see `in_rows`); made once."""
+        return self._once(("rows",), lambda: in_rows(self.segments, self.device, alone_beyond, at_once))
+
+    @property
+    def end_to_end(self) -> tuple[Layout, tuple[Segment, ...]]:
+        """The pack's documents in one row, none of which shares its prompt; made once."""
+        return self._once(("joined",), lambda: end_to_end(self.segments, self.device))
+
+    @property
+    def borders(self) -> dict[str, Any]:
+        """Where documents begin, as transformers' recurrent layers and kernels ask for it."""
+        lengths = torch.tensor([s.stop - s.start for s in self.segments], device=self.device)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        numbers = torch.arange(len(lengths), device=self.device, dtype=torch.int32).repeat_interleave(lengths)
+        longest = max(s.stop - s.start for s in self.segments)
+        by_ends = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return by_ends | {"seq_idx": numbers[None]}
 
     def blocks(self, window: int | None) -> BlockMask:
         """FlexAttention's sparse block mask; made once."""

@@ -107,8 +107,9 @@ def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels 
     The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
     layer's input and one layer's inside.
     """
-    lm = PackedLM(model, "documents", kernels)
-    lm.causal.set_attn_implementation(COUNTED)
+    lm = PackedLM(model, kernels=kernels)
+    if lm.reading.way == "packed":
+        lm.causal.set_attn_implementation(COUNTED)
     lm.train()
     length = max(1, tokens // sequences)
     bounds = [*range(0, length * sequences, length), tokens]

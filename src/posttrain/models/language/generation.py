@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from posttrain.batch import Segment
 from posttrain.models.kernels.choice import for_inference
-from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.kv_cache import roomy_cache
+from posttrain.models.language.growing import Growing, growing_answers, reads_prompts_packed
 from posttrain.models.language.packed_lm import PackedLM
 
 
@@ -63,29 +62,27 @@ def sample(
 ) -> list[list[Answer]]:
     """`samples` answers to each prompt, by torch's global random numbers. Prompts of like length are read together, each once."""
     lm.eval()
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, sampling.at_once // samples)
     found: dict[int, list[Answer]] = {}
     with for_inference(lm, lm.report.kernels):
-        for start in range(0, len(prompts), size):
-            chosen = by_length[start : start + size]
-            answers = _together(lm, [prompts[i] for i in chosen], samples, sampling, torch.tensor(ends))
+        for chosen in _groups(prompts, max(1, sampling.at_once // samples), alike=not reads_prompts_packed(lm)):
+            growing = growing_answers(lm, [prompts[i] for i in chosen], samples)
+            answers = _draw_all(lm, growing, sampling, torch.tensor(ends))
             found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
     return [found[i] for i in range(len(prompts))]
 
 
-def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling: Sampling, ends: Tensor) -> list[Answer]:
-    device = lm.causal.device
-    decoder: Any = lm.causal.get_decoder()
+def _groups(prompts: Sequence[Sequence[int]], size: int, alike: bool) -> Iterator[list[int]]:
+    """Prompts that are answered together, those of like length first; alike: of one length only."""
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, group in groupby(by_length, (lambda i: len(prompts[i])) if alike else (lambda _: 0)):
+        same = list(group)
+        yield from (same[start : start + size] for start in range(0, len(same), size))
+
+
+def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor) -> list[Answer]:
     output: Any = lm.causal.get_output_embeddings()
-    head, cache = lm.head.at(sampling.temperature), roomy_cache(lm.causal.config)
-    hidden = _read_prompts(lm, prompts, cache)
-    cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
-    hidden = hidden.repeat_interleave(samples, 0)
-    positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(samples)], device=device)
-    width = int(positions.max())
-    mask = (torch.arange(width, device=device) >= width - positions[:, None]).long()
-    growing = torch.arange(len(hidden))  # which answer each row of the batch is
+    head, hidden = lm.head.at(sampling.temperature), growing.hidden
+    number = torch.arange(len(hidden))  # which answer each row of the batch is
     alive = torch.ones(len(hidden), dtype=torch.bool)
     drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
     for step in range(sampling.max_new_tokens):
@@ -94,44 +91,17 @@ def _together(lm: PackedLM, prompts: list[Sequence[int]], samples: int, sampling
         figures = torch.cat([choice, logps.gather(1, choice), -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
         for row in alive.nonzero()[:, 0].tolist():
             token, logp, entropy = figures[row].tolist()
-            drawn[int(growing[row])].append((int(token), logp, entropy))
+            drawn[int(number[row])].append((int(token), logp, entropy))
         alive &= ~torch.isin(choice[:, 0].cpu(), ends)
         if not alive.any() or step + 1 == sampling.max_new_tokens:
             break
         if 4 * int(alive.sum()) <= 3 * len(alive):  # the cache is copied then: not for every answer that ends
             kept = alive.nonzero()[:, 0]
-            growing, alive, kept = growing[kept], alive[kept], kept.to(device)
-            choice, mask, positions = choice[kept], mask[kept], positions[kept]
-            cache.batch_select_indices(kept)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        read = decoder(
-            input_ids=choice, attention_mask=mask, position_ids=positions[:, None], past_key_values=cache, use_cache=True
-        )
-        hidden, positions = read.last_hidden_state[:, -1], positions + 1
+            number, alive, kept = number[kept], alive[kept], kept.to(choice.device)
+            choice = choice[kept]
+            growing.keep(kept)
+        hidden = growing.grow(choice)
     return [_answer(steps, ends) for steps in drawn]
-
-
-def _read_prompts(lm: PackedLM, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-    """Last hidden state of every prompt [n, H], read as one pack; their keys and values, each at the end of a row, in `cache`.
-
-    What stands before a shorter prompt is a copy of its first token's, for a mask to leave out.
-    """
-    device, lengths = lm.causal.device, torch.tensor([len(prompt) for prompt in prompts])
-    stops = lengths.cumsum(0)
-    segments = [Segment(stop - length, stop) for stop, length in zip(stops.tolist(), lengths.tolist(), strict=True)]
-    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None].to(device)
-    packed = DynamicCache()
-    hidden = lm.hidden(positions, DocumentMask(segments, tokens.shape[1], device), packed, input_ids=tokens)
-    backwards = torch.arange(int(lengths.max()), 0, -1)
-    place = (stops[:, None] - torch.minimum(backwards, lengths[:, None])).to(device)
-    layer: Any
-    for number, layer in enumerate(packed.layers):
-        if layer.is_initialized:  # one that shares another's keys has none
-            keys, values = (x[0][:, place].transpose(0, 1) for x in (layer.keys, layer.values))
-            cache.update(keys, values, number)
-            layer.reset()
-    return hidden[(stops - 1).to(device)]
 
 
 def _answer(steps: list[tuple[int, float, float]], ends: Tensor) -> Answer:

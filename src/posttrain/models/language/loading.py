@@ -11,7 +11,6 @@ import torch
 from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
-from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -37,11 +36,6 @@ class LoadedModel:
     def kernels(self) -> Kernels:
         """As the run had `model.kernels`."""
         return self.artifact.manifest.kernels.choice if self.artifact.manifest else "auto"
-
-    @property
-    def attention(self) -> str:
-        """How packs are read."""
-        return default_attention(self.model.device)
 
 
 def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> Any:
@@ -74,7 +68,7 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
 
 def scorer(live: LoadedModel) -> PackedScorer:
     """A reward model that reads packs, with the head it was saved with."""
-    found = PackedScorer(live.model, "flex" if live.model.device.type == "cuda" else "documents")
+    found = PackedScorer(live.model)
     assert live.artifact.reward_head
     found.load_head(live.artifact.reward_head)
     return found.eval()

@@ -9,26 +9,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_initialized
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from posttrain.batch import PackedBatch, Segment
+from posttrain.batch import PackedBatch
 from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
-from posttrain.models.kernels.attention import ATTENTION, sliding_windows
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.tokenizer import first_line
+from posttrain.models.language.decoder import decoder_of
+from posttrain.models.language.reading import Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
 from posttrain.tensors import whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-# Mean KL(plain || packed) in nats a token that rounding alone may cause. Another document in view costs far more.
-TOLERATED_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -45,18 +43,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 class PackedLM(nn.Module):
     """A causal model, with adapters or without, that reads packs.
 
-    attention: documents | flex | dense. kernels: as `model.kernels`; `report` says what became of that. Raises UserError for a
-    model that documents would leak through.
+    attention: as `model.attention`. packing: as `train.packing`; `reading` says in which way packs are read. kernels: as
+    `model.kernels`; `report` says what became of that. Raises UserError for a model that documents would leak through.
     """
 
-    def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
+    def __init__(self, model: nn.Module, attention: str = "auto", kernels: Kernels = "auto", packing: Packing = "auto") -> None:
         super().__init__()
         self.model = model
         self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
-        if self.causal.device.type != "meta":  # without weights there is nothing to compare
-            check_packing(self, attention)
-        self.causal.set_attn_implementation(ATTENTION[attention])
+        self.own_attention = str(self.causal.config._attn_implementation)
+        self.border = lengths_border(self.causal)
+        self.cache_keyword: str | None = None  # found out by the first answers that are written (growing.py)
+        self.reading = choose_reading(self, attention, packing)
+        if self.prompt_kind == "prefix" and self.reading.way != "packed":
+            raise UserError(f"peft.method: prefix tuning needs packs, and {self.reading.line}; use peft=lora")
 
     @property
     def num_layers(self) -> int:
@@ -113,16 +114,48 @@ class PackedLM(nn.Module):
         output: Any = self.causal.get_output_embeddings()
         return head_of(output, self.causal.config.get_text_config())
 
-    def hidden(self, positions: Tensor, mask: DocumentMask, cache: Cache | None = None, **inputs: Tensor) -> Tensor:
+    def hidden(self, positions: Tensor, mask: DocumentMask, cache: Cache | None = None, **inputs: Any) -> Tensor:
         """Last hidden states [T, H] of one pack. cache: an empty one, to put its keys and values into. inputs: input_ids
         int64 [1, T], or inputs_embeds [1, T, H]."""
+        if self.reading.way == "joined":
+            return self._joined(positions, mask, inputs)
+        if self.reading.way == "rows" or self._beyond_border(mask):
+            return self._rows(mask, inputs)
+        return self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
+
+    def _packed(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
         none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
-        output = self.causal.get_decoder()(
-            **inputs, attention_mask=none, position_ids=positions, document_mask=mask,
-            past_key_values=cache, use_cache=cache is not None,
-        )  # fmt: skip
-        return output.last_hidden_state[0]
+        run = decoder_of(self.causal)
+        return run(**inputs, attention_mask=none, position_ids=positions, document_mask=mask, **options).last_hidden_state[0]
+
+    def _joined(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor]) -> Tensor:
+        layout, segments = mask.end_to_end
+        places = layout.rows[0].places
+        laid = DocumentMask(segments, places.shape[1], mask.device)
+        laid.windows = mask.windows
+        given = {name: value[:, places[0]] for name, value in inputs.items()}
+        hidden = self._packed(positions[:, places[0]], laid, given, use_cache=False, **laid.borders)
+        return hidden[layout.home]
+
+    def _rows(self, mask: DocumentMask, inputs: dict[str, Tensor]) -> Tensor:
+        layout = mask.rows(self.border, at_once=is_initialized())  # with FSDP all processes run as many forwards
+        found = []
+        for places, real, padded in layout.rows:
+            if self.border:
+                forget_lengths(self.causal)
+            given = {name: value[0][places] for name, value in inputs.items()}
+            options = {"attention_mask": real} if padded else {}
+            output = decoder_of(self.causal)(**given, **options, use_cache=False)
+            found.append(output.last_hidden_state.flatten(0, 1))
+        if self.border:
+            forget_lengths(self.causal)
+        return torch.cat(found)[layout.home]
+
+    def _beyond_border(self, mask: DocumentMask) -> bool:
+        """Is a document so long that it would change the rotary table of all others?"""
+        longest = max(s.stop - s.start + s.prefix_stop - s.prefix_start for s in mask.segments)
+        return self.border is not None and longest + mask.size > self.border
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
         """log p(target | all that its source sees), of the softmax of logits / temperature: float32 [N]."""
@@ -147,38 +180,3 @@ class PackedLM(nn.Module):
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
         mask = DocumentMask(batch.segments, batch.size, device, memory)
         return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), places
-
-
-@torch.no_grad()
-def check_packing(lm: PackedLM, attention: str) -> None:
-    """Compare a pack of short random documents with each document alone; UserError where one could see another.
-
-    Covers every layer and the head's scale and softcap. Leaves random numbers and training mode as they were.
-    """
-    causal, was_training = lm.causal, lm.training
-    config = causal.config.get_text_config()
-    windows = sliding_windows(config)
-    if attention == "flex" and getattr(config, "attention_dropout", 0.0):
-        raise UserError("model.attention: flex has no attention dropout, which this model uses; use documents")
-    tokens = torch.randint(config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0)).to(causal.device)
-    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
-    rows = [torch.tensor([*range(a, b), *range(c, d)]) for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
-    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=causal.device)
-    mask = DocumentMask(segments, 27, causal.device)
-    lm.eval()
-    alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
-    try:
-        # flex computes what dense does, but compiles for a while
-        causal.set_attn_implementation(ATTENTION["dense" if attention == "flex" else attention])
-        packed = lm.head.logits(lm.hidden(positions, mask, input_ids=tokens)).double().log_softmax(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.name: {type(causal).__name__} cannot be packed ({first_line(error)})") from error
-    finally:
-        lm.train(was_training)
-    kl = max(float((a.exp() * (a - packed[row])).sum(-1).mean()) for a, row in zip(alone, rows, strict=True))
-    rounds = torch.bfloat16 if getattr(causal, "is_quantized", False) else causal.dtype
-    if mask.windows != windows or not kl <= TOLERATED_KL[rounds]:
-        raise UserError(
-            f"model.name: in a pack, documents would see one another in {type(causal).__name__} "
-            f"(KL {kl:.1e} a token against each alone); use a model of plain attention"
-        )

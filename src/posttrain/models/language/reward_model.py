@@ -15,6 +15,7 @@ from posttrain.batch import PackedBatch
 from posttrain.config.choices import Kernels
 from posttrain.models.language.architecture import classifier_of
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.reading import Packing
 from posttrain.models.peft.export import WEIGHTS
 from posttrain.models.peft.kinds import kind_of
 from posttrain.runs.artifact import HEAD_FILE
@@ -30,8 +31,8 @@ class PackedScorer(PackedLM):
     as the language model with the head in a file beside it. The language model's own head stays unused.
     """
 
-    def __init__(self, model: nn.Module, attention: str, kernels: Kernels = "auto") -> None:
-        super().__init__(model, attention, kernels)
+    def __init__(self, model: nn.Module, attention: str = "auto", kernels: Kernels = "auto", packing: Packing = "auto") -> None:
+        super().__init__(model, attention, kernels, packing)
         causal = self.causal
         output: Any = causal.get_output_embeddings()
         words: Any = causal.get_input_embeddings()

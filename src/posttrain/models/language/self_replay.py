@@ -15,7 +15,6 @@ from posttrain.config.choices import Kernels
 from posttrain.config.schema import ReplayConfig
 from posttrain.console import Meter
 from posttrain.errors import UserError
-from posttrain.models.kernels.attention import default_attention
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
@@ -62,7 +61,7 @@ class Replay:
         if path.exists():
             return path
         model = load_causal(self.source, self.revision, dtype, str(device), trusted, None, "say")
-        lm = PackedLM(model, default_attention(device), self.kernels)
+        lm = PackedLM(model, kernels=self.kernels)
         sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, 0, options.batch_size)
         ends = sorted({*self.ends, self._opening})
         texts, written, rounds = list[str](), 0, 0

@@ -9,7 +9,7 @@ import torch
 
 from posttrain.config.schema import LanguageStage
 from posttrain.models.hub import BaseInfo
-from posttrain.models.kernels.attention import chosen_attention
+from posttrain.models.language.dropout import switch_off_dropout
 from posttrain.models.language.packed_lm import PackedLM, count_parameters
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
@@ -43,6 +43,8 @@ def build_model(
     place = "cpu" if cfg.train.fsdp else str(device)
     extra = "say" if cfg.model.ignore_unexpected else "refuse"
     model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config, extra)
+    if not cfg.train.base_dropout:
+        switch_off_dropout(model)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if start.adapter and start.mode == "continue":
         model = cfg.peft.continue_from(model, start.adapter)
@@ -52,12 +54,7 @@ def build_model(
         model = add_method(model, cfg.peft, num_steps)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, attention_of(cfg, device), cfg.model.kernels)
+    module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     return TrainableModel(module, *count_parameters(module), getattr(torch, dtype), cfg.peft.step_callback(model))
-
-
-def attention_of(cfg: LanguageStage, device: torch.device) -> str:
-    """documents, flex or dense. Raises UserError where it does not run on this device."""
-    return chosen_attention(cfg.model.attention, device)

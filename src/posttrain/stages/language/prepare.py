@@ -18,13 +18,13 @@ from posttrain.data.selection import SELF, replayed, replays
 from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet
 from posttrain.models.hub import BaseInfo
+from posttrain.models.kernels.attention import check_attention
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent
-from posttrain.stages.language.build import attention_of
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.summary import lines_of
 from posttrain.stages.spec import spec_of
@@ -60,7 +60,7 @@ class PreparedData:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
         adapter: digests of others than the start's."""
         weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
-        computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels]
+        computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels, cfg.train.packing]
         return content_hash(weights, cfg.quant.model_dump(), *computed)
 
 
@@ -76,7 +76,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     """Raises UserError for everything a mistake of the user can be in."""
     cfg: LanguageStage = context.cfg
     if context.weights:  # a plan may be of another machine
-        attention_of(cfg, context.device)
+        check_attention(cfg.model.attention, context.device)
     opened = open_language(cfg, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())

@@ -85,6 +85,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.model),
         "chain": data.start.mode,
         "kernels": model.module.report.record(),
+        "reading": model.module.reading.record(),
         "trainable": {"trained": model.trained, "total": model.total},
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),

@@ -33,8 +33,9 @@ class LanguageSteps:
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
         """The model with what is trained of it."""
         model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
-        if warning := model.module.report.warning:
-            say(warning)
+        for line in (model.module.report.warning, model.module.reading.line):
+            if line:
+                say(line)
         fit_memory(context.cfg, model.module, model, largest_batch(context.cfg, prepared.data), context.device)
         return Trainable(model.module, model, model.trained, model.total, lambda: as_given(prepared.data, model))
 

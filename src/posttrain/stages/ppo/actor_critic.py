@@ -14,7 +14,7 @@ from posttrain.models.language.packed_lm import PackedLM, count_parameters
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.artifact import open_artifact
-from posttrain.stages.language.build import TrainableModel, attention_of, build_model
+from posttrain.stages.language.build import TrainableModel, build_model
 from posttrain.stages.language.init import InitSource, find_base, merged_start
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.ppo.config import Ppo
@@ -80,7 +80,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
     """A head of its own over the policy's model."""
-    found = PackedScorer(policy.model, attention_of(cfg, device), cfg.model.kernels)
+    found = PackedScorer(policy.model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
     if start and start.scorer:
         found.load_head(start.scorer)
     return found

@@ -58,7 +58,7 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
     room = cfg.train.max_length - cfg.rm.max_new_tokens
     rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, PROMPTS)]
     rows = [(row, tokens) for row, tokens in rows if len(tokens) <= room]
-    lm = PackedLM(live.model, live.attention, live.kernels)
+    lm = PackedLM(live.model, kernels=live.kernels)
     found, ties = [], 0
     with Meter("answers", -(-len(rows) // AT_ONCE)) as meter:
         for start in range(0, len(rows), AT_ONCE):

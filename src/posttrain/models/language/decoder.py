@@ -1,0 +1,18 @@
+"""Which part of a model turns tokens into last hidden states: what every stage runs, and what is trained of a larger model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def decoder_of(causal: PreTrainedModel) -> nn.Module:
+    """Embeddings, layers and final norm of the language model, without its head and without what reads pictures or sound."""
+    found: Any = causal.get_decoder()
+    if found is not causal:
+        return found
+    # some classes do not say: then the part that has the input embeddings
+    embeddings = causal.get_input_embeddings()
+    return next((child for child in causal.children() if any(m is embeddings for m in child.modules())), causal)

@@ -1,0 +1,160 @@
+"""Answers on their way: prompts are read once, then every answer grows by a token at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from posttrain.batch import Segment
+from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.language.decoder import decoder_of
+from posttrain.models.language.kv_cache import roomy_cache
+from posttrain.models.language.packed_lm import PackedLM
+
+
+class Growing(Protocol):
+    """hidden: last hidden states [n, H] of the prompts, one for each answer."""
+
+    hidden: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Of all answers go on with these alone: int64 [m]."""
+        ...
+
+    def grow(self, tokens: Tensor) -> Tensor:
+        """Add a token to each, int64 [n, 1]; returns the last hidden states [n, H]."""
+        ...
+
+
+def reads_prompts_packed(lm: PackedLM) -> bool:
+    """Can prompts of any lengths be read as one pack, and answered side by side?"""
+    return lm.reading.way == "packed" and lm.border is None
+
+
+def growing_answers(lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> Growing:
+    """`samples` answers to each prompt, of prompts of one length where they cannot be read packed."""
+    if reads_prompts_packed(lm):
+        return _FromPack(lm, prompts, samples)
+    tokens = torch.tensor([list(prompt) for prompt in prompts], device=lm.causal.device)
+    name = _cache_keyword(lm)
+    return _WithOwnCache(lm, tokens, samples, name) if name else _WithoutCache(lm, tokens, samples)
+
+
+class _FromPack:
+    """Prompts of any lengths, read as one pack, whose keys and values stand at the end of a row each."""
+
+    def __init__(self, lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> None:
+        device = lm.causal.device
+        self.decoder: Any = decoder_of(lm.causal)
+        self.cache = roomy_cache(lm.causal.config)
+        hidden = _read_prompts(lm, prompts, self.cache)
+        self.cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
+        self.hidden = hidden.repeat_interleave(samples, 0)
+        self.positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(samples)], device=device)
+        width = int(self.positions.max())
+        self.mask = (torch.arange(width, device=device) >= width - self.positions[:, None]).long()
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cache.batch_select_indices(rows)
+
+    def grow(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        read = self.decoder(
+            input_ids=tokens, attention_mask=self.mask, position_ids=self.positions[:, None], past_key_values=self.cache,
+            use_cache=True,
+        )  # fmt: skip
+        self.positions = self.positions + 1
+        return read.last_hidden_state[:, -1]
+
+
+class _WithOwnCache:
+    """Prompts of one length, int64 [n, L], with the cache that the model makes for itself: of keys and values, or of states."""
+
+    def __init__(self, lm: PackedLM, tokens: Tensor, samples: int, name: str) -> None:
+        self.decoder: Any = decoder_of(lm.causal)
+        self.options: dict[str, Any] = {name: DynamicCache(config=lm.causal.config.get_text_config()), "use_cache": True}
+        self.cache: Any = self.options[name]
+        hidden = self.grow(tokens)
+        self.keep(torch.arange(len(tokens), device=tokens.device).repeat_interleave(samples))
+        self.hidden = hidden.repeat_interleave(samples, 0)
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+
+    def grow(self, tokens: Tensor) -> Tensor:
+        return self.decoder(input_ids=tokens, **self.options).last_hidden_state[:, -1]
+
+
+class _WithoutCache:
+    """Prompts of one length, int64 [n, L], all of which is read again for every token: for models whose cache does not serve."""
+
+    def __init__(self, lm: PackedLM, tokens: Tensor, samples: int) -> None:
+        self.decoder: Any = decoder_of(lm.causal)
+        self.tokens = tokens.repeat_interleave(samples, 0)
+        self.hidden = self._read()
+
+    def keep(self, rows: Tensor) -> None:
+        self.tokens = self.tokens[rows]
+
+    def grow(self, tokens: Tensor) -> Tensor:
+        self.tokens = torch.cat([self.tokens, tokens], 1)
+        return self._read()
+
+    def _read(self) -> Tensor:
+        return self.decoder(input_ids=self.tokens, use_cache=False).last_hidden_state[:, -1]
+
+
+def _cache_keyword(lm: PackedLM) -> str:
+    """Under what name the model takes a cache that gives what reading all again gives; '' where none does."""
+    if lm.cache_keyword is None:
+        accepted = inspect.signature(decoder_of(lm.causal).forward).parameters
+        names = [name for name in ("past_key_values", "cache_params") if name in accepted]
+        lm.cache_keyword = "" if lm.border else next((name for name in names if _serves(lm, name)), "")
+    return lm.cache_keyword
+
+
+def _serves(lm: PackedLM, name: str) -> bool:
+    """Do three answers, one of which is then dropped, grow with it as without it?"""
+    head: Any = lm.causal.get_output_embeddings()
+    vocabulary = lm.causal.config.get_text_config().vocab_size
+    drawn = torch.randint(vocabulary, (3, 8), generator=torch.Generator().manual_seed(1)).to(lm.causal.device)
+    prompts, first, second = drawn[:, :6], drawn[:, 6:7], drawn[1:, 7:8]
+    found = []
+    try:
+        for growing in (_WithOwnCache(lm, prompts, 1, name), _WithoutCache(lm, prompts, 1)):
+            growing.grow(first)
+            growing.keep(torch.tensor([1, 2], device=drawn.device))
+            found.append(head(growing.grow(second)).double().log_softmax(-1))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False
+    kl = float((found[1].exp() * (found[1] - found[0])).sum(-1).mean())
+    return kl <= (1e-5 if lm.causal.dtype == torch.float32 else 2e-2)
+
+
+def _read_prompts(lm: PackedLM, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    """Last hidden state of every prompt [n, H], read as one pack; their keys and values, each at the end of a row, in `cache`.
+
+    What stands before a shorter prompt is a copy of its first token's, for a mask to leave out.
+    """
+    device, lengths = lm.causal.device, torch.tensor([len(prompt) for prompt in prompts])
+    stops = lengths.cumsum(0)
+    segments = [Segment(stop - length, stop) for stop, length in zip(stops.tolist(), lengths.tolist(), strict=True)]
+    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
+    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None].to(device)
+    packed = DynamicCache()
+    hidden = lm.hidden(positions, DocumentMask(segments, tokens.shape[1], device), packed, input_ids=tokens)
+    backwards = torch.arange(int(lengths.max()), 0, -1)
+    place = (stops[:, None] - torch.minimum(backwards, lengths[:, None])).to(device)
+    layer: Any
+    for number, layer in enumerate(packed.layers):
+        if layer.is_initialized:  # one that shares another's keys has none
+            keys, values = (x[0][:, place].transpose(0, 1) for x in (layer.keys, layer.values))
+            cache.update(keys, values, number)
+            layer.reset()
+    return hidden[(stops - 1).to(device)]

@@ -1,0 +1,244 @@
+"""How a model reads a pack: the fastest way that is proved, when it is loaded, to equal each document alone.
+
+packed    all documents in one row, a prompt once before all its answers
+joined    all documents in one row, each with a prompt of its own: for layers that carry a state from token to token, and are
+          told where documents begin (`cu_seq_lens_q`, `seq_idx`)
+rows      one document a row, padded on the right, through the model's own attention: what every causal model can do
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.batch import Segment
+from posttrain.errors import UserError
+from posttrain.models.kernels.attention import ATTENTION, CannotCompute, attention_windows, carries_state, ways_of_attention
+from posttrain.models.kernels.logprobs import Head
+from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.language.tokenizer import first_line
+
+Way = Literal["packed", "joined", "rows"]
+Packing = Literal["auto"] | bool
+
+# Mean KL(alone || read) in nats a token that rounding alone may cause, in float32 (of weights in 8 bit, whose products are not).
+# Another document in view costs far more.
+TOLERATED_KL, TOLERATED_KL_8_BIT = 1e-6, 1e-2
+IN_WORDS = {"joined": "documents end to end, no prompt shared", "rows": "one document a row"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """way: see above. attention: documents | flex | dense, or '' for the model's own. why: what kept the model from a faster way;
+    '' where nothing did."""
+
+    way: Way
+    attention: str
+    why: str = ""
+
+    @property
+    def line(self) -> str:
+        """What people should hear of it; '' where all is as usual."""
+        if not self.why:
+            return ""
+        if self.way == "packed":
+            return f"attention is computed by {self.attention} (model.attention=auto): {self.why}"
+        return f"the model reads {IN_WORDS[self.way]} (train.packing=auto): {self.why}"
+
+    def record(self) -> dict[str, str]:
+        """For a manifest."""
+        return {"way": self.way, "attention": self.attention or "its own", "why": self.why}
+
+
+class Reads(Protocol):
+    """What is compared: a model that reads packs in the way that `reading` says. own_attention: what it was loaded with."""
+
+    reading: Reading
+    own_attention: str
+    training: bool
+
+    @property
+    def causal(self) -> PreTrainedModel: ...
+
+    @property
+    def head(self) -> Head: ...
+
+    def hidden(self, positions: Tensor, mask: DocumentMask, **inputs: Any) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
+    """The first way that is exact. attention: as `model.attention`; packing: as `train.packing`.
+
+    Sets the attention function of the model to that of the way. Raises UserError where what was asked for is not exact.
+    Without weights there is nothing to compare, and what the config says decides.
+    """
+    own, obstacles, kind = lm.own_attention, list[str](), type(lm.causal).__name__
+    prove = _nothing if lm.causal.device.type == "meta" else partial(_difference, lm)
+    for way in _ways(lm, packing, attention):
+        for how in ways_of_attention(attention, lm.causal.device) if way != "rows" else ("",):
+            lm.reading = Reading(way, how, obstacles[0] if obstacles else "")
+            obstacle = _known_obstacle(lm.causal, way, how) or _set_attention(lm.causal, ATTENTION.get(how, own)) or prove()
+            if not obstacle:
+                return lm.reading
+            obstacles.append(obstacle)
+            _set_attention(lm.causal, own)
+    if packing is True:
+        raise UserError(f"train.packing: {kind} cannot be packed: {obstacles[0]}; say train.packing=auto")
+    if attention != "auto" and packing == "auto":
+        raise UserError(f"model.attention: {kind} cannot be packed by {attention}: {obstacles[0]}; say model.attention=auto")
+    raise UserError(f"model.name: {kind} cannot be trained here: {obstacles[-1]}")
+
+
+def _nothing() -> str:
+    return ""
+
+
+def _ways(lm: Reads, packing: Packing, attention: str) -> tuple[Way, ...]:
+    """Who asks for an attention by name asks for packs."""
+    joined: tuple[Way, ...] = ("joined",) if carries_state(lm.causal) else ()
+    packed: tuple[Way, ...] = joined or ("packed",)
+    if packing is False:
+        return ("rows",)
+    return packed if packing is True or attention != "auto" else (*packed, "rows")
+
+
+def _set_attention(causal: PreTrainedModel, implementation: str) -> str:
+    """'' or why the model does not take it."""
+    if causal.config._attn_implementation == implementation:
+        return ""
+    try:
+        causal.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        return f"its attention cannot be exchanged ({first_line(error)})"
+    return ""
+
+
+def _known_obstacle(causal: PreTrainedModel, way: Way, how: str) -> str:
+    """What is known without running the model: '' or why it cannot be read so."""
+    config = causal.config.get_text_config()
+    if way == "rows":
+        return ""
+    if how == "flex" and getattr(config, "attention_dropout", 0.0):
+        return "flex has no attention dropout, which this model uses"
+    if way == "joined" and causal.device.type == "meta":
+        return "its layers carry a state from token to token"
+    try:
+        attention_windows(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@torch.no_grad()
+def _difference(lm: Reads) -> str:
+    """'' where a pack of short random documents gives what each document alone gives, else what is different.
+
+    Covers every layer and the head's scale and softcap, in float32. Leaves random numbers and training mode as they were.
+    """
+    causal, was_training = lm.causal, lm.training
+    config = causal.config.get_text_config()
+    tokens = torch.randint(config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0)).to(causal.device)
+    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
+    rows = [torch.tensor([*range(a, b), *range(c, d)]) for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
+    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=causal.device)
+    mask = DocumentMask(segments, 27, causal.device)
+    reading, implementation = lm.reading, str(causal.config._attn_implementation)
+    lm.train(False)
+    try:
+        with in_float32(causal):
+            causal.set_attn_implementation(lm.own_attention)
+            alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
+            # flex computes what dense does, but compiles for a while
+            causal.set_attn_implementation(ATTENTION["dense"] if reading.attention == "flex" else implementation)
+            read = lm.head.exact(lm.hidden(positions, mask, input_ids=tokens).float()).double().log_softmax(-1)
+    except CannotCompute as error:
+        return str(error)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        return f"{type(causal).__name__} does not run so ({first_line(error)})"
+    finally:
+        causal.set_attn_implementation(implementation)
+        lm.train(was_training)
+    kl = max(float((a.exp() * (a - read[row])).sum(-1).mean()) for a, row in zip(alone, rows, strict=True))
+    if reading.way != "rows" and mask.windows != attention_windows(config):
+        return "its attention layers do not say what window they have"
+    if not kl <= (TOLERATED_KL_8_BIT if getattr(causal, "is_loaded_in_8bit", False) else TOLERATED_KL):
+        return f"documents would see one another, or the head is computed otherwise (KL {kl:.1e} a token against each alone)"
+    return ""
+
+
+@contextmanager
+def in_float32(causal: PreTrainedModel) -> Iterator[None]:
+    """Inside, half-precision weights compute in float32, a layer's at a time: what differs is then no rounding."""
+    parts = _parts(causal)
+    hooks: list[Any] = []
+    four_bit: list[Any] = [module for module in causal.modules() if hasattr(module, "compute_dtype")]
+    before = [module.compute_dtype for module in four_bit]
+    kept: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def widen(module: nn.Module, *_: Any) -> None:
+        kept[id(module)] = [(p, p.data) for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+        for parameter, data in kept[id(module)]:
+            parameter.data = data.float()
+
+    def narrow(module: nn.Module, *_: Any) -> None:
+        for parameter, data in kept.pop(id(module), []):
+            parameter.data = data
+
+    for part in parts:
+        hooks += [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow)]
+    for module in four_bit:
+        module.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part in parts:
+            narrow(part)
+        for module, dtype in zip(four_bit, before, strict=True):
+            module.compute_dtype = dtype
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold all weights between them: each layer of a list whole, else those with weights of their own."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [part for child in module.children() for part in _parts(child)]
+
+
+def lengths_border(causal: PreTrainedModel) -> int | None:
+    """Tokens from which on a document's length changes the table of rotary positions (longrope, dynamic NTK); None: it never
+    does."""
+    found = []
+    config: Any = causal.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if each.get("rope_type") == "longrope":
+            found.append(each.get("original_max_position_embeddings") or config.max_position_embeddings)
+        elif "dynamic" in str(each.get("rope_type")):
+            found.append(config.max_position_embeddings)
+    return min(found, default=None)
+
+
+def forget_lengths(causal: PreTrainedModel) -> None:
+    """Rotary tables as they are before any long document: transformers lets a dynamic one only grow."""
+    module: Any
+    for module in causal.modules():
+        for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if isinstance(original, Tensor) and hasattr(module, "original_max_seq_len"):
+                inverse = getattr(module, f"{prefix}inv_freq")
+                module.register_buffer(f"{prefix}inv_freq", original.to(inverse.device, copy=True), persistent=False)
+                setattr(module, name, module.original_max_seq_len)
