@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from posttrain.errors import UserError
 from posttrain.models import builtin
 from posttrain.models.builtin import builtin_directory
-from posttrain.models.hub import digest, resolve
+from posttrain.models.hub import copy_processors, digest, resolve
 from posttrain.models.language.packed_lm import count_parameters
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -140,3 +140,19 @@ def test_a_directory_may_hold_a_tokenizer_alone(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("tiny", None, False, None)
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), None, False, None).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_processor_is_copied_and_nothing_else(tmp_path: Path) -> None:
+    names = [
+        "config.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ]
+    for folder in ("base", "out"):
+        (tmp_path / folder).mkdir()
+    for name in names:
+        (tmp_path / "base" / name).write_text(name)
+    copy_processors(tmp_path / "base", tmp_path / "out")
+    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {name: name for name in names[2:]}

@@ -207,7 +207,7 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
 
 def _skeleton(base: Base) -> Any:
     """The base without weights, for the names of its layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from posttrain.models.language.architecture import config_of, model_class
 
-    config = AutoConfig.from_pretrained(resolve(base.path, base.revision).directory)
-    return AutoModelForCausalLM.from_config(config)
+    config = config_of(resolve(base.path, base.revision).directory, False)
+    return model_class(config).from_config(config)

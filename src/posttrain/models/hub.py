@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,12 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
         raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
     # a snapshot's directory is named after its commit
     return ResolvedModel(name, directory, directory.name, "the hub")
+
+
+def copy_processors(base: Path, out: Path) -> None:
+    """What makes a picture or a sound into a base's input, for a model that is made of it: unchanged, as training on text is."""
+    for file in base.glob("*processor_config.json"):
+        shutil.copy(file, out / file.name)
 
 
 def context_length(name: str, revision: str | None) -> int | None:

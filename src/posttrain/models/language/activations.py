@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from posttrain.batch import Segment
 from posttrain.config.choices import Kernels
 from posttrain.config.interfaces import Method
 from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.language.architecture import model_class
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 
@@ -29,7 +30,7 @@ KeptBytes = TypeVar("KeptBytes")
 def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
     """The model with its method, on the meta device: shapes without values."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        return add_method(AutoModelForCausalLM.from_config(config, dtype=dtype), method, 1000)
+        return add_method(model_class(config).from_config(config, dtype=dtype), method, 1000)
 
 
 class Cost(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,31 @@ def model_class(config: PretrainedConfig) -> Any:
     }:
         return AutoModelForCausalLM
     return AutoModelForMultimodalLM
+
+
+def outside_text(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that text does not run through, by name: towers of pictures and sound, what joins them to the language
+    model, and layers within it that attend to pictures alone. They stay as they are."""
+    config = model.config.get_text_config() if hasattr(model, "get_decoder") else None
+    if config is None or config is model.config:
+        return {}
+    decoder = model.get_decoder()
+    blocks: Any = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList())
+    of_pictures = {id(p) for i in getattr(config, "cross_attention_layers", None) or () for p in blocks[i].parameters()}
+    parts = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
+    of_text = {id(p) for part in parts for p in part.parameters()} - of_pictures
+    return {name: p for name, p in model.named_parameters() if id(p) not in of_text}
+
+
+def towers(model: Any) -> dict[str, int]:
+    """Which parts of the model `outside_text` are, as names from the model's root, and how many parameters each has."""
+    found: dict[str, int] = {}
+    decoder = next((f"{name}." for name, m in model.named_modules() if m is model.get_decoder()), "")
+    for name, parameter in outside_text(model).items():
+        depth = next(i for i, part in enumerate([*decoder.split("."), ""]) if name.split(".")[i] != part)
+        part = "cross-attention layers" if name.startswith(decoder) else ".".join(name.split(".")[: depth + 1])
+        found[part] = found.get(part, 0) + parameter.numel()
+    return found
 
 
 def classifier_of(config: PretrainedConfig) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from posttrain.errors import UserError
+from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
 from posttrain.models.language.tokenizer import first_line, trusted
 from posttrain.models.quantization import keep_as_quantized
@@ -29,7 +30,7 @@ def load_causal(
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what is not as it should be is an error of ours
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(config_of(source.directory, trust_remote_code)).from_pretrained(
             source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
             quantization_config=quantization, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from posttrain.config.schema import LanguageStage
 from posttrain.data.chat.encoder import template_hash
 from posttrain.evaluation.held_out import remember
-from posttrain.models.hub import digest
-from posttrain.models.language.architecture import classifier_of
+from posttrain.models.hub import copy_processors, digest, resolve
+from posttrain.models.language.architecture import classifier_of, towers
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import sha256, write_json
@@ -59,6 +59,8 @@ def _write(context: Context, data: PreparedData, model: TrainableModel, accelera
             model.module.save(folder, is_writer)
         if is_writer:
             data.tokenizer.save_pretrained(folder)
+            if kind == "model":
+                copy_processors(resolve(data.start.source, data.base.revision).directory, folder)
 
     final = write_result(context.directory, kind, accelerator, write)
     if kind == "adapter":
@@ -87,6 +89,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "kernels": model.module.report.record(),
         "reading": model.module.reading.record(),
         "trainable": {"trained": model.trained, "total": model.total},
+        "towers": towers(model.module.causal),
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),
         "steps": outcome.steps,

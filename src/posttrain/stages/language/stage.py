@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
 from posttrain.console import say
+from posttrain.models.language.architecture import towers
 from posttrain.stages.language.build import TrainableModel, build_model
 from posttrain.stages.language.prepare import PreparedData, prepare_language
 from posttrain.stages.language.recompute import fit_memory, largest_batch
@@ -59,7 +60,11 @@ class LanguageSteps:
 
 def build_language(context: Context, data: PreparedData, num_steps: int, scores: bool) -> TrainableModel:
     """scores: as a reward model."""
-    return build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
+    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
+    if frozen := towers(built.module.causal):
+        parts = ", ".join(f"{name} ({count:,} parameters)" for name, count in frozen.items())
+        say(f"the rows are text: the language model is trained, and {parts} stays as it is")
+    return built
 
 
 def as_given(data: PreparedData, model: TrainableModel) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Full training: every weight."""
+"""Full training: every weight that text runs through."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ class Full(OwnWeights):
         return "in full"
 
     def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
-        return model.requires_grad_(True)
+        from posttrain.models.language.architecture import outside_text
+
+        model.requires_grad_(True)
+        for parameter in outside_text(model).values():
+            parameter.requires_grad_(False)
+        return model
 
 
 METHOD = Full
