@@ -12,6 +12,7 @@ from architectures.shrink import tiny_keywords
 from architectures.tiny import Architecture, NotTiny, architectures, quiet
 from architectures.tokens import END, make_tokenizer, token_ids
 from architectures.trial import CELLS, Cell, Record, Trial
+from architectures.workers import run_all
 
 ALL = {each.name: each for each in architectures()}
 KINDS = ("llama", "gpt2", "qwen3_moe", "deepseek_v3", "mamba2", "qwen3_next", "gemma2", "qwen2_5_vl", "falcon_h1")
@@ -83,7 +84,7 @@ def test_page_and_counts_by_hand() -> None:
     assert counts(found) == {"exact": 1, "wrong": 1, "refused": 1, "not causal, trained": 1, "not made": 1}
     text = page(found, "5.0")
     assert "1 of 3 causal classes train exactly in every stage and method (33%)." in text
-    assert "| `good` | packed | yes | – | yes | yes | yes | yes | yes | yes | yes |" in text
+    assert "| `good` | packed | yes | – | yes | yes | yes | yes | yes | yes | yes | yes |" in text
     assert "- refused: why  \n  `bad` dpo; `shut` dpo" in text
     assert "- `odd` (OddForCausalLM): needs a picture" in text and "**trained** in full" in text
 
@@ -111,3 +112,10 @@ def test_trains_exactly_in_every_stage(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert"])
 def test_is_refused_by_every_stage(name: str, tmp_path: Path) -> None:
     assert set(states(ALL[name], tmp_path).values()) == {"refused"}
+
+
+@pytest.mark.slow
+def test_what_takes_too_long_is_put_down_and_the_next_one_runs() -> None:
+    found = list(run_all([ALL["llama"], ALL["blip"]], jobs=1, limit=0.3))
+    assert {cell.state for cell in found[0].cells.values()} == {"failed"} and "0 seconds" in found[0].cells["full"].said
+    assert found[1].made == "its forward asks for a picture"

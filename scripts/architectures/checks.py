@@ -39,8 +39,7 @@ def _still(value: Any, key: str = "") -> Any:
 
 def reading(ran: Ran) -> str:
     """How the run read its documents, by its manifest, or by its end where that says nothing."""
-    record = json.loads((ran.directory / "manifest.json").read_text())
-    return str(record.get("reading") or record.get("packing") or "packed")
+    return str(ran.result.get("reading") or ran.result.get("packing") or "packed")
 
 
 def length(prompts: list[str], responses: list[str]) -> list[float]:
@@ -125,7 +124,8 @@ def ppo(trial: Trial) -> str:
     _peft(_model(trial, trial.folder / "base"), trial.ran["ppo"])
     first = next(line for line in trial.ran["ppo"].metrics if "train/loss" in line)
     gap = _differ("log p in generation against training", first["train/sampling_gap"], 0)
-    return gap or _differ("share clipped", first["train/clip_fraction"], 0)
+    # four updates small enough to clip nothing, but for an expert that changes
+    return gap or _differ("share clipped", first["train/clip_fraction"], 0, 0.02)
 
 
 def merge(trial: Trial) -> str:
@@ -158,6 +158,19 @@ def experts(trial: Trial) -> Cell:
             found[method] = any(".experts." in name for name in file.keys())  # noqa: SIM118
     missed = [method for method, reached in found.items() if not reached]
     return Cell("wrong", f"the experts stay frozen under {' and '.join(missed)}") if missed else Cell("ok")
+
+
+def plan(trial: Trial) -> Cell:
+    """`plan` ends as the run itself did: with as many trained parameters, or refused in the same words."""
+    from architectures.trial import Cell
+
+    found, run = trial.ran["plan"], trial.ran["lora"]
+    if found.code == run.code and found.cell.said == run.cell.said:
+        if found.code or found.result["trained_parameters"] == run.result["trainable"]["trained"]:
+            return Cell("ok")
+        return Cell("wrong", f"trained: {found.result['trained_parameters']:,}, run {run.result['trainable']['trained']:,}")
+    said = [f"{name} ends with {ran.code}{': ' * bool(ran.code)}{ran.cell.said}" for name, ran in (("plan", found), ("run", run))]
+    return Cell("failed" if found.code == 1 else "wrong", "; ".join(said))
 
 
 def _model(trial: Trial, directory: Path, **keywords: Any) -> Any:

@@ -7,7 +7,7 @@ from collections import Counter
 from architectures.releases import RELEASES
 from architectures.trial import CELLS, Cell, Record
 
-COLUMNS = ("reading", "lora", "experts", "qlora", "full", "dpo", "rm", "ppo", "merge", "reload")
+COLUMNS = ("reading", "lora", "experts", "qlora", "full", "dpo", "rm", "ppo", "merge", "reload", "plan")
 SIGNS = {"ok": "yes", "refused": "refused", "failed": "**fails**", "wrong": "**wrong**", "none": "–"}
 READINGS = {"packed": "packed", "documents": "packed", "rows": "one a row", "": "–"}
 INTRODUCTION = """# Models
@@ -26,7 +26,7 @@ transformers and plain peft, in float32, one row a forward, with no packing:
 - **dpo**, **rm**, **ppo**: on top of the LoRA run; first loss log 2, margin 0, log-probs and scores as in plain peft; what the
   policy samples has the same log-probs in generation and in training.
 - **merge**, **reload**: plain transformers on merged and on full weights, and plain peft on the adapter, give the run's own
-  held-out loss (1e-4); no weight is missing or left over.
+  held-out loss (1e-4); no weight is missing or left over. **plan**: `posttrain plan` ends as the LoRA run does.
 """
 
 

@@ -17,11 +17,13 @@ from typing import Any
 from architectures import checks
 from architectures.rows import EPSILON, LR, ROWS, STEPS, sees_later, write_rows
 from architectures.tiny import Architecture, NotTiny
+from posttrain.commands.merge import merge_run
+from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose, inherit_model, validate
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.worker import run_config
 
-CELLS = ("full", "lora", "experts", "qlora", "dpo", "rm", "ppo", "merge", "reload")
+CELLS = ("full", "lora", "experts", "qlora", "dpo", "rm", "ppo", "merge", "reload", "plan")
 
 
 @dataclass
@@ -50,11 +52,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Ran:
-    """A command's end: its exit code and all that it said."""
+    """A command's end: its exit code, all that it said, and what it returned."""
 
     directory: Path
     code: int
     said: str
+    result: Any = None
 
     @property
     def cell(self) -> Cell:
@@ -115,11 +118,15 @@ class Trial:
             reward.append("reward.function=architectures.checks:length")
         self._stage("ppo", "ppo", start, "+peft=lora", *reward)
         if self.ran["lora"].code == 0:
-            from posttrain.commands.merge import merge_run
-
             self._command("merge", lambda: merge_run(self.folder / "lora", self.folder / "merge", 0.05, "auto"))
 
+        words = self._words("plan", "sft", (base, "+peft=lora"))
+        self._command("plan", lambda: make_plan("sft", list(words)))
+
     def _stage(self, name: str, stage: str, *words: str) -> None:
+        self._command(name, lambda: _run(stage, self._words(name, stage, words)))
+
+    def _words(self, name: str, stage: str, words: tuple[str, ...]) -> tuple[str, ...]:
         data = self.folder / ("pairs.jsonl" if stage in ("dpo", "rm") else "rows.jsonl")
         common = [
             f"data.path={data}", f"data.eval_path={data}", f"data.eval_rows={ROWS}", "data.max_untrained_share=1",
@@ -127,14 +134,13 @@ class Trial:
             "train.gradient_checkpointing=false", "eval.sets=null", "model.dtype=float32", f"run.dir={self.folder / name}",
         ]  # fmt: skip
         given = {word.partition("=")[0] for word in words}
-        common = [word for word in common if word.partition("=")[0] not in given]
-        self._command(name, lambda: _run(stage, (*common, *words)))
+        return (*(word for word in common if word.partition("=")[0] not in given), *words)
 
     def _command(self, name: str, command: Callable[[], Any]) -> None:
-        said = io.StringIO()
+        said, results = io.StringIO(), list[Any]()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = guarded(command)
-        self.ran[name] = Ran(self.folder / name, code, said.getvalue())
+            code = guarded(lambda: results.append(command()))
+        self.ran[name] = Ran(self.folder / name, code, said.getvalue(), *results)
 
     def _look(self) -> None:
         """Each result against plain transformers and peft."""
@@ -153,6 +159,7 @@ class Trial:
         if self.ran["lora"].code == 0 and self.ran["full"].code == 0:
             cells["reload"] = _judged(checks.reload, self)
         cells["experts"] = checks.experts(self)
+        cells["plan"] = checks.plan(self)
 
 
 def _judged(look: Callable[[Trial], str], trial: Trial) -> Cell:
@@ -169,11 +176,11 @@ def _composed(stage: str, words: tuple[str, ...]) -> dict[str, Any]:
     return compose(stage, list(words))
 
 
-def _run(stage: str, words: tuple[str, ...]) -> None:
+def _run(stage: str, words: tuple[str, ...]) -> dict[str, Any]:
     """As posttrain.run does it."""
     config = inherit_model(deepcopy(_composed(stage, words)), list(words))
     validate(config)
-    run_config(config)
+    return run_config(config)
 
 
 def cleared(folder: Path) -> Path:
