@@ -138,8 +138,9 @@ def recomputed(model: Any, method: Lora, options: argparse.Namespace, device: st
 def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Lora]:
     """The model with LoRA as posttrain puts it there."""
     method = Lora(
-        method="lora", r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0
-    )
+        method="lora", r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32",
+        lr_factor=1.0, experts=True, router=False,
+    )  # fmt: skip
     return add_method(random_model(options.shape, options.quant, device), method), method
 
 

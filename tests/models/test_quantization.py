@@ -15,7 +15,9 @@ from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization.nf4 import nf4
 
-LORA = Lora(method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0)
+LORA = Lora(
+    method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True, router=False
+)
 
 
 @pytest.fixture

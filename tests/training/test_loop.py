@@ -50,7 +50,17 @@ def make_loop(
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    lora = Lora(method="lora", r=4, alpha=8, dropout=dropout, targets="all-linear", dtype="float32", lr_factor=1)
+    lora = Lora(
+        method="lora",
+        r=4,
+        alpha=8,
+        dropout=dropout,
+        targets="all-linear",
+        dtype="float32",
+        lr_factor=1,
+        experts=True,
+        router=False,
+    )
     model = add_method(LlamaForCausalLM(config), lora)
     module = PackedLM(model, "documents")
     accelerator = Accelerator(cpu=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from posttrain.commands.merge import refuse_scorer, require_empty
 from posttrain.commands.sample import compose_pipelines
@@ -29,8 +30,9 @@ from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_base
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
-from posttrain.models.peft.attach import load_adapter
-from posttrain.models.peft.export import Factors, write_lora
+from posttrain.models.peft.attach import load_adapter, put_beside
+from posttrain.models.peft.export import write_lora
+from posttrain.models.peft.factors import Factors, joined
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -124,9 +126,8 @@ def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Fac
     found: dict[str, list[Factors]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module in adapter.modules:
-            factors = adapter.factors(module)
-            found.setdefault(module, []).append(Factors(factors.a, factors.b * weight))
-    return {m: Factors(torch.cat([f.a for f in fs]), torch.cat([f.b for f in fs], dim=1)) for m, fs in found.items()}
+            found.setdefault(module, []).append(adapter.factors(module).times(weight))
+    return {module: joined(parts) for module, parts in found.items()}
 
 
 def learn_weights(parts: list[Part], path: Path) -> list[float]:
@@ -140,13 +141,13 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
     model: Any = load_adapter(load_base(first, "cpu", first.finished().dtype, True), first.weights)
     names = ["default", *(f"part{i}" for i in range(1, len(parts)))]
     for name, part in zip(names[1:], parts[1:], strict=True):
-        model.load_adapter(str(part.artifact.weights), name)
+        put_beside(model, part.artifact.weights, name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
     lm = PackedLM(model, kernels=first.finished().kernels.choice).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
-    handles = _scale_outputs(model, names, scales)
+    _scale(model, names, scales)
     batches = [pack(examples, range(i, min(i + 4, len(examples)))) for i in range(0, len(examples), 4)]
     losses = []
     with Meter("weights", STEPS) as meter:
@@ -158,25 +159,30 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
             optimizer.step()
             losses.append(float(loss.detach()))
             meter.advance(f"loss {losses[-1]:.4f}")
-    for handle in handles:
-        handle.remove()
     if not all(map(math.isfinite, losses)):
         raise UserError(f"--learn: the loss on {path} is not finite")
     return [round(float(value), 6) for value in scales.detach()]
 
 
-def _scale_outputs(model: Any, names: list[str], scales: Tensor) -> list[Any]:
-    """Every adapter's output times its scale: gradients reach the scales alone."""
+class _Scaled(nn.Module):
+    """A weight times one of the scales that are learned."""
 
-    def scaled(index: int) -> Any:
-        return lambda module, inputs, output: output * scales[index].to(output.dtype)
+    def __init__(self, scales: Tensor, index: int) -> None:
+        super().__init__()
+        self.scale = [scales, index]  # in a list: no parameter of the model's
 
-    handles = []
-    for module in model.modules():
+    def forward(self, weight: Tensor) -> Tensor:
+        """B as it is read: by a linear layer, or for all experts at once."""
+        scales, index = self.scale
+        return weight * scales[index].to(weight.dtype)
+
+
+def _scale(model: Any, names: list[str], scales: Tensor) -> None:
+    """Every adapter's B times its scale: gradients reach the scales alone."""
+    for module in list(model.modules()):
         for index, name in enumerate(names):
             if name in getattr(module, "lora_B", {}):
-                handles.append(module.lora_B[name].register_forward_hook(scaled(index)))
-    return handles
+                register_parametrization(module.lora_B[name], "weight", _Scaled(scales, index))
 
 
 def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from posttrain.models.diffusion.image_generation import Drawing, draw
 from posttrain.models.diffusion.pipelines import find_pipeline, load_pipeline, native_size, pipeline_directory
 from posttrain.models.hub import BaseInfo
 from posttrain.models.language.loading import device_here
-from posttrain.models.peft.export import Factors
+from posttrain.models.peft.factors import Factors, joined
 from posttrain.models.peft.kinds import require_kind
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
@@ -205,11 +205,10 @@ def compose_pipelines(runs: list[Path], weights: list[float], out: Path) -> dict
     for result, weight in zip(results, weights, strict=True):
         for part, layers in read_factors(result.weights or Path(), f"compose: {result.name}").items():
             for layer, factors in layers.items():
-                found.setdefault(part, {}).setdefault(layer, []).append(Factors(factors.a, factors.b * weight))
+                found.setdefault(part, {}).setdefault(layer, []).append(factors.times(weight))
     tensors: dict[str, Tensor] = {}
     for part, layers in found.items():
-        joined = {n: Factors(torch.cat([f.a for f in fs]), torch.cat([f.b for f in fs], dim=1)) for n, fs in layers.items()}
-        tensors |= lora_tensors(part, joined)
+        tensors |= lora_tensors(part, {name: joined(parts) for name, parts in layers.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch) / "run"

@@ -32,7 +32,8 @@ def base(tmp_path: Path) -> Path:
 
 
 def add_lora(model: Any, r: int, alpha: float, dropout: float, targets: str | list[str], dtype: Any) -> Any:
-    return add_method(model, Lora(method="lora", r=r, alpha=alpha, dropout=dropout, targets=targets, dtype=dtype, lr_factor=1.0))
+    said = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets, "dtype": dtype}
+    return add_method(model, Lora(method="lora", lr_factor=1.0, experts=True, router=False, **said))
 
 
 Shape = tuple[int, float, Any]  # r, alpha, targets
@@ -177,7 +178,7 @@ def test_adapter_dtype(base: Path, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("r", "targets", "message"),
     [
-        (33, ALL, r"peft\.r: 33 is above the smaller side \(32\).*k_proj"),
+        (97, ALL, r"peft\.targets: nothing is left to train: .*k_proj.* narrower than rank 97"),
         (2, ["q_proj", "qq"], r"peft\.targets: .*'qq'.*down_proj"),
         (2, ["lm_head"], r"peft\.targets: .*'lm_head'"),
         (2, r".*\.nothing", r"peft\.targets: .*nothing"),

@@ -16,7 +16,8 @@ from posttrain.config.interfaces import Method
 from posttrain.errors import UserError
 from posttrain.models.diffusion.families import FAMILIES, bare, text_encoders
 from posttrain.models.peft.attach import add_method
-from posttrain.models.peft.export import Factors, write_as_peft
+from posttrain.models.peft.export import write_as_peft
+from posttrain.models.peft.factors import Factors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 ATTENTION = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
@@ -51,7 +52,7 @@ def save_adapter(parts: dict[str, Any], out: Path, method: Method, base: str) ->
     for name, module in parts.items():
         if found := method.sums(module):
             scale, layers = found
-            tensors |= lora_tensors(name, {layer: Factors(f.a, f.b * scale) for layer, f in layers.items()})
+            tensors |= lora_tensors(name, {layer: factors.times(scale) for layer, factors in layers.items()})
         elif others := method.image_tensors(module):
             tensors |= {f"{name}.{key}": tensor for key, tensor in others.items()}
         else:
@@ -64,7 +65,7 @@ def lora_tensors(part: str, layers: dict[str, Factors]) -> dict[str, Tensor]:
     """The factors of a part as diffusers names them, filled up with zeros to one rank."""
     rank = max(len(factors.a) for factors in layers.values())
     found = {}
-    for layer, (a, b) in layers.items():
+    for layer, (a, b, _) in layers.items():
         more = rank - len(a)
         found[f"{part}.{layer}.lora_A.weight"] = torch.cat([a, a.new_zeros(more, a.shape[1])]).contiguous()
         found[f"{part}.{layer}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), more)], dim=1).contiguous()

@@ -14,7 +14,7 @@ from posttrain.models.hub import digest, resolve
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.tokenizer import load_tokenizer
-from posttrain.models.peft.attach import load_adapter
+from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
 
@@ -90,7 +90,7 @@ def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
         other.finished()
         if "model" in (live.artifact.kind, other.kind) or other.base.digest != live.artifact.base.digest:
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
-        live.model.load_adapter(str(other.verified().weights), name)
+        put_beside(live.model, other.verified().weights, name)
     return live, names
 
 

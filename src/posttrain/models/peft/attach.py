@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from posttrain.config.interfaces import Method
+from posttrain.errors import UserError
 from posttrain.models.peft.kinds import kind_of
+from posttrain.models.peft.names import in_memory, todays_names, with_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,20 +44,41 @@ def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
     """Another adapter, frozen, that speaks only where it is called for by its name. Random numbers stay as they were."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
+    config, saved = _config_of(adapter_dir), _saved(adapter_dir)
     before = torch.get_rng_state()
-    model.add_adapter(name, _config_of(adapter_dir))
+    with todays_names():
+        model.add_adapter(name, _fitting(config, model))
     torch.set_rng_state(before)  # peft initialises at random what is then loaded
-    set_peft_model_state_dict(model, load_peft_weights(str(adapter_dir), device="cpu"), adapter_name=name)
+    tensors = in_memory(model, saved, load_peft_weights(str(adapter_dir), device="cpu"))
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
+
+
+def _fitting(config: Any, model: PeftModel) -> Any:
+    """The description of another adapter for a model with one. Raises UserError where both are on parameters, of other names."""
+    fitting = with_layers(config, model.get_base_model())
+    asked = set(getattr(fitting, "target_parameters", None) or ())
+    for other in model.peft_config.values():
+        there = set(getattr(other, "target_parameters", None) or ())
+        if asked and there and asked != there:
+            odd = sorted(asked ^ there)[0]
+            raise UserError(
+                f"peft.targets: two adapters on experts must be on the same ones, and only one is on {odd}; merge one first"
+            )
+    return fitting
+
+
+def _saved(adapter_dir: Path) -> dict[str, Any]:
+    return json.loads((adapter_dir / "adapter_config.json").read_text())
 
 
 def _config_of(adapter_dir: Path) -> Any:
     """A saved adapter's description, of a reward model's without its head: that is no part of the language model."""
     from peft import PeftConfig
 
-    if kind := kind_of(json.loads((adapter_dir / "adapter_config.json").read_text())):
+    if kind := kind_of(_saved(adapter_dir)):
         kind.register()
     config: Any = PeftConfig.from_pretrained(str(adapter_dir))
     if config.task_type == "SEQ_CLS":
@@ -65,11 +88,19 @@ def _config_of(adapter_dir: Path) -> Any:
 
 def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> PeftModel:
     """A run's adapter on its base, by peft."""
-    from peft import PeftModel
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
-    config = _config_of(adapter_dir)
+    config, saved = _config_of(adapter_dir), _saved(adapter_dir)
     config.inference_mode = not is_trainable
-    return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
+    if not saved.get("target_parameters"):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
+    with todays_names():
+        made: Any = get_peft_model(model, with_layers(config, model), adapter_name=NEW)
+    tensors = in_memory(made, saved, load_peft_weights(str(adapter_dir), device="cpu"))
+    set_peft_model_state_dict(made, tensors, adapter_name=NEW)
+    return made if is_trainable else made.eval()
 
 
 def merge_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:

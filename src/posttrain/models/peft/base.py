@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -12,6 +13,8 @@ from posttrain.config.interfaces import Method
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+    from posttrain.models.peft.targets import Targets
 
 
 class OwnWeights(Method):
@@ -36,17 +39,28 @@ class Adapted(Method):
         from peft import get_peft_model
 
         from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.names import todays_names
 
         if self.saves:
             self.saves.register()
-        return self._ready(get_peft_model(model, self.peft_config(model, num_steps, task), adapter_name=NEW))
+        config = self.peft_config(model, num_steps, task)
+        with todays_names():
+            return self._ready(get_peft_model(model, config, adapter_name=NEW))
 
     def continue_from(self, model: Any, adapter_dir: Path) -> Any:
         from posttrain.models.peft.attach import NEW, load_adapter
 
+        asked = self.places(model)
         made = load_adapter(model, adapter_dir, is_trainable=True)
         self.check_continued(made.peft_config[NEW])
+        check_places_continued(self.placed_by, asked, adapted_names(made))
         return self._ready(made)
+
+    placed_by: ClassVar[str] = "targets"
+
+    def places(self, model: Any) -> set[str]:
+        """Names of the layers, and of the parameters that are none, of a model that it would go on."""
+        return set()
 
     def check_continued(self, found: Any) -> None:
         """Raises UserError where peft's description of the adapter to go on with is not that of these settings."""
@@ -69,11 +83,38 @@ class Adapted(Method):
 
 
 class Targeted(Adapted):
-    """On linear layers: all-linear, a list of module names, or a regular expression over full names."""
+    """On linear layers and fused experts: all-linear, a list of names, or a regular expression over full names.
 
+    on_parameters: it can be put on what is no linear layer: fused experts, bare routers.
+    """
+
+    on_parameters: ClassVar[bool] = False
     targets: str | list[str]
     r: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
+    experts: bool
+    router: bool
+
+    @property
+    def least_width(self) -> int:
+        """What both sides of a layer must reach."""
+        return self.r
+
+    def targets_in(self, model: Any) -> Targets:
+        """What of a model it goes on; what it leaves out is said, once a model. Raises UserError where that is all."""
+        from posttrain.console import say
+        from posttrain.models.peft.targets import Limits, targets_of
+
+        limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
+        found = targets_of(model, self.targets, limits)
+        if not has_no_weights(model):
+            for line in found.left:
+                say(f"peft: {line}")
+        return found
+
+    def not_found_again(self, model: Any) -> Callable[[Iterable[str]], set[str]]:
+        """Which of some linear layers plain peft would not find by name in what this method saves."""
+        return lambda names: set()
 
     def with_targets(self, named: dict[str, str]) -> Self:
         if isinstance(self.targets, str) and self.targets in named:
@@ -81,7 +122,23 @@ class Targeted(Adapted):
         return self
 
     def check_continued(self, found: Any) -> None:
-        check_rank_continued(found.r, self.r)
+        check_same("r", found.r, self.r)
+
+    def places(self, model: Any) -> set[str]:
+        found = self.targets_in(model)
+        return {*found.layers, *(name.removesuffix(".weight") for name in found.parameters)}
+
+    def _ready(self, model: Any) -> Any:
+        """With the dropout that was asked for: peft has one for all layers and none for experts, and a file keeps none."""
+        from torch import nn
+
+        from posttrain.models.peft.attach import NEW
+
+        for module in model.modules():
+            for kind in ("lora_dropout", "vera_dropout"):
+                if NEW in getattr(module, kind, {}) and not hasattr(module, "parameter_name"):
+                    getattr(module, kind)[NEW] = nn.Dropout(self.dropout) if self.dropout else nn.Identity()
+        return super()._ready(model)
 
 
 class SoftPrompt(Adapted):
@@ -104,14 +161,44 @@ class SoftPrompt(Adapted):
         return made
 
 
-def check_rank_continued(found: int, asked: int) -> None:
-    """Raises UserError where an adapter that is to be trained on has another rank."""
+def check_same(key: str, found: float, asked: float) -> None:
+    """Raises UserError where an adapter that is to be trained on has another value of a setting that its function depends on."""
     from posttrain.errors import UserError
 
-    if found != asked:
+    if abs(found - asked) > 1e-6 * abs(found):
+        found = round(found) if abs(found - round(found)) < 1e-6 else found
         raise UserError(
-            f"peft.r: the adapter that chain.mode=continue goes on with has rank {found}, not {asked}; say peft.r={found}"
+            f"peft.{key}: the adapter that chain.mode=continue goes on with has {found}, not {asked}; say peft.{key}={found}"
         )
+
+
+def check_places_continued(key: str, asked: set[str], found: set[str]) -> None:
+    """Raises UserError where an adapter that is to be trained on is on other layers than the settings say."""
+    from posttrain.errors import UserError
+
+    if asked and asked != found:
+        more, fewer = (", ".join(short_names(names)) for names in (asked - found, found - asked))
+        differs = " and ".join(filter(None, (more and f"is not on {more}", fewer and f"is on {fewer} too")))
+        names = f"[{','.join(short_names(found))}]" if key == "targets" else "the one it was made with"
+        raise UserError(f"peft.{key}: the adapter that chain.mode=continue goes on with {differs}; say peft.{key}={names}")
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """The last parts of names, of experts' parameters the last two."""
+    return sorted({".".join(name.split(".")[-2 if ".experts." in f".{name}" else -1 :]) for name in names})
+
+
+def adapted_names(model: Any) -> set[str]:
+    """Names, in the base, of the layers with an adapter, and of parameters with one that are no `weight`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = set()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            own: str = getattr(module, "parameter_name", "weight")
+            plain = name.replace(".base_layer", "")
+            found.add(plain if own == "weight" else f"{plain}.{own}")
+    return found
 
 
 def has_no_weights(model: Any) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from posttrain.errors import UserError
-from posttrain.models.peft.targets import linear_shape, linears
+from posttrain.models.layers import shape_of
+from posttrain.models.peft.targets import linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, r: int, inference_mode: bool) -> None:
         """Add an adapter of this name to the layer."""
-        width = linear_shape(self.get_base_layer())[1]
+        width = shape_of(self.get_base_layer())[1]
         self.r[adapter_name] = r
         self.bottleneck_down[adapter_name] = nn.Linear(width, r)
         up = nn.Linear(r, width)
@@ -130,7 +131,7 @@ def output_projections(model: PreTrainedModel, placement: str) -> dict[str, nn.M
     for name, module in linears(model).items():
         parts = name.split(".")
         block = next((i for i, part in enumerate(parts) if any(word in part for word in wanted)), None)
-        if block is not None and linear_shape(module)[1] == width:
+        if block is not None and shape_of(module)[1] == width:
             found[".".join(parts[: block + 1])] = (name, module)  # a later one of the same sub-layer takes its place
     if not found:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears(model)}))

@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.config.interfaces import Method
 from posttrain.models.peft.attach import NEW, TASK
-from posttrain.models.peft.targets import suffixes
+from posttrain.models.peft.factors import Factors
+from posttrain.models.peft.names import file_targets, key_of, parameter_names, renamed
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class Factors(NamedTuple):
-    """A layer's change as `scale` b a, with one scale for all layers."""
-
-    a: Tensor  # [rank, in]
-    b: Tensor  # [out, rank]
 
 
 def method_on(model: Any) -> Method:
@@ -50,29 +45,44 @@ def write_as_peft(model: PeftModel, out_dir: Path, base_path: str) -> None:
 def write_lora(
     layers: dict[str, Factors], scale: float, out_dir: Path, base_path: str, base: nn.Module, fan_in_fan_out: bool
 ) -> None:
-    """adapter_config.json and adapter_model.safetensors of a LoRA with these factors; ranks may differ. base: with or without
-    weights, for its module names."""
+    """adapter_config.json and adapter_model.safetensors of a LoRA with these factors; ranks may differ. layers: by module, or by
+    parameter where that is no `weight`. base: with or without weights, for its names."""
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
-    layers = {name: factors for name, factors in layers.items() if len(factors.a)}
-    ranks = {name: len(factors.a) for name, factors in layers.items()}
-    r = max(ranks.values())
-    lower = {name: rank for name, rank in ranks.items() if rank != r}
+    layers = {name: factors for name, factors in layers.items() if factors.rank}
+    linear, parameters, patterns = _sorted_out(layers, base)
+    r = max(factors.rank for factors in layers.values())
+    lower = {patterns[name]: factors.rank for name, factors in layers.items() if factors.rank != r}
     out_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}.lora_A.weight": factors.a.contiguous() for name, factors in layers.items()}
-    tensors |= {f"base_model.model.{name}.lora_B.weight": factors.b.contiguous() for name, factors in layers.items()}
+    every, tensors = parameter_names(base), {}
+    for name, factors in layers.items():
+        key = f"base_model.model.{key_of(parameters[name], parameters.values(), every) if name in parameters else name}"
+        tensors |= {f"{key}.lora_A.weight": factors.a.contiguous(), f"{key}.lora_B.weight": factors.b.contiguous()}
     save_file(tensors, out_dir / WEIGHTS, metadata={"format": "pt"})
+    targets: dict[str, Any] = file_targets(base, linear, parameters.values())
     LoraConfig(
-        r=r, lora_alpha=whole_number(scale * r), inference_mode=True, target_modules=suffixes(layers, base),
+        r=r, lora_alpha=whole_number(scale * r), inference_mode=True,
         rank_pattern={re.escape(name): rank for name, rank in lower.items()},
         alpha_pattern={re.escape(name): whole_number(scale * rank) for name, rank in lower.items()},
         base_model_name_or_path=base_path, fan_in_fan_out=fan_in_fan_out, task_type=TASK,
+        **targets,
     ).save_pretrained(str(out_dir))  # fmt: skip
     _sort_targets(out_dir)
     written = load_file(out_dir / WEIGHTS)
     if any(not torch.equal(written[name], tensor) for name, tensor in tensors.items()):
         raise OSError(f"{out_dir / WEIGHTS} does not hold what was written; is the disk sound?")
+
+
+def _sorted_out(layers: dict[str, Factors], base: nn.Module) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """The linear layers; the full names of the other parameters; and by what name peft looks for a rank of each."""
+    modules = dict(base.named_modules())
+    linear = [name for name in layers if hasattr(modules.get(name), "in_features") or isinstance(modules.get(name), Conv1D)]
+    linear = [name for name in linear if not hasattr(modules[name], "parameter_name")]
+    parameters = {name: f"{name}.weight" if name in modules else name for name in layers if name not in linear}
+    odd = renamed(base, linear)
+    patterns = {name: f"{name}.weight" if name in odd else parameters.get(name, name) for name in layers}
+    return linear, parameters, patterns
 
 
 def _sort_targets(out_dir: Path) -> None:
@@ -84,18 +94,24 @@ def _sort_targets(out_dir: Path) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Name in the base model -> layer with adapters."""
+    """Name in the base model -> layer with adapters; a parameter's name where that is no `weight`."""
     from peft.tuners.lora import LoraLayer
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    found: dict[str, Any] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            own: str = getattr(module, "parameter_name", "weight")
+            plain = name.replace(".base_layer", "")
+            found[plain if own == "weight" else f"{plain}.{own}"] = module
+    return found
 
 
 def stacked_rank(model: nn.Module) -> int:
     """The largest rank of what `export_adapter` would write of a LoRA."""
     found = method_on(model).sums(model)
     assert found
-    return max(len(factors.a) for factors in found[1].values())
+    return max(factors.rank for factors in found[1].values())
 
 
 def whole_number(value: float) -> Any:

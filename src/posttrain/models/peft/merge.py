@@ -18,8 +18,10 @@ from torch import Tensor
 
 from posttrain.errors import RunError, UserError
 from posttrain.models.hub import FILES, BaseInfo, resolve
-from posttrain.models.peft.export import CONFIG, WEIGHTS, Factors
+from posttrain.models.peft.export import CONFIG, WEIGHTS
+from posttrain.models.peft.factors import Factors
 from posttrain.models.peft.kinds import require_kind
+from posttrain.models.peft.names import by_parameter
 from posttrain.runs.cache import cache_root
 
 
@@ -36,7 +38,8 @@ class Adapter:
             tensors = load_file(directory / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{field}: {directory} holds no whole adapter ({error}); finish its run again") from None
-        self.tensors = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
+        plain = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
+        self.tensors = by_parameter(self.config, plain)
         self.kind = require_kind(self.config, field)
         self.modules = self.kind.layers(self.tensors)
         if self.modules and self.kind.is_zero(self):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from posttrain.models.peft.export import Factors
+    from posttrain.models.peft.factors import Factors
 
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's sensitivity, its smoothed value and uncertainty, by parameter
 
@@ -36,6 +36,10 @@ class AdaLora(SavedAsLora):
             raise ValueError(f"peft.r: {self.r} is not below peft.init_r={self.init_r}; ranks only go down")
         return self
 
+    @property
+    def least_width(self) -> int:
+        return self.init_r
+
     def check_steps(self, num_steps: int) -> None:
         """peft weighs singular values in the steps before the one in which the last of them go: there must be such a step."""
         last = num_steps - int(self.end * num_steps)
@@ -49,11 +53,12 @@ class AdaLora(SavedAsLora):
         from peft import AdaLoraConfig
 
         from posttrain.models.peft.export import whole_number
-        from posttrain.models.peft.targets import check_rank, layer_options, matched
+        from posttrain.models.peft.targets import layer_options
 
-        layers = matched(model, self.targets)
-        check_rank("peft.init_r", self.init_r, layers)
-        common: dict[str, Any] = layer_options(layers, model) | {"task_type": task, "lora_alpha": whole_number(self.alpha)}
+        common: dict[str, Any] = layer_options(self.targets_in(model), model) | {
+            "task_type": task,
+            "lora_alpha": whole_number(self.alpha),
+        }
         return AdaLoraConfig(
             target_r=self.r, init_r=self.init_r, total_step=num_steps, tinit=int(self.start * num_steps),
             tfinal=int(self.end * num_steps), deltaT=1, orth_reg_weight=self.orthogonality, lora_dropout=self.dropout, **common,
@@ -136,7 +141,7 @@ def final_ranks(model: Any) -> dict[str, int]:
 def _kept(layer: Any) -> Factors:
     """P Lambda Q without the singular values that were dropped."""
     from posttrain.models.peft.attach import NEW
-    from posttrain.models.peft.export import Factors
+    from posttrain.models.peft.factors import Factors
     from posttrain.tensors import whole
 
     values = whole(layer.lora_E[NEW]).float()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from posttrain.config.fields import Positive
 from posttrain.config.interfaces import AdapterKind
-from posttrain.models.peft.base import Adapted, check_rank_continued
+from posttrain.models.peft.base import Adapted, check_same
 
 
 class BottleneckKind(AdapterKind):
@@ -32,13 +32,20 @@ class Bottleneck(Adapted):
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         from posttrain.models.peft.attach import TASK
         from posttrain.models.peft.bottleneck import BottleneckConfig, output_projections
-        from posttrain.models.peft.targets import suffixes
+        from posttrain.models.peft.targets import module_names, suffixes
 
         layers = output_projections(model, self.placement)
-        return BottleneckConfig(r=self.r, target_modules=suffixes(layers, model), task_type=TASK)
+        return BottleneckConfig(r=self.r, target_modules=suffixes(layers, module_names(model)), task_type=TASK)
 
     def check_continued(self, found: Any) -> None:
-        check_rank_continued(found.r, self.r)
+        check_same("r", found.r, self.r)
+
+    placed_by = "placement"
+
+    def places(self, model: Any) -> set[str]:
+        from posttrain.models.peft.bottleneck import output_projections
+
+        return set(output_projections(model, self.placement))
 
 
 METHOD = Bottleneck

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.config.fields import Rate
 from posttrain.config.interfaces import AdapterKind, Quantizer
-from posttrain.models.peft.base import Targeted, has_no_weights
+from posttrain.models.peft.base import Targeted, check_same, has_no_weights
 from posttrain.models.peft.methods.lora import LoraKind, lora_config
 
 if TYPE_CHECKING:
@@ -56,6 +56,15 @@ class Dora(Targeted):
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         return lora_config(self, model, task, self.alpha, use_dora=not has_no_weights(model))
+
+    def check_continued(self, found: Any) -> None:
+        super().check_continued(found)
+        check_same("alpha", found.lora_alpha, self.alpha)
+
+    def not_found_again(self, model: Any) -> Any:
+        from posttrain.models.peft.names import renamed
+
+        return lambda names: renamed(model, names)
 
     def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
         shapes_alone = has_no_weights(model)

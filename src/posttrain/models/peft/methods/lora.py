@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.config.fields import Rate
 from posttrain.config.interfaces import AdapterKind
-from posttrain.models.peft.base import Targeted
+from posttrain.models.peft.base import Targeted, check_same
 from posttrain.models.peft.kinds import odd_setting, odd_tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from posttrain.models.peft.export import Factors
+    from posttrain.models.peft.factors import Factors
 
-UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora"}
+UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora", "target_parameters"}
 
 
 class LoraKind(AdapterKind):
@@ -45,18 +45,27 @@ class LoraKind(AdapterKind):
         return not any(bool(adapter.tensors[f"{layer}.lora_B.weight"].any()) for layer in adapter.modules)
 
     def changed(self, adapter: Any, layer: str, weight: Tensor) -> Tensor:
-        a, b = self.factors(adapter, layer)
-        return weight + b @ a
+        return weight + self.factors(adapter, layer).change()
 
     def factors(self, adapter: Any, layer: str) -> Factors:
         """A layer's change as b a, in float32."""
-        from posttrain.models.peft.export import Factors
+        from posttrain.models.peft.factors import Factors
 
         a, b = (adapter.tensors[f"{layer}.lora_{half}.weight"].float() for half in "AB")
-        patterns = adapter.config.get("alpha_pattern") or {}
-        alpha = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
+        r = _by_pattern(adapter.config, "rank_pattern", layer) or adapter.config["r"]
+        experts = len(a) // r if adapter.config.get("target_parameters") else 1
+        rank = len(a) // experts
+        alpha = _by_pattern(adapter.config, "alpha_pattern", layer)
         alpha = adapter.config["lora_alpha"] if alpha is None else alpha
-        return Factors(a, b * (alpha / (len(a) ** 0.5 if adapter.config.get("use_rslora") else len(a))))
+        return Factors(a, b * (alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)), experts)
+
+
+def _by_pattern(config: dict[str, Any], which: str, layer: str) -> Any:
+    """What an adapter_config.json says of one layer, which may stand there as its weight."""
+    for key, value in (config.get(which) or {}).items():
+        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in (layer, f"{layer}.weight")):
+            return value
+    return None
 
 
 LORA = LoraKind("lora", "LORA")
@@ -90,6 +99,7 @@ class LoraFamily(SavedAsLora):
     """B A throughout: variants differ in how they start, scale or learn."""
 
     is_additive = True
+    on_parameters = True
     can_continue = True
     for_ppo = True
     for_vllm = True
@@ -98,6 +108,11 @@ class LoraFamily(SavedAsLora):
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         return lora_config(self, model, task, self.alpha, **self.options)
+
+    def check_continued(self, found: Any) -> None:
+        super().check_continued(found)
+        root, asked_root = (self.r**0.5 if rooted else self.r for rooted in (found.use_rslora, self.options.get("use_rslora")))
+        check_same("alpha", found.lora_alpha / root * asked_root, self.alpha)
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
         from posttrain.models.peft.attach import NEW
@@ -109,16 +124,15 @@ class LoraFamily(SavedAsLora):
 
     def joined(self, layer: Any, scale: float) -> Factors:
         """A layer's frozen adapter, if it has one, and its new one as one."""
-        import torch
-
         from posttrain.models.peft.attach import INIT, NEW
-        from posttrain.models.peft.export import Factors
+        from posttrain.models.peft.factors import Factors, joined
         from posttrain.tensors import whole
 
-        names = [name for name in (INIT, NEW) if name in layer.lora_A]
-        a = [whole(layer.lora_A[name].weight).float() for name in names]
-        b = [whole(layer.lora_B[name].weight).float() * (layer.scaling[name] / scale) for name in names]
-        return Factors(torch.cat(a), torch.cat(b, dim=1))
+        parts = []
+        for name in (name for name in (INIT, NEW) if name in layer.lora_A):
+            a, b = (whole(half[name].weight).float() for half in (layer.lora_A, layer.lora_B))
+            parts.append(Factors(a, b * (layer.scaling[name] / scale), getattr(layer, "num_experts", 1)))
+        return joined(parts)
 
 
 class Lora(LoraFamily):
@@ -131,13 +145,16 @@ METHOD = Lora
 
 
 def lora_config(method: Targeted, model: Any, task: str | None, alpha: float, **options: Any) -> Any:
-    """peft's LoraConfig. Raises UserError for targets that match nothing and a rank that does not fit."""
+    """peft's LoraConfig. Raises UserError for targets that match nothing or cannot be trained."""
     from peft import LoraConfig
 
+    from posttrain.console import say
     from posttrain.models.peft.export import whole_number
-    from posttrain.models.peft.targets import check_rank, layer_options, matched
+    from posttrain.models.peft.targets import layer_options
 
-    layers = matched(model, method.targets)
-    check_rank("peft.r", method.r, layers)
-    common: dict[str, Any] = layer_options(layers, model) | {"task_type": task, "lora_alpha": whole_number(alpha)}
-    return LoraConfig(r=method.r, lora_dropout=method.dropout, **common, **options)
+    targets = method.targets_in(model)
+    common: dict[str, Any] = layer_options(targets, model) | {"task_type": task, "lora_alpha": whole_number(alpha)}
+    dropout = 0.0 if targets.parameters else method.dropout  # which peft has for linear layers alone: see `Targeted.attach`
+    if dropout != method.dropout:
+        say("peft: no dropout on experts, whose products cannot be told from their input")
+    return LoraConfig(r=method.r, lora_dropout=dropout, target_parameters=list(targets.parameters), **common, **options)

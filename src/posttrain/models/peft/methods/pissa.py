@@ -8,13 +8,14 @@ from posttrain.models.peft.base import has_no_weights
 from posttrain.models.peft.methods.lora import LoraFamily, lora_config
 
 if TYPE_CHECKING:
-    from posttrain.models.peft.export import Factors
+    from posttrain.models.peft.factors import Factors
 
 
 class Pissa(LoraFamily):
     """LoRA that starts from the weights' principal components."""
 
     writes_base = True
+    on_parameters = False
     can_continue = False
     on_quantized = False
     for_vllm = False
@@ -38,14 +39,12 @@ class Pissa(LoraFamily):
 
     def joined(self, layer: Any, scale: float) -> Factors:
         """Without what it began with, if it is this layer's adapter."""
-        import torch
+        from posttrain.models.peft.factors import Factors, joined
 
-        from posttrain.models.peft.export import Factors
-
-        a, b = super().joined(layer, scale)
+        found = super().joined(layer, scale)
         if not hasattr(layer, "taken"):
-            return Factors(a, b)
-        return Factors(torch.cat([a, layer.taken.a.float()]), torch.cat([b, -layer.taken.b.float()], dim=1))
+            return found
+        return joined([found, Factors(layer.taken.a.float(), -layer.taken.b.float())])
 
 
 METHOD = Pissa
@@ -54,7 +53,8 @@ METHOD = Pissa
 def _remember_start(model: Any) -> None:
     """Keep what was taken from the base: the change is what the adapter has become beyond it."""
     from posttrain.models.peft.attach import NEW
-    from posttrain.models.peft.export import Factors, lora_layers
+    from posttrain.models.peft.export import lora_layers
+    from posttrain.models.peft.factors import Factors
 
     for layer in lora_layers(model).values():
         if NEW in layer.lora_A:

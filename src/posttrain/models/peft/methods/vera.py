@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.config.fields import NonNegative, Rate
 from posttrain.config.interfaces import AdapterKind
-from posttrain.models.peft.base import Targeted
+from posttrain.models.peft.base import Targeted, check_same
 from posttrain.models.peft.kinds import odd_setting, odd_tensor
 
 if TYPE_CHECKING:
@@ -53,12 +53,20 @@ class Vera(Targeted):
     d_initial: Rate
     seed: NonNegative  # of the frozen random matrices
 
+    @property
+    def least_width(self) -> int:
+        return 1
+
+    def check_continued(self, found: Any) -> None:
+        super().check_continued(found)
+        check_same("seed", found.projection_prng_key, self.seed)
+
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         from peft import VeraConfig
 
-        from posttrain.models.peft.targets import layer_options, matched
+        from posttrain.models.peft.targets import layer_options
 
-        common: dict[str, Any] = layer_options(matched(model, self.targets), model) | {"task_type": task}
+        common: dict[str, Any] = layer_options(self.targets_in(model), model) | {"task_type": task}
         return VeraConfig(r=self.r, vera_dropout=self.dropout, d_initial=self.d_initial, projection_prng_key=self.seed, **common)
 
 

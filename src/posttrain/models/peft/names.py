@@ -1,0 +1,141 @@
+"""How peft names what lies on parameters that are no layers of their own, in memory and in files.
+
+peft wraps the module that owns such a parameter, once for each of its parameters: the last of them in the order of definition
+lies outside, the one before it under `base_layer`, and so on. A file's `target_parameters` are kept in that order. On a quantized
+parameter the order in memory is another, so nothing here goes by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from posttrain.models.layers import own_shapes
+from posttrain.models.peft.targets import module_names, suffixes
+
+BASE = ".base_layer"
+
+
+@contextmanager
+def todays_names() -> Iterator[None]:
+    """Inside, peft takes names for the model's own. It takes some (gate_proj, up_proj, down_proj in a model with experts) for
+    those of transformers 4 and puts LoRA on other parameters."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kept = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = kept
+
+
+def renamed(model: Any, names: Iterable[str]) -> set[str]:
+    """Those linear layers that plain peft would not find by their names in `target_modules`."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_renamed(last: str) -> bool:
+        config = LoraConfig(target_modules=[last])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it asks for another one beside it
+            return True
+        return set(config.target_modules or ()) != {last}
+
+    found = {last: is_renamed(last) for last in {name.rpartition(".")[2] for name in names}}
+    return {name for name in names if found[name.rpartition(".")[2]]}
+
+
+def file_targets(base: nn.Module, layers: Iterable[str], parameters: Iterable[str]) -> dict[str, list[str]]:
+    """`target_modules` and `target_parameters` with which plain peft puts LoRA on exactly these.
+
+    A linear layer that peft would not find by its name is a target by its weight: its tensors are the same.
+    """
+    layers = list(layers)
+    odd = renamed(base, layers)
+    asked = [*parameters, *(f"{name}.weight" for name in layers if name in odd)]
+    every = parameter_names(base)
+    order = {name: place for place, name in enumerate(every)}
+    short = suffixes(asked, every, least=2)  # with the module's own name, by which a file is read
+    first = {end: min(order[name] for name in asked if f".{name}".endswith(f".{end}")) for end in short}
+    modules = suffixes([name for name in layers if name not in odd], module_names(base))
+    return {"target_modules": modules, "target_parameters": sorted(short, key=first.__getitem__)}
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Full names of all parameters as a model without adapters or quantization has them, in the order of definition."""
+    found = []
+    for name, module in model.named_modules():
+        if any(part.startswith("lora_") or part == "parametrizations" for part in name.split(".")):
+            continue
+        found += [f"{name.replace(BASE, '')}.{own}" for own in own_shapes(module)]
+    return found
+
+
+def key_of(parameter: str, targeted: Iterable[str], every: list[str]) -> str:
+    """The part of a file's key that means a parameter. targeted: all parameters with an adapter; every: as `parameter_names`."""
+    module = parameter.rpartition(".")[0]
+    there = set(targeted)
+    beside = [name for name in every if name in there and name.rpartition(".")[0] == module]
+    return module + BASE * (len(beside) - 1 - beside.index(parameter))
+
+
+def by_parameter(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors (without peft's prefix) under the names of what they change: a module's for its `weight`, else the
+    parameter's."""
+    targets = list(config.get("target_parameters") or [])
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        head, mark, tail = key.partition(".lora_")
+        module = head.replace(BASE, "")
+        own = [t.rpartition(".")[2] for t in targets if f".{module}".endswith(f".{t.rpartition('.')[0]}")]
+        if not mark or not own or own == ["weight"]:
+            found[key] = tensor
+        else:
+            found[f"{module}.{own[len(own) - 1 - head.count(BASE)]}{mark}{tail}"] = tensor
+    return found
+
+
+def with_layers(config: Any, model: nn.Module) -> Any:
+    """peft's description of an adapter for a model in memory: full names of parameters, and linear layers by their own names, so
+    that quantized ones are found too."""
+    asked = list(getattr(config, "target_parameters", None) or [])
+    if not asked:
+        return config
+    every = [name for name in parameter_names(model) if any(f".{name}".endswith(f".{target}") for target in asked)]
+    linear = {name for name, module in model.named_modules() if hasattr(module, "in_features")}
+    layers = [name.removesuffix(".weight") for name in every if name.removesuffix(".weight") in linear]
+    config.target_parameters = [name for name in every if name.removesuffix(".weight") not in linear]
+    config.target_modules = {*(config.target_modules or ()), *layers}
+    # a pattern of a linear layer's weight is now one of the layer
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for key in [key for key in patterns if re.sub(r"\\(.)", r"\1", key).removesuffix(".weight") in layers]:
+            patterns[re.sub(r"\\?\.weight$", "", key)] = patterns.pop(key)
+    return config
+
+
+def in_memory(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under the names that they have, without the adapter's own, on a model with such an adapter on it."""
+    if not config.get("target_parameters"):
+        return tensors
+    prefix = "base_model.model."
+    found = {}
+    modules = dict(model.get_base_model().named_modules())
+    for key, tensor in by_parameter(config, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}).items():
+        name, mark, tail = key.partition(".lora_")
+        module, _, parameter = name.rpartition(".")
+        place = module + _depth(modules[module], parameter) if mark and name not in modules else name
+        found[f"{prefix}{place}{mark}{tail}"] = tensor
+    return found
+
+
+def _depth(wrapper: Any, parameter: str) -> str:
+    place = ""
+    while wrapper.parameter_name != parameter:
+        wrapper, place = wrapper.base_layer, place + BASE
+    return place
