@@ -78,9 +78,18 @@ def with_opinion(config: Any, lora: bool) -> PackedScorer:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
     if lora:
-        model = add_method(
-            model, LORA(method="lora", targets="all-linear", r=4, alpha=8, dropout=0.0, dtype="float32", lr_factor=1)
+        method = LORA(
+            method="lora",
+            targets="all-linear",
+            r=4,
+            alpha=8,
+            dropout=0.0,
+            dtype="float32",
+            lr_factor=1,
+            experts=True,
+            router=False,
         )
+        model = add_method(model, method)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter)
