@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -65,6 +66,24 @@ def towers(model: Any) -> dict[str, int]:
         part = "cross-attention layers" if name.startswith(decoder) else ".".join(name.split(".")[: depth + 1])
         found[part] = found.get(part, 0) + parameter.numel()
     return found
+
+
+def require_causal(config: PretrainedConfig, name: str) -> None:
+    """Raises UserError, in one line, for a model that does not write from left to right, and for one that has no class."""
+    kind, named = str(config.model_type), " ".join(config.architectures or ())
+    if "diffusion" in kind or any(word in named for word in ("Diffusion", "LLaDA", "DreamModel")):
+        what = "a diffusion language model, which fills in masked tokens"
+    elif config.is_encoder_decoder:
+        what = "an encoder-decoder, which writes after another text that it has read whole"
+    elif type(config) in _known(AutoModelForMaskedLM) and not getattr(config, "is_decoder", False):
+        what = "an encoder, whose every token sees those after it"
+    elif getattr(config, "auto_map", None) or any(
+        type(config) in _known(auto) for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    ):
+        return
+    else:
+        what = "of no class for language modelling in transformers"
+    raise UserError(f"model.name: '{name}' ({kind}) is {what}; give a causal language model, such as model=smollm2")
 
 
 def classifier_of(config: PretrainedConfig) -> Any:

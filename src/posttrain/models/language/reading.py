@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +78,15 @@ def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
     """The first way that is exact. attention: as `model.attention`; packing: as `train.packing`.
 
     Sets the attention function of the model to that of the way. Raises UserError where what was asked for is not exact.
-    Without weights there is nothing to compare, and what the config says decides.
+    Without weights, on the meta device, it is the first way in which the model runs: there is nothing to compare.
     """
     own, obstacles, kind = lm.own_attention, list[str](), type(lm.causal).__name__
-    prove = _nothing if lm.causal.device.type == "meta" else partial(_difference, lm)
     for way in _ways(lm, packing, attention):
         for how in ways_of_attention(attention, lm.causal.device) if way != "rows" else ("",):
             lm.reading = Reading(way, how, obstacles[0] if obstacles else "")
-            obstacle = _known_obstacle(lm.causal, way, how) or _set_attention(lm.causal, ATTENTION.get(how, own)) or prove()
+            obstacle = (
+                _known_obstacle(lm.causal, way, how) or _set_attention(lm.causal, ATTENTION.get(how, own)) or _difference(lm)
+            )
             if not obstacle:
                 return lm.reading
             obstacles.append(obstacle)
@@ -96,10 +96,6 @@ def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
     if attention != "auto" and packing == "auto":
         raise UserError(f"model.attention: {kind} cannot be packed by {attention}: {obstacles[0]}; say model.attention=auto")
     raise UserError(f"model.name: {kind} cannot be trained here: {obstacles[-1]}")
-
-
-def _nothing() -> str:
-    return ""
 
 
 def _ways(lm: Reads, packing: Packing, attention: str) -> tuple[Way, ...]:
@@ -138,41 +134,67 @@ def _known_obstacle(causal: PreTrainedModel, way: Way, how: str) -> str:
     return ""
 
 
+class _Try(NamedTuple):
+    """A short pack of random tokens, and the rows of it that are its three documents."""
+
+    tokens: Tensor
+    positions: Tensor
+    mask: DocumentMask
+    rows: list[Tensor]
+
+
+def _try(vocabulary: int, device: torch.device) -> _Try:
+    """A document of 9 tokens, and a prompt of 7 with answers of 6 and 5."""
+    tokens = torch.randint(vocabulary, (1, 27), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
+    rows = [[*range(a, b), *range(c, d)] for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
+    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=device)
+    return _Try(tokens, positions, DocumentMask(segments, 27, device), [torch.tensor(row, device=device) for row in rows])
+
+
 @torch.no_grad()
 def _difference(lm: Reads) -> str:
     """'' where a pack of short random documents gives what each document alone gives, else what is different.
 
     Covers every layer and the head's scale and softcap, in float32. Leaves random numbers and training mode as they were.
+    Raises UserError for a model that is not causal.
     """
-    causal, was_training = lm.causal, lm.training
-    config = causal.config.get_text_config()
-    tokens = torch.randint(config.vocab_size, (1, 27), generator=torch.Generator().manual_seed(0)).to(causal.device)
-    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
-    rows = [torch.tensor([*range(a, b), *range(c, d)]) for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
-    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=causal.device)
-    mask = DocumentMask(segments, 27, causal.device)
-    reading, implementation = lm.reading, str(causal.config._attn_implementation)
+    causal, was_training, kind = lm.causal, lm.training, type(lm.causal).__name__
+    config, implementation = causal.config.get_text_config(), str(causal.config._attn_implementation)
+    pack, on_meta = _try(config.vocab_size, causal.device), causal.device.type == "meta"
     lm.train(False)
     try:
-        with in_float32(causal):
+        with in_float32(causal) if not on_meta else torch.device("meta"):
             causal.set_attn_implementation(lm.own_attention)
-            alone = [causal(input_ids=tokens[:, row], use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
+            inputs = [pack.tokens[:, row] for row in pack.rows] if not on_meta else []
+            alone = [causal(input_ids=each, use_cache=False).logits[0].double().log_softmax(-1) for each in inputs]
             # flex computes what dense does, but compiles for a while
-            causal.set_attn_implementation(ATTENTION["dense"] if reading.attention == "flex" else implementation)
-            read = lm.head.exact(lm.hidden(positions, mask, input_ids=tokens).float()).double().log_softmax(-1)
+            causal.set_attn_implementation(ATTENTION["dense"] if lm.reading.attention == "flex" else implementation)
+            hidden = lm.hidden(pack.positions, pack.mask, input_ids=pack.tokens)
     except CannotCompute as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        return f"{type(causal).__name__} does not run so ({first_line(error)})"
+        return f"{kind} does not run so ({first_line(error)})"
     finally:
         causal.set_attn_implementation(implementation)
         lm.train(was_training)
-    kl = max(float((a.exp() * (a - read[row])).sum(-1).mean()) for a, row in zip(alone, rows, strict=True))
-    if reading.way != "rows" and mask.windows != attention_windows(config):
+    if lm.reading.way != "rows" and pack.mask.windows != attention_windows(config):
         return "its attention layers do not say what window they have"
-    if not kl <= (TOLERATED_KL_8_BIT if getattr(causal, "is_loaded_in_8bit", False) else TOLERATED_KL):
+    if on_meta:
+        return ""
+    tolerated = TOLERATED_KL_8_BIT if getattr(causal, "is_loaded_in_8bit", False) else TOLERATED_KL
+    if not _kl(alone[1][:7], alone[2][:7]) <= tolerated:  # the prompt before two answers
+        raise UserError(f"model.name: {kind} is not causal: what it says of a token depends on those after it; give one that is")
+    read = lm.head.exact(hidden.float()).double().log_softmax(-1)
+    kl = max(_kl(a, read[row]) for a, row in zip(alone, pack.rows, strict=True))
+    if not kl <= tolerated:
         return f"documents would see one another, or the head is computed otherwise (KL {kl:.1e} a token against each alone)"
     return ""
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """Mean KL(p || q), of log-probs [n, V]."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from posttrain.data.row_use import RowUse
 from posttrain.data.selection import SELF, replayed, replays
 from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet
-from posttrain.models.hub import BaseInfo
+from posttrain.models.hub import BaseInfo, resolve
 from posttrain.models.kernels.attention import check_attention
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
@@ -26,6 +26,7 @@ from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
+from posttrain.stages.language.shapes import check_shapes
 from posttrain.stages.language.summary import lines_of
 from posttrain.stages.spec import spec_of
 from posttrain.stages.steps import Context, Prepared
@@ -78,6 +79,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     if context.weights:  # a plan may be of another machine
         check_attention(cfg.model.attention, context.device)
     opened = open_language(cfg, context.weights)
+    check_shapes(cfg, resolve(opened.start.source, cfg.model.revision, weights=False).directory)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
     order = make_sampler(data, sources, cfg.train, context.processes)

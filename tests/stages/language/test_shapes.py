@@ -1,0 +1,77 @@
+"""What is no causal model, and what a causal one cannot have, is refused before the data is read, by plans in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import posttrain
+from posttrain.commands.plan.plan import make_plan
+from posttrain.errors import UserError
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.tokenizer import load_tokenizer
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "t5": (transformers.T5Config, {"d_model": 32}, "an encoder-decoder, which writes after another text that it has read whole"),
+    "bart": (transformers.BartConfig, {"d_model": 32}, "an encoder-decoder, which writes after another text that it has read"),
+    "bert": (transformers.BertConfig, SMALL, "an encoder, whose every token sees those after it"),
+    "modernbert": (transformers.ModernBertConfig, SMALL, "an encoder, whose every token sees those after it"),
+}
+
+
+def directory(config: Any, at: Path, weights: bool = False) -> str:
+    tokenizer = load_tokenizer("tiny", None, False, None)
+    config.vocab_size = len(tokenizer)
+    if weights:
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(at)
+    else:
+        config.save_pretrained(at)
+        (at / "model.safetensors").write_bytes(b"")
+    tokenizer.save_pretrained(at)
+    return f"model.name={at}"
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.stages.language.prepare.read_mixture", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr("posttrain.stages.language.build.load_causal", lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_causal_is_refused_in_a_true_line(name: str, tmp_path: Path, nothing_is_read: None) -> None:
+    kind, settings, what = OTHERS[name]
+    words = [directory(kind(**settings), tmp_path / "base"), "eval.sets=null", "train.max_steps=1"]
+    found = []
+    for call in (lambda: posttrain.run("sft", *words, f"run.dir={tmp_path / 'run'}"), lambda: make_plan("sft", words)):
+        with pytest.raises(UserError, match=rf"^model\.name: '.*' \({name}\) is {what}.*; give a causal language model") as error:
+            call()
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
+def test_packing_and_attention_that_cannot_be_had_are_refused_before_the_data(tmp_path: Path, nothing_is_read: None) -> None:
+    mamba = directory(transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), tmp_path / "mamba")
+    gemma = directory(transformers.Gemma2Config(**SMALL, head_dim=16, num_key_value_heads=2), tmp_path / "gemma2")
+    cases = (
+        ([mamba, "train.packing=true"], r"^train\.packing: MambaForCausalLM cannot be packed: "),
+        ([gemma, "model.attention=documents"], r"^model\.attention: Gemma2ForCausalLM cannot be packed by documents: .*softcap"),
+        ([gemma, "+peft=lora", "peft.targets=[k_prj]"], r"^peft\.targets: "),
+    )
+    for number, (words, line) in enumerate(cases):
+        with pytest.raises(UserError, match=line):
+            posttrain.run("sft", *words, "eval.sets=null", "train.max_steps=1", f"run.dir={tmp_path / str(number)}")
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused_at_load() -> None:
+    """The config of an encoder in a causal class, as nothing but its numbers can tell."""
+    torch.manual_seed(0)
+    model: Any = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, vocab_size=61, is_decoder=False))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    with pytest.raises(UserError, match=r"^model\.name: BertLMHeadModel is not causal: what it says of a token depends on those"):
+        PackedLM(model)
