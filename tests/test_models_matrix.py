@@ -103,7 +103,7 @@ def states(architecture: Architecture, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_trains_exactly_in_every_stage(name: str, tmp_path: Path) -> None:
     assert states(ALL[name], tmp_path) == {}
 

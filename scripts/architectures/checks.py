@@ -37,11 +37,6 @@ def _still(value: Any, key: str = "") -> Any:
     return 0.0 if dropout else value
 
 
-def reading(ran: Ran) -> str:
-    """How the run read its documents, by its manifest, or by its end where that says nothing."""
-    return str(ran.result.get("reading") or ran.result.get("packing") or "packed")
-
-
 def length(prompts: list[str], responses: list[str]) -> list[float]:
     """A reward for ppo where there is no reward model."""
     return [len(response) / 10 for response in responses]
@@ -101,7 +96,8 @@ def dpo(trial: Trial) -> str:
     first = next(line for line in lines if "train/loss" in line)
     if trouble := _differ("first loss", first["train/loss"], 0.69314718) or _differ("first margin", first["train/margin"], 0):
         return trouble
-    chosen = rows.plain_chosen(_peft(_model(trial, trial.folder / "base"), trial.ran["lora"]))
+    start = _model(trial, trial.folder / "base")
+    chosen = rows.plain_chosen(start if trial.ran["lora"].code else _peft(start, trial.ran["lora"]))
     if trouble := _differ("log p of the chosen", first["train/logp_chosen"], chosen, 1e-3):
         return trouble
     chosen = rows.plain_chosen(_peft(_model(trial, trial.folder / "base"), trial.ran["dpo"]))

@@ -9,7 +9,7 @@ from architectures.trial import CELLS, Cell, Record
 
 COLUMNS = ("reading", "lora", "experts", "qlora", "full", "dpo", "rm", "ppo", "merge", "reload", "plan")
 SIGNS = {"ok": "yes", "refused": "refused", "failed": "**fails**", "wrong": "**wrong**", "none": "–"}
-READINGS = {"packed": "packed", "documents": "packed", "rows": "one a row", "": "–"}
+READINGS = {"packed": "packed", "joined": "end to end", "rows": "one a row", "": "refused"}
 INTRODUCTION = """# Models
 
 <!-- made by `make models`; do not edit by hand -->
@@ -18,8 +18,8 @@ Every class of transformers {transformers} that it lists as a causal language mo
 class, made tiny with random weights and put through every stage: `scripts/models_matrix.py`. Each result is compared with plain
 transformers and plain peft, in float32, one row a forward, with no packing:
 
-- **reading**: `packed` – documents share packs, and loss and gradient are those of each row alone; `one a row` – packs would let
-  documents see one another, so each has a row of its own.
+- **reading**: `packed` – documents share packs; `end to end` – so do they, each with a prompt of its own; `one a row` – in a pack
+  they would see one another, so each has a row of its own.
 - **full**: two steps of `sft peft=none`; losses and gradient norms are those of a plain loop with AdamW (1e-4).
 - **lora**, **qlora**: `sft +peft=lora` and `+peft=qlora` begin at the base's loss and learn. **experts**: both train the
   routed experts; – where there are none.
@@ -39,7 +39,7 @@ def page(records: list[Record], transformers: str) -> str:
     for mapping, title in (("causal", "Causal language models"), ("vision", "Text on vision-language models")):
         rows = [record for record in causal if record.mapping == mapping]
         if rows:
-            parts += [f"## {title}\n", _table(rows), _reasons(rows)]
+            parts += [f"## {title}\n", _table(rows), _unpacked(rows), _reasons(rows)]
     if others:
         parts += [
             "## Not causal\n\nA later token changes what is predicted before it, or there is an encoder: refused.\n",
@@ -93,6 +93,16 @@ def _table(rows: list[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _unpacked(rows: list[Record]) -> str:
+    """Why documents do not share packs, each reason once."""
+    found: dict[str, list[str]] = {}
+    for record in rows:
+        if record.reading == "rows":
+            found.setdefault(_plain(record.why), []).append(f"`{record.name}`")
+    lines = [f"- {why}  \n  {', '.join(names)}" for why, names in found.items()]
+    return "\n".join(["### One document a row\n", *lines]) + "\n" if lines else ""
+
+
 def _reasons(rows: list[Record]) -> str:
     """Each line once, with what it was said of."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -109,7 +119,11 @@ def _reasons(rows: list[Record]) -> str:
 
 
 def _line(cell: Cell) -> str:
-    return f"{cell.state}: {cell.said}".replace("|", "\\|").replace("<", "&lt;")
+    return _plain(f"{cell.state}: {cell.said}")
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _lines(records: list[Record]) -> str:

@@ -48,7 +48,7 @@ TEXT_SIZES: tuple[tuple[str, int], ...] = (
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", HEADS),
     (r"linear_(key|value)_head_dim", 16),
-    (r"index_(n|num)_heads|index_heads", 2),
+    (r"index_(n|num)_heads|index_heads", 16),  # few would all be 0 behind their relu, and equal scores make top-k arbitrary
     (r"index_head_dim", 32),
     (r"index_topk", 8),
     (r"hidden_size_per_layer_input", 16),

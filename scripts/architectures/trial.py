@@ -37,7 +37,8 @@ class Cell:
 
 @dataclass
 class Record:
-    """What is written down of one architecture. made: why not, or ''. reading: packed | rows | ''."""
+    """What is written down of one architecture. made: why not, or ''. reading: as the manifest has it, packed | joined | rows; ''
+    where it is refused. why: what kept it from the faster ways."""
 
     name: str
     class_name: str
@@ -45,8 +46,8 @@ class Record:
     made: str = ""
     causal: bool = True
     reading: str = ""
+    why: str = ""
     cells: dict[str, Cell] = field(default_factory=dict[str, Cell])
-    notes: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
 
 
@@ -96,7 +97,7 @@ class Trial:
         write_rows(self.folder)
         self._train()
         self._look()
-        self.record.reading = checks.reading(self.ran["full"]) if self.ran["full"].code == 0 else ""
+        self._reading()
         self.record.seconds = round(time.monotonic() - began, 1)
         return self.record
 
@@ -141,6 +142,11 @@ class Trial:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = guarded(lambda: results.append(command()))
         self.ran[name] = Ran(self.folder / name, code, said.getvalue(), *results)
+
+    def _reading(self) -> None:
+        done = next((ran.result for ran in self.ran.values() if ran.code == 0 and ran.result and "reading" in ran.result), None)
+        if done:
+            self.record.reading, self.record.why = done["reading"]["way"], done["reading"]["why"]
 
     def _look(self) -> None:
         """Each result against plain transformers and peft."""
