@@ -44,6 +44,19 @@ def test_an_answer_is_cut_and_a_row_whose_answer_is_cut_off_is_left_out(encoder:
     assert gone.train.rows.tolist() == [2] and (gone.stats.truncated, gone.stats.untrained) == (1, 1)
 
 
+def test_a_prompt_that_ends_in_a_space_takes_nothing_from_its_answer(encoder: Encoder, tmp_path: Path) -> None:
+    row = {"prompt": "Review: the fox.\nLabel: ", "completion": "the"}
+    empty = {"prompt": "x", "completion": " "}
+    found = prepared(tmp_path, encoder, [row, empty], "sft", 100)
+    assert counting(encoder, found.train) == [" the<|im_end|>"]
+    assert (found.stats.untrained, found.stats.border_tokens) == (1, 1)
+    assert found.stats.places["untrained"] == [found.stats.where(2)], "its end is all that it would train"
+    pairs = [{"prompt": "Label: ", "chosen": "dog", "rejected": "fox"}, {"prompt": "x", "chosen": "", "rejected": " "}]
+    found = prepared(tmp_path, encoder, pairs, "dpo", 100)
+    assert found.train.rows.tolist() == [1] and found.stats.untrained == 1
+    assert counting(encoder, found.train) == [" dog<|im_end|> fox<|im_end|>"]
+
+
 def test_both_answers_of_a_pair_have_what_its_prompt_leaves(encoder: Encoder, tmp_path: Path) -> None:
     row = {"prompt": "a b c", "chosen": " d", "rejected": " e f g h i j"}
     other = {"prompt": "x", "chosen": " y", "rejected": " z"}

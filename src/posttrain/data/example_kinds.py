@@ -95,7 +95,7 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
             stats.note("truncated", stats.where(number))
         stats.border_tokens += item.borders
         tokens, weights = item.tokens[:max_length], item.weights[:max_length]
-        if any(weights[1:]):
+        if 0 < item.first_word < max_length:
             kept.append((tokens, weights, number))
         else:
             stats.note("untrained", stats.where(number))
@@ -130,7 +130,8 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
         stats.border_tokens += sum(a.borders for a in answers)
         lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
         cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
-        if not pair.prompt or not pair.weight or not all(any(weights) for _, weights in cut):
+        worded = any(0 <= a.first_word < length for a, length in zip(answers, lengths, strict=True))
+        if not pair.prompt or not pair.weight or not worded or not all(any(weights) for _, weights in cut):
             stats.note("untrained", stats.where(number))
             continue
         (chosen, w_chosen), (rejected, w_rejected) = cut

@@ -22,7 +22,7 @@ class SourceStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
     untrained: int = 0  # rows left out because no token of theirs would count
-    border_tokens: int = 0  # tokens across the border of prompt and answer; they do not count
+    border_tokens: int = 0  # tokens across the border of prompt and answer; they count
     filtered: int = 0  # rows left out for their quality
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])

@@ -5,6 +5,7 @@ import json
 from datetime import datetime
 
 import pytest
+from tokenizers import AddedToken
 
 from posttrain.data.chat import template as templates
 from posttrain.data.chat.encoder import Encoded, Encoder, chat_template, template_hash
@@ -88,18 +89,36 @@ def test_document_trains_every_token_and_its_end(chatml):
     assert result.weights == [1.0] * len(result.tokens)
 
 
-def test_token_across_the_border_has_no_weight_and_is_counted(chatml):
-    """The token " dog" lies on the border if its space is the prompt's; this tokenizer's own offsets would hide it."""
+def test_token_across_the_border_is_the_answers_and_is_counted(chatml):
+    """The token " dog" holds the answer's letters even if its space is the prompt's; this tokenizer's offsets would hide it."""
     encoder = Encoder(chatml)
     inside, across = encoder.encode_completion("the", " dog"), encoder.encode_completion("the ", "dog")
     assert inside.tokens == across.tokens and len(inside.tokens) == 3
-    assert (inside.weights, inside.borders) == ([0.0, 1.0, 1.0], 0)
-    assert (across.weights, across.borders) == ([0.0, 0.0, 1.0], 1)
+    assert (inside.weights, inside.borders, inside.first_word) == ([0.0, 1.0, 1.0], 0, 1)
+    assert (across.weights, across.borders, across.first_word) == ([0.0, 1.0, 1.0], 1, 1)
 
 
 def test_prompt_that_ends_within_the_letters_of_a_token_counts_as_border(chatml):
     result = Encoder(chatml).encode_completion("the do", "g")
-    assert (result.weights, result.borders) == ([0.0, 0.0, 1.0], 1)
+    assert (result.weights, result.borders) == ([0.0, 1.0, 1.0], 1)
+
+
+def test_the_end_alone_is_no_word_of_the_answer(chatml):
+    encoder = Encoder(chatml)
+    for empty in ("", " ", "\n"):
+        assert encoder.encode_completion("the", empty).first_word == -1
+        assert encoder.encode_conversation([user("a"), assistant(empty)]).first_word == -1
+    late = encoder.encode_conversation([user("a"), assistant(""), user("b"), assistant("fox")])
+    assert chatml.decode(late.tokens[late.first_word]) in "fox" and late.weights[late.first_word] == 1
+
+
+def test_an_end_token_that_takes_blanks_along_ends_where_its_letters_do(make_tokenizer):
+    """Phi 3's <|end|> takes the line feed behind it along, and its <|assistant|> the blanks of the answer itself."""
+    tokenizer = make_tokenizer(chat_template("chatml").replace("+ '\\n' + message['content']", "+ message['content']"))
+    ends = [AddedToken(text, rstrip=True, special=True, normalized=False) for text in ("<|im_end|>", "<|im_start|>assistant")]
+    tokenizer.add_special_tokens({"additional_special_tokens": ends})
+    result = Encoder(tokenizer).encode_conversation([user("Hi"), assistant("  dog")])
+    assert coloured(tokenizer, result).endswith("<|im_start|>assistant{dog<|im_end|>}")
 
 
 def test_all_bytes_of_a_character_are_trained(chatml):
@@ -156,7 +175,8 @@ def test_pair_of_texts_needs_no_template(make_tokenizer):
 def test_pair_whose_border_token_differs_shares_only_what_is_before_it(chatml):
     pair = Encoder(chatml).encode_pair({"prompt": "the ", "chosen": "dog", "rejected": "fox"})
     assert chatml.decode(pair.prompt) == "the"
-    assert coloured(chatml, pair.chosen) == " dog{</s>}" and pair.chosen.borders == 1
+    assert coloured(chatml, pair.chosen) == "{ dog</s>}" and pair.chosen.borders == 1
+    assert coloured(chatml, pair.rejected) == "{ fox</s>}"
 
 
 def test_equal_answers_are_an_error(chatml):

@@ -1,41 +1,15 @@
 """The masks of chat templates as models ship them (those in TRL's wheel), against two independent references."""
 
-import importlib.util
-import re
-from pathlib import Path
-
 import pytest
 from tokenizers import processors
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.errors import UserError
+from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, THINK, WRITTEN_LEAD, allowed, end_of_turn, leads_of
 
-TRL = importlib.util.find_spec("trl")
-if TRL is None or not TRL.submodule_search_locations:
+if not IS_THERE:
     pytest.skip("trl, which ships the stock templates, is not installed", allow_module_level=True)
-FOLDER = Path(TRL.submodule_search_locations[0]) / "chat_templates"
-STOCK = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
-SPECIAL = re.compile(r"<[|\uff5c][^<>\n' ]*>|<[^<>|\n' ]+[|\uff5c]>|<(?:start|end)_of_\w+>|</s>|\[gMASK\]|<sop>")
 
-# By hand, from the models' cards: the tokens that end an assistant turn.
-ENDS = {
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
-    "diffusion_gemma": "<turn|>",
-    "gemma": "<end_of_turn>",
-    "gemma4": "<turn|>",
-    "glm4moe": "<|user|>",
-    "idefics3": "<end_of_utterance>",
-    "lfm2": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "llava_next": "</s>",
-    "muse_glimmer": "<|eot|>",
-    "nemotron": "<|im_end|>",
-    "phi3": "<|end|>",
-    "qwen": "<|im_end|>",
-    "smolvlm": "<end_of_utterance>",
-}
 # What TRL's twin trains beside ours: what it takes for the model's part though it is in front of the content.
 TWIN_LEAD = {
     "deepseek": ["<\uff5cAssistant\uff5c>"],
@@ -47,14 +21,6 @@ TWIN_LEAD = {
     "qwen2_5_vl": [""],
     "qwen3": ["<think>\n\n</think>\n\n", "<think>\n"],
 }
-# What a template puts between its generation prompt and the content: the model's to write, so it is trained.
-WRITTEN_LEAD = {
-    "glm4moe": ["\n<think></think>\n", "\n"],
-    "gptoss": ["<|channel|>final<|message|>"],
-    "muse_glimmer": [" to=user<|message|>"],
-    "qwen3": ["<think>\n\n</think>\n\n", "\n</think>\n\n", "\n\n</think>\n\n"],
-}
-THINK = "<think>\nhm so\n</think>\n\n"
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -81,15 +47,6 @@ REFUSED = {
 }
 
 
-def leads_of(table: dict[str, list[str]], name: str) -> list[str]:
-    """What the template of this name may write before an answer, by the longest key that the name begins with."""
-    return table.get(max((key for key in table if name.startswith(key)), key=len, default=""), [])
-
-
-def end_of_turn(name: str) -> str:
-    return ENDS[max((key for key in ENDS if name.startswith(key)), key=len)]
-
-
 def load(make_tokenizer, name: str):
     template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return make_tokenizer(template, sorted(set(SPECIAL.findall(template))))
@@ -108,15 +65,6 @@ def runs(tokenizer, tokens: list[int], weights: list[float]) -> list[str]:
         elif found[-1]:
             found.append([])
     return [tokenizer.decode(run) for run in found if run]
-
-
-def allowed(content: str) -> set[str]:
-    """What a template may make of an assistant's content: as it is, trimmed, without thoughts or with them first."""
-    answer = content.split("</think>")[-1]
-    forms = {content, answer, "".join(content.split("<think>\n")), f"\n{THINK.strip()}\n{answer.strip()}"}
-    forms |= {f"\n<think>hm so</think>\n{answer.strip()}"} if THINK in content else set()
-    trimmed = {f for form in forms for f in (form, form.strip(), form.lstrip("\n"), form.rstrip())}
-    return trimmed | {" " + form for form in trimmed}  # " ": the header of "Assistant: yes" has no space of its own
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -49,7 +49,7 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
         ("skipped", "rows with a mistake", True, stats.skipped),
         ("untrained", "rows dropped, as no token of theirs would count", True, stats.untrained),
         ("truncated", f"rows cut to {max_length} tokens", True, stats.truncated),
-        ("", "tokens across the border of prompt and answer, which do not count", False, stats.border_tokens),
+        ("", "tokens across the border of prompt and answer, which count as the answer's", False, stats.border_tokens),
         ("", "rows left out, of less quality", False, stats.filtered),
     )
     found = []

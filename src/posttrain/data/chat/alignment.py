@@ -19,10 +19,12 @@ SENTINEL = re.compile("\U0010f0a0([0-9]+)\U0010f0a1")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text and the spans of it that are trained, in order."""
+    """A text, the spans of it that are trained, in order, and those of the letters in them that somebody wrote: all but what
+    a template puts around them, its end of turn above all."""
 
     text: str
     spans: list[Span]
+    words: list[Span]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class AlignedText:
             parts += [words[number], literal]
         starts = list(accumulate(map(len, parts), initial=0))
         spans = [(starts[2 * a] + x, starts[2 * b] + y) for (a, x), (b, y) in self.spans]
-        return Rendered("".join(parts), spans)
+        said = [(starts[k], starts[k + 1]) for k in range(1, len(parts), 2) if parts[k]]
+        within = [(a, b) for start, stop in spans for a, b in said if start <= a and b <= stop]
+        return Rendered("".join(parts), spans, within)
 
 
 def lay_out(text: str, spans: Sequence[Span], appended: str) -> AlignedText:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from posttrain.data.chat.alignment import Rendered, Span
 from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
 from posttrain.data.chat.template import ChatTemplate
 from posttrain.data.chat.template_text import chat_template, template_hash
-from posttrain.data.chat.tokenize import Tokeniser, Tokens, shared_length
+from posttrain.data.chat.tokenize import Tokeniser, Tokens, shared_length, touching
 from posttrain.data.rows import CanonicalRow, Message, prompt_of, reference_of
 from posttrain.errors import UserError
 
@@ -23,12 +22,16 @@ __all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"
 
 @dataclass(frozen=True)
 class Encoded:
-    """weights[i] is the weight of the loss on predicting tokens[i]; borders counts the tokens of weight 0 that lie
-    partly in trained text."""
+    """weights[i] is the weight of the loss on predicting tokens[i].
+
+    borders: how many tokens reach across the border of trained text; they count. first_word: index of the first token that
+    is predicted, counts, and holds a letter of an answer; -1 where there is none, so that nothing but ends would be learnt.
+    """
 
     tokens: list[int]
     weights: list[float]
     borders: int
+    first_word: int
 
     @property
     def last_trained(self) -> int:
@@ -186,8 +189,8 @@ class Encoder:
         return _Text(rendered, False, self.weighing.factors(rendered, turns), weight)
 
     def _continuation(self, prompt: str, completion: str, weight: float) -> _Text:
-        rendered = Rendered(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
-        return _document(prompt, completion, self.weighing.factors(rendered, [{"content": completion}]), weight)
+        factors = self.weighing.factors(_continued(prompt, completion), [{"content": completion}])
+        return _document(prompt, completion, factors, weight)
 
     def _answers(self, row: CanonicalRow) -> tuple[_Text, _Text]:
         return self._answer(row["prompt"], row["chosen"]), self._answer(row["prompt"], row["rejected"])
@@ -202,7 +205,7 @@ class Encoder:
     def _encode(self, texts: Sequence[_Text]) -> list[Encoded]:
         if all(text.is_whole for text in texts) and not self.weighing.gamma:
             ids = self._tokeniser.ids([text.rendered.text for text in texts])
-            return [self._finished(tokens, [1.0] * len(tokens), 0, text) for tokens, text in zip(ids, texts, strict=True)]
+            return [self._all_trained(tokens, text) for tokens, text in zip(ids, texts, strict=True)]
         found = self._tokeniser.tokens([text.rendered.text for text in texts])
         return [self._weighed(tokens, text) for tokens, text in zip(found, texts, strict=True)]
 
@@ -211,26 +214,37 @@ class Encoder:
         weighed = self._weighed
         return [(weighed(x, c), weighed(y, r)) for (x, y), (c, r) in zip(found, answers, strict=True)]
 
+    def _all_trained(self, tokens: list[int], text: _Text) -> Encoded:
+        first = self._least(text) if text.rendered.words and len(tokens) > self._least(text) else -1
+        return self._finished(tokens, [1.0] * len(tokens), 0, first, text)
+
+    def _least(self, text: _Text) -> int:
+        """Index of the first of the text's tokens that is predicted."""
+        return 0 if text.document and self._start else 1
+
     def _weighed(self, tokens: Tokens, text: _Text) -> Encoded:
         weights, borders = _weights(tokens.offsets, text.rendered.spans)
         if text.factors or self.weighing.gamma:
             weigh(weights, tokens.offsets, text.rendered.spans, text.factors, self.weighing)
-        return self._finished(tokens.ids, weights, borders, text)
+        first = _first_word(tokens.offsets, text.rendered.words, weights, self._least(text))
+        return self._finished(tokens.ids, weights, borders, first, text)
 
-    def _finished(self, tokens: list[int], weights: list[float], borders: int, text: _Text) -> Encoded:
+    def _finished(self, tokens: list[int], weights: list[float], borders: int, first_word: int, text: _Text) -> Encoded:
         """With the row's own weight, and a document's beginning and end."""
+        first_word = first_word if text.weight else -1
         shaped = text.factors or self.weighing.gamma
         end_weight = weights[-1] if shaped and weights else 1.0  # the end counts as what it ends
         if text.weight != 1:
             weights, end_weight = [text.weight * weight for weight in weights], text.weight * end_weight
         if not text.document:
-            return Encoded(tokens, weights, borders)
+            return Encoded(tokens, weights, borders, first_word)
         end = self._tokenizer.eos_token_id
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
         whole = text.rendered.spans[0][0] == 0
         start_weights = [text.weight if whole else 0.0] * len(self._start)
-        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders)
+        first_word += len(self._start) if first_word >= 0 else 0
+        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders, first_word)
 
 
 @contextmanager
@@ -256,20 +270,33 @@ def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 
-def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Text:
+def _continued(prompt: str, text: str) -> Rendered:
+    """A text of which all but its beginning is trained."""
     whole = prompt + text
-    return _Text(Rendered(whole, [(len(prompt), len(whole))]), True, factors, weight)
+    words = [(len(prompt), len(whole))] if text.strip() else []
+    return Rendered(whole, [(len(prompt), len(whole))], words)
+
+
+def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Text:
+    return _Text(_continued(prompt, text), True, factors, weight)
+
+
+def _first_word(offsets: Sequence[Span], words: Sequence[Span], weights: Sequence[float], least: int) -> int:
+    """Index, from `least` on, of the first token of some weight that holds a letter of the words; -1 without one."""
+    for span in words:
+        for k in touching(offsets, span):
+            if k >= least and weights[k]:
+                return k
+    return -1
 
 
 def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:
-    """1 for each token that lies wholly in a span; and the number of tokens that lie in one only partly."""
-    starts, stops = [a for a, _ in offsets], [b for _, b in offsets]
-    weights, borders = [0.0] * len(offsets), set()
+    """1 for each token that holds any letter of a span; and the number of tokens that hold others as well."""
+    weights, borders = [0.0] * len(offsets), set[int]()
     for start, stop in spans:
-        low, high = bisect_left(starts, start), min(bisect_right(stops, stop), bisect_left(starts, stop))
-        weights[low:high] = [1.0] * max(high - low, 0)
-        inner = range(bisect_right(stops, start), bisect_left(starts, stop))  # tokens with any letter in the span
-        borders.update(k for k in (*inner[:1], *inner[-1:]) if starts[k] < start or stops[k] > stop)
+        inner = touching(offsets, (start, stop))
+        weights[inner.start : inner.stop] = [1.0] * len(inner)
+        borders.update(k for k in (*inner[:1], *inner[-1:]) if offsets[k][0] < start or offsets[k][1] > stop)
     return weights, len(borders)
 
 
@@ -278,4 +305,4 @@ def _first_trained(encoded: Encoded) -> int:
 
 
 def _after(encoded: Encoded, start: int) -> Encoded:
-    return Encoded(encoded.tokens[start:], encoded.weights[start:], encoded.borders)
+    return Encoded(encoded.tokens[start:], encoded.weights[start:], encoded.borders, max(encoded.first_word - start, -1))

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.config.schema import Conversational, Stage
 from posttrain.data.chat.alignment import Rendered, Span, content_of
+from posttrain.data.chat.tokenize import touching
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -93,6 +94,9 @@ def weigh(
 ) -> None:
     """Multiply the weights of tokens in place. offsets: characters of each token, in order; spans: the turns."""
     starts = [start for start, _ in offsets]
+    for span in spans:  # a token that begins before a turn is of the turn's first part
+        for k in touching(offsets, span)[:1]:
+            starts[k] = max(starts[k], span[0])
     for start, stop, factor in factors:
         low, high = bisect_left(starts, start), bisect_left(starts, stop)
         weights[low:high] = [factor * weight for weight in weights[low:high]]

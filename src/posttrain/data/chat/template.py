@@ -164,7 +164,13 @@ class ChatTemplate:
         turns = sum(message["role"] == "assistant" for message in messages[first:])
         if len(marked) < turns:
             raise UserError(f"the chat template's generation markers cover {len(marked)} of {turns} assistant turns")
-        return Rendered(text, [(start, self._end_of_marked(text, start, stop)) for start, stop in marked])
+        spans = [(start, self._end_of_marked(text, start, stop)) for start, stop in marked]
+        said = [(start, start + len(self._without_end(text[start:stop]))) for start, stop in spans]
+        return Rendered(text, spans, [(start, stop) for start, stop in said if text[start:stop].strip()])
+
+    def _without_end(self, turn: str) -> str:
+        end = max((end for end in self._ends if turn.endswith(end)), key=len, default="")
+        return turn.removesuffix(end)
 
     def _end_of_marked(self, text: str, start: int, stop: int) -> int:
         """The end of a marked turn, moved so that its end-of-turn token is the last thing within."""

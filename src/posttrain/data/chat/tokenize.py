@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ class Tokeniser:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._borders = _borders(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._greedy = {i: len(token.content) for i, token in added if token.lstrip or token.rstrip}
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids alone, which takes less time."""
@@ -34,7 +36,7 @@ class Tokeniser:
 
     def tokens(self, texts: Sequence[str]) -> Iterator[Tokens]:
         """The tokens of each text, with their places in it."""
-        return map(_tokens, self._encoded(texts))
+        return map(self._tokens, self._encoded(texts), texts)
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> Iterator[tuple[Tokens, Tokens]]:
         """Both texts of each, as `tokens` has them. What they begin with in common is tokenised once, up to its last border."""
@@ -42,13 +44,25 @@ class Tokeniser:
         kept = [self._last_border(found, *both) for found, both in zip(firsts, texts, strict=True)]
         starts = [found.token_to_chars(k)[0] if k else 0 for found, k in zip(firsts, kept, strict=True)]
         rests = self._encoded([second[start:] for (_, second), start in zip(texts, starts, strict=True)])
-        for found, k, start, rest in zip(firsts, kept, starts, rests, strict=True):
-            first, (ids, offsets) = _tokens(found), _tokens(rest)
+        for found, both, k, start, rest in zip(firsts, texts, kept, starts, rests, strict=True):
+            first, (ids, offsets) = self._tokens(found, both[0]), self._tokens(rest, both[1][start:])
             moved = [(a + start, b + start) for a, b in offsets] if start else offsets
             yield first, Tokens(first.ids[:k] + ids, first.offsets[:k] + moved)
 
     def _encoded(self, texts: Sequence[str]) -> list[Any]:
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def _tokens(self, found: Any, text: str) -> Tokens:
+        """An added token that takes the blanks around it along stands for its own letters all the same."""
+        ids, offsets = found.ids, found.offsets
+        if not self._greedy:
+            return Tokens(ids, offsets)
+        for k, i in enumerate(ids):
+            if i in self._greedy:
+                start, stop = offsets[k]
+                start += len(text[start:stop]) - len(text[start:stop].lstrip())
+                offsets[k] = (start, start + self._greedy[i])
+        return Tokens(ids, offsets)
 
     def _last_border(self, found: Any, first: str, second: str) -> int:
         """Index of the last special token that both texts have at the same place, with all before it the same; 0 without one."""
@@ -61,8 +75,13 @@ class Tokeniser:
         return 0
 
 
-def _tokens(found: Any) -> Tokens:
-    return Tokens(found.ids, found.offsets)
+def touching(offsets: Sequence[Span], span: Span) -> range:
+    """Indices of the tokens that hold any letter of a span; of no letter (a word's mark before it), those at its start too."""
+    start, stop = span
+    low = bisect_right(offsets, start, key=lambda offset: offset[1])
+    while low and offsets[low - 1] == (start, start):
+        low -= 1
+    return range(low, max(low, bisect_left(offsets, stop, key=lambda offset: offset[0])))
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -40,7 +40,7 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
         (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
         (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (stats.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
-        (stats.border_tokens, "tokens lie across a prompt's border and do not count"),
+        (stats.border_tokens, "tokens lie across a prompt's border and count as the answer's"),
     ):
         if count:
             lines.append(f"  {count:,} {what}")
