@@ -13,7 +13,6 @@ from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.kernels.choice import for_inference, use_kernels
 from posttrain.models.language.loading import LoadedModel, device_here, load_models, switch
-from posttrain.models.language.tokenizer import stop_tokens
 
 HELP = "/reset forgets the conversation, /adapter NAME switches, /exit ends; Ctrl-C stops an answer"
 
@@ -43,7 +42,7 @@ class Conversation:
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-                eos_token_id=self._ends(),
+                eos_token_id=self.live.ends,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(drawn if self.temperature else {"do_sample": False}),
             )
@@ -60,11 +59,6 @@ class Conversation:
         if not self.live.tokenizer.chat_template:
             return "\n".join(message["content"] for message in (*first, *self.messages))
         return self.live.tokenizer.apply_chat_template([*first, *self.messages], tokenize=False, add_generation_prompt=True)
-
-    def _ends(self) -> list[int]:
-        tokenizer = self.live.tokenizer
-        texts = {*stop_tokens(self.live.source, self.live.artifact.base.revision, tokenizer), tokenizer.eos_token} - {None}
-        return sorted(tokenizer.convert_tokens_to_ids(list(texts)))
 
 
 def chat(

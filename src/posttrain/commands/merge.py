@@ -19,6 +19,7 @@ from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, 
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_model
 from posttrain.models.language.pretrained import load_causal
+from posttrain.models.language.tokenizer import write_ends
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -84,18 +85,20 @@ def require_empty(out: Path) -> None:
 
 def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
-    rows = _live_answers(artifact, adapter, base_dir, scratch)
+    rows, ends = _live_answers(artifact, adapter, base_dir, scratch)
     write_merged(base_dir, adapter, scratch / "full")
     found: dict[str, Agreement] = {}
     for name in ("full", "dequantized"):
         if (scratch / name).exists():
             copy_tokenizer(artifact.weights, scratch / name)
+            write_ends(scratch / name, ends)
             found[name] = _compare(scratch, name, artifact.finished().dtype, rows)
     return found
 
 
-def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> list[Tensor]:
-    """The rows to compare on, with the live model's log-probs on disk; and the candidate that needs its quantized weights."""
+def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> tuple[list[Tensor], list[int]]:
+    """The rows to compare on, with the live model's log-probs on disk, and where it stops; and the candidate that needs its
+    quantized weights."""
     run = Path(artifact.name)
     live = load_model(run)
     rows = held_out_rows(run, live)
@@ -103,7 +106,7 @@ def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch:
     write_logprobs(live.model, rows, scratch / "live.safetensors")
     if (quantizer := quantizer_of(artifact.quantization)).is_quantized:
         write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model, quantizer))
-    return rows
+    return rows, live.ends
 
 
 def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreement:

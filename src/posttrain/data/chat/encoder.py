@@ -80,7 +80,10 @@ class Encoder:
         self.weighing = weighing
         self._template: ChatTemplate | None = None
         self._tokeniser = Tokeniser(tokenizer)
-        self.identity = _identity(tokenizer, self._stops)
+        # a model that a run has saved stops at its template's end of turn and at eos, as its base does that names them not
+        others = [stop for stop in self._stops if stop != tokenizer.eos_token]
+        own = (tokenizer.eos_token, *(stop for stop in others if stop != self._answer_end))
+        self.identity = _identity(tokenizer, own)
         added = tokenizer("x")["input_ids"]
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
@@ -159,11 +162,15 @@ class Encoder:
         return [[*self._start, *ids] if plain else ids for ids, (_, plain) in zip(found, texts, strict=True)]
 
     def end_tokens(self) -> list[int]:
-        """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos."""
-        texts = sorted(self._chat_template.ends) if self._tokenizer.chat_template else []
-        texts += [text for text in (self._tokenizer.eos_token, *self._stops) if text]
-        ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos, then the
+        other stops. What closes other roles' messages, or a part of an answer, is none."""
+        texts = (self._answer_end, self._tokenizer.eos_token, *self._stops)
+        ids = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts if text]
         return list(dict.fromkeys(found[0] for found in ids if len(found) == 1))
+
+    @property
+    def _answer_end(self) -> str:
+        return self._chat_template.answer_end if self._tokenizer.chat_template else ""
 
     @property
     def _chat_template(self) -> ChatTemplate:

@@ -91,6 +91,13 @@ class ChatTemplate:
         """Texts that end an assistant turn."""
         return frozenset(self._ends)
 
+    @property
+    def answer_end(self) -> str:
+        """The special token with which an answer that ends a conversation is over; empty where the template closes none."""
+        probe = self._probe("user", "assistant")
+        run = max(self._closings(probe[0], probe[1][-1], self._stops), key=len, default="") if probe else ""
+        return next((token for token in self._special if run.endswith(token)), "")
+
     def _source(self, tools: list[Any] | None) -> str:
         return self._tokenizer.get_chat_template(None, tools)
 
@@ -133,7 +140,7 @@ class ChatTemplate:
         GLM closes no message: its models stop by writing the next turn's header token. Where `stops` confirm that, the
         token is an end, and it is appended to a conversation that ends with an answer.
         """
-        self._ends = set(stops)
+        self._stops, self._ends = stops, set(stops)
         for roles in (("user",), ("user", "assistant")):
             if probe := self._probe(*roles):
                 self._ends |= self._closings(probe[0], probe[1][-1], stops)

@@ -13,7 +13,7 @@ from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
-from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -31,6 +31,11 @@ class LoadedModel:
     def source(self) -> str:
         """The base's, for its generation config."""
         return self.artifact.source
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens at which it stops, the same that a run saves and that its training counts as an answer's end."""
+        return make_encoder(self.tokenizer, self.source, self.artifact.base.revision).end_tokens()
 
     @property
     def kernels(self) -> Kernels:

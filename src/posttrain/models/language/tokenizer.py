@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
@@ -13,9 +13,12 @@ from posttrain.data.chat.loss_weights import PLAIN, Weighing
 from posttrain.data.chat.template_text import chat_template as template_text
 from posttrain.errors import UserError
 from posttrain.models.hub import ResolvedModel, resolve
+from posttrain.runs.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+GENERATION = "generation_config.json"
 
 
 def load_tokenizer(
@@ -50,9 +53,25 @@ def make_encoder(
     return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing)
 
 
+def write_ends(folder: Path, ends: list[int], base: Path | None = None) -> None:
+    """Have plain `generate()` stop at `ends`: they become the eos_token_id of the folder's generation_config.json.
+
+    base: the directory whose settings of generation are kept; None: the folder's own.
+    """
+    found: dict[str, Any] = {}
+    directory = base or folder
+    if (directory / GENERATION).is_file():
+        found = json.loads((directory / GENERATION).read_text(encoding="utf-8"))
+    elif (directory / "config.json").is_file():
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        found = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    if ends:
+        write_json(folder / GENERATION, found | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
+
+
 def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
-    file = resolve(name, revision, weights=False).directory / "generation_config.json"
+    file = resolve(name, revision, weights=False).directory / GENERATION
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
 

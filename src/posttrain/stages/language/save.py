@@ -14,6 +14,7 @@ from posttrain.evaluation.held_out import remember
 from posttrain.models.hub import copy_processors, digest, resolve
 from posttrain.models.language.architecture import classifier_of, towers
 from posttrain.models.language.reward_model import padding_apart
+from posttrain.models.language.tokenizer import write_ends
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import sha256, write_json
 from posttrain.stages.language.build import TrainableModel
@@ -38,7 +39,7 @@ def save_language(
     cfg: LanguageStage = context.cfg
     if scores:
         padding_apart(data.tokenizer, data.ends)
-    result = _write(context, data, model, accelerator)
+    result = _write(context, data, model, accelerator, scores)
     if context.main:
         if outcome.measured.rows:
             write_json(context.directory / "held_out.json", outcome.measured.rows)
@@ -48,9 +49,10 @@ def save_language(
     return record | ({"classifier": _classifier(model)} if scores else {})
 
 
-def _write(context: Context, data: PreparedData, model: TrainableModel, accelerator: Accelerator) -> Result:
-    """adapter/ or model/ with its tokenizer."""
+def _write(context: Context, data: PreparedData, model: TrainableModel, accelerator: Accelerator, scores: bool) -> Result:
+    """adapter/ or model/ with its tokenizer, and where it writes, with the tokens at which it stops."""
     kind = context.cfg.peft.output
+    base = resolve(data.start.source, data.base.revision, weights=False).directory
 
     def write(folder: Path, is_writer: bool) -> None:
         if kind == "adapter":
@@ -60,7 +62,9 @@ def _write(context: Context, data: PreparedData, model: TrainableModel, accelera
         if is_writer:
             data.tokenizer.save_pretrained(folder)
             if kind == "model":
-                copy_processors(resolve(data.start.source, data.base.revision).directory, folder)
+                copy_processors(base, folder)
+            if not scores:
+                write_ends(folder, data.ends, base if kind == "adapter" else None)
 
     final = write_result(context.directory, kind, accelerator, write)
     if kind == "adapter":
