@@ -67,6 +67,13 @@ def test_packing_and_attention_that_cannot_be_had_are_refused_before_the_data(tm
             posttrain.run("sft", *words, "eval.sets=null", "train.max_steps=1", f"run.dir={tmp_path / str(number)}")
 
 
+def test_a_plan_says_how_packs_will_be_read(tmp_path: Path) -> None:
+    words = ["eval.sets=null", "train.max_steps=1", "data.max_rows=12"]
+    mamba = directory(transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), tmp_path / "mamba")
+    assert any(line.startswith("the model reads one document a row") for line in make_plan("sft", [mamba, *words])["assumptions"])
+    assert not any("one document a row" in line for line in make_plan("sft", ["model=tiny", *words])["assumptions"])
+
+
 def test_a_model_whose_tokens_see_later_ones_is_refused_at_load() -> None:
     """The config of an encoder in a causal class, as nothing but its numbers can tell."""
     torch.manual_seed(0)

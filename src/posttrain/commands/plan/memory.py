@@ -32,6 +32,7 @@ class Counted:
     total_parameters: int
     trained_parameters: int
     flops: float
+    reading: str
 
 
 def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float) -> Counted:
@@ -44,7 +45,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     if (dense := cfg.quant.kept_dense) != "auto":  # which takes no more than is left
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)
         parts["dense copies"] = 4.0 * found.parts["quantized weights"] * share  # of half a byte
-    return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops)
+    return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops, kept.reading)
 
 
 class Tally(NamedTuple):

@@ -89,7 +89,7 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
         "tokens": round(data.tokens),
         "tokens_are": data.tokens_are,
         "seconds": seconds,
-        "assumptions": _assumptions(cfg, seconds, extra.notes),
+        "assumptions": _assumptions(cfg, seconds, [line for line in (found.reading, *extra.notes) if line]),
     }
 
 

@@ -95,11 +95,13 @@ register(COUNTED, attention_function("documents", _counted))
 
 
 class Activations(NamedTuple):
-    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without."""
+    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without.
+    reading: as people are told of it (models/language/reading.py)."""
 
     whole: float
     recomputed: float
     flops: float
+    reading: str
 
 
 def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels = "auto") -> Activations:
@@ -122,7 +124,7 @@ def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels 
     head: Any = lm.causal.get_output_embeddings()
     layers = lm.causal.config.get_text_config().num_hidden_layers
     inputs = float(hidden.numel() * hidden.element_size() * layers)
-    return Activations(whole, min(whole, inputs + whole / layers), flops + 4.0 * tokens * head.weight.numel())
+    return Activations(whole, min(whole, inputs + whole / layers), flops + 4.0 * tokens * head.weight.numel(), lm.reading.line)
 
 
 def layers_to_recompute(free: float, fixed: float, kept: float, inputs: float, layers: int) -> int:

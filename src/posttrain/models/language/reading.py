@@ -30,6 +30,7 @@ Packing = Literal["auto"] | bool
 # Mean KL(alone || read) in nats a token that rounding alone may cause, in float32 (of weights in 8 bit, whose products are not).
 # Another document in view costs far more.
 TOLERATED_KL, TOLERATED_KL_8_BIT = 1e-6, 1e-2
+STATE = "its layers carry a state from token to token"
 IN_WORDS = {"joined": "documents end to end, no prompt shared", "rows": "one document a row"}
 
 
@@ -89,13 +90,18 @@ def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
             )
             if not obstacle:
                 return lm.reading
-            obstacles.append(obstacle)
+            obstacles.append(obstacle if way != "joined" else _of_state(obstacle, lm.causal.device))
             _set_attention(lm.causal, own)
     if packing is True:
         raise UserError(f"train.packing: {kind} cannot be packed: {obstacles[0]}; say train.packing=auto")
     if attention != "auto" and packing == "auto":
         raise UserError(f"model.attention: {kind} cannot be packed by {attention}: {obstacles[0]}; say model.attention=auto")
     raise UserError(f"model.name: {kind} cannot be trained here: {obstacles[-1]}")
+
+
+def _of_state(obstacle: str, device: torch.device) -> str:
+    """Of layers with a state that is the reason; and what would help on a GPU, where transformers names it."""
+    return f"{STATE} ({obstacle})" if "Install" in obstacle and device.type == "cuda" else STATE
 
 
 def _ways(lm: Reads, packing: Packing, attention: str) -> tuple[Way, ...]:
@@ -126,7 +132,7 @@ def _known_obstacle(causal: PreTrainedModel, way: Way, how: str) -> str:
     if how == "flex" and getattr(config, "attention_dropout", 0.0):
         return "flex has no attention dropout, which this model uses"
     if way == "joined" and causal.device.type == "meta":
-        return "its layers carry a state from token to token"
+        return STATE
     try:
         attention_windows(config)
     except ValueError as error:
@@ -174,10 +180,14 @@ def _difference(lm: Reads) -> str:
     except CannotCompute as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        return f"{kind} does not run so ({first_line(error)})"
+        if "Install" in str(error):  # transformers' own sentence
+            return first_line(error)
+        return f"{kind} does not run {'' if lm.reading.way == 'rows' else 'on a pack '}({first_line(error)})"
     finally:
         causal.set_attn_implementation(implementation)
         lm.train(was_training)
+    if lm.reading.way != "rows" and not pack.mask.windows:
+        return "its attention is of its own kind, which knows no borders of documents"
     if lm.reading.way != "rows" and pack.mask.windows != attention_windows(config):
         return "its attention layers do not say what window they have"
     if on_meta:
