@@ -211,3 +211,30 @@ def test_answers_of_models_that_read_rows_are_what_one_pass_says(name: str) -> N
                 logits = model(input_ids=torch.tensor([prompt + answer.tokens]), use_cache=False).logits[0].float() / 0.7
             chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
             assert answer.logps == pytest.approx(chosen.tolist(), abs=1e-4)
+
+
+def test_a_mask_of_the_models_own_making_is_not_lost() -> None:
+    """Doge adds a learned mask, zero at first: left out, all values would be right, and its parameters would learn nothing."""
+    sizes: dict[str, Any] = {**SMALL, "intermediate_size": 64, "pad_token_id": 0, "keep_window_size": 64}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**sizes))
+    lm = PackedLM(model)
+    assert (lm.reading.way, lm.reading.why) == ("rows", "its attention adds a mask of its own making")
+    assert_alike(model, lm)
+    assert all(layer.self_attn.A.requires_grad for layer in model.model.layers)
+
+
+def test_a_model_that_padding_changes_reads_one_document_at_a_time() -> None:
+    model = tiny("mamba")
+    forward = model.backbone.forward
+
+    def padded_otherwise(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        output = forward(*args, attention_mask=attention_mask, **options)
+        if attention_mask is not None:
+            output.last_hidden_state = output.last_hidden_state * 1.5
+        return output
+
+    model.backbone.forward = padded_otherwise
+    lm = PackedLM(model)
+    assert lm.reading.way == "alone" and "the model reads one document at a time (train.packing=auto): " in lm.reading.line
+    assert_alike(model, lm)

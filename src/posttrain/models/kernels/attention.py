@@ -191,6 +191,8 @@ def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> C
             )
         if position_bias is not None:
             raise CannotCompute("its attention has a position bias")
+        if attention_mask is not None and attention_mask.numel() > 1:  # a pack's own is a single True
+            raise CannotCompute("its attention adds a mask of its own making")
         document_mask.windows.append(sliding_window)
         if document_mask.memory:
             remembered: Any = document_mask.memory[module.layer_idx]  # pyright: ignore

@@ -166,7 +166,7 @@ class DocumentMask:
 
     def rows(self, alone_beyond: int | None, at_once: bool) -> Layout:
         """The pack's documents, one a row (see `in_rows`); made once."""
-        return self._once(("rows",), lambda: in_rows(self.segments, self.device, alone_beyond, at_once))
+        return self._once(("rows", alone_beyond, at_once), lambda: in_rows(self.segments, self.device, alone_beyond, at_once))
 
     @property
     def end_to_end(self) -> tuple[Layout, tuple[Segment, ...]]:

@@ -111,7 +111,7 @@ def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels 
     layer's input and one layer's inside.
     """
     lm = PackedLM(model, kernels=kernels)
-    if lm.reading.way == "packed":
+    if lm.reading.attention == "documents":
         lm.causal.set_attn_implementation(COUNTED)
     lm.train()
     length = max(1, tokens // sequences)

@@ -20,7 +20,7 @@ from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.decoder import decoder_of
-from posttrain.models.language.reading import Packing, choose_reading, forget_lengths, lengths_border
+from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
 from posttrain.tensors import whole
@@ -119,7 +119,7 @@ class PackedLM(nn.Module):
         int64 [1, T], or inputs_embeds [1, T, H]."""
         if self.reading.way == "joined":
             return self._joined(positions, mask, inputs)
-        if self.reading.way == "rows" or self._beyond_border(mask):
+        if self.reading.way in OWN or self._beyond_border(mask):
             return self._rows(mask, inputs)
         return self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
 
@@ -139,7 +139,8 @@ class PackedLM(nn.Module):
         return hidden[layout.home]
 
     def _rows(self, mask: DocumentMask, inputs: dict[str, Tensor]) -> Tensor:
-        layout = mask.rows(self.border, at_once=is_initialized())  # with FSDP all processes run as many forwards
+        beyond, alone = (0, True) if self.reading.way == "alone" else (self.border, False)
+        layout = mask.rows(beyond, at_once=is_initialized() and not alone)  # with FSDP all processes run as many forwards
         found = []
         for places, real, padded in layout.rows:
             if self.border:

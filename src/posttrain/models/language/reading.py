@@ -3,7 +3,8 @@
 packed    all documents in one row, a prompt once before all its answers
 joined    all documents in one row, each with a prompt of its own: for layers that carry a state from token to token, and are
           told where documents begin (`cu_seq_lens_q`, `seq_idx`)
-rows      one document a row, padded on the right, through the model's own attention: what every causal model can do
+rows      one document a row, padded on the right, through the model's own attention
+alone     one document at a time, which every causal model can do: for those that padding changes
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from posttrain.models.kernels.logprobs import Head
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.tokenizer import first_line
 
-Way = Literal["packed", "joined", "rows"]
+Way = Literal["packed", "joined", "rows", "alone"]
+OWN: tuple[Way, ...] = ("rows", "alone")  # ways that keep the model's own attention
 Packing = Literal["auto"] | bool
 
 # Mean KL(alone || read) in nats a token that rounding alone may cause, in float32 (of weights in 8 bit, whose products are not).
 # Another document in view costs far more.
 TOLERATED_KL, TOLERATED_KL_8_BIT = 1e-6, 1e-2
 STATE = "its layers carry a state from token to token"
-IN_WORDS = {"joined": "documents end to end, no prompt shared", "rows": "one document a row"}
+IN_WORDS = {"joined": "documents end to end, no prompt shared", "rows": "one document a row", "alone": "one document at a time"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
     """
     own, obstacles, kind = lm.own_attention, list[str](), type(lm.causal).__name__
     for way in _ways(lm, packing, attention):
-        for how in ways_of_attention(attention, lm.causal.device) if way != "rows" else ("",):
+        for how in ways_of_attention(attention, lm.causal.device) if way not in OWN else ("",):
             lm.reading = Reading(way, how, obstacles[0] if obstacles else "")
             obstacle = (
                 _known_obstacle(lm.causal, way, how) or _set_attention(lm.causal, ATTENTION.get(how, own)) or _difference(lm)
@@ -109,8 +111,8 @@ def _ways(lm: Reads, packing: Packing, attention: str) -> tuple[Way, ...]:
     joined: tuple[Way, ...] = ("joined",) if carries_state(lm.causal) else ()
     packed: tuple[Way, ...] = joined or ("packed",)
     if packing is False:
-        return ("rows",)
-    return packed if packing is True or attention != "auto" else (*packed, "rows")
+        return OWN
+    return packed if packing is True or attention != "auto" else (*packed, *OWN)
 
 
 def _set_attention(causal: PreTrainedModel, implementation: str) -> str:
@@ -127,7 +129,7 @@ def _set_attention(causal: PreTrainedModel, implementation: str) -> str:
 def _known_obstacle(causal: PreTrainedModel, way: Way, how: str) -> str:
     """What is known without running the model: '' or why it cannot be read so."""
     config = causal.config.get_text_config()
-    if way == "rows":
+    if way in OWN:
         return ""
     if how == "flex" and getattr(config, "attention_dropout", 0.0):
         return "flex has no attention dropout, which this model uses"
@@ -150,12 +152,12 @@ class _Try(NamedTuple):
 
 
 def _try(vocabulary: int, device: torch.device) -> _Try:
-    """A document of 9 tokens, and a prompt of 7 with answers of 6 and 5."""
-    tokens = torch.randint(vocabulary, (1, 27), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
-    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 27, 9, 16))
-    rows = [[*range(a, b), *range(c, d)] for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 27))]
-    positions = torch.tensor([[*range(9), *range(13), *range(7, 12)]], device=device)
-    return _Try(tokens, positions, DocumentMask(segments, 27, device), [torch.tensor(row, device=device) for row in rows])
+    """A document of 9 tokens, and a prompt of 7 with answers of 6 and 4: in rows, of 13 with padding."""
+    tokens = torch.randint(vocabulary, (1, 26), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    segments = (Segment(0, 9), Segment(9, 16), Segment(16, 22, 9, 16), Segment(22, 26, 9, 16))
+    rows = [[*range(a, b), *range(c, d)] for a, b, c, d in ((0, 9, 9, 9), (9, 16, 16, 22), (9, 16, 22, 26))]
+    positions = torch.tensor([[*range(9), *range(13), *range(7, 11)]], device=device)
+    return _Try(tokens, positions, DocumentMask(segments, 26, device), [torch.tensor(row, device=device) for row in rows])
 
 
 @torch.no_grad()
@@ -182,13 +184,13 @@ def _difference(lm: Reads) -> str:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         if "Install" in str(error):  # transformers' own sentence
             return first_line(error)
-        return f"{kind} does not run {'' if lm.reading.way == 'rows' else 'on a pack '}({first_line(error)})"
+        return f"{kind} does not run {'' if lm.reading.way in OWN else 'on a pack '}({first_line(error)})"
     finally:
         causal.set_attn_implementation(implementation)
         lm.train(was_training)
-    if lm.reading.way != "rows" and not pack.mask.windows:
+    if lm.reading.way not in OWN and not pack.mask.windows:
         return "its attention is of its own kind, which knows no borders of documents"
-    if lm.reading.way != "rows" and pack.mask.windows != attention_windows(config):
+    if lm.reading.way not in OWN and pack.mask.windows != attention_windows(config):
         return "its attention layers do not say what window they have"
     if on_meta:
         return ""

@@ -76,11 +76,11 @@ def largest_batch(cfg: LanguageStage, data: PreparedData) -> int:
 
 def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int, layers: int) -> float | None:
     """Bytes that a model of the same kind with `layers` layers keeps; None where it cannot be made so small."""
-    config: Any = copy.deepcopy(built.module.causal.config)
-    config.get_text_config().num_hidden_layers = layers
-    if kinds := getattr(config.get_text_config(), "layer_types", None):
-        config.get_text_config().layer_types = kinds[:layers]
     try:
+        config: Any = copy.deepcopy(built.module.causal.config)
+        config.get_text_config().num_hidden_layers = layers
+        if kinds := getattr(config.get_text_config(), "layer_types", None):
+            config.get_text_config().layer_types = kinds[:layers]
         return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels).whole
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None
