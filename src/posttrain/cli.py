@@ -193,11 +193,14 @@ def merge(
     out: OUT,
     max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,
     onto: Annotated[str, typer.Option("--onto", help="auto, or on a quantized base full or dequantized weights.")] = "auto",
+    form: Annotated[
+        str, typer.Option("--as", help="plain: as the base, dequantized; same: in its checkpoint's format; bf16, fp16, fp32.")
+    ] = "plain",
 ) -> None:
     """Put a run's adapter into the weights of its full-precision base, and check the result against the live model."""
     from posttrain.commands.merge import merge_run
 
-    _end(lambda: merge_run(run, out, max_kl, onto))
+    _end(lambda: merge_run(run, out, max_kl, onto, form))
 
 
 @app.command("compose", rich_help_panel="Chains and results")

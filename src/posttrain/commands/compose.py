@@ -37,6 +37,7 @@ from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
+from posttrain.runs.earlier import same_base
 from posttrain.runs.files import write_json, write_text
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import Base
@@ -114,7 +115,7 @@ def _read(run: Path, artifact: Artifact) -> Part:
 def _require_one_base(parts: list[Part]) -> None:
     first, base = parts[0], parts[0].artifact.base
     for part in parts[1:]:
-        if part.artifact.base.digest != base.digest:
+        if not same_base(part.artifact.base.digest, base.digest):
             raise UserError(
                 f"{part.run} belongs to another base ({part.artifact.base.name}) than {first.run} ({base.name}): their changes "
                 "cannot be added"

@@ -14,8 +14,10 @@ from torch import Tensor
 from posttrain.commands.sample import merge_pipeline
 from posttrain.config.interfaces import Quantizer
 from posttrain.console import console, say
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, UserError, did_you_mean
 from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, write_logprobs
+from posttrain.models.checkpoints.files import Checkpoint
+from posttrain.models.checkpoints.formats import Format
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_model
 from posttrain.models.language.pretrained import load_causal
@@ -26,17 +28,21 @@ from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.files import write_json
 
 FIGURES = "merge.json"
+# what --as may be -> how it is written: plain, without a format of the base's checkpoint; same, in it
+FORMS = {"plain": "plain", "same": "same", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[str, Any]:
+def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str = "plain") -> dict[str, Any]:
     """Write a plain model directory to `out`; returns the figures of every candidate, and which was kept.
 
     On a quantized base two candidates are built, onto the base's own weights (full) and onto the de-quantized ones; the one
-    nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. Raises UserError for what
-    cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
+    nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. form: of FORMS. Raises
+    UserError for what cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
     """
     artifact = open_artifact(run, "run")
     artifact.finished()
+    if form not in FORMS:
+        raise UserError(f"--as: there is no '{form}'{did_you_mean(form, list(FORMS))} (there are: {', '.join(FORMS)})")
     if artifact.is_pipeline:
         require_empty(out)
         return merge_pipeline(run, out)
@@ -47,9 +53,10 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     adapter = Adapter(artifact.verified().weights, "run")
     adapter.require_mergeable("run", "load it beside its base")
     base_dir = resolve(artifact.source, artifact.base.revision).directory
+    _say_form(Checkpoint(base_dir).format, form)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        candidates = _build(artifact, adapter, base_dir, Path(scratch))
+        candidates = _build(artifact, adapter, base_dir, Path(scratch), FORMS[form])
         if onto not in ("auto", *candidates):
             raise UserError(f"--onto: there is no '{onto}' here (there are: auto, {', '.join(candidates)})")
         best = min(candidates, key=lambda name: candidates[name].kl) if onto == "auto" else onto
@@ -68,6 +75,15 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto") -> dict[s
     return figures
 
 
+def _say_form(found: Format | None, form: str) -> None:
+    """Raises UserError for `same` where the base's format cannot be written."""
+    if found and form == "same" and not found.is_written:
+        raise UserError(f"--as: the base is in {found.name}, which cannot be written here; say --as bf16")
+    if found and form != "same":
+        back = "; --as same puts it back into that" if found.is_written else ""
+        say(f"the base is in {found.name}: the merged model is plain{back}")
+
+
 def refuse_scorer(artifact: Artifact) -> None:
     """Raises UserError for a reward model: merged as a language model it would lose its head."""
     if artifact.reward_head:
@@ -83,10 +99,10 @@ def require_empty(out: Path) -> None:
         raise UserError(f"--out: {out} exists already; give a new directory")
 
 
-def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> dict[str, Agreement]:
+def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path, form: str) -> dict[str, Agreement]:
     """Candidates by name, written under `scratch`, with their agreement with the live model; one model in memory at a time."""
-    rows, ends = _live_answers(artifact, adapter, base_dir, scratch)
-    write_merged(base_dir, adapter, scratch / "full")
+    rows, ends = _live_answers(artifact, adapter, base_dir, scratch, form)
+    write_merged(base_dir, adapter, scratch / "full", form=form)
     found: dict[str, Agreement] = {}
     for name in ("full", "dequantized"):
         if (scratch / name).exists():
@@ -96,7 +112,9 @@ def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) 
     return found
 
 
-def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path) -> tuple[list[Tensor], list[int]]:
+def _live_answers(
+    artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path, form: str
+) -> tuple[list[Tensor], list[int]]:
     """The rows to compare on, with the live model's log-probs on disk, and where it stops; and the candidate that needs its
     quantized weights."""
     run = Path(artifact.name)
@@ -105,7 +123,7 @@ def _live_answers(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch:
     say(f"comparing on {sum(map(len, rows)):,} held-out tokens")
     write_logprobs(live.model, rows, scratch / "live.safetensors")
     if (quantizer := quantizer_of(artifact.quantization)).is_quantized:
-        write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model, quantizer))
+        write_merged(base_dir, adapter, scratch / "dequantized", _dequantizer(live.model, quantizer), form)
     return rows, live.ends
 
 

@@ -26,6 +26,7 @@ from posttrain.models.peft.factors import Factors, joined
 from posttrain.models.peft.kinds import require_kind
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
+from posttrain.runs.earlier import same_base
 from posttrain.runs.files import write_json, write_text
 from posttrain.runs.identity import digest
 
@@ -52,7 +53,7 @@ def read_result(run: str | Path) -> Result:
     name, base = Path(run).expanduser().name, find_pipeline(artifact.source, artifact.base.revision)
     if artifact.kind == "model":
         return Result(name, base, None, artifact)
-    if base.digest != artifact.base.digest:
+    if not same_base(base.digest, artifact.base.digest):
         raise UserError(f"base: {base.path} is not what {run} was trained on (digests differ); give the run's own base")
     return Result(name, base, artifact.weights, artifact)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from posttrain.reports.run_records import plain
 from posttrain.runs.artifact import open_artifact
-from posttrain.runs.earlier import as_of_today
+from posttrain.runs.earlier import as_of_today, same_base
 from posttrain.runs.files import sha256
 from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest, flatten
 from posttrain.runs.manifest import MANIFEST, is_finished
@@ -62,7 +62,10 @@ def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str |
 def _is_the_same(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Though its config lacks keys that an earlier version did not have, or calls them otherwise."""
     config, _ = as_of_today(then["config"], now["config"])
-    return config == now["config"] and all(then[part] == now[part] for part in ("input", "files"))
+    files = then["files"].keys() == now["files"].keys() and all(
+        same_base(then["files"][n], now["files"][n]) for n in then["files"]
+    )
+    return config == now["config"] and then["input"] == now["input"] and files
 
 
 def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from huggingface_hub import snapshot_download
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
+from posttrain.models.fingerprint import FORM, function_files, function_of
 from posttrain.runs.cache import cache_root, cached_json
 from posttrain.runs.files import sha256
 
@@ -71,15 +73,25 @@ def context_length(name: str, revision: str | None) -> int | None:
 
 
 def digest(directory: Path) -> str:
-    """SHA-256 over the hashes of all safetensors files; read anew only when a file's size or time has changed."""
+    """`weights:function`: SHA-256 over the hashes of all safetensors files, and what else decides what is computed
+    (models/fingerprint.py). Both are read anew only when a file's size or time has changed; runs/earlier.py compares them."""
+    function = _once(directory, function_files(directory), lambda: function_of(directory), FORM)
+    return f"{_weights(directory)}:{function}"
+
+
+def _weights(directory: Path) -> str:
     files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))  # a pipeline has one a part
     if not files:
         raise UserError(f"model.name: {directory} holds no safetensors file; convert the model with save_pretrained")
-    stats = [(str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats]).encode()).hexdigest()
 
     def read_all() -> str:
         lines = [f"{path.relative_to(directory)} {sha256(path)}\n" for path in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    return cached_json(cache_root() / "digests" / f"{key}.json", read_all)
+    return _once(directory, files, read_all)
+
+
+def _once(directory: Path, files: list[Path], read: Callable[[], str], *form: int) -> str:
+    stats = [(str(file.relative_to(directory)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([str(directory.resolve()), stats, *form]).encode()).hexdigest()
+    return cached_json(cache_root() / "digests" / f"{key}.json", read)

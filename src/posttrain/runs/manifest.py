@@ -35,12 +35,15 @@ class Weights(Record):
 
 class Base(Record):
     """The model that weights belong to. name: as the user gave it; path: a hub id or an absolute directory, by which it is found
-    again; digest: of its weights' files, None where nobody has read them."""
+    again; digest: of models/hub.py, None where nobody has read its files. format: of a checkpoint in fewer than 16 bits; held:
+    what became of it in memory."""
 
     name: str
     path: str = ""
     revision: str | None = None
     digest: str | None = None
+    format: str | None = None
+    held: str | None = None
 
 
 class TokenizerRecord(Record):

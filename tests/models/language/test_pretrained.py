@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from posttrain.errors import UserError
-from posttrain.models.language.pretrained import load_causal
+from posttrain.models.language.pretrained import check_whole, load_causal
 
 SHAPE: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -96,3 +96,17 @@ def test_a_reward_models_head_is_read_elsewhere(tmp_path: Path) -> None:
     scorer.save_pretrained(tmp_path)
     model = load(str(tmp_path))
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, scorer.model.layers[1].mlp.up_proj.weight)
+
+
+def test_the_headers_alone_tell_what_is_missing(tmp_path: Path) -> None:
+    """Before any data is read."""
+    name = llama(tmp_path, lambda tensors: tensors.pop(UP))
+    with pytest.raises(UserError, match=rf"lacks 1 tensor, .*\({UP}\)"):
+        check_whole(tmp_path, name, False, "refuse")
+    name = llama(tmp_path, lambda tensors: tensors.update({UP: torch.zeros(10, 8)}))
+    with pytest.raises(UserError, match=rf"\({UP} is 10x8, not 12x8\)"):
+        check_whole(tmp_path, name, False, "refuse")
+
+
+def test_headers_of_a_whole_checkpoint_are_taken(tmp_path: Path) -> None:
+    check_whole(tmp_path, llama(tmp_path), False, "refuse")

@@ -22,6 +22,7 @@ from posttrain.console import console, say
 from posttrain.data.selection import replays, sources_of
 from posttrain.data.sources.source import is_local
 from posttrain.errors import UserError
+from posttrain.models.checkpoints.use import use_of
 from posttrain.models.hub import resolve
 from posttrain.stages.language.init import InitSource, find_base, resolve_start
 from posttrain.stages.spec import StageSpec, spec_of
@@ -62,7 +63,9 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
     tokens = min(cfg.train.batch_size * data.longest, data.largest_batch)
     directory = resolve(data.start.source, cfg.model.revision, weights=False).directory
     model = AutoConfig.from_pretrained(directory, trust_remote_code=cfg.model.trust_remote_code)
-    found = count(cfg, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start))
+    use = use_of(directory, cfg.quant, cfg.base_dtype)
+    held = cfg.model_copy(update={"quant": use.layers})  # a checkpoint's own format takes what its layers take
+    found = count(held, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start))
     sharded = ("weights", "adapters", "frozen adapter", "gradients", "optimizer")
     memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
     extra = spec.plan_of().extra(cfg, data.units, found.parts, model, data.base)
@@ -77,6 +80,7 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
         "model": cfg.model.name,
         "method": cfg.peft.name,
         "quant": cfg.quant.name,
+        "checkpoint": use.lines(),
         "total_parameters": found.total_parameters,
         "trained_parameters": found.trained_parameters,
         "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},
@@ -230,6 +234,8 @@ def show_plan(plan: dict[str, Any]) -> None:
         table.add_row(part, f"{size / GB:.3f}")
     table.add_row("total", f"{plan['total_bytes'] / GB:.3f}", style="bold")
     say(f"{plan['stage']} of {plan['model']}, peft={plan['method']} quant={plan['quant']}")
+    for line in plan.get("checkpoint", []):
+        say(line)
     trained, total = plan["trained_parameters"], plan["total_parameters"]
     say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
     console.print(table)

@@ -17,6 +17,7 @@ from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.earlier import same_base
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     """The base that an adapter belongs to. Raises UserError where its weights are not those that the adapter was trained on."""
     base = artifact.base
     source = resolve(artifact.source, base.revision)
-    if digest(source.directory) != base.digest:
+    if not same_base(digest(source.directory), base.digest):
         raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
-    config = quantization(artifact.quantization, device) if quantized else None
+    config = quantization(artifact.quantization, device) if quantized else "dequantize"
     return load_causal(base.path, base.revision, dtype, device, False, config, "say")
 
 
@@ -93,7 +94,7 @@ def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
         raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
     for name, other in zip(names[1:], artifacts[1:], strict=True):
         other.finished()
-        if "model" in (live.artifact.kind, other.kind) or other.base.digest != live.artifact.base.digest:
+        if "model" in (live.artifact.kind, other.kind) or not same_base(other.base.digest, live.artifact.base.digest):
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
         put_beside(live.model, other.verified().weights, name)
     return live, names

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from posttrain.errors import UserError
+from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
 from posttrain.models.language.tokenizer import first_line, trusted
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.artifact import is_classifier
 
+Loading = (
+    BitsAndBytesConfig | Literal["dequantize"] | None
+)  # how a base is held; None: as its checkpoint has it, where that can be
+Unexpected = Literal["refuse", "say"]
+
 
 def load_causal(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: BitsAndBytesConfig | None,
-    unexpected: Literal["refuse", "say"] = "refuse",
+    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: Loading,
+    unexpected: Unexpected = "refuse",
 ) -> PreTrainedModel:  # fmt: skip
     """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded, and where
     not all weights are in the files.
 
     dtype: float32 | bfloat16 | float16. unexpected: what becomes of tensors that the model has no place for.
     """
-    logging.disable_progress_bar()
     source = trusted(name, revision, trust_remote_code, weights=True)
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is not as it should be is an error of ours
-    try:
-        loaded: Any = model_class(config_of(source.directory, trust_remote_code)).from_pretrained(
-            source.directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True,
-            quantization_config=quantization, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
-    finally:
-        logging.set_verbosity(before)
-    model, info = loaded
+    model, info = _load(source.directory, name, getattr(torch, dtype), device, trust_remote_code, quantization)
     Gaps.of(model, info, is_classifier(source.directory)).check(name, unexpected)
     keep_as_quantized(model)
     # a pad token that is also an end token would otherwise get no gradient in the embedding
@@ -46,3 +41,78 @@ def load_causal(
     if hasattr(embedding, "padding_idx"):
         embedding.padding_idx = None
     return model
+
+
+def check_whole(directory: Path, name: str, trust_remote_code: bool, unexpected: Unexpected) -> None:
+    """As `load_causal`, where weights are missing or have another shape, without reading one: by the files' headers alone."""
+    try:
+        model, info = _load(directory, name, torch.float32, "meta", trust_remote_code, None)
+    except NotImplementedError:  # a class of others may compute at its making, which needs numbers: it is told at the load
+        return
+    Gaps.of(model, info, is_classifier(directory)).check(name, unexpected)
+
+
+def _load(
+    directory: Path, name: str, dtype: torch.dtype, device: str, trust_remote_code: bool, quantization: Loading
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of keys. Raises UserError."""
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is not as it should be is an error of ours
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        checkpoint = Checkpoint(directory)
+        config = config_of(directory, trust_remote_code)
+        if checkpoint.format and device != "meta" and checkpoint.format.keeps(_quant(quantization)):
+            compute = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
+            settings = {**checkpoint.format.settings, "bnb_4bit_compute_dtype": str(compute).removeprefix("torch.")}
+            config.quantization_config = settings
+            return _of_files(directory, config, trust_remote_code, options)
+        if isinstance(quantization, BitsAndBytesConfig):
+            options["quantization_config"] = quantization
+        if checkpoint.format is None and device != "meta":
+            return _of_files(directory, config, trust_remote_code, options)
+        _forget_format(config)
+        state = checkpoint.shapes() if device == "meta" else checkpoint.state(dtype)
+        return _of_state(directory, config, trust_remote_code, options | {"state_dict": state})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise UserError(f"model.name: the weights of '{name}' do not fit together; give the whole checkpoint") from error
+    finally:
+        logging.set_verbosity(before)
+
+
+def _quant(quantization: Loading) -> str:
+    """The `quant.method` that it comes from."""
+    if quantization is None or isinstance(quantization, str):
+        return quantization or "none"
+    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else "int8"
+
+
+def _of_files(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    return model_class(config).from_pretrained(
+        directory, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+    )
+
+
+def _of_state(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """From tensors in place of files, of the class that transformers would take for the directory."""
+    with torch.device("meta"):
+        kind = type(model_class(config).from_config(config, trust_remote_code=trust_remote_code))
+    found: Any = kind.from_pretrained(None, config=config, **options)
+    model, info = found
+    model.name_or_path = str(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, info
+
+
+def _forget_format(config: Any) -> None:
+    """What is loaded is dequantized on the way."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config

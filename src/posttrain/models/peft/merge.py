@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.errors import RunError, UserError
+from posttrain.models.checkpoints.files import Checkpoint, settle
 from posttrain.models.hub import FILES, BaseInfo, resolve
 from posttrain.models.peft.export import CONFIG, WEIGHTS
 from posttrain.models.peft.factors import Factors
@@ -62,18 +63,19 @@ class Adapter:
         return changed.T.contiguous() if transposed else changed
 
 
-def write_merged(base_dir: Path, adapter: Adapter, out: Path, dequantized: Callable[[str], Tensor | None] | None = None) -> None:
-    """A plain model directory in the base's own dtype: every weight file is read, changed, written and read again.
+def write_merged(
+    base_dir: Path, adapter: Adapter, out: Path, dequantized: Callable[[str], Tensor | None] | None = None, form: str = "plain"
+) -> None:
+    """A model directory: every weight file is read, changed, written and read again.
 
     dequantized: the weight of a layer as a quantized base has it (None for one that is not quantized), in place of the one
-    on disk. Never more than a file's tensors are in memory. Raises RunError where a layer of the adapter is not in the files.
+    on disk. form: plain (in the base's own dtype; what its checkpoint keeps in fewer bits, dequantized), same (in the format of
+    its checkpoint), or a dtype. Never more than a file's tensors are in memory. Raises RunError where a layer of the adapter is
+    not in the files.
     """
     out.mkdir(parents=True)
-    left = set(adapter.modules)
-    for file in sorted(base_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            metadata = shard.metadata() or {"format": "pt"}
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no dict)
+    left, source = set(adapter.modules), Checkpoint(base_dir)
+    for file, tensors in source.shards():
         for name, tensor in tensors.items():
             module = _module_of(name, adapter.modules)
             weight = dequantized(name.removesuffix(".weight")) if dequantized else None
@@ -82,7 +84,11 @@ def write_merged(base_dir: Path, adapter: Adapter, out: Path, dequantized: Calla
                 tensors[name] = adapter.applied(module, tensor if weight is None else weight).to(tensor.dtype).contiguous()
             elif weight is not None:
                 tensors[name] = weight.to(tensor.dtype).contiguous()
-        save_file(tensors, out / file.name, metadata=metadata)
+        if form == "same":
+            tensors = source.packed(tensors)
+        elif form != "plain":
+            tensors = {n: t.to(getattr(torch, form)) if t.is_floating_point() else t for n, t in tensors.items()}
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
         written = load_file(out / file.name)
         if wrong := [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]:
             raise RunError(f"{out / file.name} does not hold what was written at {wrong[0]}; is the disk sound?")
@@ -92,6 +98,7 @@ def write_merged(base_dir: Path, adapter: Adapter, out: Path, dequantized: Calla
         for file in base_dir.glob(pattern):
             if file.suffix != ".safetensors" and file.name != "source.json":
                 shutil.copy(file, out / file.name)
+    settle(out, source.format is not None and form != "same", None if form in ("plain", "same") else form)
 
 
 def _module_of(tensor: str, modules: list[str]) -> str | None:

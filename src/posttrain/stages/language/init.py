@@ -12,6 +12,7 @@ from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.peft.kinds import is_plain_sum, require_kind
 from posttrain.models.peft.merge import merged_directory
 from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.earlier import same_base
 from posttrain.runs.manifest import Parent
 
 
@@ -109,7 +110,7 @@ def find_base(start: InitSource, revision: str | None, weights: bool = True) -> 
     and the digest empty. UserError where a finished run's adapter belongs to other weights."""
     source = resolve(start.source, revision, weights)
     base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
-    if weights and start.base_digest and start.base_digest != base.digest:
+    if weights and start.base_digest and not same_base(start.base_digest, base.digest):
         raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
     return base
 

@@ -25,6 +25,7 @@ from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent
+from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.shapes import check_shapes
 from posttrain.stages.language.summary import lines_of
@@ -80,6 +81,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         check_attention(cfg.model.attention, context.device)
     opened = open_language(cfg, context.weights)
     check_shapes(cfg, resolve(opened.start.source, cfg.model.revision, weights=False).directory)
+    check_checkpoint(cfg, opened.start, opened.base, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())
     order = make_sampler(data, sources, cfg.train, context.processes)

@@ -18,6 +18,7 @@ from posttrain.models.language.tokenizer import write_ends
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import sha256, write_json
 from posttrain.stages.language.build import TrainableModel
+from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.result import write_result
 from posttrain.stages.steps import Context, Outcome
@@ -83,7 +84,8 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
     return {
         "stage": cfg.stage,
         "parents": [parent.to_dict() for parent in data.start.parents],
-        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest},
+        "base": {"name": base.name, "path": str(base.path), "revision": base.revision, "digest": base.digest}
+        | use_of_base(cfg, base).record(),
         "weights": {"kind": kind, "path": kind},
         "tokenizer": {"hash": data.tokenizer_hash, "chat_template": template_hash(data.tokenizer)},
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ from posttrain.data.collate import BatchSampler
 from posttrain.data.mixture import Mixture, seen
 from posttrain.data.stats import SourceStats
 from posttrain.models.hub import BaseInfo
+from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.init import InitSource
 
 HOW = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}
@@ -21,6 +22,7 @@ def lines_of(
     lines = [f"model {base.name}"]
     if start.mode:
         lines[0] += f" with the adapter of {cfg.init}, {HOW[start.mode]} (chain.mode={start.mode})"
+    lines += use_of_base(cfg, base).lines()
     for part in data.parts:
         held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
         lines += _of_source(cfg, part.stats, held_out)

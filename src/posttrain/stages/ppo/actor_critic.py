@@ -14,6 +14,7 @@ from posttrain.models.language.packed_lm import PackedLM, count_parameters
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.artifact import open_artifact
+from posttrain.runs.earlier import same_base
 from posttrain.stages.language.build import TrainableModel, build_model
 from posttrain.stages.language.init import InitSource, find_base, merged_start
 from posttrain.stages.language.prepare import PreparedData
@@ -73,7 +74,7 @@ def _policy_and_reference(
 
 def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
     """Is it an adapter that can take turns with the policy's: a LoRA on the same weights in the same number format?"""
-    if not start.adapter or start.mode != "stack" or start.base_digest != inputs.base.digest:
+    if not start.adapter or start.mode != "stack" or not same_base(start.base_digest, inputs.base.digest):
         return False
     return open_artifact(start.adapter.parent, "init_reward").quantization == cfg.quant.model_dump()
 

@@ -1,0 +1,86 @@
+"""What becomes of a checkpoint's own format in a run: used as it is, dequantized, or quantized again; checked, and in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from posttrain.config.interfaces import Method, Quantizer
+from posttrain.errors import UserError
+from posttrain.models.checkpoints.files import Checkpoint
+from posttrain.models.quantization import quantizer_of
+
+GB = 1e9
+
+
+class Use(NamedTuple):
+    """quant: what the run asks for. dtype: of the base in memory."""
+
+    checkpoint: Checkpoint
+    quant: Quantizer
+    dtype: str
+
+    @property
+    def kept(self) -> bool:
+        """Is the base used in the checkpoint's own format?"""
+        found = self.checkpoint.format
+        return found is not None and found.keeps(self.quant.name)
+
+    @property
+    def layers(self) -> Quantizer:
+        """The quantizer whose layers the base then has."""
+        found = self.checkpoint.format
+        return quantizer_of(found.layers()) if self.kept and found else self.quant
+
+    def record(self) -> dict[str, str]:
+        """For the manifest; empty for plain weights."""
+        found = self.checkpoint.format
+        return {"format": found.name, "held": self._held} if found else {}
+
+    def lines(self) -> list[str]:
+        """What is to be said of it before anything is loaded."""
+        found = self.checkpoint.format
+        if found:
+            return [f"the checkpoint is in {found.name}: {self._held}{self._size}"]
+        if self.quant.name == "dequantize":
+            return ["the checkpoint is in no format to dequantize: quant=dequantize changes nothing"]
+        return []
+
+    @property
+    def _held(self) -> str:
+        if self.kept:
+            return "used as it is"
+        return f"dequantized to {self.dtype} at load" + (f", and kept in {self.quant.name}" if self.quant.is_quantized else "")
+
+    @property
+    def _size(self) -> str:
+        """Empty where the weights are not at hand, or are not dequantized to stay so."""
+        if self.kept or self.quant.is_quantized or not self.checkpoint.files:
+            return ""
+        return f", {self.checkpoint.numbers * getattr(torch, self.dtype).itemsize / GB:.3g} GB"
+
+    def check(self, method: Method, fsdp: bool) -> None:
+        """Raises UserError where `method` cannot be trained on it."""
+        found = self.checkpoint.format
+        if found is None:
+            return
+        start = f"model.name: the checkpoint is in {found.name}"
+        if method.writes_base and self.quant.name == "none":
+            raise UserError(f"{start}, and is trained {method.in_words}: say quant=dequantize, or use another peft=")
+        if not self.kept:
+            return
+        try:
+            method.check_base(self.layers)
+        except ValueError:
+            raise UserError(
+                f"{start}, which cannot be trained {method.in_words}; say quant=dequantize, or use peft=lora"
+            ) from None
+        if fsdp:
+            raise UserError(f"{start}, which train.fsdp does not shard; say quant=dequantize, or train.fsdp=false")
+
+
+def use_of(directory: Path, quant: Quantizer, dtype: str) -> Use:
+    """Of the model in `directory`. Raises UserError for a format that cannot be read."""
+    return Use(Checkpoint(directory), quant, dtype)
