@@ -11,6 +11,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.template_text import CHATML
 from posttrain.data.examples import Examples
 from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.errors import UserError
 from posttrain.stages.spec import row_uses
 
 LAST = {"prompt": "x", "completion": " y"}  # a row that fits
@@ -112,3 +113,39 @@ def test_a_row_that_is_held_out_is_not_trained_on(encoder: Encoder, tmp_path: Pa
     assert len(held_out) == 5 and len(train) > 20 and not train & held_out
     # those beyond data.eval_rows are on the held-out side all the same
     assert len(train) < 35
+
+
+def test_answers_that_are_not_to_be_learnt_are_left_out_and_counted(encoder: Encoder, tmp_path: Path) -> None:
+    """KTO's rows in sft: `label: false` is an answer that people did not want."""
+    rows = [{"prompt": "x", "completion": f" {k}", "label": k % 3 == 0} for k in range(6)]
+    part = prepared(tmp_path, encoder, rows, "sft", 64)
+    assert part.train.rows.tolist() == [1, 4]
+    assert (part.stats.rows, part.stats.disliked, part.stats.untrained) == (6, 4, 0)
+    assert part.stats.places["disliked"] == [f"{tmp_path / 'rows.jsonl'}, row {n}" for n in (2, 3, 5, 6)]
+    with pytest.raises(UserError, match=r"the label of all 2 rows of .* is false, so there is nothing to learn"):
+        prepared(tmp_path, encoder, [row | {"label": False} for row in rows[:2]], "sft", 64)
+
+
+def test_a_message_that_is_marked_and_a_prompt_in_messages_are_not_learnt(encoder: Encoder, tmp_path: Path) -> None:
+    q, a, b = ({"role": role, "content": said} for role, said in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+    marked = {"messages": [q, a | {"train": False}, q, b]}
+    prompted = {"prompt": [q, a, q], "completion": [b]}
+    for row in (marked, prompted):
+        found = prepared(tmp_path, encoder, [row], "sft", 64).train
+        assert counting(encoder, found) == ["b<|im_end|>"]
+
+
+def test_prompts_alone_in_every_form(encoder: Encoder, tmp_path: Path) -> None:
+    """A text is a user's turn where the tokenizer has a chat template."""
+    user = [{"role": "user", "content": "q"}]
+    found = prepared(tmp_path, encoder, [{"prompt": user, "solution": "4"}, {"prompt": "q"}], "ppo", 64).train
+    assert found.sequence(0)[0].tolist() == found.sequence(1)[0].tolist() == encoder.encode_prompt({"messages": user})
+
+
+def test_tools_are_rendered_in_pairs(make_tokenizer: Any, tmp_path: Path) -> None:
+    template = "{{ tools | tojson if tools else '' }}" + CHATML
+    encoder = Encoder(make_tokenizer(template, ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>"))
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "add"}]}
+    found = prepared(tmp_path, encoder, [row], "dpo", 64).train
+    tokens, _ = found.sequence(0)
+    assert encoder._tokenizer.decode(tokens.tolist()).startswith('[{"name": "add"}]<|im_start|>user\nq<|im_end|>')

@@ -1,3 +1,5 @@
+import json
+import re
 from typing import Any
 
 import pytest
@@ -20,8 +22,12 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
 @pytest.mark.parametrize(
     ("row", "shape", "expected"),
     [
-        ({"messages": [S, Q, A], "id": 3}, "messages", {"messages": [S, Q, A]}),
-        ({"prompt": "q", "prompt_id": "1", "messages": [Q, A]}, "messages", {"messages": [Q, A]}),
+        ({"messages": [S, Q, A], "id": 3}, "messages", {"messages": [S, Q, A], "columns": {"id": 3}}),
+        (
+            {"prompt": "q", "prompt_id": "1", "messages": [Q, A]},
+            "messages",
+            {"messages": [Q, A], "columns": {"prompt": "q", "prompt_id": "1"}},
+        ),
         ({"conversations": [Q, A]}, "messages", {"messages": [Q, A]}),
         ({"messages": None, "conversations": [HUMAN, GPT]}, "sharegpt", {"messages": [Q, A]}),
         (
@@ -41,14 +47,14 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
         (
             {"instruction": "q", "input": "x", "output": "a", "system": "s", "history": [["q", "b"]], "text": "all"},
             "alpaca",
-            {"messages": [S, Q, B, {"role": "user", "content": "q\nx"}, A]},
+            {"messages": [S, Q, B, {"role": "user", "content": "q\nx"}, A], "columns": {"text": "all"}},
         ),
         ({"prompt": "q", "completion": "a"}, "prompt_completion", {"prompt": "q", "completion": "a"}),
         ({"prompt": [Q], "completion": [A]}, "prompt_completion", {"messages": [Q, A]}),
         ({"prompt": [S, Q], "completion": "a"}, "prompt_completion", {"messages": [S, Q, A]}),
         ({"prompt": "q", "response": "a"}, "prompt_completion", {"messages": [Q, A]}),
         ({"question": "q", "answer": "a"}, "prompt_completion", {"messages": [Q, A]}),
-        ({"text": "t", "url": "u"}, "text", {"text": "t"}),
+        ({"text": "t", "url": "u"}, "text", {"text": "t", "columns": {"url": "u"}}),
         ({"content": "t"}, "text", {"text": "t"}),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs", {"prompt": "q", "chosen": "a", "rejected": "b"}),
         ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, "pairs", PAIR | {"prompt": [S, Q]}),
@@ -59,7 +65,11 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
         ),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT2}, "pairs", PAIR),
         ({"prompt": [Q], "chosen": [A], "rejected": [B]}, "pairs", PAIR),
-        ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]}, "pairs", PAIR),
+        (
+            {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
+            "pairs",
+            PAIR | {"columns": {"messages": [Q, A]}},
+        ),
         ({"prompt": "q", "chosen": [A], "rejected": [B]}, "pairs", PAIR),
         ({"prompt": "q", "chosen": [S, Q, A], "rejected": [S, Q, B]}, "pairs", PAIR | {"prompt": [S, Q]}),
         (
@@ -141,6 +151,86 @@ def test_malformed_rows_name_file_and_row(row: dict[str, Any], shape: str, says:
     assert str(error.value).startswith("data.jsonl, row 7: ") and says in str(error.value)
 
 
+TEXTS = {"prompt": "q", "completion": "a"}
+MANY = {"role": "user", "content": [{"type": "text", "text": "q"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "expected"),
+    [
+        ({"messages": [MANY, A | {"tool_calls": []}]}, "messages", {"messages": [Q, A]}),
+        ({"messages": [{"role": "user", "content": ["q"]}, A]}, "messages", {"messages": [Q, A]}),
+        ({"messages": json.dumps([Q, A])}, "messages", {"messages": [Q, A]}),
+        ({"conversations": json.dumps([HUMAN, GPT])}, "sharegpt", {"messages": [Q, A]}),
+        ({"prompt": json.dumps([Q]), "completion": json.dumps([A])}, "prompt_completion", {"messages": [Q, A]}),
+        ({"query": "q", "response": "a", "history": []}, "prompt_completion", {"messages": [Q, A]}),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "prompt_completion", {"messages": [S, Q, A]}),
+        ({"prompt": "q", "completion": "a", "label": True}, "prompt_completion", TEXTS | {"label": True}),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "prompt_completion", TEXTS | {"label": False}),
+        (
+            {"prompt": "q", "completion": "a", "label": 0},
+            "prompt_completion",
+            {"prompt": "q", "completion": "a", "columns": {"label": 0}},
+        ),
+        ({"messages": [Q, A], "kto_tag": False}, "messages", {"messages": [Q, A], "label": False}),
+        ({"prompt": [Q, B, Q], "completion": [A]}, "prompt_completion", {"messages": [Q, B | {"weight": 0}, Q, A]}),
+        ({"prompt": [Q], "completion": [Q, A]}, "prompt_completion", {"messages": [Q, A]}),
+        ({"prompt": [Q], "completion": [A], "tools": ["t"]}, "prompt_completion", {"messages": [Q, A], "tools": ["t"]}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": ["t"]}, "pairs", PAIR | {"tools": ["t"]}),
+        ({"prompt": [Q, A], "chosen": [Q | {"content": "r"}, A], "rejected": [Q | {"content": "r"}, B]}, "pairs",
+         {"prompt": [Q, A, Q | {"content": "r"}], "chosen": [A], "rejected": [B]}),
+        ({"prompt": [S, Q], "chosen": [Q, A], "rejected": [Q, B]}, "pairs", PAIR | {"prompt": [S, Q]}),
+        ({"query": "q", "response": "a", "rejected_response": "b"}, "pairs", PAIR),
+        ({"messages": [Q, A], "rejected_messages": [Q, B]}, "pairs", PAIR),
+        ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, "pairs", PAIR | {"columns": {"messages": [Q, A]}}),
+        ({"prompt": "q", "images": []}, "prompts", {"prompt": "q", "columns": {"images": []}}),
+        ({"prompt": "q", "tools": '["t"]', "a": "4"}, "prompts", {"prompt": [Q], "tools": ["t"], "columns": {"a": "4"}}),
+        ({"instruction": "q", "input": "x"}, "prompts", {"prompt": "q\nx"}),
+        ({"system": "s", "query": "q", "history": [["q", "b"]]}, "prompts", {"prompt": [S, Q, B, Q]}),
+    ],
+)  # fmt: skip
+def test_rows_that_people_have(row: dict[str, Any], shape: str, expected: dict[str, Any]) -> None:
+    assert recognise(row) == shape
+    assert to_canonical(row, shape, "f, row 1") == expected
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "train_on_turn", "loss", "loss_scale", "loss_weight"])
+def test_every_mark_of_a_message_is_its_weight(key: str) -> None:
+    for said, weight in ((False, 0), (True, 1), (0, 0), (0.5, 0.5)):
+        found = to_canonical({"messages": [Q, A | {key: said}]}, "messages", "row 1")
+        assert found == {"messages": [Q, A | {"weight": weight}]}
+    found = to_canonical({"conversations": [HUMAN, GPT | {key: False}]}, "sharegpt", "row 1")
+    assert found == {"messages": [Q, A | {"weight": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [Q, A | {"loss": "no"}]}, "loss of messages[1] is 'no', not true, false or a number from 0 on"),
+        ({"messages": [Q, A | {"train_detail": [{"begin_offset": 0}]}]}, "messages[1] has train_detail: parts of a message"),
+        ({"messages": [Q | {"content": [{"type": "image"}]}, A]}, "content of messages[0] has a part of type 'image'"),
+        ({"messages": [{"role": "user", "content": "a <image>"}, A]}, "messages[0].content holds <image>, and only text"),
+        ({"prompt": "a <video>", "completion": "b"}, "prompt holds <video>, and only text"),
+        ({"text": "a caption", "image": {"bytes": None, "path": "a.png"}}, "has a column image, and only text"),
+        ({"messages": str([Q, A])}, "messages is a text that is not valid JSON of messages; write it with json.dumps"),
+        ({"prompt": "q\ud800", "chosen": "a", "rejected": "b"}, "prompt holds half a letter (\\ud800, at letter 2)"),
+        ({"prompt": [Q, A]}, "prompt ends with the assistant's message, where it is to answer"),
+        ({"prompt": [Q, S]}, "prompt[1] is a system message"),
+        ({"prompt": [Q], "chosen": [A, A], "rejected": [B]}, "chosen[2] is the assistant's turn a second time"),
+        ({"prompt": [Q], "completion": [S, Q | {"content": "r"}, A]}, "completion is a whole transcript without the prompt's"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named_for_what_it_is(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        to_canonical(row, recognise(row), "data.jsonl, row 7")
+    assert str(error.value).startswith(f"data.jsonl, row 7: {says}")
+
+
+def test_html_and_code_are_no_pictures() -> None:
+    row = {"text": "write <image> here"}
+    assert to_canonical(row, "text", "row 1") == row
+
+
 def test_unknown_columns() -> None:
     with pytest.raises(UserError, match=r"^data\.shape: the columns foo, bar make no known shape") as error:
         recognise({"foo": 1, "bar": 2})
@@ -195,7 +285,7 @@ def test_a_formats_own_example_is_what_it_says(name: str) -> None:
 def test_the_most_specific_format_wins() -> None:
     """The order is written down, and no two formats share a place in it."""
     formats = by_precedence()
-    assert list(formats) == ["pairs", "sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+    assert list(formats) == ["pairs", "sharegpt", "messages", "alpaca", "prompt_completion", "text", "prompts"]
     assert len({each.precedence for each in formats.values()}) == len(formats)
     row: dict[str, Any] = {}
     for name in reversed(formats):  # each with the columns of all that are less specific
@@ -203,6 +293,26 @@ def test_the_most_specific_format_wins() -> None:
         if name == "sharegpt":
             del row["messages"]  # what is not null there comes before conversations
         assert recognise(row) == name
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")
+def test_the_documented_examples_are_what_the_page_says() -> None:
+    """Each row of docs/data.md is recognised and becomes what stands behind it, or is refused in the words that stand there."""
+    lines = [line for block in re.findall(r"```jsonl\n(.*?)```", PAGE.read_text(), re.S) for line in block.splitlines()]
+    shapes = set()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith(("->", "!!")):
+            continue
+        row = json.loads(line)
+        shapes.add(shape := recognise(row))
+        if after.startswith("!!"):
+            with pytest.raises(UserError) as error:
+                to_canonical(row, shape, "row 1")
+            assert str(error.value) == f"row 1: {after[3:]}"
+        else:
+            found = to_canonical(row, shape, "row 1")
+            assert not after.startswith("->") or found == json.loads(after[3:])
+    assert shapes == set(FORMATS.names())
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="runs from a checkout only")

@@ -60,7 +60,7 @@ class RowEncoder:
 def encode(rows: list[Canonical], kind: str, encoder: Encoder, max_length: int, stats: SourceStats) -> Examples:
     """Canonical rows -> examples of one of EXAMPLE_KINDS; fills in `stats`."""
     stats.rows = len(rows)
-    stats.bytes = sum(_text_bytes(row) for _, row in rows)
+    stats.bytes = sum(_text_bytes({name: value for name, value in row.items() if name != "columns"}) for _, row in rows)
     found = EXAMPLE_KINDS[kind](encoder, rows, max_length, stats)
     stats.tokens = found.num_tokens
     stats.trained_tokens = int((found.weights[:] != 0).sum())  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -87,6 +87,9 @@ def _documents(encoder: Encoder, rows: list[Canonical], max_length: int, stats: 
 
 def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
     kept = []
+    for number, _ in (unwanted := [row for row in rows if row[1].get("label") is False]):
+        stats.note("disliked", stats.where(number))
+    rows = [row for row in rows if row not in unwanted] if unwanted else rows
     for number, row in rows:
         if "messages" in row and all(message["role"] != "assistant" for message in row["messages"]):
             raise UserError(f"{stats.where(number)}: has no assistant's turn, so there is nothing to learn; drop the row")

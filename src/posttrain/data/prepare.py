@@ -159,7 +159,9 @@ def canonical_rows(data: DataConfig, use: RowUse) -> list[Canonical]:
 
 
 def _refuse_untrained(stats: SourceStats, allowed: float) -> None:
-    if stats.untrained == stats.rows or stats.untrained > allowed * stats.rows:
+    if stats.rows and stats.disliked == stats.rows:
+        raise UserError(f"data.path: the label of all {stats.rows} rows of {stats.source} is false, so there is nothing to learn")
+    if stats.untrained == stats.rows - stats.disliked or stats.untrained > allowed * stats.rows:
         raise UserError(
             f"data.path: {stats.untrained} of {stats.rows} rows of {stats.source} have no token to train on (prompts "
             f"longer than train.max_length, empty answers, weights of 0); raise train.max_length or data.max_untrained_share"

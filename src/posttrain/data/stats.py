@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 
-from posttrain.data.sources.source import row_name
+from posttrain.data.sources.source import parts_of, row_name
 
 NAMED = 20  # rows of each kind that an account names
 
@@ -24,6 +24,7 @@ class SourceStats:
     untrained: int = 0  # rows left out because no token of theirs would count
     border_tokens: int = 0  # tokens across the border of prompt and answer; they count
     filtered: int = 0  # rows left out for their quality
+    disliked: int = 0  # rows left out, since they say that their answer is not to be learnt (`label: false`)
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
@@ -34,8 +35,11 @@ class SourceStats:
     def moved(self, source: str) -> SourceStats:
         """The same, of rows that lie at `source` now."""
 
+        moves = list(zip(parts_of(self.source), parts_of(source), strict=False))
+
         def there(place: str) -> str:
-            return source + place.removeprefix(self.source) if place.startswith(self.source) else place
+            found = (new + place.removeprefix(old) for old, new in moves if place.startswith(old))
+            return next(found, place)
 
         places = {what: [there(place) for place in found] for what, found in self.places.items()}
         return replace(self, source=source, places=places)

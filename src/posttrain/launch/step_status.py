@@ -91,7 +91,10 @@ def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, 
     """Hashes of the data, template and model that the config names and this disk has."""
     flat, spec = flatten(config), spec_of(config["stage"])
     run_keys = [parent.key for parent in spec.parents]
-    named = [*(flat.get(key) for key in spec.files), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
+    said = [*(flat.get(key) for key in spec.files), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
+    named: list[Any] = []
+    for value in said:
+        named += value if isinstance(value, list) else [value]
     models = [config["model"]["name"], *(flat.get(key) for key in run_keys if key not in parents)]
     found = {str(name): _content(Path(name).expanduser()) for name in named if name}
     found |= {str(name): _model(Path(name).expanduser()) for name in models if name}

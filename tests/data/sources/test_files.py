@@ -119,7 +119,7 @@ def test_arrow_and_what_datasets_saves(tmp_path: Path) -> None:
 
 
 def test_a_list_of_json_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("lines", "files"):  # borders within words, numbers and letters of two bytes
+    for module in ("lines", "json_rows"):  # borders within words, numbers and letters of two bytes
         monkeypatch.setattr(f"posttrain.data.sources.{module}.BLOCK", 7)
     (tmp_path / "a.json").write_text(json.dumps([{"n": i, "t": 'zwölf \\ "]'} for i in range(30)], ensure_ascii=False))
     assert [row for _, row in read_rows(str(tmp_path / "a.json"))] == [{"n": i, "t": 'zwölf \\ "]'} for i in range(30)]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.sources.source import fingerprint, place, read_rows, split_rows
+from posttrain.config.schema import SourceConfig
+from posttrain.data.sources.source import fingerprint, is_local, place, read_rows, row_name, split_rows
 from posttrain.errors import UserError
 
 ROWS = [{"text": "one"}, {"text": "zwölf"}]
@@ -40,6 +41,92 @@ def write(path: Path, text: str) -> str:
 )
 def test_reads(tmp_path: Path, name: str, text: str, expected: list[tuple[int, dict[str, str]]]) -> None:
     assert list(read_rows(write(tmp_path / name, text))) == expected
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+COLUMNS = {"prompt": ["q", "r"], "completion": ["a", "b"]}
+BY_COLUMNS = [(1, {"prompt": "q", "completion": "a"}), (2, {"prompt": "r", "completion": "b"})]
+BY_NUMBER = {name: {"0": values[0], "1": values[1]} for name, values in COLUMNS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.jsonl", json.dumps(ROWS, indent=1), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.jsonl", json.dumps(ROWS), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.jsonl", f"{json.dumps(TALK)}\n{json.dumps(TALK)}\n", [(1, {"messages": TALK}), (2, {"messages": TALK})]),
+        ("a.json", json.dumps([TALK, TALK], indent=1), [(1, {"messages": TALK}), (2, {"messages": TALK})]),
+        ("a.json", json.dumps(TALK), [(1, {"messages": TALK})]),
+        ("a.json", json.dumps(COLUMNS), BY_COLUMNS),
+        ("a.json", json.dumps(BY_NUMBER), BY_COLUMNS),
+        ("a.json", json.dumps({"text": ["one", "zwölf"]}), [(1, ROWS[0]), (2, ROWS[1])]),
+        ("a.json", json.dumps({"messages": [TALK, TALK]}), [(1, {"messages": TALK}), (2, {"messages": TALK})]),
+        ("a.json", json.dumps({"messages": TALK, "tools": [{}]}), [(1, {"messages": TALK, "tools": [{}]})]),
+        ("a.json", json.dumps({"prompt": TALK, "chosen": TALK, "rejected": TALK}),
+         [(1, {"prompt": TALK, "chosen": TALK, "rejected": TALK})]),
+        ("a.csv", 'text;n\n"one; two";1\ntwo, 3;2\n', [(1, {"text": "one; two", "n": "1"}), (2, {"text": "two, 3", "n": "2"})]),
+        ("a.csv", "text\tn\none, two\t1\n", [(1, {"text": "one, two", "n": "1"})]),
+        ("a.csv", "text\none; two\n", [(1, {"text": "one; two"})]),
+    ],
+)  # fmt: skip
+def test_layouts_that_people_have(tmp_path: Path, name: str, text: str, expected: list[tuple[int, dict[str, Any]]]) -> None:
+    assert list(read_rows(write(tmp_path / name, text))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ({"train": [{"text": "a"}], "test": [{"text": "b"}]}, "holds several lists of rows (train, test); save each as a file"),
+        ({"prompt": ["a", "b"], "completion": ["c"]}, "its columns are lists of several lengths (prompt 2, completion 1)"),
+    ],
+)
+def test_an_object_that_is_no_rows_is_named_for_what_it_is(tmp_path: Path, text: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        list(read_rows(write(tmp_path / "a.json", json.dumps(text))))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("block", [7, 2**20])
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ('[{"a": 1},\n{"a": 2},\n{"a": }]', "line 3: not valid JSON (Expecting value: column 7)"),
+        ('[\n\n{"a": 1},\n{"a": 2}', "line 4: not valid JSON (expecting ',' or ']': column 9)"),
+        ('[{"a": 1},\n{"a": 2}]\n[{"a": 3}]', "line 3: not valid JSON (extra data after the list: column 1)"),
+        ('[{"a": 1},\n{"a": ' + "[" * 100_000, "line 2: not valid JSON that can be read (nested too deep)"),
+        ('[{"role": "user",\n "content": "q"}]', " is one conversation, a list of messages"),
+    ],
+)
+def test_the_line_of_a_mistake_in_a_list_is_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, at: str, block: int
+) -> None:
+    for module in ("lines", "json_rows"):
+        monkeypatch.setattr(f"posttrain.data.sources.{module}.BLOCK", block)
+    with pytest.raises(UserError) as error:
+        list(read_rows(write(tmp_path / "a.json", text)))
+    assert at in str(error.value)
+
+
+def test_several_sources_are_read_one_after_the_other(tmp_path: Path) -> None:
+    """Each row is named by its own file, and the name of the data is that of all of them in this order."""
+    (tmp_path / "d").mkdir()
+    files = [write(tmp_path / name, json.dumps(row)) for name, row in zip(("a.jsonl", "b.json"), ROWS, strict=True)]
+    for name in ("1.jsonl", "2.jsonl"):
+        write(tmp_path / "d" / name, json.dumps({"text": name}))
+    path = SourceConfig(path=[files[0], str(tmp_path / "d"), files[1]]).path  # type: ignore[arg-type, call-arg]
+    assert path == f"{files[0]} + {tmp_path / 'd'} + {files[1]}"
+    found = list(read_rows(path))
+    assert [row for _, row in found] == [ROWS[0], {"text": "1.jsonl"}, {"text": "2.jsonl"}, ROWS[1]]
+    places = [files[0], f"{tmp_path}/d/1.jsonl", f"{tmp_path}/d/2.jsonl", files[1]]
+    assert [row_name(path, number) for number, _ in found] == [f"{place}, row 1" for place in places]
+    assert fingerprint(path) != fingerprint(" + ".join(path.split(" + ")[::-1])) != fingerprint(files[0])
+    assert is_local(path) and not is_local(f"{files[0]} + org/name")
+
+
+@pytest.mark.parametrize("path", [[], ["a.jsonl", "builtin:questions"], ["self", "a.jsonl"]])
+def test_what_stands_alone_is_no_part_of_a_list(path: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"stands alone|the list is empty"):
+        SourceConfig(path=path)  # type: ignore[arg-type, call-arg]
 
 
 def test_reads_parquet(tmp_path: Path) -> None:

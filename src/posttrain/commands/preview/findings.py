@@ -51,6 +51,7 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
         ("truncated", f"rows cut to {max_length} tokens", True, stats.truncated),
         ("", "tokens across the border of prompt and answer, which count as the answer's", False, stats.border_tokens),
         ("", "rows left out, of less quality", False, stats.filtered),
+        ("disliked", "rows left out, whose label is false", False, stats.disliked),
     )
     found = []
     for name, what, is_mistake, count in counted:
@@ -65,7 +66,7 @@ def of_rows(rows: Iterable[Canonical], held_out: Iterable[Canonical], where: Cal
     apart = {_content(row) for _, row in held_out}
     seen: dict[str, int] = {}
     for number, row in rows:
-        if not "".join(_texts(row)).strip():
+        if not "".join(_words(row)).strip():
             empty.add(where(number))
         name = _content(row)
         if name in apart:
@@ -92,7 +93,7 @@ def of_tokens(
     encoded = _encoded(encoder, rows)
     for number, row in rows:
         place = where(number)
-        marks = {mark for text in _texts(row) for mark in _LIKE_SPECIAL.findall(text)}
+        marks = {mark for text in _words(row) for mark in _LIKE_SPECIAL.findall(text)}
         if marks - added:
             plain.add(f"{place} ({min(marks - added)})")
         if marks & added:
@@ -126,6 +127,9 @@ def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[li
 
 def _sequences(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
     numbers = [number for number, _ in rows]
+    if rows and rows[0][1].keys() & {"prompt", "completion", "chosen"} == {"prompt"}:
+        prompts = [tokens for tokens, _ in encoder.encode_prompts(rows, str)]
+        return {number: [(tokens, [0.0] * len(tokens))] for number, tokens in zip(numbers, prompts, strict=True)}
     if not rows or "chosen" not in rows[0][1]:
         return {n: [(one.tokens, one.weights)] for n, one in zip(numbers, encoder.encode_many(rows, str), strict=True)}
     return {
@@ -148,6 +152,11 @@ def _prompt_difference(encoder: Encoder, tokenizer: Any, row: dict[str, Any]) ->
     return f"token {at + 1}: {shown[0]!r} in training, {shown[1]!r} for inference"
 
 
+def _words(row: dict[str, Any]) -> Sequence[str]:
+    """All texts of a row but those of other columns, which are not rendered."""
+    return _texts({name: value for name, value in row.items() if name != "columns"})
+
+
 def _texts(value: Any) -> Sequence[str]:
     if isinstance(value, str):
         return [value]
@@ -158,5 +167,5 @@ def _texts(value: Any) -> Sequence[str]:
 
 
 def _content(row: dict[str, Any]) -> str:
-    said = {key: value for key, value in row.items() if key != "weight"}
+    said = {key: value for key, value in row.items() if key not in ("weight", "columns")}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict
 from posttrain.config.paths import root
@@ -21,10 +21,28 @@ def _unsaid() -> dict[str, Any]:
     return yaml.safe_load((root("configs") / "data" / "file.yaml").read_text())
 
 
+JOINT = " + "  # between the sources of a list, as one text
+
+
+def _joined(path: Any) -> Any:
+    """A list of sources as one text. Raises ValueError for one that is empty, or that holds what stands alone."""
+    if not isinstance(path, list):
+        return path
+    names = [str(each) for each in cast("list[Any]", path)]
+    alone = [name for name in names if name == "self" or name.startswith("builtin:")]
+    if alone or not names:
+        what = f"{alone[0]} stands alone" if alone else "the list is empty"
+        raise ValueError(f"{what}; give files, patterns, directories or hub ids, or mix with data=mix data.sources.NAME.path=...")
+    return JOINT.join(names)
+
+
+Paths = Annotated[str, BeforeValidator(_joined)]  # a source, or a list of them, which becomes one text
+
+
 class SourceConfig(Strict):
     """Where rows come from, and which of them are taken."""
 
-    path: str  # a file, a hub id, builtin:reference|questions|preferences|general, or self: the base model writes
+    path: Paths  # a file, a list of them, a hub id, builtin:reference|questions|preferences|general, or self: the base writes
     shape: Annotated[str, OneOf(DATA_FORMATS, "auto")]  # the data format; auto: by the columns of the first row
     subset: str | None  # configuration of a hub data set
     split: str
@@ -62,13 +80,13 @@ class ReplayConfig(Strict):
 class DataConfig(SourceConfig):
     """`data`: what a stage of language models reads, and what of it is held out."""
 
-    path: str | None  # pyright: ignore[reportIncompatibleVariableOverride]  # None: with sources
+    path: Paths | None  # pyright: ignore[reportIncompatibleVariableOverride]  # None: with sources
     alpha: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None  # share of tokens from `path`; general has the others
     general: SourceConfig
     sources: dict[str, MixedSource] | None  # in place of path, alpha and general
     exhausted: Literal["repeat", "stop"]  # a source whose rows have all been drawn
     replay: ReplayConfig
-    eval_path: str | None  # None: a share of the rows, chosen by a hash of each row's content
+    eval_path: Paths | None  # None: a share of the rows, chosen by a hash of each row's content
     eval_share: Annotated[float, Field(ge=0, lt=1)]
     eval_rows: NonNegative  # at most so many held-out rows
     on_error: Literal["stop", "skip"]  # a row with a mistake in it; skipped ones are counted

@@ -153,7 +153,8 @@ class Encoder:
 
     def _prompt(self, row: CanonicalRow) -> tuple[str, bool]:
         """The text, and whether it stands for itself, as a document does."""
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion", row.get("chosen")), str):
+        text = isinstance(row.get("prompt"), str)
+        if text and (isinstance(row.get("completion", row.get("chosen")), str) or not self._tokenizer.chat_template):
             return row["prompt"], True
         return self._chat_template.render_prompt(prompt_of(row), row.get("tools")), False
 
@@ -200,14 +201,15 @@ class Encoder:
         return _document(prompt, completion, factors, weight)
 
     def _answers(self, row: CanonicalRow) -> tuple[_Text, _Text]:
-        return self._answer(row["prompt"], row["chosen"]), self._answer(row["prompt"], row["rejected"])
+        chosen, rejected = (self._answer(row["prompt"], row[name], row.get("tools")) for name in ("chosen", "rejected"))
+        return chosen, rejected
 
-    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> _Text:
+    def _answer(self, prompt: str | list[Message], answer: str | list[Message], tools: list[Any] | None) -> _Text:
         if isinstance(prompt, str) and isinstance(answer, str):
             return _document(prompt, answer, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        return self._conversation([*before, *after], None, first=len(before))
+        return self._conversation([*before, *after], tools, first=len(before))
 
     def _encode(self, texts: Sequence[_Text]) -> list[Encoded]:
         if all(text.is_whole for text in texts) and not self.weighing.gamma:

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.schema.data import DATA_FORMATS
 from posttrain.config.stages import REGISTRY
+from posttrain.data.formats._checks import label_of, refuse_media, refuse_surrogates
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, Row
 from posttrain.errors import UserError
@@ -27,10 +29,12 @@ class Format:
     Args:
         columns: what they look like, in a line, for messages and docs.
         kind: of the canonical rows that it becomes, which says what can be done with them: text (a document), messages (a
-            conversation), prompt_completion (a text and how it goes on) or pairs (two answers, one of them better).
+            conversation), prompt_completion (a text and how it goes on), pairs (two answers, one of them better) or prompts
+            (without an answer).
         precedence: where several formats recognise a row the highest wins, so the more specific one has the higher.
         recognises: whether a row's columns are of this format. It sees the first row alone, and must not raise.
-        to_canonical: a row as canonical; raises UserError for what is wrong with it, without saying where it is.
+        to_canonical: a row as canonical; raises UserError for what is wrong with it, without saying where it is. What it does
+            not look into by row[name] or row.get(name) is kept, under `columns`.
         example: a row of this format.
         example_becomes: what to_canonical makes of it.
     """
@@ -85,12 +89,39 @@ def check_fits(shape: str, use: RowUse) -> None:
 
 
 def to_canonical(row: Row, shape: str, where: str) -> CanonicalRow:
-    """A row of the format `shape` as a canonical one, with the row's own `weight` if it has one.
+    """A row of the format `shape` as a canonical one, with the row's own `weight` and `label` if it has them, and under
+    `columns` what the format has not taken from it.
 
-    Raises UserError, which starts with `where`, for a malformed row.
+    Raises UserError, which starts with `where`, for a malformed row, and for one with pictures.
     """
+    taken, kind = _Taken(row), FORMATS.get(shape).kind
     try:
-        canonical = FORMATS.get(shape).to_canonical(row)
+        canonical = FORMATS.get(shape).to_canonical(taken)
+        if taken.get("weight") is not None:
+            canonical = {**canonical, "weight": row["weight"]}
+        if kind in ("messages", "prompt_completion") and (label := label_of(row)):
+            canonical = {**canonical, "label": all(label.values())}
+            taken.names.update(label)
+        refuse_media(row, canonical)
+        refuse_surrogates(canonical)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return canonical if row.get("weight") is None else {**canonical, "weight": row["weight"]}
+    earlier: dict[str, Any] = row["columns"] if isinstance(row.get("columns"), dict) else {}  # of a canonical row
+    others = earlier | {k: v for k, v in row.items() if k not in taken.names and v is not None and v is not earlier}
+    return {**canonical, "columns": others} if others else canonical
+
+
+class _Taken(dict[str, Any]):
+    """A row that knows which of its columns were looked into."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.names = set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)

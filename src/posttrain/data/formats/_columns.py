@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 from posttrain.data.rows import Message, Row
 from posttrain.errors import UserError, did_you_mean
 
@@ -38,6 +41,19 @@ def instruction_of(row: Row) -> str:
 def system_of(row: Row) -> list[Message]:
     """The system message of a row with a column of that name; nothing where it is empty."""
     return [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) and row["system"] else []
+
+
+def history_of(row: Row) -> list[Message]:
+    """The turns before, of a row with a column of that name; nothing where it is empty."""
+    history: Any = row.get("history") or []
+    if not isinstance(history, list) or not all(map(_is_exchange, cast("list[Any]", history))):
+        raise UserError("history is not a list of [question, answer]")
+    turns = cast("list[tuple[Any, Any]]", history)
+    return [m for a, b in turns for m in exchange(checked_text(a, "history"), checked_text(b, "history"))]
+
+
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(cast("Sequence[Any]", turn)) == 2
 
 
 def exchange(user: str, assistant: str) -> list[Message]:

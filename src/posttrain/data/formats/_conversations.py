@@ -1,29 +1,16 @@
-"""Conversations in either style of message, {role, content} or ShareGPT's {from, value}, and what is checked of them."""
+"""Columns that hold a conversation, its tools, and the order of its turns."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from posttrain.data.formats._columns import checked_text, columns_of, system_of
+from posttrain.data.formats._columns import columns_of, system_of
+from posttrain.data.formats._messages import messages, unpacked
 from posttrain.data.rows import CanonicalRow, Message, Row
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError
 
 COLUMNS = ("messages", "conversations")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
 
 
 def conversation_column(row: Row) -> str | None:
@@ -35,7 +22,8 @@ def conversation_column(row: Row) -> str | None:
 def first_message(row: Row) -> Any:
     """The first item of the row's conversation, whatever it is; None without any."""
     name = conversation_column(row)
-    return row[name][0] if name and isinstance(row[name], list) and row[name] else None
+    found = unpacked(row[name]) if name else None
+    return found[0] if isinstance(found, list) and found else None
 
 
 def conversation(row: Row) -> CanonicalRow:
@@ -45,62 +33,54 @@ def conversation(row: Row) -> CanonicalRow:
         raise UserError(f"has no messages or conversations; its columns are {columns_of(row)}")
     found = messages(row[name], name)
     whole = found if found[0]["role"] == "system" else [*system_of(row), *found]
-    _check_order(whole, name)
+    check_order(whole, name)
+    return {"messages": whole, **tools_of(row)}
+
+
+def tools_of(row: Row) -> CanonicalRow:
+    """{"tools": ...} of a row with a column of that name, also as a text of JSON; nothing where it is empty."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"tools is not valid JSON ({error})") from error
-    return {"messages": whole, "tools": tools} if tools else {"messages": whole}
+    return {"tools": tools} if tools else {}
 
 
-def messages(value: object, name: str) -> list[Message]:
-    """A list of messages, or one alone, of either style. Raises UserError, which starts with `name`, for what is none."""
-    items = [value] if isinstance(value, dict) else value
-    if not isinstance(items, list):
-        raise UserError(f"{name} is {'null' if value is None else type(value).__name__}, not a list of messages")
-    if not items:
-        raise UserError(f"{name} is an empty conversation; drop the row")
-    return [_message(item, f"{name}[{k}]") for k, item in enumerate(items)]
+def continued(before: list[Message], answer: list[Message], name: str) -> tuple[list[Message], int]:
+    """A prompt and the answer that follows it as one conversation, and how many of its messages are before the answer.
+
+    An answer that begins with the system or the user is the whole transcript, and goes on where the prompt ends; only after the
+    assistant's own turn may the user's be the next. Raises UserError, which starts with `name`, for a prompt that the transcript
+    does not hold, and for turns out of order.
+    """
+    opens = answer[0]["role"]
+    goes_on = opens not in ("system", "developer", "user")
+    if opens == "user" and before and before[-1]["role"] == "assistant":
+        goes_on = not _same(answer[0], next(m for m in before if m["role"] != "system"))
+    if goes_on or not before:
+        whole, first = [*before, *answer], len(before)
+    else:
+        system = before[:1] if before[0]["role"] == "system" and opens != "system" else []
+        whole, first = [*system, *answer], 0
+        for message in before:
+            first = next((k for k, m in enumerate(whole[first:], first + 1) if _same(m, message)), -1)
+            if first < 0:
+                said = message["content"].strip()[:40]
+                raise UserError(f"{name} is a whole transcript without the prompt's message {said!r}; drop the prompt or the row")
+    check_order(whole, name)
+    return whole, first
 
 
-def _message(item: object, name: str) -> Message:
-    """One message of either style, with `role` and `content`; other keys stay unless they are null."""
-    if not isinstance(item, dict):
-        raise UserError(f"{name} is {type(item).__name__}, not an object with role and content")
-    told, said = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    known = [*(_SHAREGPT_ROLES if told == "from" else _ROLES)]
-    if told not in item:
-        raise UserError(f"{name} has no role; its keys are {', '.join(item) or 'none'}")
-    role = item[told]
-    if role not in known:
-        raise UserError(f"{name} has the unknown role {role!r}{did_you_mean(str(role), known)}; known: {', '.join(known)}")
-    if role == "function_call" and told == "from":
-        calls = _calls(checked_text(item.get(said), f"{said} of {name}"), name)
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    calls = bool(item.get("tool_calls"))
-    if said not in item and not calls:
-        raise UserError(f"{name} has no {said}; its keys are {', '.join(item)}")
-    content = "" if calls and item.get(said) is None else checked_text(item[said], f"{said} of {name}")
-    rest = {key: value for key, value in item.items() if key not in (told, said) and value is not None}
-    return {"role": _SHAREGPT_ROLES[role] if told == "from" else role, "content": content, **rest}
+def _same(message: Message, other: Message) -> bool:
+    """Do both say the same, but for white space around it?"""
+    return message["role"] == other["role"] and message["content"].strip() == other["content"].strip()
 
 
-def _calls(text: str, name: str) -> list[Message]:
-    """What ShareGPT writes as the value of a `function_call`: a name with its arguments in JSON, or a list of such."""
-    try:
-        given = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{name} is a function_call whose value is not valid JSON ({error})") from error
-    calls = given if isinstance(given, list) else [given]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise UserError(f"{name} is a function_call without the name of a function")
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments", {})}} for c in calls]
-
-
-def _check_order(whole: list[Message], name: str) -> None:
-    """A system message only at the beginning, then the user, and no two turns of one side without the other's between."""
+def check_order(whole: list[Message], name: str) -> None:
+    """Raises UserError unless a system message stands only at the beginning, then the user's, and no two turns of one side
+    without the other's between."""
     roles = [message["role"] for message in whole]
     turns = roles[1:] if roles[0] in ("system", "developer") else roles
     before = ""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from posttrain.data.formats import Format
-from posttrain.data.formats._columns import checked_text, exchange, instruction_of, system_of, text_of
+from posttrain.data.formats._columns import exchange, history_of, instruction_of, system_of, text_of
+from posttrain.data.formats._conversations import tools_of
 from posttrain.data.rows import CanonicalRow, Row
-from posttrain.errors import UserError
 
 
 def _to_canonical(row: Row) -> CanonicalRow:
     """The user's message is the instruction, then a line feed and the input if there is any; `history` comes before it."""
     user, output = instruction_of(row), text_of(row, "output")
-    history = row.get("history") or []
-    if not isinstance(history, list) or any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in history):
-        raise UserError("history is not a list of [question, answer]")
-    earlier = [m for a, b in history for m in exchange(checked_text(a, "history"), checked_text(b, "history"))]
-    return {"messages": [*system_of(row), *earlier, *exchange(user, output)]}
+    return {"messages": [*system_of(row), *history_of(row), *exchange(user, output)], **tools_of(row)}
 
 
 FORMAT = Format(

@@ -13,5 +13,5 @@ FORMAT = Format(
     recognises=lambda row: conversation_column(row) is not None,
     to_canonical=conversation,
     example={"messages": exchange("What is 2 + 2?", "4"), "id": 7},
-    example_becomes={"messages": exchange("What is 2 + 2?", "4")},
+    example_becomes={"messages": exchange("What is 2 + 2?", "4"), "columns": {"id": 7}},
 )

@@ -12,5 +12,5 @@ FORMAT = Format(
     recognises=lambda row: "text" in row or "content" in row,
     to_canonical=lambda row: {"text": text_of(row, "text", "content")},
     example={"content": "Two and two make four.", "url": "https://example.org"},
-    example_becomes={"text": "Two and two make four."},
+    example_becomes={"text": "Two and two make four.", "columns": {"url": "https://example.org"}},
 )

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from posttrain.data.rows import Row
 from posttrain.data.sources.columnar import ParsedRows, arrow_rows, parquet_rows
-from posttrain.data.sources.lines import BLOCK, COMPRESSIONS, LONGEST_LINE, blocks, lines, reading, sound, zip_member
+from posttrain.data.sources.json_rows import is_conversation, json_rows, jsonl_rows
+from posttrain.data.sources.lines import COMPRESSIONS, LONGEST_LINE, lines, reading, sound, zip_member
 from posttrain.errors import UserError
 
 NumberedRow = tuple[int, Row | UserError]  # number in the source from 1; the row, or what is wrong with this one alone
 
 LOOKED_AT = 2**20  # letters of a text file in which a blank line decides what a document is
-CONVERSATION_COLUMNS = ("messages", "conversations", "prompt")
 
 
 def file_rows(file: Path, name: str) -> Iterator[NumberedRow]:
@@ -27,6 +24,8 @@ def file_rows(file: Path, name: str) -> Iterator[NumberedRow]:
     empty, (kind, compression) = True, kind_of(file)
     with reading(name):
         for number, row in READERS[kind](file, name, compression):
+            if is_conversation(row):
+                row = {"messages": row}
             if not isinstance(row, dict | UserError):
                 row = UserError(f"{name}, row {number}: is {_kind(row)}, not an object with columns")
             empty = False
@@ -59,121 +58,18 @@ def _kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _parsed(line: str, name: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError:
-        return UserError(f"{name}, line {number}: not valid JSON that can be read (nested too deep)")
-    except ValueError as error:
-        return UserError(f"{name}, line {number}: not valid JSON ({error})")
-
-
-def _jsonl(file: Path, name: str, compression: str) -> ParsedRows:
-    for number, line in lines(file, name, compression):
-        if isinstance(line, UserError):
-            yield number, line
-        elif line.strip():
-            yield number, _parsed(line, name, number)
-
-
-def _json(file: Path, name: str, compression: str) -> ParsedRows:
-    """A list is read element by element; an object whole, unless each line is one: then it is JSONL."""
-    first = [line for _, (_, line) in zip(range(2), lines(file, name, compression), strict=False)]
-    opening = first[0].lstrip() if first and isinstance(first[0], str) else ""
-    if opening.startswith("["):
-        yield from _Elements(file, name, compression)
-        return
-    if len(first) == 2 and not isinstance(_parsed(opening or "?", name, 1), UserError):
-        yield from _jsonl(file, name, compression)
-        return
-    text = "".join(sound(lines(file, name, compression)))
-    if not text.strip():
-        return
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise UserError(f"{name}: not valid JSON that can be read (nested too deep)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}: column {error.colno})") from error
-    if isinstance(value, dict):
-        lists = [v for k, v in value.items() if isinstance(v, list) and k not in CONVERSATION_COLUMNS]
-        value = lists[0] if len(lists) == 1 else [value]
-    yield from enumerate(value if isinstance(value, list) else [value], 1)
-
-
-class _Elements:
-    """The elements of a JSON list, of which only one is in memory."""
-
-    def __init__(self, file: Path, name: str, compression: str) -> None:
-        self.name, self.line, self.text, self.at, self.ended = name, 1, "", 0, False
-        self.blocks = blocks(file, name, compression)
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-
-    def __iter__(self) -> ParsedRows:
-        number, separator = 1, "["
-        while self._next_letter() == separator:
-            self.at += 1
-            if number == 1 and self._next_letter() == "]":
-                return
-            yield number, self._element()
-            number, separator = number + 1, ","
-        if self._next_letter() != "]":
-            raise self._wrong("expecting ',' or ']'", self.at)
-
-    def _more(self) -> bool:
-        """Read on; what is done with goes. False at the end of the file."""
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
-        before = len(self.text)
-        while not self.ended and len(self.text) < max(2 * before, BLOCK):
-            block = next(self.blocks, b"")
-            self.ended = not block
-            try:
-                self.text += self.decoder.decode(block, final=self.ended)
-            except UnicodeDecodeError as error:
-                line = self.line + self.text.count("\n") + block.count(b"\n", 0, error.start)
-                raise UserError(f"{self.name}, line {line}: not UTF-8; save the file as UTF-8") from error
-        return len(self.text) > before
-
-    def _next_letter(self) -> str:
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._more():
-                return ""
-
-    def _element(self) -> Any:
-        while True:
-            self._next_letter()
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():
-                    self.at = end
-                    return value
-            except RecursionError:
-                raise UserError(f"{self.name}, line {self.line}: not valid JSON that can be read (nested too deep)") from None
-            except json.JSONDecodeError as error:
-                if len(self.text) - self.at > LONGEST_LINE or not self._more():
-                    raise self._wrong(error.msg, error.pos) from error
-
-    def _wrong(self, what: str, at: int) -> UserError:
-        line = self.line + self.text.count("\n", 0, at)
-        column = at - (self.text.rfind("\n", 0, at) + 1) + 1
-        return UserError(f"{self.name}, line {line}: not valid JSON ({what}: column {column})")
-
-
 def _separated(delimiter: str) -> Callable[[Path, str, str], ParsedRows]:
     def read(file: Path, name: str, compression: str) -> ParsedRows:
         csv.field_size_limit(LONGEST_LINE)  # csv's own limit of 128 KiB is less than many a document
-        reader = csv.DictReader(sound(lines(file, name, compression)), delimiter=delimiter, strict=True)
+        found = sound(lines(file, name, compression))
+        header = next(found, "")
+        reader = csv.DictReader(chain([header], found), delimiter=_delimiter(header, delimiter), strict=True)
         try:
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
                     cells = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None) or [])
-                    header = len(reader.fieldnames or [])
-                    said = f"{name}, line {reader.line_num}: has {cells} cells where the header has {header}"
+                    names = len(reader.fieldnames or [])
+                    said = f"{name}, line {reader.line_num}: has {cells} cells where the header has {names}"
                     yield number, UserError(said)
                 else:
                     yield number, row
@@ -181,6 +77,11 @@ def _separated(delimiter: str) -> Callable[[Path, str, str], ParsedRows]:
             raise UserError(f"{name}, line {reader.line_num + 1}: not valid CSV ({error})") from error
 
     return read
+
+
+def _delimiter(header: str, usual: str) -> str:
+    """What parts a header without the usual separator: spreadsheets of many languages write a semicolon."""
+    return usual if usual in header else next((each for each in ";\t" if each in header), usual)
 
 
 def _text(file: Path, name: str, compression: str) -> ParsedRows:
@@ -228,9 +129,9 @@ def _document(file: Path, name: str, compression: str) -> ParsedRows:
 
 
 READERS: dict[str, Callable[[Path, str, str], ParsedRows]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".json": json_rows,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
     ".parquet": parquet_rows,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from posttrain.config.schema.data import JOINT
 from posttrain.data.rows import Row
 from posttrain.data.sources.builtin.sets import PARTS, builtin_rows
 from posttrain.data.sources.columnar import without_nulls
@@ -18,7 +19,7 @@ from posttrain.data.sources.hashing import fraction
 from posttrain.data.sources.hub import hub_commit, hub_rows
 from posttrain.errors import UserError, did_you_mean
 
-__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "place", "read_rows", "row_name", "split_rows"]
+__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "parts_of", "place", "read_rows", "row_name", "split_rows"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -38,7 +39,8 @@ def read_rows(
     sound: bool = True,
 ) -> Iterator[NumberedRow]:
     """Rows of a file, of all files of a directory or a pattern (`data/*.jsonl.gz`), of a directory that datasets has saved, of
-    a hub data set (`org/name`) or of `builtin:NAME`, read as they are needed.
+    a hub data set (`org/name`), of `builtin:NAME`, or of several of these one after the other (see `parts_of`), read as they
+    are needed.
 
     They are numbered from 1, by line in JSONL, else by record; `row_name` says where a number is. Files are told by their
     extension: .jsonl, .ndjson, .json (a list of objects, an object with one such list, or JSONL), .csv and .tsv with a header,
@@ -51,10 +53,13 @@ def read_rows(
     sound: raise for a row that cannot be read; else it comes as the UserError that says why. Raises UserError, naming file and
     line, for a file that cannot be read at all.
     """
-    for number, row in _rows(path, subset, split, revision, few):
-        if sound and isinstance(row, UserError):
-            raise row
-        yield number, row
+    before = 0
+    for part in parts_of(path):
+        for number, row in _rows(part, subset, split, revision, few):
+            if sound and isinstance(row, UserError):
+                raise row
+            yield before + number, row
+        before += _FILE * len(_names_once(part))
 
 
 def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[NumberedRow]:
@@ -69,22 +74,30 @@ def _rows(path: str, subset: str | None, split: str, revision: str | None, few: 
             yield from ((i * _FILE + number, row) for number, row in file_rows(Path(file).expanduser(), file))
 
 
+def parts_of(path: str) -> list[str]:
+    """The sources that a path is made of: what the config has as a list stands as one text, `a.jsonl + b.jsonl`."""
+    return [path] if JOINT not in path or Path(path).expanduser().exists() else path.split(JOINT)
+
+
 def row_name(path: str, number: int) -> str:
     """Where row `number` of a source is, as messages say it."""
-    files = _files_once(path)
-    return f"{files[number // _FILE] if files else path}, row {number % _FILE}"
+    names = _names_once(path)
+    return f"{names[min(number // _FILE, len(names) - 1)]}, row {number % _FILE}"
 
 
 @lru_cache(maxsize=16)
-def _files_once(path: str) -> list[str]:
-    """The files of a source that is made of files; asked for every row, looked up once."""
-    several = is_local(path) and not _is_saved(path) and not path.startswith(_BUILTIN)
-    return files_of(path) if several else []
+def _names_once(path: str) -> list[str]:
+    """The files of a source that is made of files, else what it is itself; asked for every row, looked up once."""
+    found = list[str]()
+    for part in parts_of(path):
+        several = is_local(part) and not _is_saved(part) and not part.startswith(_BUILTIN)
+        found += files_of(part) if several else [part]
+    return found
 
 
 def is_local(path: str) -> bool:
     """False for what is on the hub."""
-    return path.startswith(_BUILTIN) or not _is_hub_id(path)
+    return all(part.startswith(_BUILTIN) or not _is_hub_id(part) for part in parts_of(path))
 
 
 def split_rows(rows: Iterable[NumberedRow], eval_share: float) -> Iterator[tuple[bool, NumberedRow]]:
@@ -104,6 +117,8 @@ def place(row: Row) -> float:
 def fingerprint(path: str, subset: str | None = None, split: str = "train", revision: str | None = None) -> str:
     """What identifies the data: sha256 of a file's bytes, of all files' or of a built-in set's rows; a hub id with its
     commit. Of a file above SAMPLED_FROM bytes its size and samples all over it stand for the whole."""
+    if len(parts := parts_of(path)) > 1:
+        return hashlib.sha256(json.dumps([fingerprint(part, subset, split, revision) for part in parts]).encode()).hexdigest()
     if path.startswith(_BUILTIN):
         name = path.removeprefix(_BUILTIN)
         rows = [builtin_rows(name, part) for part in PARTS[name]] if name in PARTS else builtin_rows(name, "eval")

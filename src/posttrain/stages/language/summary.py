@@ -39,6 +39,7 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
     too_long = f"rows left out, their prompts are longer than {cfg.example_length} tokens"
     for count, what in (
         (stats.filtered, "rows left out, of less quality"),
+        (stats.disliked, "rows left out, whose label is false"),
         (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
         (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (stats.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),

@@ -19,9 +19,9 @@ SPEC = StageSpec(
     steps="posttrain.stages.ppo.stage:steps",
     rows=RowUse(
         "ppo",
-        takes=("messages", "prompt_completion", "pairs"),
+        takes=("prompts", "messages", "prompt_completion", "pairs"),
         examples="prompts",
-        needs="prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
+        needs="prompts: prompt alone, messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
     ),
     parents=(INIT, Parent("init_reward", "reward"), Parent("reward.gold", "gold")),
     plan="posttrain.stages.ppo.plan",

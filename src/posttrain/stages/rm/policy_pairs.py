@@ -26,9 +26,9 @@ from posttrain.training.seeding import seed_step
 # of the data's rows, where a policy answers them
 PROMPTS = RowUse(
     name="rm.policy",
-    takes=("messages", "prompt_completion", "pairs"),
+    takes=("prompts", "messages", "prompt_completion", "pairs"),
     examples="prompts",
-    needs="prompts: messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
+    needs="prompts: prompt alone, messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
 )
 AT_ONCE = 32  # answers that are written at a time
 
@@ -72,7 +72,7 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
                 best, worst = int(torch.argmax(scores)), int(torch.argmin(scores))
                 if scores[best] > scores[worst]:
                     pair = {"prompt": prompt_of(row), "chosen": texts[best], "rejected": texts[worst]}
-                    found.append(pair | {"weight": row.get("weight", 1.0)})
+                    found.append(pair | {"weight": row.get("weight", 1.0)} | ({"tools": row["tools"]} if "tools" in row else {}))
                 else:
                     ties += 1
             meter.advance()
