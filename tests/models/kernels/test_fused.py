@@ -179,3 +179,20 @@ def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
         with torch.no_grad():
             assert float((part(x) - y).abs().max()) < 1e-5  # a rollout's way
     assert difference(found["plain"], found["lean"]) < 1e-5
+
+
+def test_a_model_may_write_into_a_layers_output() -> None:
+    """As Gemma 3n does: in place, and the backward is that of the plain path."""
+    found = []
+    for kernels in ("reference", "auto"):
+        model = with_lora(FAMILIES["llama"])
+        use_kernels(model, kernels)
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x)
+        y[0] += 1.0
+        y.mul_(2.0)
+        y.square().sum().backward()
+        found.append((x.grad, layer.lora_A["a0"].weight.grad, layer.lora_B["a0"].weight.grad))
+    for plain, lean in zip(*found, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-4, atol=1e-4)

@@ -94,7 +94,8 @@ def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
         return without_gradient(base, x).add_((x @ down.T) @ up.T)
-    return _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+    y: Any = _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+    return y.view(*x.shape[:-1], -1)  # not within: a model may write into its layers' outputs (Gemma 3n)
 
 
 def without_gradient(base: Any, x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class _LoraLinear(torch.autograd.Function):
     """y = x W' + b + sum_i s_i (drop(x) A_i') B_i' (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen.
 
     x: [..., in], or with `gated` silu(x) * gated, which is made again in the backward, as is what dropout leaves of it. factors:
-    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's.
+    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's. y: [n, out].
     """
 
     @staticmethod
@@ -125,18 +126,19 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, mask, weight, down, up)
         ctx.quantized, ctx.scales, ctx.heard = quantized, scales, 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
         ctx.factors = [(factor.shape[0], factor.dtype) for factor in factors]
-        return y.view(*x.shape[:-1], -1)
+        ctx.shape = x.shape
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gated, inner, mask, weight, down, up = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad = grads[0]
         behind = grad @ up
         of_x = of_gated = None
         if any(ctx.needs_input_grad[:2]):
             of_x = grad @ dense_weight(weight, ctx.quantized, grad.dtype)
             of_x = of_x.addmm_(behind, down) if mask is None else of_x.add_(_heard(behind @ down, mask, ctx.heard))
-            of_x = of_x.view(*grads[0].shape[:-1], -1)
+            of_x = of_x.view(ctx.shape)
         if gated is not None:
             assert of_x is not None
             active, of_x, of_gated = _through_silu(of_x, x, gated)
