@@ -63,7 +63,8 @@ def choices(schema: Schema, whole: Schema) -> str:
         items = schema.get("prefixItems")
         return f"{len(items)} of: {choices(items[0], whole)}" if items else f"list of {choices(schema['items'], whole)}"
     if schema.get("type") == "object":
-        of = resolved(schema.get("additionalProperties") or {}, whole) if schema.get("additionalProperties") else {}
+        more = schema.get("additionalProperties")
+        of = resolved(more, whole) if isinstance(more, dict) else {}
         return "name: text" if of.get("type") == "string" else "name: keys"
     return f"{WORDS.get(schema.get('type', ''), '')}{limits(schema)}"
 

@@ -148,4 +148,6 @@ def test_tools_are_rendered_in_pairs(make_tokenizer: Any, tmp_path: Path) -> Non
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "add"}]}
     found = prepared(tmp_path, encoder, [row], "dpo", 64).train
     tokens, _ = found.sequence(0)
-    assert encoder._tokenizer.decode(tokens.tolist()).startswith('[{"name": "add"}]<|im_start|>user\nq<|im_end|>')
+    assert encoder._tokenizer.decode(tokens.tolist()).startswith(
+        '[{"type": "function", "function": {"name": "add"}}]<|im_start|>user\nq<|im_end|>'
+    )

@@ -93,7 +93,9 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
     for number, row in rows:
         if "messages" in row and all(message["role"] != "assistant" for message in row["messages"]):
             raise UserError(f"{stats.where(number)}: has no assistant's turn, so there is nothing to learn; drop the row")
+    rows = [(number, each) for number, row in rows for each in encoder.options.examples_of(row)]
     for (number, _), item in zip(rows, encoder.encode_many(rows, stats.where), strict=True):
+        stats.note_lost([part.name for part in item.lost], stats.where(number))
         if len(item.tokens) > max_length:
             stats.note("truncated", stats.where(number))
         stats.border_tokens += item.borders
@@ -128,6 +130,7 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
     for (number, row), pair in zip(rows, encoder.encode_pairs(rows, stats.where), strict=True):
         room = max_length - len(pair.prompt)
         answers = (pair.chosen, pair.rejected)
+        stats.note_lost(dict.fromkeys(part.name for a in answers for part in a.lost), stats.where(number))
         if any(len(a.tokens) > room for a in answers):
             stats.note("truncated", stats.where(number))
         stats.border_tokens += sum(a.borders for a in answers)

@@ -9,8 +9,8 @@ from posttrain.errors import UserError
 Row = dict[str, Any]  # as it is read: its columns by name
 Message = dict[str, Any]  # of a conversation: role, content, perhaps tool_calls, weight
 # {"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"[, "margin"]} or {"prompt"}; messages also with
-# "tools", an answer with a "label" (false: not to be learnt); each perhaps with a "weight" of its own, and with "columns", all
-# that its format has not taken from the row
+# "tools", an answer with a "label" (false: not to be learnt); each perhaps with a "weight" of its own, "chat_template_kwargs"
+# (variables of the chat template), "first" (see ChatOptions), and "columns", all that its format has not taken from the row
 CanonicalRow = dict[str, Any]
 
 

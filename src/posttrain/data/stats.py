@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 from posttrain.data.sources.source import parts_of, row_name
@@ -26,6 +27,7 @@ class SourceStats:
     filtered: int = 0  # rows left out for their quality
     disliked: int = 0  # rows left out, since they say that their answer is not to be learnt (`label: false`)
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
+    lost: dict[str, int] = field(default_factory=dict[str, int])  # rows, by the part that the chat template does not render
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def where(self, number: int) -> str:
@@ -49,10 +51,18 @@ class SourceStats:
         setattr(self, what, getattr(self, what) + 1)
         self.places[what] = [*self.places.get(what, []), place][:NAMED]
 
+    def note_lost(self, parts: Iterable[str], place: str) -> None:
+        """Count a row for each part of it that is not rendered."""
+        for part in parts:
+            self.lost[part] = self.lost.get(part, 0) + 1
+            self.places[part] = [*self.places.get(part, []), place][:NAMED]
+
     def add(self, other: SourceStats) -> None:
         """Count another piece of the same source."""
         for name, value in asdict(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
+        for part, count in other.lost.items():
+            self.lost[part] = self.lost.get(part, 0) + count
         for what, found in other.places.items():
             self.places[what] = [*self.places.get(what, []), *found][:NAMED]

@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 from tokenizers import AddedToken
 
-from posttrain.data.chat import template as templates
+from posttrain.data.chat import rendering
 from posttrain.data.chat.encoder import Encoded, Encoder, chat_template, template_hash
 from posttrain.errors import UserError
 
@@ -230,8 +230,8 @@ def test_same_shape_renders_once_more_only(chatml, monkeypatch):
     encoder = Encoder(chatml)
     encoder.encode_conversation([user("a"), assistant("b")])
     calls = []
-    real = templates.ChatTemplate._render
-    monkeypatch.setattr(templates.ChatTemplate, "_render", lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
+    real = rendering.Renderer.render
+    monkeypatch.setattr(rendering.Renderer, "render", lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
     encoder.encode_conversation([user("the fox"), assistant("the quick dog")])
     assert len(calls) == 1
 
@@ -255,7 +255,11 @@ def test_date_in_the_template_may_change_between_rows(make_tokenizer, monkeypatc
     assert coloured(tokenizer, first).replace("01", "02") == coloured(tokenizer, second)
 
 
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
 WITH_CALLS = chat_template("chatml").replace(
     "message['content']", "message['content'] + (message.tool_calls | tojson if message.tool_calls else '')"
 )

@@ -57,6 +57,9 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
     for name, what, is_mistake, count in counted:
         places = skipped if name == "skipped" else [place.rsplit(", ", 1)[-1] for place in stats.places.get(name, [])]
         found.append(Finding(what, is_mistake, count, places[:SHOWN]))
+    for part, count in stats.lost.items():
+        places = [place.rsplit(", ", 1)[-1] for place in stats.places.get(part, [])]
+        found.append(Finding(f"rows whose {part} the chat template does not render", True, count, places[:SHOWN]))
     return found
 
 

@@ -90,6 +90,11 @@ class DataConfig(SourceConfig):
     eval_share: Annotated[float, Field(ge=0, lt=1)]
     eval_rows: NonNegative  # at most so many held-out rows
     on_error: Literal["stop", "skip"]  # a row with a mistake in it; skipped ones are counted
+    template_kwargs: dict[str, Any] | None  # variables of the chat template; a row's chat_template_kwargs come first
+    reasoning: Literal["keep", "drop", "inline"]  # of the assistant: reasoning_content, thinking, or <think> in the content
+    tools: Literal["keep", "inline"]  # inline: tools, calls and results as text, for templates that know none
+    turns: Literal["all", "last", "each"]  # the assistant's turns that are learnt; each: as the last of a conversation of its own
+    on_loss: Literal["own", "stop", "warn"]  # parts of a row that the chat template does not render
     max_untrained_share: Share  # more rows without a trained token than this share is an error
 
     @model_validator(mode="after")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, NamedTuple
 
+from posttrain.data.chat.calls import leaves_replaced
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -17,39 +20,78 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which 
 SENTINEL = re.compile("\U0010f0a0([0-9]+)\U0010f0a1")
 
 
+class Field(NamedTuple):
+    """A part of a row that somebody wrote, as messages call it. own: is it the assistant's, and so what is to be learnt?"""
+
+    name: str
+    own: bool
+
+
+ARGUMENTS = Field("arguments of tool calls", True)
+TOOLS = Field("tools", False)
+
+
+class Word(NamedTuple):
+    """A run of words, and the part of the row that it is of; None where a template may leave it out."""
+
+    text: str
+    field: Field | None
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A text, the spans of it that are trained, in order, and those of the letters in them that somebody wrote: all but what
-    a template puts around them, its end of turn above all."""
+    a template puts around them, its end of turn above all. lost: parts of the row that are not in the text."""
 
     text: str
     spans: list[Span]
     words: list[Span]
+    lost: tuple[Field, ...] = ()
 
 
 @dataclass(frozen=True)
 class AlignedText:
-    """A rendered skeleton: words between literals, span borders as (literal, offset), and what was appended."""
+    """A rendered skeleton: words between literals, span borders as (literal, offset), and what was appended. absent: numbers of
+    the words that are not in it. lost: other parts of the row that are not."""
 
     literals: list[str]
     words: list[int]
     spans: list[tuple[tuple[int, int], tuple[int, int]]]
     appended: str
+    absent: list[int]
+    lost: list[Field]
 
-    def fill(self, words: Sequence[str]) -> Rendered:
-        """The text with words in place of the marks, and the spans in it."""
-        parts = [self.literals[0]]
+    def fill(self, words: Sequence[Word], text: str) -> Rendered | None:
+        """`text` with its spans, if it is the skeleton with words in place of the marks: as they are or as JSON has them."""
+        parts, position = [self.literals[0]], len(self.literals[0])
         for number, literal in zip(self.words, self.literals[1:], strict=True):
-            parts += [words[number], literal]
+            said = next((w for w in _written(words[number].text) if text.startswith(w + literal, position)), None)
+            if said is None:
+                return None
+            parts += [said, literal]
+            position += len(said) + len(literal)
+        if "".join(parts) != text:
+            return None
         starts = list(accumulate(map(len, parts), initial=0))
         spans = [(starts[2 * a] + x, starts[2 * b] + y) for (a, x), (b, y) in self.spans]
         said = [(starts[k], starts[k + 1]) for k in range(1, len(parts), 2) if parts[k]]
         within = [(a, b) for start, stop in spans for a, b in said if start <= a and b <= stop]
-        return Rendered("".join(parts), spans, within)
+        return Rendered(text, spans, within, self.lost_of(words))
+
+    def lost_of(self, words: Sequence[Word]) -> tuple[Field, ...]:
+        """What of a row with these words is not in the text."""
+        absent = [words[k].field for k in self.absent if words[k].text.strip()]
+        return tuple(dict.fromkeys([*self.lost, *(part for part in absent if part)]))
 
 
-def lay_out(text: str, spans: Sequence[Span], appended: str) -> AlignedText:
-    """The layout of a rendered skeleton that ends with `appended`, and of spans of it."""
+def _written(word: str) -> Iterator[str]:
+    yield word
+    for ascii_only in (False, True):
+        yield json.dumps(word, ensure_ascii=ascii_only)[1:-1]
+
+
+def lay_out(text: str, spans: Sequence[Span], appended: str, words: int, lost: list[Field]) -> AlignedText:
+    """The layout of a rendered skeleton of so many words that ends with `appended`, and of spans of it."""
     found = list(SENTINEL.finditer(text))
     starts = [0, *(match.end() for match in found)]
     stops = [*(match.start() for match in found), len(text)]
@@ -59,8 +101,9 @@ def lay_out(text: str, spans: Sequence[Span], appended: str) -> AlignedText:
         return literal, position - starts[literal]
 
     literals = [text[start:stop] for start, stop in zip(starts, stops, strict=True)]
-    words = [int(match.group(1)) for match in found]
-    return AlignedText(literals, words, [(border(start), border(stop)) for start, stop in spans], appended)
+    numbers = [int(match.group(1)) for match in found]
+    absent = sorted(set(range(words)) - set(numbers))
+    return AlignedText(literals, numbers, [(border(start), border(stop)) for start, stop in spans], appended, absent, lost)
 
 
 def any_of(texts: Sequence[str]) -> str:
@@ -74,7 +117,9 @@ def tested_strings(template: str) -> re.Pattern[str]:
     from jinja2 import nodes
 
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
     holders = [*tree.find_all(nodes.Compare), *tree.find_all(nodes.Call), *tree.find_all(nodes.Filter)]
@@ -99,30 +144,47 @@ def sentinels(text: str) -> list[str]:
     return [match.group() for match in SENTINEL.finditer(text)]
 
 
-def skeleton(messages: list[Message], tested: re.Pattern[str]) -> tuple[list[Message], list[tuple[str, str]]]:
-    """The messages with a sentinel in place of each run of words, and the words in order, each with its role."""
-    words: list[tuple[str, str]] = []
+def skeleton(messages: list[Message], tested: re.Pattern[str], first: int = 0) -> tuple[list[Message], list[Word]]:
+    """The `plain` messages with a sentinel in place of each run of words, also of calls' arguments; and the words in order.
+    Thoughts before messages[first] may be left out, as they are when the model writes."""
+    words: list[Word] = []
 
-    def place(word: str, role: str) -> str:
-        words.append((word, role))
+    def place(text: str, field: Field | None) -> str:
+        words.append(Word(text, field))
         return sentinel(len(words) - 1)
 
-    def replace(text: str, role: str) -> str:
+    def replace(text: str, field: Field | None, thoughts: Field | None) -> str:
         pieces = tested.split(text)
         for k, piece in enumerate(pieces):
             if k % 2 == 0 and (core := piece.strip()):
                 lead, _, trail = piece.partition(core)
-                pieces[k] = lead + place(core, role) + trail
+                thought = k and pieces[k - 1] == "<think>" and "</think>" in pieces[k + 1 :]
+                pieces[k] = lead + place(core, thoughts if thought else field) + trail
         filled = "".join(pieces)
-        return filled if sentinels(filled) else filled + place("", role)
+        return filled if sentinels(filled) else filled + place("", field)
 
     bones: list[Message] = []
-    for message in messages:
+    for i, message in enumerate(messages):
+        role, bone = message["role"], dict(message)
+        own = role == "assistant"
         # Beside tool calls, a template may leave out an empty content with all that is around it; nothing to find then.
         empty_calls = message.get("tool_calls") and not content_of(message).strip()
-        fields = [k for k in ("content", *REASONING) if k in message and not (k == "content" and empty_calls)]
-        bones.append(message | {field: replace(message[field], message["role"]) for field in fields})
+        for name, value in message.items():
+            if name == "content" and not empty_calls:
+                bone[name] = replace(
+                    value, Field(f"content of {role} messages", own), Field("<think>", own) if i >= first else None
+                )
+            elif name in REASONING:
+                bone[name] = replace(value, *[Field(name, own) if i >= first else None] * 2)
+            elif name == "tool_calls":
+                bone[name] = [_boned(call, lambda text: place(text, ARGUMENTS)) for call in value]
+        bones.append(bone)
     return bones, words
+
+
+def _boned(call: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    function = call["function"]
+    return call | {"function": function | {"arguments": leaves_replaced(function["arguments"], place)}}
 
 
 def first_words(text: str, content: str, tested: re.Pattern[str]) -> tuple[int, int]:

@@ -9,45 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.chat.alignment import Rendered, Span
+from posttrain.data.chat.alignment import Rendered
+from posttrain.data.chat.encoded import Encoded, EncodedPair, first_word_of, pair_of, weights_of
 from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
+from posttrain.data.chat.options import ChatOptions
+from posttrain.data.chat.rendering import Variables
 from posttrain.data.chat.template import ChatTemplate
 from posttrain.data.chat.template_text import chat_template, template_hash
-from posttrain.data.chat.tokenize import Tokeniser, Tokens, shared_length, touching
+from posttrain.data.chat.tokenize import Tokeniser, Tokens
 from posttrain.data.rows import CanonicalRow, Message, prompt_of, reference_of
 from posttrain.errors import UserError
 
 __all__ = ["Encoded", "EncodedPair", "Encoder", "chat_template", "template_hash"]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """weights[i] is the weight of the loss on predicting tokens[i].
-
-    borders: how many tokens reach across the border of trained text; they count. first_word: index of the first token that
-    is predicted, counts, and holds a letter of an answer; -1 where there is none, so that nothing but ends would be learnt.
-    """
-
-    tokens: list[int]
-    weights: list[float]
-    borders: int
-    first_word: int
-
-    @property
-    def last_trained(self) -> int:
-        """Index of the last token that counts, -1 where none does."""
-        return max((k for k, weight in enumerate(self.weights) if weight), default=-1)
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """Two answers, and the tokens that come before both; the answers' own tokens start where they differ or count.
-    weight: of the row, which is in none of the tokens' own."""
-
-    prompt: list[int]
-    chosen: Encoded
-    rejected: Encoded
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -69,15 +42,19 @@ class Encoder:
     """Builds examples with one tokenizer. Make a new one after a change to the tokenizer or its chat template.
 
     stops: texts of tokens at which the model stops beside the tokenizer's eos (see ChatTemplate). weighing: how much which
-    trained tokens count. identity: a hash of all else that decides which tokens and weights come out.
+    trained tokens count. options: what of a conversation the chat template gets. identity: a hash of all else that decides which
+    tokens and weights come out.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), weighing: Weighing = PLAIN) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), weighing: Weighing = PLAIN, options: ChatOptions | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError("model.name: its tokenizer has no tokenizer.json, which exact loss masks need (offsets)")
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self.weighing = weighing
+        self.options = options or ChatOptions()
         self._template: ChatTemplate | None = None
         self._tokeniser = Tokeniser(tokenizer)
         # a model that a run has saved stops at its template's end of turn and at eos, as its base does that names them not
@@ -123,7 +100,7 @@ class Encoder:
         Each answer is tokenised together with the prompt; the prompt is what both begin with, up to the first token
         that counts in either. Raises UserError if the answers are the same.
         """
-        return _pair(*self._encode_both([self._answers(row)])[0], row_weight(row))
+        return pair_of(*self._encode_both([self._answers(row)])[0], row_weight(row))
 
     def encode_pairs(self, rows: Sequence[tuple[int, CanonicalRow]], where: Callable[[int], str]) -> list[EncodedPair]:
         """Encode pairs, each with its number, all at once; errors start with `where` of the number."""
@@ -133,7 +110,7 @@ class Encoder:
                 texts.append(self._answers(row))
         for (number, row), answers in zip(rows, self._encode_both(texts), strict=True):
             with _naming(where, number):
-                pairs.append(_pair(*answers, row_weight(row)))
+                pairs.append(pair_of(*answers, row_weight(row)))
         return pairs
 
     def encode_prompt(self, row: CanonicalRow) -> list[int]:
@@ -156,7 +133,8 @@ class Encoder:
         text = isinstance(row.get("prompt"), str)
         if text and (isinstance(row.get("completion", row.get("chosen")), str) or not self._tokenizer.chat_template):
             return row["prompt"], True
-        return self._chat_template.render_prompt(prompt_of(row), row.get("tools")), False
+        messages, tools = self.options.shaped(prompt_of(row), row.get("tools"))
+        return self._chat_template.render_prompt(messages, tools, _variables(row)), False
 
     def _prompts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         found = self._tokeniser.ids([text for text, _ in texts])
@@ -176,24 +154,33 @@ class Encoder:
     @property
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
-            self._template = ChatTemplate(self._tokenizer, self._stops)
+            self._template = ChatTemplate(self._tokenizer, self._stops, self.options.variables)
         return self._template
 
     def _text(self, row: CanonicalRow) -> _Text:
         weight = row_weight(row)
         if "messages" in row:
-            return self._conversation(row["messages"], row.get("tools"), weight=weight)
+            return self._conversation(row["messages"], row.get("tools"), row.get("first", 0), weight, _variables(row))
         if "completion" in row:
             return self._continuation(row["prompt"], row["completion"], weight)
         return _document("", row["text"], [], weight)
 
     def _conversation(
-        self, messages: Sequence[Message], tools: list[Any] | None, first: int = 0, weight: float = 1.0
-    ) -> _Text:  # fmt: skip
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        first: int = 0,
+        weight: float = 1.0,
+        variables: Variables | None = None,
+    ) -> _Text:
         if not messages:
             raise UserError("a conversation needs at least one message")
-        rendered = self._chat_template.render(messages, tools, first)
-        turns = [message for message in messages[first:] if message["role"] == "assistant"]
+        shaped, tools = self.options.shaped(messages, tools)
+        if first and self.options.tools == "inline":  # results of calls that follow one another become one message
+            first = len(shaped) - len(self.options.shaped(messages[first:], None)[0])
+        rendered = self._chat_template.render(shaped, tools, first, variables)
+        self.options.check(rendered.lost)
+        turns = [message for message in shaped[first:] if message["role"] == "assistant"]
         return _Text(rendered, False, self.weighing.factors(rendered, turns), weight)
 
     def _continuation(self, prompt: str, completion: str, weight: float) -> _Text:
@@ -201,15 +188,15 @@ class Encoder:
         return _document(prompt, completion, factors, weight)
 
     def _answers(self, row: CanonicalRow) -> tuple[_Text, _Text]:
-        chosen, rejected = (self._answer(row["prompt"], row[name], row.get("tools")) for name in ("chosen", "rejected"))
-        return chosen, rejected
+        return self._answer(row, row["chosen"]), self._answer(row, row["rejected"])
 
-    def _answer(self, prompt: str | list[Message], answer: str | list[Message], tools: list[Any] | None) -> _Text:
+    def _answer(self, row: CanonicalRow, answer: str | list[Message]) -> _Text:
+        prompt = row["prompt"]
         if isinstance(prompt, str) and isinstance(answer, str):
             return _document(prompt, answer, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        return self._conversation([*before, *after], tools, first=len(before))
+        return self._conversation([*before, *after], row.get("tools"), len(before), variables=_variables(row))
 
     def _encode(self, texts: Sequence[_Text]) -> list[Encoded]:
         if all(text.is_whole for text in texts) and not self.weighing.gamma:
@@ -232,10 +219,10 @@ class Encoder:
         return 0 if text.document and self._start else 1
 
     def _weighed(self, tokens: Tokens, text: _Text) -> Encoded:
-        weights, borders = _weights(tokens.offsets, text.rendered.spans)
+        weights, borders = weights_of(tokens.offsets, text.rendered.spans)
         if text.factors or self.weighing.gamma:
             weigh(weights, tokens.offsets, text.rendered.spans, text.factors, self.weighing)
-        first = _first_word(tokens.offsets, text.rendered.words, weights, self._least(text))
+        first = first_word_of(tokens.offsets, text.rendered.words, weights, self._least(text))
         return self._finished(tokens.ids, weights, borders, first, text)
 
     def _finished(self, tokens: list[int], weights: list[float], borders: int, first_word: int, text: _Text) -> Encoded:
@@ -246,7 +233,7 @@ class Encoder:
         if text.weight != 1:
             weights, end_weight = [text.weight * weight for weight in weights], text.weight * end_weight
         if not text.document:
-            return Encoded(tokens, weights, borders, first_word)
+            return Encoded(tokens, weights, borders, first_word, text.rendered.lost)
         end = self._tokenizer.eos_token_id
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
@@ -265,11 +252,12 @@ def _naming(where: Callable[[int], str], number: int) -> Iterator[None]:
         raise UserError(f"{where(number)}: {error}") from error
 
 
-def _pair(chosen: Encoded, rejected: Encoded, weight: float) -> EncodedPair:
-    if chosen.tokens == rejected.tokens:
-        raise UserError("chosen and rejected are the same; leave the row out")
-    shared = min(_first_trained(chosen), _first_trained(rejected), shared_length(chosen.tokens, rejected.tokens))
-    return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
+def _variables(row: CanonicalRow) -> dict[str, Any] | None:
+    """Of the chat template, as the row has them."""
+    found = row.get("chat_template_kwargs")
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"chat_template_kwargs is {type(found).__name__}, not an object of names and values")
+    return found
 
 
 def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
@@ -288,30 +276,3 @@ def _continued(prompt: str, text: str) -> Rendered:
 
 def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Text:
     return _Text(_continued(prompt, text), True, factors, weight)
-
-
-def _first_word(offsets: Sequence[Span], words: Sequence[Span], weights: Sequence[float], least: int) -> int:
-    """Index, from `least` on, of the first token of some weight that holds a letter of the words; -1 without one."""
-    for span in words:
-        for k in touching(offsets, span):
-            if k >= least and weights[k]:
-                return k
-    return -1
-
-
-def _weights(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[float], int]:
-    """1 for each token that holds any letter of a span; and the number of tokens that hold others as well."""
-    weights, borders = [0.0] * len(offsets), set[int]()
-    for start, stop in spans:
-        inner = touching(offsets, (start, stop))
-        weights[inner.start : inner.stop] = [1.0] * len(inner)
-        borders.update(k for k in (*inner[:1], *inner[-1:]) if offsets[k][0] < start or offsets[k][1] > stop)
-    return weights, len(borders)
-
-
-def _first_trained(encoded: Encoded) -> int:
-    return next((k for k, weight in enumerate(encoded.weights) if weight), len(encoded.tokens))
-
-
-def _after(encoded: Encoded, start: int) -> Encoded:
-    return Encoded(encoded.tokens[start:], encoded.weights[start:], encoded.borders, max(encoded.first_word - start, -1))

@@ -11,13 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from posttrain.data.chat.alignment import (
+    ARGUMENTS,
     REASONING,
     SENTINEL,
+    TOOLS,
     AlignedText,
+    Field,
     Rendered,
     Span,
     any_of,
@@ -25,15 +29,14 @@ from posttrain.data.chat.alignment import (
     content_of,
     first_words,
     lay_out,
-    sentinel,
     sentinels,
     skeleton,
-    tested_strings,
 )
+from posttrain.data.chat.calls import listed, numbers_in, plain
+from posttrain.data.chat.rendering import INLINE, Given, Renderer, Variables
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
-MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_END = "the chat template never ends an assistant turn, so the model would not learn to stop"
 ADVICE = "give model.chat_template=chatml, or a Jinja file with {% generation %} markers"
 
@@ -42,49 +45,45 @@ class ChatTemplate:
     """A tokenizer's chat template, and what the assistant says in the conversations that it renders.
 
     stops: texts of tokens at which the model stops beside the tokenizer's eos (its generation_config may name some).
+    variables: of the template, beside those of a row.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        if not tokenizer.chat_template:
-            raise UserError("this tokenizer has no chat template; give model.chat_template=chatml or a Jinja file")
-        self._tokenizer = tokenizer
-        self._variables = dict(tokenizer.special_tokens_map)
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
-        self._next_special = re.compile(rf"\s*({any_of(self._special)})")
-        self._tested: Callable[[str], re.Pattern[str]] = lru_cache(tested_strings)
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), variables: Variables | None = None) -> None:
+        self._variables = dict(variables or {})
+        self._renderer = Renderer(tokenizer)
         self._layout: Callable[[str], AlignedText] = lru_cache(maxsize=1024)(self._make_layout)
-        self._content_as_list = False
-        if self._probe("user", "assistant") is None:  # vision templates may take contents as lists of parts only
-            self._content_as_list = True
-            self._content_as_list = self._probe("user", "assistant") is not None
         self._set_ends({token for token in (*stops, tokenizer.eos_token) if token})
 
-    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, first: int = 0) -> Rendered:
+    def render(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, first: int = 0, variables: Variables | None = None
+    ) -> Rendered:
         """Render a conversation; the spans are the assistant turns among messages[first:], end-of-turn tokens included.
 
         Raises UserError if the template refuses the conversation, or if a turn cannot be located with certainty.
         """
-        plain = [_plain(message) for message in messages]
-        if self._is_marked(tools):
-            return self._render_marked(plain, tools, first)
-        real, _ = self._render(plain, tools)
+        known, given = [plain(message) for message in messages], self._given(tools, variables)
+        real, marked = self._renderer.render(known, given)
         if SENTINEL.search(real):
             raise UserError("a message holds the characters U+10F0A0 and U+10F0A1, used to mark its words; remove them")
-        bones, words = skeleton(plain, self._tested(self._source(tools)))
-        key = json.dumps([bones, tools, first])
-        escaped = [json.dumps(w, ensure_ascii=False)[1:-1] if role == "tool" else w for w, role in words]
+        bones, words = skeleton(known, self._renderer.tested(given), first)
+        key = json.dumps([bones, given.tools, first, given.variables, len(words)])
+        if self._renderer.is_marked(given):
+            found = self._render_marked(known, given, first, real, marked)
+            return replace(found, lost=self._layout(key).lost_of(words))
         for layout_of in (self._layout, self._make_layout):  # made anew: a template may write today's date
             layout = layout_of(key)
-            for attempt in ([w for w, _ in words], escaped):
-                filled = layout.fill(attempt)
-                if filled.text == real + layout.appended:
-                    return filled
+            if filled := layout.fill(words, real + layout.appended):
+                return filled
         raise UserError(f"the chat template rewrites a message, so that its words cannot be told from others; {ADVICE}")
 
-    def render_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+    def render_prompt(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, variables: Variables | None = None
+    ) -> str:  # fmt: skip
         """A conversation up to where the assistant begins its next turn."""
-        return self._render([_plain(message) for message in messages], tools, prompt=True)[0]
+        return self._renderer.render([plain(message) for message in messages], self._given(tools, variables), prompt=True)[0]
+
+    def _given(self, tools: list[Any] | None, variables: Variables | None) -> Given:
+        return Given(listed(tools), self._variables | dict(variables or {}))
 
     @property
     def ends(self) -> frozenset[str]:
@@ -94,45 +93,9 @@ class ChatTemplate:
     @property
     def answer_end(self) -> str:
         """The special token with which an answer that ends a conversation is over; empty where the template closes none."""
-        probe = self._probe("user", "assistant")
+        probe = self._renderer.probe("user", "assistant")
         run = max(self._closings(probe[0], probe[1][-1], self._stops), key=len, default="") if probe else ""
-        return next((token for token in self._special if run.endswith(token)), "")
-
-    def _source(self, tools: list[Any] | None) -> str:
-        return self._tokenizer.get_chat_template(None, tools)
-
-    def _is_marked(self, tools: list[Any] | None) -> bool:
-        return MARKERS.search(self._source(tools)) is not None
-
-    def _render(self, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text that the template gives, and the spans within its generation markers."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self._content_as_list:
-            messages = [_with_listed_content(message) for message in messages]
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self._source(tools),
-                return_assistant_tokens_mask=self._is_marked(tools),
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        except Exception as error:  # a template is a program of its author's: it may fail in any way
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
-        return texts[0], cast("list[Span]", spans[0] if spans else [])
-
-    def _probe(self, *roles: str) -> tuple[str, list[int]] | None:
-        """A conversation of sentinels, with the end of each; None if the template does not show them all in order."""
-        messages = [{"role": role, "content": sentinel(n)} for n, role in enumerate(roles)]
-        try:
-            text, _ = self._render(messages, None)
-        except UserError:
-            return None
-        found = list(SENTINEL.finditer(text))
-        in_order = [int(m.group(1)) for m in found] == list(range(len(roles)))
-        return (text, [m.end() for m in found]) if in_order else None
+        return next((token for token in self._renderer.special if run.endswith(token)), "")
 
     def _set_ends(self, stops: set[str]) -> None:
         """Learn what ends a turn: the tokens that close a last message, where no next header can stand, and `stops`.
@@ -142,30 +105,29 @@ class ChatTemplate:
         """
         self._stops, self._ends = stops, set(stops)
         for roles in (("user",), ("user", "assistant")):
-            if probe := self._probe(*roles):
+            if probe := self._renderer.probe(*roles):
                 self._ends |= self._closings(probe[0], probe[1][-1], stops)
         self._end = re.compile(any_of(tuple(self._ends)))
         self._next_end = re.compile(rf"\s*({self._end.pattern})")
         self._appended = ""
-        last, middle = self._probe("user", "assistant"), self._probe("user", "assistant", "user")
-        if last and middle and not self._next_special.match(last[0], last[1][-1]):
-            header = self._next_special.match(middle[0], middle[1][1])
+        last, middle = self._renderer.probe("user", "assistant"), self._renderer.probe("user", "assistant", "user")
+        if last and middle and not self._renderer.next_special.match(last[0], last[1][-1]):
+            header = self._renderer.next_special.match(middle[0], middle[1][1])
             self._appended = header.group(1) if header and header.group(1) in stops else ""
 
     def _closings(self, text: str, position: int, stops: set[str]) -> set[str]:
         """The run of special tokens after `position` up to one of `stops` (Cohere 2 has two), and its beginnings."""
         closings, run = set(), ""
-        match = self._next_special.match(text, position)
+        match = self._renderer.next_special.match(text, position)
         while match and (not run or match.start(1) == position):
             run, position = run + match.group(1), match.end(1)
             closings.add(run)
-            match = None if match.group(1) in stops else self._next_special.match(text, position)
+            match = None if match.group(1) in stops else self._renderer.next_special.match(text, position)
         return closings
 
-    def _render_marked(self, messages: list[Message], tools: list[Any] | None, first: int) -> Rendered:
-        text, marked = self._render(messages, tools)
+    def _render_marked(self, messages: list[Message], given: Given, first: int, text: str, marked: list[Span]) -> Rendered:
         if first:
-            prompt, _ = self._render(messages[:first], tools, prompt=True)
+            prompt, _ = self._renderer.render(messages[:first], given, prompt=True)
             shared = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
             marked = [span for span in marked if span[1] > shared]
         turns = sum(message["role"] == "assistant" for message in messages[first:])
@@ -185,20 +147,34 @@ class ChatTemplate:
         following = self._next_end.match(text, stop)
         if following and not words.endswith(tuple(self._ends)):
             return following.end(1)
-        if words.endswith(self._special):
+        if words.endswith(self._renderer.special):
             return start + len(words)
         raise UserError(NO_END)
 
     def _make_layout(self, key: str) -> AlignedText:
-        messages, tools, first = json.loads(key)
-        text, _ = self._render(messages, tools)
+        messages, tools, first, variables, words = json.loads(key)
+        given = Given(tools, variables)
+        text, _ = self._renderer.render(messages, given)
+        lost = self._unsaid(text, messages, given)
+        if self._renderer.is_marked(given):
+            return lay_out(text, [], "", words, lost)
         appended = self._appended if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1] else ""
         text += appended
         turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        spans = [self._locate(text, messages, i, tools) for i in turns]
-        return lay_out(text, spans, appended)
+        spans = [self._locate(text, messages, i, given) for i in turns]
+        return lay_out(text, spans, appended, words, lost)
 
-    def _locate(self, text: str, messages: list[Message], i: int, tools: list[Any] | None) -> Span:
+    def _unsaid(self, text: str, messages: list[Message], given: Given) -> list[Field]:
+        """What is not in the text of what no sentinel stands for."""
+        lost = []
+        if given.tools and text == self._renderer.render(messages, given._replace(tools=None))[0]:
+            lost.append(TOOLS)
+        calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
+        if any(not any(way in text for way in ways) for ways in numbers_in(calls)):
+            lost.append(ARGUMENTS)
+        return lost
+
+    def _locate(self, text: str, messages: list[Message], i: int, given: Given) -> Span:
         """The span of the assistant turn messages[i] in the rendered skeleton."""
         message = messages[i]
         reasoning = [s for name in REASONING if name in message for s in sentinels(message[name]) if s in text]
@@ -208,26 +184,45 @@ class ChatTemplate:
             raise UserError(f"the chat template does not render assistant message {i + 1}; {ADVICE}")
         if any(text.count(s) > 1 for s in {*reasoning, *content}):
             raise UserError(f"the chat template renders assistant message {i + 1} more than once; {ADVICE}")
-        opening = self._opening(text, messages[:i], tools)
-        if (calls or reasoning) and opening is None:
-            what = "tool calls" if calls else "reasoning"
-            raise UserError(f"the start of assistant message {i + 1}, which has {what}, is not certain; {ADVICE}")
-        start = opening if calls or reasoning else self._start_of_content(text, messages, i, tools, opening)
+        opening = self._opening(text, messages, i, given)
+        if calls or reasoning:
+            opening = self._after_header(text, messages, i, given) if opening is None else opening
+            if opening is None:
+                what = "tool calls" if calls else "reasoning"
+                raise UserError(f"the start of assistant message {i + 1}, which has {what}, is not certain; {ADVICE}")
+        start = opening if calls or reasoning else self._start_of_content(text, messages, i, given, opening)
         assert start is not None
         if calls:
-            return start, self._end_of_calls(text, start, messages, i)
+            return start, self._end_of_calls(text, start, messages, i, given)
         last = max((text.index(s), s) for s in {*reasoning, *content})[1]
         return start, self._end_of_content(text, content_of(message), last)
 
-    def _opening(self, text: str, before: list[Message], tools: list[Any] | None) -> int | None:
-        """Where the generation prompt ends, if what comes before it is rendered just as it is here."""
+    def _prompt(self, before: list[Message], given: Given) -> str | None:
         try:
-            prompt, _ = self._render(before, tools, prompt=True)
+            return self._renderer.render(before, given, prompt=True)[0]
         except UserError:
             return None
-        return len(prompt) if text.startswith(prompt) else None
 
-    def _start_of_content(self, text: str, messages: list[Message], i: int, tools: list[Any] | None, opening: int | None) -> int:
+    def _opening(self, text: str, messages: list[Message], i: int, given: Given) -> int | None:
+        """Where the generation prompt ends, if what comes before it is rendered just as it is here."""
+        prompt = self._prompt(messages[:i], given)
+        return len(prompt) if prompt is not None and text.startswith(prompt) else None
+
+    def _after_header(self, text: str, messages: list[Message], i: int, given: Given) -> int | None:
+        """Where the header of messages[i] ends, as the generation prompt writes it: all of it, or up to the first tag in it that
+        steers the template (`<think>`), where this turn has no such tag. What earlier turns are like does not matter."""
+        prompt, marks = self._prompt(messages[:i], given), sentinels(json.dumps(messages[i - 1], ensure_ascii=False))
+        last = max((s for s in marks if text.count(s) == 1 and prompt and s in prompt), key=text.index, default=None)
+        if prompt is None or last is None:
+            return None
+        tail, after = prompt[prompt.rindex(last) + len(last) :], text.index(last) + len(last)
+        bare, _ = self._renderer.render(messages[:i], given)
+        written = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        tag = re.search(r"<think>|<.channel", written)
+        headers = [tail, tail.removesuffix(written) + written[: tag.start()]] if tag and tag.start() else [tail]
+        return next((after + len(header) for header in headers if text.startswith(header, after)), None)
+
+    def _start_of_content(self, text: str, messages: list[Message], i: int, given: Given, opening: int | None) -> int:
         """Where the model begins to write: after the generation prompt, where that is a part of the rendering.
 
         What the template puts between prompt and content (an empty think block, a channel) is then the model's to write
@@ -235,13 +230,13 @@ class ChatTemplate:
         """
         if opening is not None:
             return opening
-        content, tested = content_of(messages[i]), self._tested(self._source(tools))
+        content, tested = content_of(messages[i]), self._renderer.tested(given)
         start, at = first_words(text, content, tested)
         lead = blank_before(content, at)
         if not lead:
             return start
         bare = content[: at - len(lead)] + content[at:]
-        bare_text, _ = self._render([*messages[:i], {**messages[i], "content": bare}, *messages[i + 1 :]], tools)
+        bare_text, _ = self._renderer.render([*messages[:i], {**messages[i], "content": bare}, *messages[i + 1 :]], given)
         blank, bare_blank = blank_before(text, start), blank_before(bare_text, first_words(bare_text, bare, tested)[0])
         own = len(blank) - len(bare_blank)
         if own < 0 or not lead.endswith(blank[len(blank) - own :]):
@@ -260,30 +255,33 @@ class ChatTemplate:
             raise UserError(NO_END)
         return end.end(1)
 
-    def _end_of_calls(self, text: str, start: int, messages: list[Message], i: int) -> int:
-        """Tool calls run to the first end token, which none of them may hold itself, and before the next message."""
-        own = json.dumps(messages[i], ensure_ascii=False)
-        later = [text.find(s) for message in messages[i + 1 :] for s in sentinels(content_of(message))]
-        limit = min((place for place in later if place >= 0), default=len(text))
-        names = [call.get("function", call)["name"] for call in messages[i]["tool_calls"]]
-        end = self._end.search(text, start, limit)
-        if end is None or self._end.search(own):
-            raise UserError(f"the end of the tool calls of assistant message {i + 1} is not certain; {ADVICE}")
-        if any(name not in text[start : end.start()] for name in names):
-            raise UserError(f"the chat template does not render the tool calls of assistant message {i + 1}; {ADVICE}")
-        return end.end()
+    def _end_of_calls(self, text: str, start: int, messages: list[Message], i: int, given: Given) -> int:
+        """Tool calls run to what ends them where nothing follows; else to the first end token before the next message, which
+        none of them may hold itself."""
+        calls = [call["function"] for call in messages[i]["tool_calls"]]
+        end = self._end_as_last(text, start, messages, i, given)
+        if end is None:
+            own = json.dumps(messages[i], ensure_ascii=False)
+            later = [text.find(s) for message in messages[i + 1 :] for s in sentinels(content_of(message))]
+            limit = min((place for place in later if place >= 0), default=len(text))
+            found = self._end.search(text, start, limit)
+            if found is None or self._end.search(own):
+                raise UserError(f"the end of the tool calls of assistant message {i + 1} is not certain; {ADVICE}")
+            end = found.end()
+        if any(call["name"] not in text[start:end] for call in calls):
+            raise UserError(f"the chat template does not render the tool calls of assistant message {i + 1}; {INLINE}")
+        if any(s not in text[start:end] for call in calls for s in sentinels(json.dumps(call, ensure_ascii=False))):
+            raise UserError(f"the chat template does not render all arguments of assistant message {i + 1}'s calls; {INLINE}")
+        return end
 
-
-def _plain(message: Message) -> Message:
-    """Without absent fields, and with its content as one string."""
-    plain = {name: value for name, value in message.items() if value is not None}
-    if "content" in plain and not isinstance(plain["content"], str):
-        parts = plain["content"]
-        if not isinstance(parts, list) or any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
-            raise UserError(f"the content of a '{message['role']}' message is neither a text nor a list of texts")
-        plain["content"] = "".join(part["text"] for part in parts)
-    return plain
-
-
-def _with_listed_content(message: Message) -> Message:
-    return message | {"content": [{"type": "text", "text": content_of(message)}]}
+    def _end_as_last(self, text: str, start: int, messages: list[Message], i: int, given: Given) -> int | None:
+        """Where the turn ends as it does if the conversation ends with it."""
+        marks = [s for s in sentinels(json.dumps(messages[i], ensure_ascii=False)) if text.count(s) == 1]
+        if not marks:
+            return None
+        last = max(marks, key=text.index)
+        alone, _ = self._renderer.render(messages[: i + 1], given)
+        closing = alone[alone.index(last) + len(last) :].rstrip() if alone.count(last) == 1 else ""
+        after = text.index(last) + len(last)
+        ended = closing.endswith(tuple(self._ends)) and text.startswith(closing, after) and after > start
+        return after + len(closing) if ended else None

@@ -48,6 +48,8 @@ class Format:
     example_becomes: CanonicalRow
 
 
+KEPT = ("weight", "chat_template_kwargs")  # columns that mean the same in every format
+
 FORMATS: Registry[Format] = DATA_FORMATS
 
 
@@ -89,7 +91,7 @@ def check_fits(shape: str, use: RowUse) -> None:
 
 
 def to_canonical(row: Row, shape: str, where: str) -> CanonicalRow:
-    """A row of the format `shape` as a canonical one, with the row's own `weight` and `label` if it has them, and under
+    """A row of the format `shape` as a canonical one, with its own columns KEPT and `label`, if it has them, and under
     `columns` what the format has not taken from it.
 
     Raises UserError, which starts with `where`, for a malformed row, and for one with pictures.
@@ -97,8 +99,7 @@ def to_canonical(row: Row, shape: str, where: str) -> CanonicalRow:
     taken, kind = _Taken(row), FORMATS.get(shape).kind
     try:
         canonical = FORMATS.get(shape).to_canonical(taken)
-        if taken.get("weight") is not None:
-            canonical = {**canonical, "weight": row["weight"]}
+        canonical = canonical | {name: row[name] for name in KEPT if taken.get(name) is not None}
         if kind in ("messages", "prompt_completion") and (label := label_of(row)):
             canonical = {**canonical, "label": all(label.values())}
             taken.names.update(label)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
+from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template as template_text
 from posttrain.errors import UserError
 from posttrain.models.hub import ResolvedModel, resolve
@@ -37,7 +38,8 @@ def load_tokenizer(
 
 
 def make_encoder(
-    tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None, weighing: Weighing = PLAIN
+    tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None, weighing: Weighing = PLAIN,
+    options: ChatOptions | None = None,
 ) -> Encoder:  # fmt: skip
     """What turns rows into the tokens that the model of `source` learns, or is measured by: with the tokens at which it stops.
 
@@ -49,8 +51,9 @@ def make_encoder(
         source: where the base's generation_config is, as for `load_causal`.
         revision: of `source`.
         weighing: how much which trained tokens count.
+        options: what of a conversation the chat template gets.
     """
-    return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing)
+    return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing, options)
 
 
 def write_ends(folder: Path, ends: list[int], base: Path | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from posttrain.config.schema import DataConfig, Guarded, LanguageStage
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, weighing_of
+from posttrain.data.chat.options import options_of
 from posttrain.data.collate import BatchSampler
 from posttrain.data.examples import Examples
 from posttrain.data.mixture import Mixture, make_sampler, read_mixture
@@ -71,7 +72,8 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     start, model = resolve_start(cfg, weights), cfg.model
     base = find_base(start, model.revision, weights)
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
-    return Opened(start, base, tokenizer, make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg)))
+    encoder = make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg), options_of(cfg.data))
+    return Opened(start, base, tokenizer, encoder)
 
 
 def prepare_language(context: Context) -> Prepared[PreparedData]:

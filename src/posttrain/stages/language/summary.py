@@ -47,6 +47,8 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
     ):
         if count:
             lines.append(f"  {count:,} {what}")
+    for part, count in stats.lost.items():
+        lines.append(f"  {part}: not rendered by the chat template in {count:,} rows, the first: {stats.places[part][0]}")
     return lines
 
 

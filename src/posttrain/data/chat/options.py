@@ -1,0 +1,78 @@
+"""What of a conversation is handed to the chat template, which turns are learnt, and what happens to what it does not render."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from posttrain.config.schema import DataConfig
+from posttrain.data.chat.alignment import REASONING, Field, content_of
+from posttrain.data.chat.calls import inlined, plain
+from posttrain.data.chat.rendering import INLINE
+from posttrain.data.rows import CanonicalRow, Message
+from posttrain.errors import UserError
+
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """As `data` has them by the same names (docs/data.md). variables: `data.template_kwargs`."""
+
+    reasoning: Literal["keep", "drop", "inline"] = "keep"
+    tools: Literal["keep", "inline"] = "keep"
+    turns: Literal["all", "last", "each"] = "all"
+    on_loss: Literal["own", "stop", "warn"] = "warn"
+    variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def shaped(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
+        """`plain` messages and tools for the template, with reasoning and calls where they are wanted."""
+        found = [plain(message) for message in messages]
+        if self.reasoning != "keep":
+            found = [self._reasoned(message) if message["role"] == "assistant" else message for message in found]
+        return inlined(found, tools) if self.tools == "inline" else (found, tools)
+
+    def _reasoned(self, message: Message) -> Message:
+        rest = {name: value for name, value in message.items() if name not in REASONING}
+        if self.reasoning == "drop":
+            return rest | {"content": _THOUGHT.sub("", content_of(message), count=1)} if "content" in rest else rest
+        thought = next((message[name] for name in REASONING if message.get(name)), "")
+        return rest | {"content": f"<think>\n{thought.strip()}\n</think>\n\n{content_of(message)}"} if thought else rest
+
+    def examples_of(self, row: CanonicalRow) -> list[CanonicalRow]:
+        """The examples that a row becomes: `first` is the message from which on the assistant's turns are learnt."""
+        messages = row.get("messages")
+        if self.turns == "all" or not isinstance(messages, list):
+            return [row]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.turns == "last":
+            return [{**row, "first": turns[-1]}] if turns else [row]
+        return [{**row, "messages": messages[: i + 1], "first": i} for i in turns]
+
+    def check(self, lost: Sequence[Field]) -> None:
+        """Raises UserError where what is lost must not be."""
+        stopping = [each for each in lost if self.on_loss == "stop" or (self.on_loss == "own" and each.own)]
+        if stopping:
+            names = " and ".join(each.name for each in stopping)
+            verb = "are" if len(stopping) > 1 or names.endswith("s") else "is"
+            raise UserError(f"{names} {verb} not rendered by the chat template; {_way_out(stopping)}")
+
+
+def options_of(data: DataConfig) -> ChatOptions:
+    """What a run's config says of it."""
+    return ChatOptions(data.reasoning, data.tools, data.turns, data.on_loss, data.template_kwargs or {})
+
+
+def _way_out(lost: Sequence[Field]) -> str:
+    names = " ".join(each.name for each in lost)
+    ways = []
+    if any(name in names for name in (*REASONING, "<think>")):
+        ways.append(
+            "data.reasoning=inline writes reasoning into the content, drop leaves it out, "
+            "data.turns=each learns every turn as the last of its conversation"
+        )
+    if "tool" in names:
+        ways.append(INLINE)
+    return "; ".join([*ways, "data.on_loss=warn trains without"])
