@@ -139,13 +139,16 @@ def older(run: Path, *keys: str) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
+LATER = {"dropout": 0.0, "experts": True, "router": False}
+
+
 def test_a_key_that_came_later_has_todays_default(home: Path) -> None:
     """To evaluate, to start from, to go on, and to be a finished run."""
     for run in ("sft", "ppo"):
         older(home / run, "model.attention", "model.revision", "data.on_error", "train.spike_steps", "peft.dropout", "full_lr")
     found = completed(read_config(home / "sft"))
     assert found["model"]["attention"] == "auto" and found["train"]["spike_steps"] == 64
-    assert found["peft"] == {**read_config(home / "sft")["peft"], "dropout": 0.0} and found["full_lr"] == 2e-5
+    assert found["peft"] == {**read_config(home / "sft")["peft"], **LATER} and found["full_lr"] == 2e-5
     assert found["eval"]["sets"] is None, "the user's own choice is no key that is lacking"
     assert set(evaluate_runs(["sft"])["sft"]) == {"eval/loss"}
     assert compose_run("sft", ["init=sft"])["model"]["attention"] == "auto"

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from posttrain.errors import UserError
 from posttrain.models import builtin
 from posttrain.models.builtin import builtin_directory
+from posttrain.models.counting import count_parameters
 from posttrain.models.hub import copy_processors, digest, resolve
-from posttrain.models.language.packed_lm import count_parameters
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 

@@ -8,7 +8,8 @@ from bitsandbytes import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import UserError
-from posttrain.models.language.packed_lm import PackedLM, count_parameters
+from posttrain.models.counting import count_parameters
+from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.commands.sample import merge_pipeline
 from posttrain.config.interfaces import Quantizer
@@ -22,6 +23,7 @@ from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_model
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import write_ends
+from posttrain.models.layers import fused_experts
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -133,12 +135,19 @@ def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreem
 
 
 def _dequantizer(model: Any, quantizer: Quantizer) -> Any:
-    """Layer's name in the base -> its weight as the quantized base computes with it; None where it is not quantized."""
-    layers = {n.removesuffix(".base_layer"): m for n, m in model.get_base_model().named_modules()}
-    quantized = {n: m for n, m in layers.items() if quantizer.made(m)}
+    """A parameter's name in the base -> its weight as the quantized base computes with it; None where it is not quantized."""
+    base = model.get_base_model()
+    layers = {f"{n.removesuffix('.base_layer')}.weight": m for n, m in base.named_modules() if quantizer.made(m)}
+    experts = {full: (module, own) for full, module, own in fused_experts(base) if hasattr(module, "parametrizations")}
 
     def weight(name: str) -> Tensor | None:
-        return quantizer.dequantized(quantized[name]).cpu() if name in quantized else None
+        if name in experts:
+            module, own = experts[name]
+            return getattr(module, own).detach().cpu()
+        if name not in layers:
+            return None
+        found = quantizer.dequantized(layers[name]).cpu()
+        return found.T if issubclass(getattr(layers[name], "source_cls", object), Conv1D) else found
 
     return weight
 

@@ -20,12 +20,13 @@ class Quantizer(Strict):
     """How a frozen base is kept: `quant=`.
 
     is_quantized: in fewer bits than it was given in. is_readable: a method may ask for the weights that are stood for.
-    for_images: the denoiser of a diffusion model can be kept so.
+    for_images: the denoiser of a diffusion model can be kept so. packs_experts: fused experts are quantized too.
     """
 
     is_quantized: ClassVar[bool] = True
     is_readable: ClassVar[bool] = False
     for_images: ClassVar[bool] = False
+    packs_experts: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -75,6 +76,7 @@ class AdapterKind:
     why_not: str = "how to merge it is not known"
     virtual: Literal["", "prompt", "prefix"] = ""
     is_sum: ClassVar[bool] = False  # a layer's change is B A, which others can be added to
+    is_added: ClassVar[bool] = False  # a layer's change does not depend on its weight
     merges: ClassVar[bool] = False
 
     def holds(self, config: dict[str, Any]) -> bool:
@@ -192,6 +194,6 @@ class Method(Strict):
 
 METHODS: Registry[type[Method]] = Registry("posttrain.models.peft.methods", "posttrain.peft_methods", "METHOD", "peft method")
 QUANTIZERS: Registry[type[Quantizer]] = Registry(
-    "posttrain.models.quantization", "posttrain.quantizers", "QUANTIZER", "quantizer"
+    "posttrain.models.quantization", "posttrain.quantizers", "QUANTIZER", "quantizer", shared=("experts",)
 )
 REGISTRIES = (METHODS, QUANTIZERS)  # whose entries may come from packages that bring YAML files of their own

@@ -44,7 +44,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     """All that an adapter can go on, but for the output head, by its name in the model without adapters."""
     modules = {name.replace(".base_layer", ""): module for name, module in _plain_modules(model)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
-    experts = {name: int(module.num_experts) for name, module in modules.items() if _is_fused(module)}  # pyright: ignore
+    experts = {name: int(module.num_experts) for name, module in modules.items() if is_fused(module)}  # pyright: ignore
     text, mixers, width = language_prefix(model), _state_mixers(modules), _width(model)
     found: dict[str, Layer] = {}
     for name, module in modules.items():
@@ -93,7 +93,7 @@ def own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Full name, module and name within it of every parameter that holds one matrix for each expert."""
     for name, module in _plain_modules(model):
-        if _is_fused(module):
+        if is_fused(module):
             for parameter, shape in own_shapes(module).items():
                 if len(shape) == 3:
                     yield f"{name.replace('.base_layer', '')}.{parameter}", module, parameter
@@ -120,13 +120,14 @@ def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
+    """Does it own parameters that hold one matrix for each of its experts?"""
     count = getattr(module, "num_experts", None)
     return isinstance(count, int) and any(len(shape) == 3 and shape[0] == count for shape in own_shapes(module).values())
 
 
 def _is_bare_router(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[0] == getattr(module, "num_experts", None) and not _is_fused(module)
+    return len(shape) == 2 and shape[0] == getattr(module, "num_experts", None) and not is_fused(module)
 
 
 def _state_mixers(modules: dict[str, nn.Module]) -> set[str]:

@@ -67,10 +67,13 @@ class Parent(Record):
 
 
 class TrainableCount(Record):
-    """Parameters: those that were trained, and all."""
+    """Parameters: those that were trained, all, and the trained ones by part. left_in_16_bit: of a quantized base, the share of
+    bytes."""
 
     trained: int
     total: int
+    parts: dict[str, int] = Field(default_factory=dict)
+    left_in_16_bit: float | None = None
 
 
 class Method(Record):

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.console import say
+from posttrain.models.counting import in_words
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.stages.accelerator import make_accelerator
@@ -54,7 +55,8 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
             say(line)
         tracker = Tracker(run.metrics, accelerator, cfg.tracker, run.config)
         built = steps.build(context, prepared, accelerator)
-        say(f"training {built.trained:,} of {built.total:,} parameters ({built.trained / built.total:.2%})")
+        for line in in_words(built.module):
+            say(line)
         module, optimizer = _prepare_module(cfg, run, built, accelerator)
         session = Session(module, accelerator, run, history.state, tracker)
         with built.as_given():

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests.models.peft.moe import CLASSES, FAST, E, logits, tiny, train
 from transformers import AutoModelForCausalLM
 
+from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.peft.attach import add_frozen, add_method, load_adapter
 from posttrain.models.peft.export import export_adapter
@@ -179,3 +181,29 @@ def test_dropout_is_what_the_run_asks_for(tmp_path: Path) -> None:
     for model, p in ((live, 0.25), (lora(dropout=0.5).continue_from(load(base), tmp_path / "out"), 0.5)):
         found = [m.lora_dropout["default"] for m in model.modules() if hasattr(m, "lora_dropout")]
         assert {getattr(m, "p", 0.0) for m in found} == {p, 0.0}  # none on experts
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "adalora", "vera", "adapter"])
+def test_methods_that_cannot_be_put_on_experts_leave_them_out(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a line; and what they leave plain peft loads, if it is one of its own."""
+    method: Any = typed_config(compose_run("sft", [f"+peft={name}", *MORE.get(name, ["peft.r=4"])])).peft
+    base = base_of("qwen3_moe", tmp_path)
+    live: Any = add_method(load(base), method, 10)
+    assert "experts" in capsys.readouterr().out
+    assert not [n for n, p in live.named_parameters() if p.requires_grad and ".experts." in n]
+    if name == "adapter":
+        assert [n for n, p in live.named_parameters() if p.requires_grad and "layers.0.mlp" in n]
+        assert not [n for n, p in live.named_parameters() if p.requires_grad and "layers.1.mlp" in n]
+        return
+    assert "experts" in str(method.record(live)["left_out"])
+    if name != "pissa":  # which takes what it began with off again
+        train(live)
+    export_adapter(live, tmp_path / "out", str(base))
+    again = PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
+    expected = logits(load(base)) if name == "pissa" else logits(live)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=5e-5)
+
+
+MORE = {"adalora": ["peft.r=4", "peft.init_r=6"], "vera": ["peft.r=16"]}

@@ -26,7 +26,7 @@ from posttrain.config.interfaces import QUANTIZERS
 from posttrain.config.paths import root
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
-from posttrain.models.language.packed_lm import count_parameters
+from posttrain.models.counting import count_parameters
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.export import export_adapter
 from posttrain.models.peft.kinds import kind_of

@@ -90,7 +90,7 @@ def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool) -> _Counte
         parts = trained_parts(pipe, cfg.peft, text, 1000, recompute)
         texts, read = _cost(lambda: encode_texts(pipe, [caption] * images))
         model = DiffusionModel(pipe, [caption], texts, parts)
-    found = tally(cfg, model, model, list(blocks_linears(bare(model.denoiser)).values()))
+    found = tally(cfg, model, model, [module.weight for module in blocks_linears(bare(model.denoiser)).values()])
     drawn = _denoised(model, texts, images, inputs.framing.side // latent_scale(pipe))
     used = not cfg.data.cache or text
     frozen = sum(_bytes(encoder) for name, encoder in encoders.items() if name not in model.trained) if used else 0.0

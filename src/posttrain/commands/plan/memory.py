@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import UserError
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, model_of_shapes
+from posttrain.models.language.tokenizer import first_line
+from posttrain.models.layers import fused_experts
 from posttrain.models.peft.targets import linears
 
 SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
@@ -39,8 +42,14 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath."""
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    found = tally(cfg, model, base, list(linears(base).values()))
-    kept = activations(model, tokens, sequences, cfg.model.kernels)
+    experts = [module._parameters[own] for _, module, own in fused_experts(base)] if cfg.quant.packs_experts else []
+    found = tally(cfg, model, base, [*(_base(module).weight for module in linears(base).values()), *experts])
+    try:
+        kept = activations(model, tokens, sequences, cfg.model.kernels)
+    except RuntimeError as error:
+        raise UserError(
+            f"model.name: {type(base).__name__} asks for values, so nothing can be planned ({first_line(error)})"
+        ) from error
     parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
     if (dense := cfg.quant.kept_dense) != "auto":  # which takes no more than is left
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)
@@ -56,9 +65,9 @@ class Tally(NamedTuple):
     trained: int
 
 
-def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[nn.Module]) -> Tally:
-    """base: the model within, which a method may be on; quantizable: the linear layers that `quant=` takes."""
-    linear = {id(_base(module).weight) for module in quantizable}
+def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[Any]) -> Tally:
+    """base: the model within, which a method may be on; quantizable: the weights that `quant=` takes."""
+    linear = {id(weight) for weight in quantizable}
     weights = quantized = constants = adapters = gradients = optimizer = 0.0
     total = trained = 0
     own = {id(p) for name, p in base.named_parameters() if not cfg.peft.owns(name)}

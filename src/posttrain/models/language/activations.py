@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from posttrain.batch import Segment
 from posttrain.config.choices import Kernels
 from posttrain.config.interfaces import Method
 from posttrain.models.kernels.attention import attention_function, register
+from posttrain.models.kernels.experts import use_shapes
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.architecture import model_class
 from posttrain.models.language.packed_lm import PackedLM
@@ -30,7 +32,9 @@ KeptBytes = TypeVar("KeptBytes")
 def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
     """The model with its method, on the meta device: shapes without values."""
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        return add_method(model_class(config).from_config(config, dtype=dtype), method, 1000)
+        model = model_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        use_shapes(model)
+        return add_method(model, method, 1000)
 
 
 class Cost(NamedTuple):

@@ -29,17 +29,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, total) parameters; a 4-bit weight counts the parameters that it stands for, a shared one counts once."""
-    trained = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = state.shape.numel() if state is not None else parameter.numel()
-        total += size
-        trained += size if parameter.requires_grad else 0
-    return trained, total
-
-
 class PackedLM(nn.Module):
     """A causal model, with adapters or without, that reads packs.
 

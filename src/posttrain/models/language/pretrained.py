@@ -52,6 +52,14 @@ def check_whole(directory: Path, name: str, trust_remote_code: bool, unexpected:
     Gaps.of(model, info, is_classifier(directory)).check(name, unexpected)
 
 
+def without_values(directory: Path) -> PreTrainedModel | None:
+    """The model on the meta device, which knows by what names its weights lie in its files; None where it cannot be had so."""
+    try:
+        return _load(directory, str(directory), torch.float32, "meta", False, None)[0]
+    except (NotImplementedError, UserError):
+        return None
+
+
 def _load(
     directory: Path, name: str, dtype: torch.dtype, device: str, trust_remote_code: bool, quantization: Loading
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -13,6 +13,7 @@ from posttrain.config.interfaces import Method
 from posttrain.errors import UserError
 from posttrain.models.peft.kinds import kind_of
 from posttrain.models.peft.names import in_memory, todays_names, with_layers
+from posttrain.models.peft.quantized import read_packed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,6 +49,7 @@ def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
     before = torch.get_rng_state()
     with todays_names():
         model.add_adapter(name, _fitting(config, model))
+    read_packed(model)
     torch.set_rng_state(before)  # peft initialises at random what is then loaded
     tensors = in_memory(model, saved, load_peft_weights(str(adapter_dir), device="cpu"))
     set_peft_model_state_dict(model, tensors, adapter_name=name)
@@ -98,6 +100,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
         return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
     with todays_names():
         made: Any = get_peft_model(model, with_layers(config, model), adapter_name=NEW)
+    read_packed(made)
     tensors = in_memory(made, saved, load_peft_weights(str(adapter_dir), device="cpu"))
     set_peft_model_state_dict(made, tensors, adapter_name=NEW)
     return made if is_trainable else made.eval()

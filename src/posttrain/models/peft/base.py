@@ -40,12 +40,15 @@ class Adapted(Method):
 
         from posttrain.models.peft.attach import NEW
         from posttrain.models.peft.names import todays_names
+        from posttrain.models.peft.quantized import read_packed
 
         if self.saves:
             self.saves.register()
         config = self.peft_config(model, num_steps, task)
         with todays_names():
-            return self._ready(get_peft_model(model, config, adapter_name=NEW))
+            made = get_peft_model(model, config, adapter_name=NEW)
+        read_packed(made)
+        return self._ready(made)
 
     def continue_from(self, model: Any, adapter_dir: Path) -> Any:
         from posttrain.models.peft.attach import NEW, load_adapter
@@ -101,16 +104,24 @@ class Targeted(Adapted):
         return self.r
 
     def targets_in(self, model: Any) -> Targets:
-        """What of a model it goes on; what it leaves out is said, once a model. Raises UserError where that is all."""
+        """What of a model it goes on; what it leaves out is said. Raises UserError where that is all."""
         from posttrain.console import say
-        from posttrain.models.peft.targets import Limits, targets_of
 
-        limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
-        found = targets_of(model, self.targets, limits)
+        found = self._found_in(model)
         if not has_no_weights(model):
             for line in found.left:
                 say(f"peft: {line}")
         return found
+
+    def _found_in(self, model: Any) -> Targets:
+        from posttrain.models.peft.targets import Limits, targets_of
+
+        limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
+        return targets_of(model, self.targets, limits)
+
+    def record(self, model: Any) -> dict[str, Any]:
+        left = self._found_in(model.get_base_model()).left
+        return {"left_out": left} if left else {}
 
     def not_found_again(self, model: Any) -> Callable[[Iterable[str]], set[str]]:
         """Which of some linear layers plain peft would not find by name in what this method saves."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from posttrain.errors import UserError
-from posttrain.models.layers import shape_of
+from posttrain.models.layers import fused_experts, shape_of
 from posttrain.models.peft.targets import linears
 
 if TYPE_CHECKING:
@@ -121,16 +121,24 @@ class BottleneckModel(BaseTuner):
 register_peft_method(name=NAME.lower(), config_cls=BottleneckConfig, model_cls=BottleneckModel)
 
 
+def moe_blocks(model: nn.Module) -> set[str]:
+    """Names of the blocks that hold fused experts."""
+    return {name.rpartition(".")[0].rpartition(".")[0] for name, _, _ in fused_experts(model)}
+
+
 def output_projections(model: PreTrainedModel, placement: str) -> dict[str, nn.Module]:
     """The last linear layer of every MLP and, for houlsby, of every attention, whose output is as wide as the model.
 
     Raises UserError, with what the model has, where there is none.
     """
     wanted = ("mlp", "feed_forward", "ffn") + (("attn", "attention") if placement == "houlsby" else ())
+    with_experts = moe_blocks(model)
     width, found = model.config.get_text_config().hidden_size, {}
     for name, module in linears(model).items():
         parts = name.split(".")
         block = next((i for i, part in enumerate(parts) if any(word in part for word in wanted)), None)
+        if block is not None and ".".join(parts[: block + 1]) in with_experts:
+            continue  # what comes out of it is no one layer's
         if block is not None and shape_of(module)[1] == width:
             found[".".join(parts[: block + 1])] = (name, module)  # a later one of the same sub-layer takes its place
     if not found:

@@ -19,6 +19,8 @@ from torch import Tensor
 from posttrain.errors import RunError, UserError
 from posttrain.models.checkpoints.files import Checkpoint, settle
 from posttrain.models.hub import FILES, BaseInfo, resolve
+from posttrain.models.language.pretrained import without_values
+from posttrain.models.peft.disk import OnDisk, Plain, group_of
 from posttrain.models.peft.export import CONFIG, WEIGHTS
 from posttrain.models.peft.factors import Factors
 from posttrain.models.peft.kinds import require_kind
@@ -56,11 +58,12 @@ class Adapter:
         """The change of a layer as b a, in float32, where it is a sum."""
         return self.kind.factors(self, module)
 
-    def applied(self, module: str, weight: Tensor) -> Tensor:
-        """The layer's weight with the change in it, float32 [out, in] (or [in, out], where the base keeps it so)."""
-        transposed = bool(self.config.get("fan_in_fan_out"))
-        changed = self.kind.changed(self, module, (weight.T if transposed else weight).float())
-        return changed.T.contiguous() if transposed else changed
+    def applied(self, module: str, weight: Tensor, transposed: bool | None = None) -> Tensor:
+        """The layer's weight with the change in it, float32 [out, in]. transposed: the base keeps it as [in, out]; None: as the
+        adapter's files say it."""
+        transposed = bool(self.config.get("fan_in_fan_out")) if transposed is None else transposed
+        changed = self.kind.changed(self, module, (weight.mT if transposed else weight).float())
+        return changed.mT.contiguous() if transposed else changed
 
 
 def write_merged(
@@ -68,22 +71,16 @@ def write_merged(
 ) -> None:
     """A model directory: every weight file is read, changed, written and read again.
 
-    dequantized: the weight of a layer as a quantized base has it (None for one that is not quantized), in place of the one
-    on disk. form: plain (in the base's own dtype; what its checkpoint keeps in fewer bits, dequantized), same (in the format of
-    its checkpoint), or a dtype. Never more than a file's tensors are in memory. Raises RunError where a layer of the adapter is
-    not in the files.
+    dequantized: a parameter as a quantized base has it (None for one that is not quantized), in place of what is on disk. form:
+    plain (in the base's own dtype; what its checkpoint keeps in fewer bits, dequantized), same (in the format of its checkpoint),
+    or a dtype. Never more than a file's tensors, and new weights of one layer, are in memory. Raises RunError where a layer of
+    the adapter is not in the files.
     """
+    source = Checkpoint(base_dir)
+    change = _Change(source, adapter, dequantized)
     out.mkdir(parents=True)
-    left, source = set(adapter.modules), Checkpoint(base_dir)
     for file, tensors in source.shards():
-        for name, tensor in tensors.items():
-            module = _module_of(name, adapter.modules)
-            weight = dequantized(name.removesuffix(".weight")) if dequantized else None
-            if module:
-                left.discard(module)
-                tensors[name] = adapter.applied(module, tensor if weight is None else weight).to(tensor.dtype).contiguous()
-            elif weight is not None:
-                tensors[name] = weight.to(tensor.dtype).contiguous()
+        tensors = {name: change.of(name, tensor) for name, tensor in tensors.items()}
         if form == "same":
             tensors = source.packed(tensors)
         elif form != "plain":
@@ -92,8 +89,8 @@ def write_merged(
         written = load_file(out / file.name)
         if wrong := [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]:
             raise RunError(f"{out / file.name} does not hold what was written at {wrong[0]}; is the disk sound?")
-    if left:
-        raise RunError(f"the base's files have no weight for {sorted(left)[0]} (and {len(left) - 1} more layers of the adapter)")
+    if change.left:
+        raise RunError(f"the base's files have no weight for {sorted(change.left)[0]} (and {len(change.left) - 1} more)")
     for pattern in FILES:
         for file in base_dir.glob(pattern):
             if file.suffix != ".safetensors" and file.name != "source.json":
@@ -101,12 +98,61 @@ def write_merged(
     settle(out, source.format is not None and form != "same", None if form in ("plain", "same") else form)
 
 
-def _module_of(tensor: str, modules: list[str]) -> str | None:
-    """The adapter's layer whose weight a tensor is; a bare checkpoint leaves the model's own prefix off its names."""
-    name = tensor.removesuffix(".weight")
-    if not tensor.endswith(".weight"):
-        return None
-    return next((module for module in modules if module == name or module.partition(".")[2] == name), None)
+class _Change:
+    """What becomes of every tensor on disk. left: parameters of the adapter that none of them was for."""
+
+    def __init__(self, source: Checkpoint, adapter: Adapter, dequantized: Callable[[str], Tensor | None] | None) -> None:
+        names = [entry.name for entry in source.entries]
+        model = without_values(source.directory)
+        self.disk = OnDisk(model, names) if model is not None else Plain(names)
+        self.adapter, self.dequantized = adapter, dequantized or (lambda name: None)
+        self.layers = {self.disk.parameter(layer): layer for layer in adapter.modules}
+        self.left = set(self.layers)
+        self.group, self.now = "-", (dict[str, Tensor](), dict[str, Tensor]())
+        wanted = self.layers if dequantized is None else (getattr(self.disk, "state", None) or self.layers)
+        self.alone = {there: name for name in wanted if (there := self.disk.renamed(name))}
+        self.groups: dict[str, list[str]] = {}
+        for name in set(wanted) - set(self.alone.values()):
+            self.groups.setdefault(group_of(name), []).append(name)
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor that takes the place of the one of this name."""
+        if name in self.alone:
+            parameter = self.alone[name]
+            weight = self.dequantized(parameter)
+            if weight is None and parameter not in self.layers:
+                return tensor
+            return self._applied(parameter, tensor if weight is None else weight).to(tensor.dtype).contiguous()
+        instead, added = self._group(self.disk.group.get(name, "-"))
+        if name in instead:
+            return instead[name].to(tensor.dtype).contiguous()
+        return (tensor.float() + added[name]).to(tensor.dtype).contiguous() if name in added else tensor
+
+    def _applied(self, parameter: str, weight: Tensor) -> Tensor:
+        if parameter not in self.layers:
+            return weight
+        self.left.discard(parameter)
+        return self.adapter.applied(self.layers[parameter], weight, self.disk.is_transposed(parameter))
+
+    def _group(self, group: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Pieces on disk of a layer's weights that lie there otherwise than in memory: new ones, and what to add to old ones."""
+        if group != self.group and group in self.groups:
+            self.group, self.now = group, self._made(self.groups[group])
+        return self.now if group == self.group else ({}, {})
+
+    def _made(self, parameters: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        instead, added = {}, {}
+        for name in parameters:
+            weight = self.dequantized(name)
+            if weight is not None:
+                instead[name] = self._applied(name, weight).float()
+            elif name in self.layers:
+                if not self.adapter.kind.is_added:
+                    raise RunError(
+                        f"{name} lies in the base's files in pieces, and {self.adapter.kind.name} is not added to them"
+                    )
+                added[name] = self._applied(name, torch.zeros(self.disk.state[name].shape))  # pyright: ignore
+        return tuple(self.disk.pieces(found) if found else {} for found in (instead, added))  # pyright: ignore
 
 
 def merged_directory(base: BaseInfo, adapter_dir: Path, identity: str) -> Path:

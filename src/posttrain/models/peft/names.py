@@ -1,8 +1,7 @@
 """How peft names what lies on parameters that are no layers of their own, in memory and in files.
 
 peft wraps the module that owns such a parameter, once for each of its parameters: the last of them in the order of definition
-lies outside, the one before it under `base_layer`, and so on. A file's `target_parameters` are kept in that order. On a quantized
-parameter the order in memory is another, so nothing here goes by it.
+lies outside, the one before it under `base_layer`, and so on. A file's `target_parameters` are kept in that order.
 """
 
 from __future__ import annotations
@@ -22,16 +21,35 @@ BASE = ".base_layer"
 
 @contextmanager
 def todays_names() -> Iterator[None]:
-    """Inside, peft takes names for the model's own. It takes some (gate_proj, up_proj, down_proj in a model with experts) for
-    those of transformers 4 and puts LoRA on other parameters."""
+    """Inside, peft takes names for the model's own, and full ones of parameters.
+
+    It takes some (gate_proj, up_proj, down_proj in a model with experts) for those of transformers 4 and puts LoRA on other
+    parameters; and it finds no parameter of a quantized module that has an adapter already.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import transformers_weight_conversion as conversion
 
-    kept = conversion.convert_peft_config_for_transformers
+    kept = conversion.convert_peft_config_for_transformers, BaseTuner._inject_parameters
     conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    BaseTuner._inject_parameters = _inject  # pyright: ignore
     try:
         yield
     finally:
-        conversion.convert_peft_config_for_transformers = kept
+        conversion.convert_peft_config_for_transformers, BaseTuner._inject_parameters = kept
+
+
+def _inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, **_: Any) -> list[str]:
+    """peft's layers over the parameters of these full names, one after the other, or another adapter in those that are there."""
+    for name in peft_config.target_parameters:
+        module, _, parameter = name.rpartition(".")
+        above, _, last = module.rpartition(".")
+        parent = model.get_submodule(above)
+        outer = there = getattr(parent, last)
+        while getattr(there, "parameter_name", parameter) != parameter:
+            there = there.base_layer
+        wrapper = there if hasattr(there, "parameter_name") else outer
+        self._create_and_replace(peft_config, adapter_name, wrapper, last, parent, current_key=name, parameter_name=parameter)
+    return list(peft_config.target_parameters)
 
 
 def renamed(model: Any, names: Iterable[str]) -> set[str]:

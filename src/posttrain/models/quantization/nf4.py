@@ -25,6 +25,7 @@ class Nf4(Quantizer):
 
     is_readable = True
     for_images = True
+    packs_experts = True
     method: Literal["nf4"]
     double_quant: bool
     compute_dtype: Literal["bfloat16", "float16", "float32"]
@@ -67,9 +68,11 @@ def nf4_bytes(parameters: float, double_quant: bool = True) -> tuple[float, floa
 
 
 def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConfig:
-    """Linear layers of the blocks in 4 bits; embeddings and head stay as they are. UserError where it cannot run."""
+    """Linear layers and experts of the blocks in 4 bits; embeddings and head stay as they are. UserError where it cannot run."""
     import torch
     from transformers import BitsAndBytesConfig
+
+    from posttrain.models.quantization.experts import with_experts
 
     try:
         with warnings.catch_warnings(action="ignore"):  # it names optional kernels that it does without
@@ -83,12 +86,13 @@ def nf4(double_quant: bool, compute_dtype: str, device: str) -> BitsAndBytesConf
     except (RuntimeError, NotImplementedError, AssertionError, AttributeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"quant.method: bitsandbytes cannot do nf4 on {device} ({line}); use quant=none") from error
-    return BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
     )
+    return with_experts(config)
 
 
 def quantize_blocks(model: nn.Module, double_quant: bool, compute_dtype: str, device: str) -> None:

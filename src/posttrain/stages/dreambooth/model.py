@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from posttrain.models.counting import count_parameters
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, text_encoders
-from posttrain.models.language.packed_lm import count_parameters
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.dataset import DreamboothDataset
 from posttrain.training.callbacks import StepCallback

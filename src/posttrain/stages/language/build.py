@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from posttrain.config.schema import LanguageStage
+from posttrain.models.counting import count_parameters, record
 from posttrain.models.hub import BaseInfo
 from posttrain.models.language.dropout import switch_off_dropout
-from posttrain.models.language.packed_lm import PackedLM, count_parameters
+from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
@@ -21,13 +22,15 @@ from posttrain.training.seeding import seed_step
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The model that a run trains and leaves. callback: what the method does in every optimizer step."""
+    """The model that a run trains and leaves. callback: what the method does in every optimizer step. counts: of parameters, by
+    part, as the manifest says them."""
 
     module: PackedLM
     trained: int
     total: int
     dtype: torch.dtype
     callback: StepCallback | None
+    counts: dict[str, Any]
 
 
 def build_model(
@@ -57,4 +60,4 @@ def build_model(
     module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
-    return TrainableModel(module, *count_parameters(module), getattr(torch, dtype), cfg.peft.step_callback(model))
+    return TrainableModel(module, *count_parameters(module), getattr(torch, dtype), cfg.peft.step_callback(model), record(module))

@@ -94,7 +94,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "chain": data.start.mode,
         "kernels": model.module.report.record(),
         "reading": model.module.reading.record(),
-        "trainable": {"trained": model.trained, "total": model.total},
+        "trainable": model.counts,
         "towers": towers(model.module.causal),
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),

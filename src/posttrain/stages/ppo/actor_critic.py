@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from posttrain.console import say
+from posttrain.models.counting import count_parameters, record
 from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
 from posttrain.models.language.loading import load_model, scorer
-from posttrain.models.language.packed_lm import PackedLM, count_parameters
+from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.runs.artifact import open_artifact
@@ -53,7 +54,8 @@ def build_actor_critic(
     apart = [name for name in ("reference", "value", "reward", "gold") if name in {"reference", *scorers} - adapters.keys()]
     if apart:
         say(f"models of their own in memory beside the policy: {', '.join(apart)}")
-    return roles, replace(built, trained=count_parameters(roles)[0], total=count_parameters(roles)[1])
+    trained, total = count_parameters(roles)
+    return roles, replace(built, trained=trained, total=total, counts=record(roles))
 
 
 def _policy_and_reference(

@@ -68,7 +68,7 @@ class AdaLora(SavedAsLora):
         return RankAllocator(model)
 
     def record(self, model: PeftModel) -> dict[str, Any]:
-        return {"ranks": final_ranks(model)}
+        return super().record(model) | {"ranks": final_ranks(model)}
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
         from posttrain.models.peft.export import lora_layers

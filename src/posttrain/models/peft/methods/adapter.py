@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from posttrain.config.fields import Positive
 from posttrain.config.interfaces import AdapterKind
-from posttrain.models.peft.base import Adapted, check_same
+from posttrain.console import say
+from posttrain.models.peft.base import Adapted, check_same, has_no_weights
 
 
 class BottleneckKind(AdapterKind):
@@ -31,10 +32,12 @@ class Bottleneck(Adapted):
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         from posttrain.models.peft.attach import TASK
-        from posttrain.models.peft.bottleneck import BottleneckConfig, output_projections
+        from posttrain.models.peft.bottleneck import BottleneckConfig, moe_blocks, output_projections
         from posttrain.models.peft.targets import module_names, suffixes
 
         layers = output_projections(model, self.placement)
+        if (blocks := moe_blocks(model)) and not has_no_weights(model):
+            say(f"peft: no adapter after {len(blocks)} MLPs with experts: what comes out of them is no one layer's")
         return BottleneckConfig(r=self.r, target_modules=suffixes(layers, module_names(model)), task_type=TASK)
 
     def check_continued(self, found: Any) -> None:

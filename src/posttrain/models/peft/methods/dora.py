@@ -17,6 +17,7 @@ class DoraKind(LoraKind):
     """Files of LoRA factors with a magnitude for each row."""
 
     is_sum = False
+    is_added = False
 
     def holds(self, config: dict[str, Any]) -> bool:
         return AdapterKind.holds(self, config) and bool(config.get("use_dora"))

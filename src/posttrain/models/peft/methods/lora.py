@@ -25,6 +25,7 @@ class LoraKind(AdapterKind):
     """A file of A [rank, in] and B [out, rank] of every layer, as all methods leave it whose change is their product."""
 
     is_sum = True
+    is_added = True
     merges = True
 
     def holds(self, config: dict[str, Any]) -> bool:

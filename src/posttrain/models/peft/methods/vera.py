@@ -21,6 +21,7 @@ class VeraKind(AdapterKind):
     """Files of two vectors for each layer, with the seed of the shared matrices."""
 
     merges = True
+    is_added = True
 
     def objection(self, config: dict[str, Any], tensors: Collection[str] = ()) -> str:
         if tensors and not {A, B} <= set(tensors):
