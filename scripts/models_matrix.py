@@ -73,9 +73,12 @@ def _told(records: Iterable) -> list:
         found.append(record)
         cells = " ".join(f"{name}={cell.state}" for name, cell in record.cells.items())
         print(f"{record.name:<24}{record.seconds:6.1f} s  {record.made or record.reading}  {cells}", flush=True)
+        said = dict[str, list[str]]()
         for name, cell in record.cells.items():
-            if cell.state in ("wrong", "failed"):
-                print(f"    {name}: {cell.said}", flush=True)
+            said.setdefault(cell.said, []).append(name)
+        for line, names in said.items():
+            if line:
+                print(f"    {' '.join(names)}: {line}", flush=True)
     return found
 
 

@@ -9,7 +9,7 @@ from architectures.trial import CELLS, Cell, Record
 
 COLUMNS = ("reading", "lora", "experts", "qlora", "full", "dpo", "rm", "ppo", "merge", "reload", "plan")
 SIGNS = {"ok": "yes", "refused": "refused", "failed": "**fails**", "wrong": "**wrong**", "none": "–"}
-READINGS = {"packed": "packed", "joined": "end to end", "rows": "one a row", "": "refused"}
+READINGS = {"packed": "packed", "joined": "end to end", "rows": "one a row", "alone": "one a forward", "": "refused"}
 INTRODUCTION = """# Models
 
 <!-- made by `make models`; do not edit by hand -->
@@ -19,7 +19,7 @@ class, made tiny with random weights and put through every stage: `scripts/model
 transformers and plain peft, in float32, one row a forward, with no packing:
 
 - **reading**: `packed` – documents share packs; `end to end` – so do they, each with a prompt of its own; `one a row` – in a pack
-  they would see one another, so each has a row of its own.
+  they would see one another, so each has a row of its own; `one a forward` – padding would change them too.
 - **full**: two steps of `sft peft=none`; losses and gradient norms are those of a plain loop with AdamW (1e-4).
 - **lora**, **qlora**: `sft +peft=lora` and `+peft=qlora` begin at the base's loss and learn. **experts**: both train the
   routed experts; – where there are none.
@@ -60,7 +60,7 @@ def counts(records: list[Record]) -> dict[str, int]:
     """How many are how, each architecture once."""
     found = Counter[str]()
     for record in records:
-        states = {cell.state for cell in record.cells.values()}
+        states = {cell.state for name, cell in record.cells.items() if name != "plan" or record.causal}
         if record.made:
             found["not made"] += 1
         elif not record.causal:
@@ -97,10 +97,10 @@ def _unpacked(rows: list[Record]) -> str:
     """Why documents do not share packs, each reason once."""
     found: dict[str, list[str]] = {}
     for record in rows:
-        if record.reading == "rows":
+        if record.reading in ("rows", "alone"):
             found.setdefault(_plain(record.why), []).append(f"`{record.name}`")
     lines = [f"- {why}  \n  {', '.join(names)}" for why, names in found.items()]
-    return "\n".join(["### One document a row\n", *lines]) + "\n" if lines else ""
+    return "\n".join(["### One document a row or a forward\n", *lines]) + "\n" if lines else ""
 
 
 def _reasons(rows: list[Record]) -> str:
@@ -130,7 +130,7 @@ def _lines(records: list[Record]) -> str:
     found = []
     for record in records:
         said = dict.fromkeys(_line(cell) for cell in record.cells.values() if cell.state not in ("ok", "none"))
-        trained = [name for name, cell in record.cells.items() if cell.state == "ok"]
+        trained = [name for name, cell in record.cells.items() if cell.state == "ok" and name != "plan"]
         found.append(f"- `{record.name}`: " + "; ".join([*said, *([f"**trained** in {', '.join(trained)}"] if trained else [])]))
     return "\n".join(found) + "\n"
 

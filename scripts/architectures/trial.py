@@ -37,8 +37,8 @@ class Cell:
 
 @dataclass
 class Record:
-    """What is written down of one architecture. made: why not, or ''. reading: as the manifest has it, packed | joined | rows; ''
-    where it is refused. why: what kept it from the faster ways."""
+    """What is written down of one architecture. made: why not, or ''. reading: as the manifest has it, packed | joined | rows |
+    alone; '' where it is refused. why: what kept it from the faster ways."""
 
     name: str
     class_name: str
@@ -153,6 +153,7 @@ class Trial:
         cells = self.record.cells = {name: ran.cell for name, ran in self.ran.items()}
         for name in CELLS:
             cells.setdefault(name, Cell("none"))
+        cells["plan"] = checks.plan(self)
         if not self.record.causal:
             return
         looks: dict[str, Callable[[Trial], str]] = {
@@ -165,7 +166,6 @@ class Trial:
         if self.ran["lora"].code == 0 and self.ran["full"].code == 0:
             cells["reload"] = _judged(checks.reload, self)
         cells["experts"] = checks.experts(self)
-        cells["plan"] = checks.plan(self)
 
 
 def _judged(look: Callable[[Trial], str], trial: Trial) -> Cell:

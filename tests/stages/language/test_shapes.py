@@ -74,6 +74,32 @@ def test_a_plan_says_how_packs_will_be_read(tmp_path: Path) -> None:
     assert not any("one document a row" in line for line in make_plan("sft", ["model=tiny", *words])["assumptions"])
 
 
+MOE: dict[str, Any] = {
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        (transformers.DiffLlamaConfig(**SMALL, num_key_value_heads=2), "rows"),  # whose mask is made of values
+        (transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2), "rows"),
+        (transformers.Qwen3MoeConfig(**SMALL, **MOE), "packed"),  # whose grouped product is not there in float32
+    ],
+)
+def test_what_the_meta_device_cannot_run_is_no_obstacle(config: Any, way: str) -> None:
+    from posttrain.models.language.activations import model_of_shapes
+    from posttrain.models.peft.methods.none import Full
+
+    model = model_of_shapes(config, torch.float32, Full(method="none", lr_factor=1.0))
+    with torch.device("meta"):
+        assert PackedLM(model, "auto", "reference").reading.way == way
+
+
 def test_a_model_whose_tokens_see_later_ones_is_refused_at_load() -> None:
     """The config of an encoder in a causal class, as nothing but its numbers can tell."""
     torch.manual_seed(0)

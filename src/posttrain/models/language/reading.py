@@ -186,6 +186,8 @@ def _difference(lm: Reads) -> str:
             return ""  # it asks for a value: loading it will tell
         if "Install" in str(error):  # transformers' own sentence
             return first_line(error)
+        if on_meta and (isinstance(error, RuntimeError) or lm.reading.way in OWN):
+            return ""  # this device cannot do all that others can: loading will tell
         return f"{kind} does not run {'' if lm.reading.way in OWN else 'on a pack '}({first_line(error)})"
     finally:
         causal.set_attn_implementation(implementation)
