@@ -25,7 +25,7 @@ from posttrain.runs.manifest import read_manifest
 
 COMMON = ["model.name=base", "+peft=lora", "peft.r=1", "train.batch_size=2", "train.max_steps=3", "optim.lr=0.01"]
 COMMON += ["train.max_length=128", "eval.sets=null", "data.eval_rows=2"]
-PPO = [*COMMON, "train.grad_accum=4", "data.path=chat.jsonl", "rollout.max_new_tokens=8", "run.dir=ppo"]
+PPO = [*COMMON, "data.eval_rest=drop", "train.grad_accum=4", "data.path=chat.jsonl", "rollout.max_new_tokens=8", "run.dir=ppo"]
 TODAY = ["reward.function=posttrain.rewards:brevity", "reward.missing_eos_penalty=0.5"]
 THEN = ["reward.function=posttrain.rules:brevity", "reward.missing_end=0.5"]
 
@@ -99,6 +99,13 @@ def test_an_interrupted_run_goes_on(words: list[str], home: Path, capsys: pytest
     assert posttrain.run("ppo", *PPO, *words) == manifest, "it is finished, and stays as it is"
     curves = read_record(home / "ppo").series("train/clip_fraction")
     assert curves[0] == [1, 2, 3], "one curve, though its name has changed on the way"
+
+
+@pytest.mark.usefixtures("home")
+def test_a_run_that_goes_on_with_rows_that_were_left_out_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    posttrain.run("ppo", *PPO, *TODAY, "data.eval_rest=train")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "from step 2 trains on rows beyond data.eval_rows, which the earlier version left out" in said
 
 
 @pytest.mark.usefixtures("home")

@@ -11,7 +11,8 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import BatchSampler
-from posttrain.data.mixture import Curriculum, auto_alpha, draw_units, make_sampler, read_mixture, seen, shares_of
+from posttrain.data.mixture import auto_alpha, draw_units, make_sampler, read_mixture, seen, shares_of
+from posttrain.data.queues import Curriculum
 from posttrain.stages.spec import row_uses
 
 RNG = np.random.default_rng(0)
@@ -124,40 +125,11 @@ def test_auto_alpha(size: float, alpha: float) -> None:
     assert auto_alpha(size) == pytest.approx(alpha, abs=1e-3)
 
 
-def mean_rank(drawn: np.ndarray, difficulty: np.ndarray, parts: int) -> list[float]:
-    rank = np.argsort(np.argsort(difficulty)) / (len(difficulty) - 1)
-    return [float(rank[part].mean()) for part in np.array_split(drawn, parts)]
-
-
-def test_a_curriculum_goes_from_easy_to_hard_and_leaves_nothing_out() -> None:
-    difficulty = RNG.random(400)
-    sizes = [np.full(400, 7)]
-
-    def drawn(start: float, end: float) -> np.ndarray:
-        found = draw_units(sizes, [1.0], 3, 400, None, "repeat", Curriculum(difficulty, start, end))
-        assert sorted(found) == list(range(400))
-        return found
-
-    easy_first, hard_last = mean_rank(drawn(2, 0), difficulty, 4), mean_rank(drawn(0, -2), difficulty, 4)
-    assert easy_first == sorted(easy_first) and easy_first[0] < 0.42 and easy_first[-1] > 0.58
-    # with beta > 0 the easy ones come first; with beta < 0 it is the other way round: the sign that the lecture has wrong
-    assert hard_last[0] > hard_last[-1]
-    assert all(abs(rank - 0.5) < 0.08 for rank in mean_rank(drawn(0, 0), difficulty, 4))
-
-
-def test_the_first_draws_follow_the_distribution() -> None:
-    """p(x) ~ exp(-beta rank): over many seeds, how often each of four units is the first."""
-    sizes, difficulty, beta = [np.full(4, 1)], np.array([30.0, 10.0, 20.0, 40.0]), 2.0
-    first = [
-        int(draw_units(sizes, [1.0], seed, 1, None, "repeat", Curriculum(difficulty, beta, beta))[0]) for seed in range(4000)
-    ]
-    weights = np.exp(-beta * np.array([2, 0, 1, 3]) / 3)
-    assert np.bincount(first) / 4000 == pytest.approx(weights / weights.sum(), abs=0.025)
-
-
 def test_a_curriculum_within_a_mixture_keeps_the_shares() -> None:
     difficulty = np.concatenate(SIZES).astype(float)
     drawn = draw_units(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0))
     assert [f["share_seen"] for f in seen(drawn, SIZES)] == pytest.approx(SHARES, abs=0.005)
     assert np.array_equal(drawn, draw_units(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0)))
-    assert len(set(by_source(drawn)[1][:500])) == 500  # a pass leaves nothing out
+    every = draw_units(SIZES, SHARES, 7, 1500, None, "repeat", Curriculum(difficulty, 2.0, 0.0, every_row=True))
+    assert [f["share_seen"] for f in seen(every, SIZES)] == pytest.approx(SHARES, abs=0.005)
+    assert len(set(by_source(every)[1][:500])) == 500  # a pass leaves nothing out

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig, TrainConfig
 from posttrain.data.chat.encoder import Encoder
-from posttrain.data.collate import BatchSampler, permutation
+from posttrain.data.collate import BatchSampler
 from posttrain.data.examples import Examples, join
 from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.data.queues import Curriculum, queues_of
 from posttrain.data.row_use import RowUse
 from posttrain.data.selection import sources_of
 from posttrain.data.stats import SourceStats
@@ -114,21 +115,6 @@ def auto_alpha(size: float) -> float:
     return round(float(np.interp(math.log10(max(size, 1)), np.log10(sizes), alphas)), 3)
 
 
-@dataclass(frozen=True)
-class Curriculum:
-    """Easy units first (Bengio et al. 2009): the next one is drawn with p(x) ~ exp(-beta difficulty(x)) from those that this
-    pass has not had yet, while beta goes in a straight line from start to end over the run.
-
-    difficulty: of all units, source after source; within its source each counts by its rank, from 0 to 1. The lecture that
-    this follows lets beta grow and says that late training favours hard samples; with the minus sign it is the other way round.
-    2 -> 0 is easy first, then uniform; 0 -> -2 is hard last.
-    """
-
-    difficulty: NDArray[np.floating]
-    start: float
-    end: float
-
-
 def make_sampler(
     mixture: Mixture, data: DataConfig, train: TrainConfig, world_size: int, curriculum: Curriculum | None = None
 ) -> BatchSampler:  # fmt: skip
@@ -156,10 +142,7 @@ def draw_units(
     than a unit or two; within a source every pass is a fresh permutation, or as the curriculum has it.
     """
     starts = np.cumsum([0, *map(len, sizes)])
-    queues = [
-        _Steered(number, len(size), seed, curriculum, int(starts[number])) if curriculum else _Queue(number, len(size), seed)
-        for number, size in enumerate(sizes)
-    ]
+    queues = queues_of([len(size) for size in sizes], seed, curriculum, _draws(sizes, shares, total, of_first))
     drawn: list[int] = []
     behind = [0.0] * len(sizes)  # tokens that a source lacks
     while len(drawn) != total and queues[0].taken != of_first:
@@ -175,57 +158,15 @@ def draw_units(
     return np.asarray(drawn, dtype=np.int64)
 
 
-class _Queue:
-    """The units of one source in the order of their drawing, pass after pass."""
-
-    def __init__(self, number: int, size: int, seed: int) -> None:
-        self.number, self.size, self.seed, self.taken = number, size, seed, 0
-        self.units: NDArray[np.int64] = np.zeros(0, np.int64)
-
-    def seeds(self, *more: int) -> list[int]:
-        others = [self.number] if self.number else []  # the first source is drawn as if it were alone
-        return [self.seed, self.taken // self.size, *others, *more]
-
-    def next(self, progress: float) -> int:
-        """progress: of the run, from 0 to 1."""
-        if self.taken % self.size == 0:
-            self.units = permutation(self.size, *self.seeds())
-        self.taken += 1
-        return int(self.units[(self.taken - 1) % self.size])
-
-
-class _Steered(_Queue):
-    """By a curriculum: beta stands still for a hundredth of the run."""
-
-    LEVELS = 100
-
-    def __init__(self, number: int, size: int, seed: int, curriculum: Curriculum, start: int) -> None:
-        super().__init__(number, size, seed)
-        own = curriculum.difficulty[start : start + size]
-        self.rank = np.argsort(np.argsort(own, kind="stable"), kind="stable") / max(size - 1, 1)
-        self.curriculum, self.level, self.at = curriculum, -1, 0
-
-    def next(self, progress: float) -> int:
-        level = min(int(progress * self.LEVELS), self.LEVELS - 1)
-        if self.taken % self.size == 0:
-            self.units, self.at, self.level = np.arange(self.size), 0, -1
-        if level != self.level:
-            self._reorder(level)
-        self.taken += 1
-        self.at += 1
-        return int(self.units[self.at - 1])
-
-    def _reorder(self, level: int) -> None:
-        """What is left of the pass, by the largest of -beta difficulty + Gumbel noise: draws without replacement."""
-        left, self.level, self.at = np.sort(self.units[self.at :]), level, 0
-        start, end = self.curriculum.start, self.curriculum.end
-        beta = start + (end - start) * (level + 0.5) / self.LEVELS
-        noise = np.random.default_rng(self.seeds(level, 1)).gumbel(size=len(left))
-        self.units = left[np.argsort(beta * self.rank[left] - noise, kind="stable")]
+def _draws(sizes: Sequence[NDArray[np.int64]], shares: Sequence[float], total: int | None, of_first: int | None) -> list[float]:
+    """How many units of each source the run will take, by their mean sizes."""
+    often = np.array([share / max(float(size.mean()), 1.0) for size, share in zip(sizes, shares, strict=True)])
+    return (often * (total / often.sum() if total else (of_first or 1) / often[0])).tolist()
 
 
 def seen(drawn: NDArray[np.int64], sizes: Sequence[NDArray[np.int64]]) -> list[dict[str, Any]]:
-    """By source: tokens_seen, share_seen, passes (units drawn over units there are), and share_by_epoch."""
+    """By source: tokens_seen, share_seen, passes (units drawn over units there are), coverage (the share of its units
+    that is drawn at all), and share_by_epoch."""
     starts = np.cumsum([0, *map(len, sizes)])
     source = np.searchsorted(starts, drawn, side="right") - 1
     tokens = np.concatenate(sizes)[drawn]
@@ -241,6 +182,7 @@ def seen(drawn: NDArray[np.int64], sizes: Sequence[NDArray[np.int64]]) -> list[d
                 "tokens_seen": int(own.sum()),
                 "share_seen": round(float(own.sum() / max(tokens.sum(), 1)), 6),
                 "passes": round(int((source == s).sum()) / max(len(sizes[s]), 1), 4),
+                "coverage": round(len(np.unique(drawn[source == s])) / max(len(sizes[s]), 1), 4),
                 "share_by_epoch": [round(float(share), 6) for share in by_epoch],
             }
         )

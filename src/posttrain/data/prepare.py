@@ -85,7 +85,7 @@ def prepare_source(
     eval_path = data.eval_path if first else None
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
     options = source.model_dump(include=set(SourceConfig.model_fields) - {"path"})
-    options |= data.model_dump(include={"eval_share", "eval_rows", "max_untrained_share", "on_error"})
+    options |= data.model_dump(include={"eval_share", "eval_rows", "eval_rest", "max_untrained_share", "on_error"})
     key = _key(marks, options, use, encoder, max_length)
     path = cache / "data" / key
     make = partial(_tokenise, name, source, data, use, encoder, max_length, path, marks[0], eval_path)
@@ -125,7 +125,7 @@ def _tokenise(
         found, counted = RowEncoder(held_stats.source, shape, use, encoder, max_length, skips).examples(split.held_out())
         out.add("held_out", found)
         held_stats.add(counted)
-        stats.filtered = split.filtered
+        stats.filtered, stats.held_again, stats.held_beyond = split.filtered, split.held.repeats, split.held.dropped
         _refuse_untrained(stats, data.max_untrained_share)
         out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
 
 from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.data.chat.loss_weights import row_weight
 from posttrain.data.formats import check_fits, recognise, to_canonical
+from posttrain.data.held_out import HeldOut
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, Row
-from posttrain.data.sources.source import NumberedRow, read_rows, row_name, split_rows
+from posttrain.data.sources.source import NumberedRow, place, read_rows, row_name
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError, did_you_mean
 
@@ -20,23 +22,23 @@ Canonical = tuple[int, CanonicalRow]  # with its number in the source
 
 
 class Split:
-    """The rows of a source that are trained on, each as it is needed, those held out, and the format of both."""
+    """The rows of a source that are trained on, each as it is needed, those held out, and the format of both.
+
+    held: what became of rows on the way to that.
+    """
 
     def __init__(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None = None) -> None:
         """Raises UserError for a data format that `use` does not take."""
-        self._most, self._held = data.eval_rows, list[NumberedRow]()
         self.filtered = 0  # rows left out for their quality, so far
-        few = source.max_rows is not None and source.quality != "filter"
-        apart = eval_path or source.path.startswith("builtin:")
-        self._marked = split_rows(_read(source, source.path, source.split, few), 0.0 if apart else data.eval_share)
-        if apart:
+        self._apart: list[NumberedRow] | None = None
+        if eval_path or source.path.startswith("builtin:"):
             other = (eval_path, source.split) if eval_path else (source.path, "eval")
-            self._held = list(islice(_read(source, *other, few=True), self._most))
-        self._last = source.max_rows and source.skip_rows + source.max_rows
-        best = (
-            self._not_held() if source.quality != "filter" else self._best(_read(source, source.path, source.split, few), source)
-        )
-        train = islice(best, source.skip_rows, self._last)
+            self._apart = list(islice(_read(source, *other, few=True), data.eval_rows))
+        share = 0.0 if self._apart is not None else data.eval_share
+        self._holds = partial(HeldOut, share, data.eval_rows, data.eval_rest == "drop")
+        self.held, self._rest = self._sifted(source)
+        best = self._rest if source.quality != "filter" else self._best(source)
+        train = islice(best, source.skip_rows, source.max_rows and source.skip_rows + source.max_rows)
         before = list(_until_sound(train, data.on_error == "skip"))
         first = before[-1][1] if before else None
         if isinstance(first, UserError):
@@ -50,31 +52,39 @@ class Split:
     @property
     def held_so_far(self) -> list[NumberedRow]:
         """The rows that were held out up to here."""
-        return self._held
+        return self.held.rows if self._apart is None else self._apart
 
     def held_out(self) -> list[NumberedRow]:
         """At most data.eval_rows; call it when `train` has been read as far as it will be."""
-        for _ in self._not_held() if len(self._held) < self._most else ():
-            if len(self._held) >= self._most:
-                break
-        return self._held
+        while self._apart is None and not self.held.full and next(self._rest, None):
+            pass
+        return self.held_so_far
 
-    def _best(self, again: Iterator[NumberedRow], source: SourceConfig) -> Iterator[NumberedRow]:
-        """The share data.quality_top of the rows, by their `quality`: the file is gone through once before."""
-        qualities = sorted((quality_of(row) for _, row in again if isinstance(row, dict)), reverse=True)
-        least = qualities[max(1, round(source.quality_top * len(qualities))) - 1] if qualities else 0.0
-        for number, row in self._not_held():
-            if isinstance(row, UserError) or quality_of(row) >= least:
+    def _sifted(self, source: SourceConfig) -> tuple[HeldOut, Iterator[NumberedRow]]:
+        """What will be held out, and the other rows."""
+        few = source.max_rows is not None and source.quality != "filter"
+        held = self._holds()
+        return held, held.sift(_read(source, source.path, source.split, few))
+
+    def _best(self, source: SourceConfig) -> Iterator[NumberedRow]:
+        """The share data.quality_top of the rows to train on, by their `quality`, and of equal ones by a hash: the file is gone
+        through once before."""
+        _, before = self._sifted(source)
+        worth = sorted((_worth(row) for _, row in before if isinstance(row, dict)), reverse=True)
+        kept = worth[: max(1, round(source.quality_top * len(worth)))]
+        least = kept[-1] if kept else (0.0, 0.0)
+        left = kept.count(least)  # of rows that are the same in all
+        for number, row in self._rest:
+            worthy = isinstance(row, UserError) or _worth(row)
+            if worthy is True or worthy > least or (worthy == least and left):
+                left -= worthy == least
                 yield number, row
             else:
                 self.filtered += 1
 
-    def _not_held(self) -> Iterator[NumberedRow]:
-        for held, row in self._marked:
-            if not held:
-                yield row
-            elif len(self._held) < self._most:
-                self._held.append(row)
+
+def _worth(row: Row) -> tuple[float, float]:
+    return quality_of(row), place(row)
 
 
 def sound_rows(rows: Iterable[NumberedRow], shape: str, stats: SourceStats, skips: bool) -> Iterator[Canonical]:

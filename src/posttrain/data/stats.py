@@ -26,6 +26,8 @@ class SourceStats:
     border_tokens: int = 0  # tokens across the border of prompt and answer; they count
     filtered: int = 0  # rows left out for their quality
     disliked: int = 0  # rows left out, since they say that their answer is not to be learnt (`label: false`)
+    held_again: int = 0  # rows left out because they repeat a held-out one
+    held_beyond: int = 0  # rows left out beyond data.eval_rows, with data.eval_rest=drop
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     lost: dict[str, int] = field(default_factory=dict[str, int])  # rows, by the part that the chat template does not render
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
-from posttrain.runs.earlier import as_of_today, current_config
+from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
 from posttrain.runs.files import file_hashes, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
@@ -137,4 +137,4 @@ def read_config(directory: Path, as_written: bool = False) -> dict[str, Any]:
         or "stage" not in found
     ):
         raise UserError(f"{path} is no run's config")
-    return found if as_written else current_config(found)
+    return found if as_written else as_it_ran(current_config(found))

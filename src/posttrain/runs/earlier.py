@@ -9,6 +9,7 @@ RENAMED_MODULES = {"posttrain.rules": "posttrain.rewards"}  # where a function o
 RENAMED_FIGURES = {"clip_share": "clip_fraction", "learnt": "shaped_reward"}  # of metrics.jsonl and of checkpoints, since 0.2
 # below these the keys are the user's own
 NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
+CURRICULUM = "curriculum.order"  # of what checkpoints hold, since 0.2
 OF_CONTENT = "sha256:"  # how a name begins that says what was read, and nothing of the code that has read it
 
 
@@ -19,6 +20,14 @@ def current_config(config: dict[str, Any]) -> dict[str, Any]:
     return _current_value(config)
 
 
+def as_it_ran(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the settings that its version did not have yet, where today's default is not what it did."""
+    data = config.get("data")
+    if isinstance(data, dict) and "eval_rows" in data:
+        return config | {"data": {"eval_rest": "drop"} | cast("dict[str, Any]", data)}
+    return config
+
+
 def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What made a run itself, by key, so that it compares with `now` though an earlier version has written it; and a line on what
     cannot be compared.
@@ -26,8 +35,12 @@ def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, An
     A key that the earlier version did not have is no change: the run goes on with today's value.
     """
     found = {RENAMED_KEYS.get(key, key): _current_value(value) for key, value in then.items()}
-    found |= {key: value for key, value in now.items() if _is_new(key, found)}
     lines: list[str] = []
+    if CURRICULUM in now and CURRICULUM not in found:
+        lines.append(f"{CURRICULUM} is today's: the earlier version drew another one, which did not end as the curriculum says")
+    if now.get("data.eval_rest") == "train" and "data.eval_rows" in found and "data.eval_rest" not in found:
+        lines.append("trains on rows beyond data.eval_rows, which the earlier version left out (data.eval_rest=drop)")
+    found |= {key: value for key, value in now.items() if _is_new(key, found)}
     if str(now.get("data.content")).startswith(OF_CONTENT) and not str(found.get("data.content")).startswith(OF_CONTENT):
         lines.append(
             f"data.content was {found.get('data.content')}, which names the rows and an earlier version's code together: whether "

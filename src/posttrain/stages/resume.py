@@ -36,7 +36,7 @@ class History:
         difference nor a difference that was named before explains it.
         """
         then = getattr(self.state, name)
-        if self.checkpoint and then:
+        if self.checkpoint:
             follows = any(change["step"] == self.checkpoint.step for change in self.state.changes)
             whose = f"{self.checkpoint.path} is of another run"
             then, incomparable = as_of_today(then, now)
@@ -63,7 +63,7 @@ def open_history(cfg: Any, run: Run, prepared: Prepared[Any], device: torch.devi
     state = TrainState.from_dict(current_state(checkpoint.state)) if checkpoint else TrainState()
     history = History(run, checkpoint, state)
     history.hold("identity", identity_of(run.config) | prepared.identity)
-    history.hold("order", {"data.order": _order_hash(prepared.order)}, quietly=True)
+    history.hold("order", {"data.order": order_hash(prepared.order)}, quietly=True)
     then, now = state.made_with, made_with(device)
     differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
     history.note([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
@@ -73,7 +73,7 @@ def open_history(cfg: Any, run: Run, prepared: Prepared[Any], device: torch.devi
     return history
 
 
-def _order_hash(order: BatchSampler) -> str:
+def order_hash(order: BatchSampler) -> str:
     """Names which units a run draws when."""
     return hashlib.sha256(order.drawn.tobytes()).hexdigest()[:32]
 

@@ -96,6 +96,14 @@ def test_length_control_by_hand(encoder_of: Any) -> None:
     assert sum(w != 0 for w in found.weights) == sum(lengths)
 
 
+def test_length_counts_all_tokens_of_an_answer_though_some_weigh_nothing(encoder_of: Any) -> None:
+    row = {"messages": turns("a long chain of thought, of which nothing counts #### it is four")}
+    whole = sum(encoder_of(PLAIN).encode(row).weights)
+    short = replace(PLAIN, marker="####", reasoning=0.0, gamma=0.1, l_max=4)
+    (found,) = {weight for weight in encoder_of(short).encode(row).weights if weight}
+    assert found == pytest.approx(math.exp(-0.1 * (whole - 4)))
+
+
 def test_rows_have_a_weight(encoder_of: Any) -> None:
     encoder = encoder_of(COT)
     assert set(encoder.encode({"text": "a b c", "weight": 0.5}).weights) == {0.5}

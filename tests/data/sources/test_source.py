@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from posttrain.config.schema import SourceConfig
-from posttrain.data.sources.source import fingerprint, is_local, place, read_rows, row_name, split_rows
+from posttrain.data.sources.source import fingerprint, is_local, place, read_rows, row_name
 from posttrain.errors import UserError
 
 ROWS = [{"text": "one"}, {"text": "zwölf"}]
@@ -214,32 +214,6 @@ def test_trouble_with_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, raise
     assert "\n" not in str(error.value)
 
 
-def held(rows: list[Any], share: float = 0.1) -> list[Any]:
-    return [row for is_held, row in split_rows(rows, share) if is_held]
-
-
-def kept(rows: list[Any], share: float = 0.1) -> list[Any]:
-    return [row for is_held, row in split_rows(rows, share) if not is_held]
-
-
-def test_split_keeps_rows_on_their_side() -> None:
-    rows: list[Any] = [(n, {"id": n, "text": str(n)}) for n in range(1, 2001)]
-    train, held_out = (part(rows) for part in (kept, held))
-    assert sorted(train + held_out, key=lambda item: item[0]) == rows
-    assert 160 <= len(held_out) <= 240  # 200 expected, standard deviation 13.4
-    grown = [*rows[:1000], (0, {"id": -1, "text": "new"}), *rows[1000:]]
-    more = [row for _, row in held(grown)]
-    assert [row for row in more if row["id"] != -1] == [row for _, row in held_out]
-    swapped = [(n, {"text": row["text"], "id": row["id"]}) for n, row in rows]
-    assert held(swapped + rows)[: len(held_out)] == held_out
-    assert len(held(swapped + rows)) == 2 * len(held_out)
-
-
-def test_split_extremes() -> None:
-    rows: list[Any] = [(n, {"text": str(n)}) for n in range(50)]
-    assert kept(rows, 0.0) == rows and not held(rows, 0.0)
-
-
 def test_place_is_of_the_content() -> None:
     text = '{"a": "ü", "b": 1}'
     expected = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
@@ -249,13 +223,6 @@ def test_place_is_of_the_content() -> None:
 def test_a_column_that_holds_nothing_does_not_move_a_row() -> None:
     """Of the same rows as JSONL and as Parquet, the same are held out."""
     assert place({"text": "a", "note": None}) == place({"text": "a"}) != place({"text": "a", "note": ""})
-
-
-def test_split_reads_no_more_than_it_must() -> None:
-    read = []
-    rows = ((read.append(n), (n, {"text": str(n)}))[1] for n in range(10_000))
-    next(split_rows(rows, 0.5))
-    assert len(read) == 1
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
         ("", "tokens across the border of prompt and answer, which count as the answer's", False, stats.border_tokens),
         ("", "rows left out, of less quality", False, stats.filtered),
         ("disliked", "rows left out, whose label is false", False, stats.disliked),
+        ("", "rows left out, they repeat a held-out row", False, stats.held_again),
+        ("", "rows left out, beyond data.eval_rows (data.eval_rest=drop)", False, stats.held_beyond),
     )
     found = []
     for name, what, is_mistake, count in counted:

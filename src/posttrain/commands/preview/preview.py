@@ -129,7 +129,7 @@ def _look(
     (train, stats), (held_out, held_stats) = piece.examples(raw), piece.examples(held_raw)
     if not len(train):
         raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")
-    stats.filtered = split.filtered
+    stats.filtered, stats.held_again, stats.held_beyond = split.filtered, split.held.repeats, split.held.dropped
 
     def sound(rows: Any) -> Any:
         return list(sound_rows(rows, split.shape, SourceStats(source.path, split.shape, ""), skips=True))

@@ -35,6 +35,7 @@ class CurriculumConfig(Strict):
     by: Literal["length", "perplexity"] | None
     beta_start: float
     beta_end: float
+    every_row: bool
 
 
 def _percent(value: Any) -> Any:

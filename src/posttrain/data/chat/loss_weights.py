@@ -104,6 +104,5 @@ def weigh(
         return
     for start, stop in spans:
         low, high = bisect_left(starts, start), bisect_left(starts, stop)
-        length = sum(weight != 0 for weight in weights[low:high])
-        scale = math.exp(-weighing.gamma * max(0, length - weighing.l_max))
+        scale = math.exp(-weighing.gamma * max(0, high - low - weighing.l_max))
         weights[low:high] = [scale * weight for weight in weights[low:high]]

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from posttrain.data.sources.hashing import fraction
 from posttrain.data.sources.hub import hub_commit, hub_rows
 from posttrain.errors import UserError, did_you_mean
 
-__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "parts_of", "place", "read_rows", "row_name", "split_rows"]
+__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "parts_of", "place", "read_rows", "row_name"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -98,14 +98,6 @@ def _names_once(path: str) -> list[str]:
 def is_local(path: str) -> bool:
     """False for what is on the hub."""
     return all(part.startswith(_BUILTIN) or not _is_hub_id(part) for part in parts_of(path))
-
-
-def split_rows(rows: Iterable[NumberedRow], eval_share: float) -> Iterator[tuple[bool, NumberedRow]]:
-    """Each row with whether it is held out: that is if a hash of its content, in [0, 1), is below `eval_share`.
-
-    So a row keeps its side when the data grows or is shuffled, and duplicates of it are on the same side.
-    """
-    return ((isinstance(row, dict) and eval_share > 0 and place(row) < eval_share, (number, row)) for number, row in rows)
 
 
 def place(row: Row) -> float:

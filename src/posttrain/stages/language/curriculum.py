@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from posttrain.batch import PackedBatch
 from posttrain.config.schema import Guarded, LanguageStage
-from posttrain.console import Meter
+from posttrain.console import Meter, say
 from posttrain.data.examples import Examples
-from posttrain.data.mixture import Curriculum, make_sampler
+from posttrain.data.mixture import make_sampler
+from posttrain.data.queues import Curriculum
 from posttrain.evaluation.held_out import EVAL_TOKENS, by_tokens
 from posttrain.losses.tokens import answer_sums
 from posttrain.runs.identity import content_hash
@@ -38,8 +39,13 @@ def apply_curriculum(
         key, name = content_hash(data.function(cfg), data.data.key, str(context.device)), "difficulty"
         make = partial(perplexities, session.module, train, objective, context.device, context.check)
         difficulty = session.cached(name, key, lambda: {name: make()})[name].numpy()
-    curriculum = Curriculum(difficulty, cfg.curriculum.beta_start, cfg.curriculum.beta_end)
-    return with_order(data, make_sampler(data.data, cfg.data, cfg.train, context.processes, curriculum)), difficulty
+    asked = cfg.curriculum
+    curriculum = Curriculum(difficulty, asked.beta_start, asked.beta_end, asked.every_row)
+    order = make_sampler(data.data, cfg.data, cfg.train, context.processes, curriculum)
+    never = min(len(train), len(order.drawn)) - len(np.unique(order.drawn))
+    if never and not asked.every_row:
+        say(f"curriculum: {never:,} of {len(train):,} units are never drawn, others again (curriculum.every_row=true: each once)")
+    return with_order(data, order), difficulty
 
 
 def perplexities(

@@ -40,6 +40,8 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
     for count, what in (
         (stats.filtered, "rows left out, of less quality"),
         (stats.disliked, "rows left out, whose label is false"),
+        (stats.held_again, "rows left out, they repeat a held-out row"),
+        (stats.held_beyond, "rows left out, beyond data.eval_rows (data.eval_rest=drop)"),
         (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
         (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (stats.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),

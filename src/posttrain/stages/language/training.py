@@ -18,11 +18,13 @@ from posttrain.data.collate import zero_weight
 from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.runs.cache import cache_root
+from posttrain.runs.earlier import CURRICULUM
 from posttrain.runs.identity import content_hash
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.curriculum import apply_curriculum
 from posttrain.stages.language.ewc import EwcPenalty, fisher
 from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.resume import order_hash
 from posttrain.stages.steps import Context, Measured, Session, Training
 from posttrain.training.callbacks import StepCallback, together
 from posttrain.training.metrics import everywhere
@@ -71,7 +73,7 @@ def train_language(
         measure=measure,
         measure_around=measure_sets(context, data, session),
         compare=compare_ends,
-        references=references.digest,
+        references=references.digest if difficulty is None else {**references.digest, CURRICULUM: order_hash(data.order)},
         callback=step_callback(context, data, model, session),
         checkpoint_gate=checkpoint_gate(context, data, session),
         data=data,
