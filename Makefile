@@ -36,6 +36,7 @@ test: setup ## all tests
 docs: setup ## docs/configuration.md and docs/api, from the configs' comments, the schema and the docstrings
 	$(BIN)/python scripts/configuration_page.py
 	$(BIN)/python scripts/api_pages.py
+	$(BIN)/python scripts/templates_page.py
 
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
 	mkdir -p $(dir $(GOLDEN))

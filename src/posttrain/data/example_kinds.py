@@ -116,7 +116,8 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, stats: So
     """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
     are left out."""
     kept, splits = [], []
-    for (number, _), (tokens, known) in zip(rows, encoder.encode_prompts(rows, stats.where), strict=True):
+    for (number, _), (tokens, known, lost) in zip(rows, encoder.encode_prompts(rows, stats.where), strict=True):
+        stats.note_lost([part.name for part in lost], stats.where(number))
         if len(tokens) <= max_length:
             kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
             splits.append((len(tokens), len(tokens) + len(known)))

@@ -56,6 +56,18 @@ def test_what_is_wrong_is_named_by_row(tmp_path: Path) -> None:
     assert found["rows whose own words hold a special token of this tokenizer"] == ["row 15 (<|im_end|>)"]
 
 
+def test_what_the_template_leaves_out_is_a_mistake(tmp_path: Path) -> None:
+    thought = {"messages": [GOOD[0]["messages"][0], GOOD[0]["messages"][1] | {"reasoning_content": "hm"}]}
+    tools = GOOD[1] | {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    found = preview(tmp_path, [*GOOD[2:5], thought, tools])
+    assert findings(found)["rows whose tools the chat template does not render"] == ["row 5"]
+    (mistake,) = findings(found)["rows with a mistake"]
+    assert mistake.split("rows.jsonl, ")[1].startswith("row 4: reasoning_content is not rendered by the chat template; ")
+    assert len(found.mistakes) == 2
+    warned = findings(preview(tmp_path, [*GOOD[2:5], thought], "data.on_loss=warn"))
+    assert warned == {"rows whose reasoning_content the chat template does not render": ["row 4"]}
+
+
 def test_held_out_rows_that_are_trained_on_too(tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps(GOOD[5]) + "\n")
     found = findings(preview(tmp_path, GOOD, f"data.eval_path={tmp_path}/held.jsonl"))

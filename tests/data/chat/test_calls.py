@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from tokenizers import processors
 
+from posttrain.data.chat.encoded import Encoded
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template
 from posttrain.errors import UserError
-from stock_templates import FOLDER, IS_THERE, SPECIAL
+from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK
 
 if not IS_THERE:
     pytest.skip("trl, which ships the stock templates, is not installed", allow_module_level=True)
@@ -88,6 +90,34 @@ def test_a_call_is_rendered_as_its_template_wants_it(make_tokenizer, name, form)
     assert [part.name for part in encoded.lost] == (["tools"] if name == "deepseekv3" else [])
 
 
+# What TRL takes for the model's part though the generation prompt, or the header, writes it.
+TWIN_LEADS = ("", "\n", "<|start|>assistant", "<think>\n", "<think></think>", "<think>\n\n</think>\n\n")
+OTHER = {
+    "deepseekv3",  # the twin turns arguments in JSON into JSON once more
+    "diffusion_gemma",  # the end of a call, <|tool_response>, is not trained; a header that its generation prompt lacks is
+}
+TWINS = [
+    name
+    for name in STOCK
+    if name not in OTHER
+    and (FOLDER / f"{name}_training.jinja").exists()
+    and "tool_calls" in (FOLDER / f"{name}.jinja").read_text()
+]
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if not name.startswith("deepseek_r1")])
+def test_calls_agree_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
+    tokenizer, twin = stock(make_tokenizer, name), stock(make_tokenizer, f"{name}_training")
+    twin.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    messages = [user("Hi"), {"role": "assistant", "content": "Hello."}, *chat("object")]
+    theirs = twin.apply_chat_template(messages, tools=TOOLS, return_assistant_tokens_mask=True)
+    wanted = spans(twin, Encoded(theirs["input_ids"], theirs["assistant_masks"], 0, 0))
+    found = spans(tokenizer, encoder(tokenizer, name).encode_conversation(messages, TOOLS))
+    assert len(found) == len(wanted) == 3
+    for ours, their in zip(found, wanted, strict=True):
+        assert their.rstrip() in {lead + ours for lead in TWIN_LEADS}
+
+
 def test_tools_may_be_flat_and_calls_empty_or_several(make_tokenizer):
     tokenizer = stock(make_tokenizer, "qwen2_5")
     build = encoder(tokenizer, "qwen2_5")
@@ -116,6 +146,17 @@ def test_arguments_that_are_no_object_are_refused(make_tokenizer, arguments, mes
         encoder(stock(make_tokenizer, "qwen3"), "qwen3").encode_conversation(
             [user("a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
         )
+
+
+@pytest.mark.parametrize("name", ["phi3_training", "llama3_training"])
+def test_markers_do_not_hide_a_call_that_is_left_out(make_tokenizer, name):
+    call = {
+        "role": "assistant",
+        "content": "So.",
+        "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}],
+    }
+    with pytest.raises(UserError, match=r"^tool calls are not rendered by the chat template; data\.tools=inline"):
+        encoder(stock(make_tokenizer, name), name, on_loss="own").encode_conversation([user("a"), call])
 
 
 def test_a_call_without_its_arguments_is_refused(make_tokenizer):

@@ -150,3 +150,12 @@ def test_every_option_is_in_the_caches_key_and_each_turn_is_an_example(make_toke
     assert found.train.rows.tolist() == [1] and found.stats.lost == {}
     found = prepared(tmp_path, tokenizer, rows, "data.turns=each")
     assert found.train.rows.tolist() == [1, 1] and found.stats.rows == 1
+
+
+def test_prompts_and_names_of_ones_own_are_looked_at_too(plain):
+    encoder = Encoder(plain)
+    system = {"role": "system", "content": "Be kind."}
+    (found,) = encoder.encode_prompts([(1, {"messages": [system, *THOUGHTFUL[:1]]})], str)
+    assert [part.name for part in found.lost] == ["content of system messages"]
+    noted = [THOUGHTFUL[0] | {"mood": "bad"}, {"role": "assistant", "content": "4", "note": "4"}]
+    assert [part.name for part in encoder.encode_conversation(noted).lost] == ["mood of user messages"]

@@ -94,7 +94,7 @@ def of_tokens(
     other = Finding("conversations whose prompt is rendered otherwise in training than for inference")
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = set(encoder.end_tokens())
-    rows = list(rows)
+    rows = [(number, each) for number, row in rows for each in encoder.options.examples_of(row)]
     encoded = _encoded(encoder, rows)
     for number, row in rows:
         place = where(number)
@@ -133,7 +133,7 @@ def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[li
 def _sequences(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
     numbers = [number for number, _ in rows]
     if rows and rows[0][1].keys() & {"prompt", "completion", "chosen"} == {"prompt"}:
-        prompts = [tokens for tokens, _ in encoder.encode_prompts(rows, str)]
+        prompts = [found.tokens for found in encoder.encode_prompts(rows, str)]
         return {number: [(tokens, [0.0] * len(tokens))] for number, tokens in zip(numbers, prompts, strict=True)}
     if not rows or "chosen" not in rows[0][1]:
         return {n: [(one.tokens, one.weights)] for n, one in zip(numbers, encoder.encode_many(rows, str), strict=True)}

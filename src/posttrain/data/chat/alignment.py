@@ -17,6 +17,7 @@ from posttrain.errors import UserError
 Span = tuple[int, int]  # characters start:stop of a rendered text
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message may carry its reasoning
+_KNOWN = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "name", "id", "type", "weight"}
 SENTINEL = re.compile("\U0010f0a0([0-9]+)\U0010f0a1")
 
 
@@ -28,7 +29,7 @@ class Field(NamedTuple):
 
 
 ARGUMENTS = Field("arguments of tool calls", True)
-TOOLS = Field("tools", False)
+CALLS, TOOLS = Field("tool calls", True), Field("tools", False)
 
 
 class Word(NamedTuple):
@@ -180,6 +181,17 @@ def skeleton(messages: list[Message], tested: re.Pattern[str], first: int = 0) -
                 bone[name] = [_boned(call, lambda text: place(text, ARGUMENTS)) for call in value]
         bones.append(bone)
     return bones, words
+
+
+def other_fields(messages: list[Message], text: str) -> tuple[Field, ...]:
+    """Texts that messages have under names of their own, and that are not in the rendered text."""
+    found = [
+        Field(f"{name} of {message['role']} messages", False)
+        for message in messages
+        for name, value in message.items()
+        if name not in _KNOWN and isinstance(value, str) and value.strip() and value.strip() not in text
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _boned(call: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:

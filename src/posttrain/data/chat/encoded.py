@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from posttrain.data.chat.alignment import Field, Span
 from posttrain.data.chat.tokenize import shared_length, touching
@@ -40,6 +41,14 @@ class EncodedPair:
     chosen: Encoded
     rejected: Encoded
     weight: float
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt, the answer known to it, and parts of the row that are not in the prompt."""
+
+    tokens: list[int]
+    known: list[int]
+    lost: tuple[Field, ...]
 
 
 def pair_of(chosen: Encoded, rejected: Encoded, weight: float) -> EncodedPair:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.chat.alignment import Rendered
-from posttrain.data.chat.encoded import Encoded, EncodedPair, first_word_of, pair_of, weights_of
+from posttrain.data.chat.encoded import Encoded, EncodedPair, EncodedPrompt, first_word_of, pair_of, weights_of
 from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.rendering import Variables
@@ -117,28 +117,28 @@ class Encoder:
         """The tokens after which an assistant's answer begins: of a conversation without the answer that it ends with."""
         return self._prompts([self._prompt(row)])[0]
 
-    def encode_prompts(
-        self, rows: Iterable[tuple[int, CanonicalRow]], where: Callable[[int], str]
-    ) -> list[tuple[list[int], list[int]]]:
+    def encode_prompts(self, rows: Iterable[tuple[int, CanonicalRow]], where: Callable[[int], str]) -> list[EncodedPrompt]:
         """The prompt of each row and the tokens of its `reference_of`; errors start with `where` of the row's number."""
         prompts, known = [], []
         for number, row in rows:
             with _naming(where, number):
                 prompts.append(self._prompt(row))
             known.append(reference_of(row))
-        return list(zip(self._prompts(prompts), self._tokeniser.ids(known), strict=True))
+        found = zip(self._prompts(prompts), self._tokeniser.ids(known), prompts, strict=True)
+        return [EncodedPrompt(tokens, reference, text.rendered.lost) for tokens, reference, text in found]
 
-    def _prompt(self, row: CanonicalRow) -> tuple[str, bool]:
-        """The text, and whether it stands for itself, as a document does."""
+    def _prompt(self, row: CanonicalRow) -> _Text:
         text = isinstance(row.get("prompt"), str)
         if text and (isinstance(row.get("completion", row.get("chosen")), str) or not self._tokenizer.chat_template):
-            return row["prompt"], True
+            return _Text(Rendered(row["prompt"], [], []), True, [], 1.0)
         messages, tools = self.options.shaped(prompt_of(row), row.get("tools"))
-        return self._chat_template.render_prompt(messages, tools, _variables(row)), False
+        rendered = self._chat_template.render_prompt(messages, tools, _variables(row))
+        self.options.check(rendered.lost)
+        return _Text(rendered, False, [], 1.0)
 
-    def _prompts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        found = self._tokeniser.ids([text for text, _ in texts])
-        return [[*self._start, *ids] if plain else ids for ids, (_, plain) in zip(found, texts, strict=True)]
+    def _prompts(self, texts: Sequence[_Text]) -> list[list[int]]:
+        found = self._tokeniser.ids([text.rendered.text for text in texts])
+        return [[*self._start, *ids] if text.document else ids for ids, text in zip(found, texts, strict=True)]
 
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos, then the

@@ -8,8 +8,19 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from posttrain.data.chat.alignment import SENTINEL, Span, any_of, content_of, sentinel, tested_strings
-from posttrain.data.chat.calls import CALL_FORMS, CallForm, in_form
+from posttrain.data.chat.alignment import (
+    ARGUMENTS,
+    CALLS,
+    SENTINEL,
+    TOOLS,
+    Field,
+    Span,
+    any_of,
+    content_of,
+    sentinel,
+    tested_strings,
+)
+from posttrain.data.chat.calls import CALL_FORMS, CallForm, in_form, numbers_in
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -125,3 +136,17 @@ class Renderer:
             hint = f" ({INLINE})" if has_calls else ""
             raise UserError(f"the chat template refuses this conversation: {error}{hint}") from error
         return texts[0], cast("list[Span]", spans[0] if spans else [])
+
+
+def unsaid(renderer: Renderer, text: str, messages: list[Message], given: Given, prompt: bool = False) -> list[Field]:
+    """What is not in the text of what no sentinel stands for."""
+    lost = []
+    if given.tools and text == renderer.render(messages, given._replace(tools=None), prompt)[0]:
+        lost.append(TOOLS)
+    calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
+    if any(not any(way in text for way in ways) for ways in numbers_in(calls)):
+        lost.append(ARGUMENTS)
+    bare = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+    if calls and renderer.is_marked(given) and text == renderer.render(bare, given, prompt)[0]:
+        lost.append(CALLS)  # without markers the span of each call has been looked at
+    return lost

@@ -16,12 +16,9 @@ from functools import lru_cache
 from typing import Any
 
 from posttrain.data.chat.alignment import (
-    ARGUMENTS,
     REASONING,
     SENTINEL,
-    TOOLS,
     AlignedText,
-    Field,
     Rendered,
     Span,
     any_of,
@@ -29,11 +26,12 @@ from posttrain.data.chat.alignment import (
     content_of,
     first_words,
     lay_out,
+    other_fields,
     sentinels,
     skeleton,
 )
-from posttrain.data.chat.calls import listed, numbers_in, plain
-from posttrain.data.chat.rendering import INLINE, Given, Renderer, Variables
+from posttrain.data.chat.calls import listed, plain
+from posttrain.data.chat.rendering import INLINE, Given, Renderer, Variables, unsaid
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -52,6 +50,7 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self._renderer = Renderer(tokenizer)
         self._layout: Callable[[str], AlignedText] = lru_cache(maxsize=1024)(self._make_layout)
+        self._prompt_layout: Callable[[str], AlignedText] = lru_cache(maxsize=1024)(self._make_prompt_layout)
         self._set_ends({token for token in (*stops, tokenizer.eos_token) if token})
 
     def render(
@@ -67,20 +66,25 @@ class ChatTemplate:
             raise UserError("a message holds the characters U+10F0A0 and U+10F0A1, used to mark its words; remove them")
         bones, words = skeleton(known, self._renderer.tested(given), first)
         key = json.dumps([bones, given.tools, first, given.variables, len(words)])
+        others = other_fields(known, real)
         if self._renderer.is_marked(given):
             found = self._render_marked(known, given, first, real, marked)
-            return replace(found, lost=self._layout(key).lost_of(words))
+            return replace(found, lost=(*self._layout(key).lost_of(words), *others))
         for layout_of in (self._layout, self._make_layout):  # made anew: a template may write today's date
             layout = layout_of(key)
             if filled := layout.fill(words, real + layout.appended):
-                return filled
+                return replace(filled, lost=(*filled.lost, *others)) if others else filled
         raise UserError(f"the chat template rewrites a message, so that its words cannot be told from others; {ADVICE}")
 
     def render_prompt(
         self, messages: Sequence[Message], tools: list[Any] | None = None, variables: Variables | None = None
-    ) -> str:  # fmt: skip
-        """A conversation up to where the assistant begins its next turn."""
-        return self._renderer.render([plain(message) for message in messages], self._given(tools, variables), prompt=True)[0]
+    ) -> Rendered:  # fmt: skip
+        """A conversation up to where the assistant begins its next turn, of which nothing is trained."""
+        known, given = [plain(message) for message in messages], self._given(tools, variables)
+        text = self._renderer.render(known, given, prompt=True)[0]
+        bones, words = skeleton(known, self._renderer.tested(given), len(known))
+        layout = self._prompt_layout(json.dumps([bones, given.tools, given.variables, len(words)]))
+        return Rendered(text, [], [], (*layout.lost_of(words), *other_fields(known, text)))
 
     def _given(self, tools: list[Any] | None, variables: Variables | None) -> Given:
         return Given(listed(tools), self._variables | dict(variables or {}))
@@ -155,7 +159,7 @@ class ChatTemplate:
         messages, tools, first, variables, words = json.loads(key)
         given = Given(tools, variables)
         text, _ = self._renderer.render(messages, given)
-        lost = self._unsaid(text, messages, given)
+        lost = unsaid(self._renderer, text, messages, given)
         if self._renderer.is_marked(given):
             return lay_out(text, [], "", words, lost)
         appended = self._appended if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1] else ""
@@ -164,15 +168,11 @@ class ChatTemplate:
         spans = [self._locate(text, messages, i, given) for i in turns]
         return lay_out(text, spans, appended, words, lost)
 
-    def _unsaid(self, text: str, messages: list[Message], given: Given) -> list[Field]:
-        """What is not in the text of what no sentinel stands for."""
-        lost = []
-        if given.tools and text == self._renderer.render(messages, given._replace(tools=None))[0]:
-            lost.append(TOOLS)
-        calls = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
-        if any(not any(way in text for way in ways) for ways in numbers_in(calls)):
-            lost.append(ARGUMENTS)
-        return lost
+    def _make_prompt_layout(self, key: str) -> AlignedText:
+        messages, tools, variables, words = json.loads(key)
+        given = Given(tools, variables)
+        text, _ = self._renderer.render(messages, given, prompt=True)
+        return lay_out(text, [], "", words, unsaid(self._renderer, text, messages, given, prompt=True))
 
     def _locate(self, text: str, messages: list[Message], i: int, given: Given) -> Span:
         """The span of the assistant turn messages[i] in the rendered skeleton."""
