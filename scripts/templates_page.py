@@ -10,6 +10,7 @@ encoder.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Template:
         end = ("<|end|>", "<|return|>") if base.startswith("gptoss") else (end_of_turn(base),)
         self._ends = (*end, *self._stops)
 
-    def _works(self, rows: list[tuple[list[Any], list[Any] | None, list[list[str]], int]], **options: Any) -> bool:
+    def _works(self, rows: Sequence[tuple[list[Any], list[Any] | None, list[list[str]], int]], **options: Any) -> bool:
         encoder = Encoder(self._tokenizer, self._stops, options=ChatOptions(on_loss="stop", **options))
         try:
             return all(

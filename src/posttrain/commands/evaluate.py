@@ -13,6 +13,7 @@ from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.config.stored import completed
 from posttrain.console import console, say
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.options import options_of
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError, did_you_mean
 from posttrain.evaluation.calibration import wilson
@@ -78,7 +79,7 @@ def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
     if config is None:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
     config = completed(config)
-    wanted = config["eval"]
+    wanted, encoder = config["eval"], encoder.reading_as(options_of(DataConfig.model_validate(config["data"])))
     named = (wanted["sets"] or {}).items()
     sets = [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
     return [*_own_set(config, encoder), *sets]

@@ -17,6 +17,7 @@ from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.console import Meter, say
 from posttrain.data import example_store as store
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.options import options_of
 from posttrain.data.example_kinds import RowEncoder
 from posttrain.data.examples import Examples
 from posttrain.data.formats import FORMATS, guest_files, recognise
@@ -74,7 +75,7 @@ def held_out_rows(data: DataConfig, use: RowUse, encoder: Encoder, max_length: i
     source = next(iter(sources_of(data).values()))
     split = Split(source, data, use, data.eval_path)
     deque(split.train, maxlen=0)  # past what is trained on, as far as that goes
-    where = data.eval_path or source.path
+    where, encoder = data.eval_path or source.path, encoder.reading_as(options_of(data))
     return RowEncoder(where, split.shape, use, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
 
 
@@ -83,6 +84,7 @@ def prepare_source(
 ) -> PreparedSource:
     """One source. first: the one with data.eval_path."""
     eval_path = data.eval_path if first else None
+    encoder = encoder.reading_as(options_of(data))
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
     options = source.model_dump(include=set(SourceConfig.model_fields) - {"path"})
     options |= data.model_dump(include={"eval_share", "eval_rows", "eval_rest", "max_untrained_share", "on_error"})

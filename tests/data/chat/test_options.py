@@ -122,6 +122,25 @@ def test_variables_by_config_and_by_row(make_tokenizer):
         build.encode(row | {"chat_template_kwargs": "mood"})
 
 
+def test_chatml_writes_reasoning(make_tokenizer):
+    tokenizer = make_tokenizer(chat_template("chatml"), ("<|im_start|>", "<|im_end|>"))
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        answer = {"role": "assistant", "content": "4", name: " two and two\n"}
+        encoded = Encoder(tokenizer, options=ChatOptions(on_loss="stop")).encode_conversation([THOUGHTFUL[0], answer])
+        assert spans(tokenizer, encoded) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+
+
+def test_the_data_says_how_its_rows_are_read(plain, tmp_path):
+    """Whatever the encoder was made for: an evaluation reads a run's held-out rows as the run did."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": THOUGHTFUL}) + "\n")
+    words = [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", "data.reasoning=drop", "data.on_loss=stop"]
+    data, use = validate(compose_run("sft", words)).data, row_uses()["sft"]
+    one, other = (
+        prepare(data, use, Encoder(plain, options=o), 1000, tmp_path / "cache")[0] for o in (None, ChatOptions(turns="last"))
+    )
+    assert one.key == other.key and one.stats.lost == {} == other.stats.lost
+
+
 def prepared(folder: Path, tokenizer: Any, rows: list[dict[str, Any]], *words: str):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"data.path={folder / 'rows.jsonl'}", "data.eval_share=0", "data.max_untrained_share=1", *words]

@@ -70,6 +70,13 @@ class Encoder:
         other.weighing = weighing
         return other
 
+    def reading_as(self, options: ChatOptions) -> Encoder:
+        """The same tokenizer, with other parts of a conversation handed to the chat template."""
+        other = copy.copy(self)
+        other.options = options
+        other._template = self._template if options.variables == self.options.variables else None
+        return other
+
     def encode(self, row: CanonicalRow) -> Encoded | EncodedPair:
         """Encode a canonical row of any kind."""
         return self.encode_pair(row) if "chosen" in row else self._encode([self._text(row)])[0]

@@ -11,7 +11,9 @@ from posttrain.errors import UserError, did_you_mean
 
 CHATML = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- set thoughts = message['reasoning_content'] or message['thinking'] or message['reasoning'] or '' -%}
+{%- if thoughts -%}{%- set thoughts = '<think>\\n' + thoughts.strip() + '\\n</think>\\n\\n' -%}{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + thoughts + message['content'] + '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}

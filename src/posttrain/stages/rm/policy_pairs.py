@@ -9,6 +9,7 @@ import torch
 
 from posttrain.config.schema import DataConfig
 from posttrain.console import Meter, say
+from posttrain.data.chat.options import options_of
 from posttrain.data.prepare import canonical_rows
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import prompt_of, reference_of
@@ -53,7 +54,8 @@ def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
 
 def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, object]]:
     live = load_model(directory, device_here())
-    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
+    options = options_of(cfg.data)
+    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision, options=options)
     sampling = Sampling(cfg.rm.max_new_tokens, 1.0, 1.0, 0, AT_ONCE)
     room = cfg.train.max_length - cfg.rm.max_new_tokens
     rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, PROMPTS)]
