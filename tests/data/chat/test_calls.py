@@ -9,6 +9,7 @@ from posttrain.data.chat.encoded import Encoded
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template
+from posttrain.data.formats import to_canonical
 from posttrain.errors import UserError
 from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK
 
@@ -157,6 +158,16 @@ def test_markers_do_not_hide_a_call_that_is_left_out(make_tokenizer, name):
     }
     with pytest.raises(UserError, match=r"^tool calls are not rendered by the chat template; data\.tools=inline"):
         encoder(stock(make_tokenizer, name), name, on_loss="own").encode_conversation([user("a"), call])
+
+
+def test_rows_with_function_call_and_its_result_are_read(make_tokenizer):
+    """As OpenAI had calls before `tool_calls`."""
+    call = {"role": "assistant", "content": None, "function_call": {"name": "price", "arguments": json.dumps(ARGUMENTS)}}
+    result = {"role": "function", "name": "price", "content": "4.5"}
+    row = {"messages": [user("How much?"), call, result, {"role": "assistant", "content": "4.50"}], "tools": json.dumps(TOOLS)}
+    tokenizer = stock(make_tokenizer, "qwen3")
+    (encoded,) = encoder(tokenizer, "qwen3").encode_many([(1, to_canonical(row, "messages", "row 1"))], str)
+    assert spans(tokenizer, encoded)[0] == SPANS["qwen3"] and encoded.lost == ()
 
 
 def test_a_call_without_its_arguments_is_refused(make_tokenizer):

@@ -106,6 +106,14 @@ def test_each_turn_is_learnt_as_it_was_generated(make_tokenizer, tmp_path):
     assert [spans(tokenizer, only.encode(one)) for one in only.options.examples_of(row)] == [[last]]
 
 
+def test_turns_of_weight_0_are_context(make_tokenizer):
+    tokenizer = qwen3(make_tokenizer)
+    marked = [THOUGHTFUL[0], THOUGHTFUL[1] | {"weight": 0}, *THOUGHTFUL[2:]]
+    build = Encoder(tokenizer, options=ChatOptions(turns="each", on_loss="stop"))
+    assert [row["first"] for row in build.options.examples_of({"messages": marked})] == [3]
+    assert build.encode_conversation(marked).lost == ()  # the first thought is left out, as it is when the model writes
+
+
 def test_variables_by_config_and_by_row(make_tokenizer):
     tokenizer = make_tokenizer(
         chat_template("chatml").replace("{%- for", "{{- '<' ~ (mood or 'none') ~ '>' -}}{%- for", 1),

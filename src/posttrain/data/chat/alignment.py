@@ -147,7 +147,7 @@ def sentinels(text: str) -> list[str]:
 
 def skeleton(messages: list[Message], tested: re.Pattern[str], first: int = 0) -> tuple[list[Message], list[Word]]:
     """The `plain` messages with a sentinel in place of each run of words, also of calls' arguments; and the words in order.
-    Thoughts before messages[first] may be left out, as they are when the model writes."""
+    Thoughts before messages[first], and in messages of weight 0, may be left out, as they are when the model writes."""
     words: list[Word] = []
 
     def place(text: str, field: Field | None) -> str:
@@ -167,16 +167,15 @@ def skeleton(messages: list[Message], tested: re.Pattern[str], first: int = 0) -
     bones: list[Message] = []
     for i, message in enumerate(messages):
         role, bone = message["role"], dict(message)
-        own = role == "assistant"
+        learnt = i >= first and message.get("weight") != 0
+        own = role == "assistant" and learnt
         # Beside tool calls, a template may leave out an empty content with all that is around it; nothing to find then.
         empty_calls = message.get("tool_calls") and not content_of(message).strip()
         for name, value in message.items():
             if name == "content" and not empty_calls:
-                bone[name] = replace(
-                    value, Field(f"content of {role} messages", own), Field("<think>", own) if i >= first else None
-                )
+                bone[name] = replace(value, Field(f"content of {role} messages", own), Field("<think>", own) if learnt else None)
             elif name in REASONING:
-                bone[name] = replace(value, *[Field(name, own) if i >= first else None] * 2)
+                bone[name] = replace(value, *[Field(name, own) if learnt else None] * 2)
             elif name == "tool_calls":
                 bone[name] = [_boned(call, lambda text: place(text, ARGUMENTS)) for call in value]
         bones.append(bone)

@@ -46,9 +46,11 @@ class ChatOptions:
         messages = row.get("messages")
         if self.turns == "all" or not isinstance(messages, list):
             return [row]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+        if not turns:
+            return [row]
         if self.turns == "last":
-            return [{**row, "first": turns[-1]}] if turns else [row]
+            return [{**row, "first": turns[-1]}]
         return [{**row, "messages": messages[: i + 1], "first": i} for i in turns]
 
     def check(self, lost: Sequence[Field]) -> None:

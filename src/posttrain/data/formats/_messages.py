@@ -10,7 +10,7 @@ from posttrain.data.formats._columns import checked_text
 from posttrain.data.rows import Message
 from posttrain.errors import UserError, did_you_mean
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -75,14 +75,14 @@ def _message(item: Any, name: str) -> Message:
     if role == "function_call" and told == "from":
         calls = _calls(checked_text(item.get(said), f"{said} of {name}"), name)
         return {"role": "assistant", "content": "", "tool_calls": calls, **_weight(item, name)}
-    calls = bool(item.get("tool_calls"))
+    calls = bool(item.get("tool_calls") or item.get("function_call"))
     if said not in item and not calls:
         raise UserError(f"{name} has no {said}; its keys are {', '.join(item)}")
     content = "" if calls and item.get(said) is None else _content(item[said], f"{said} of {name}")
     rest = {key: value for key, value in item.items() if key not in (told, said, *MARKS) and value is not None}
     if not calls:
         rest.pop("tool_calls", None)  # an empty list of them
-    role = _SHAREGPT_ROLES[role] if told == "from" else role
+    role = _SHAREGPT_ROLES[role] if told == "from" else "tool" if role == "function" else role  # OpenAI's name before `tool`
     return {"role": role, "content": content, **rest, **_weight(item, name)}
 
 
