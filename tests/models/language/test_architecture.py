@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 from posttrain.models.language.architecture import model_class, outside_text, towers
+from posttrain.models.language.decoder import decoder_of
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
@@ -79,11 +82,9 @@ def test_full_training_leaves_out_what_reads_no_text() -> None:
 
 
 def test_layers_that_attend_to_pictures_alone_are_left_out_too() -> None:
-    text = TEXT | {
-        "bos_token_id": 2,
-        "cross_attention_layers": [1],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
+    """Text skips them, and packs are as exact as without them."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = TEXT | {"bos_token_id": 2, "cross_attention_layers": [1], "rope_parameters": rope}
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2}
     size: dict[str, Any] = {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0], "vision_output_dim": 32}
     del text["head_dim"]
@@ -91,6 +92,16 @@ def test_layers_that_attend_to_pictures_alone_are_left_out_too() -> None:
     crossing = sum(p.numel() for p in model.model.language_model.layers[1].parameters())
     assert towers(model)["cross-attention layers"] == crossing > 5 * 32 * 32
     assert set(towers(model)) == {"cross-attention layers", "model.vision_model", "model.multi_modal_projector"}
+    assert PackedLM(model).reading.way == "packed"
+
+
+def test_a_whole_causal_model_may_lie_within() -> None:
+    """Llama 4's: last hidden states come from the decoder within that."""
+    text = TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 16}
+    size = {"image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=VISION | size))
+    assert decoder_of(model) is model.language_model.model
+    assert set(towers(model)) == {"vision_model", "multi_modal_projector"}
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3"])

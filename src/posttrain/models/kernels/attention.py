@@ -247,7 +247,8 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if types is None:
-        return [window] * config.num_hidden_layers
+        pictures = getattr(config, "cross_attention_layers", None) or ()  # which text skips
+        return [window] * (config.num_hidden_layers - len(pictures))
     if unknown := sorted(set(types) - FULL - SLIDING - NO_ATTENTION):
         raise ValueError(f"layers of type {', '.join(unknown)} are not known to keep documents apart")
     return [window if kind in SLIDING else None for kind in types if kind not in NO_ATTENTION]

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from posttrain.errors import UserError
+from posttrain.models.language.decoder import decoder_of
 
 
 def config_of(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -49,7 +50,7 @@ def outside_text(model: Any) -> dict[str, nn.Parameter]:
     config = model.config.get_text_config() if hasattr(model, "get_decoder") else None
     if config is None or config is model.config:
         return {}
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     blocks: Any = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList())
     of_pictures = {id(p) for i in getattr(config, "cross_attention_layers", None) or () for p in blocks[i].parameters()}
     parts = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
@@ -60,7 +61,8 @@ def outside_text(model: Any) -> dict[str, nn.Parameter]:
 def towers(model: Any) -> dict[str, int]:
     """Which parts of the model `outside_text` are, as names from the model's root, and how many parameters each has."""
     found: dict[str, int] = {}
-    decoder = next((f"{name}." for name, m in model.named_modules() if m is model.get_decoder()), "")
+    inner = decoder_of(model)
+    decoder = next((f"{name}." for name, m in model.named_modules() if m is inner), "")
     for name, parameter in outside_text(model).items():
         depth = next(i for i, part in enumerate([*decoder.split("."), ""]) if name.split(".")[i] != part)
         part = "cross-attention layers" if name.startswith(decoder) else ".".join(name.split(".")[: depth + 1])

@@ -12,7 +12,8 @@ def decoder_of(causal: PreTrainedModel) -> nn.Module:
     """Embeddings, layers and final norm of the language model, without its head and without what reads pictures or sound."""
     found: Any = causal.get_decoder()
     if found is not causal:
-        return found
+        # within some models of images and text is a whole causal one, head and all (Llama 4)
+        return decoder_of(found) if found.get_output_embeddings() is not None else found
     # some classes do not say: then the part that has the input embeddings
     embeddings = causal.get_input_embeddings()
     return next((child for child in causal.children() if any(m is embeddings for m in child.modules())), causal)
