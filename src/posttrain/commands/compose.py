@@ -33,6 +33,7 @@ from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.peft.export import write_lora
 from posttrain.models.peft.factors import Factors, joined
+from posttrain.models.peft.kinds import ROWS as OWN_ROWS
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -109,6 +110,8 @@ def _read(run: Path, artifact: Artifact) -> Part:
     adapter = Adapter(artifact.verified().weights, "compose")
     if not is_plain_sum(adapter.config):
         raise UserError(f"{run}: the change of {adapter.kind.name} is no sum of matrices that others could be added to; merge it")
+    if adapter.config.get(OWN_ROWS):
+        raise UserError(f"{run}: it has tokens of its own, whose rows cannot be added to others; merge it")
     return Part(run, artifact, adapter)
 
 

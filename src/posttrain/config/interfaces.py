@@ -113,7 +113,8 @@ class Method(Strict):
     output: what a run of it leaves, weights of the model itself or an adapter in peft's format; saves: of what kind the adapter
     is. is_additive: a layer's change is B A throughout training, so it can lie on top of another's, and both are one of summed
     rank. writes_base: it changes weights of the base, at its start or in training. can_continue: it can go on with what a run of
-    it has left. own_parts: what the names of parameters have in them that it adds to the base's modules.
+    it has left. adds_tokens: it trains rows of the embedding and of the head, those of `model.add_tokens`. own_parts: what the
+    names of parameters have in them that it adds to the base's modules.
     """
 
     output: ClassVar[Literal["model", "adapter"]] = "adapter"
@@ -126,6 +127,7 @@ class Method(Strict):
     for_ppo: ClassVar[bool] = False
     for_vllm: ClassVar[bool] = False
     for_fsdp: ClassVar[bool] = False
+    adds_tokens: ClassVar[bool] = False
     own_parts: ClassVar[tuple[str, ...]] = ()
     lr_factor: Rate
 

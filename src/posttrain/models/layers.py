@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from posttrain.models.language.architecture import outside_text
+
 
 class Kind(Enum):
     """Of a layer."""
@@ -46,12 +48,13 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
     experts = {name: int(module.num_experts) for name, module in modules.items() if is_fused(module)}  # pyright: ignore
     text, mixers, width = language_prefix(model), _state_mixers(modules), _width(model)
+    skipped = {id(parameter) for parameter in outside_text(model).values()}
     found: dict[str, Layer] = {}
     for name, module in modules.items():
         if isinstance(module, (nn.Linear, Conv1D)):
             if module is not head:
                 shape = shape_of(module)
-                kind = _kind(name, shape, text, experts, mixers, width)
+                kind = Kind.TOWER if id(module.weight) in skipped else _kind(name, shape, text, experts, mixers, width)
                 found[name] = Layer(name, kind, module, shape)
             continue
         for parameter, shape in own_shapes(module).items():

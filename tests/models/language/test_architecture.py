@@ -30,6 +30,7 @@ from posttrain.models.language.decoder import decoder_of
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.layers import Kind, layers_of
 from posttrain.models.peft.methods.none import METHOD as FULL
 
 TEXT: dict[str, Any] = {
@@ -92,6 +93,9 @@ def test_layers_that_attend_to_pictures_alone_are_left_out_too() -> None:
     crossing = sum(p.numel() for p in model.model.language_model.layers[1].parameters())
     assert towers(model)["cross-attention layers"] == crossing > 5 * 32 * 32
     assert set(towers(model)) == {"cross-attention layers", "model.vision_model", "model.multi_modal_projector"}
+    kinds = {name: layer.kind for name, layer in layers_of(model).items()}
+    assert {kind for name, kind in kinds.items() if ".layers.1." in name} == {Kind.TOWER}
+    assert Kind.TOWER not in {kind for name, kind in kinds.items() if ".language_model.layers.0." in name}
     assert PackedLM(model).reading.way == "packed"
 
 

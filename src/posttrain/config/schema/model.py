@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config.choices import Kernels
 from posttrain.config.fields import Strict
@@ -29,6 +29,7 @@ class LanguageModel(ModelConfig):
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool
     ignore_unexpected: bool  # leave tensors out that the model has no place for
+    add_tokens: list[str] | None  # put into the tokenizer where they are not; their rows of embedding and head are trained
 
     @model_validator(mode="after")
     def _code_is_pinned(self) -> LanguageModel:
@@ -36,6 +37,13 @@ class LanguageModel(ModelConfig):
         if self.trust_remote_code and not pinned:
             raise ValueError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
         return self
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _tokens_are_texts(cls, tokens: list[str] | None) -> list[str] | None:
+        if tokens is not None and (len(set(tokens)) < len(tokens) or not all(token.strip() for token in tokens)):
+            raise ValueError("model.add_tokens: each token must be a text of its own, and not only spaces")
+        return tokens or None
 
 
 # of what the registries find: a method and a quantizer is a file each, in models/

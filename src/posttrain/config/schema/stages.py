@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from posttrain.config.fields import Rate, Strict
+from posttrain.config.interfaces import METHODS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
 from posttrain.config.schema.model import ChainConfig, LanguageModel, ModelConfig, PeftConfig, QuantConfig
@@ -63,6 +64,15 @@ class LanguageStage(Stage):
     def _dense_copies_are_read(self) -> LanguageStage:
         if self.model.kernels == "reference" and self.quant.kept_dense not in ("auto", 0):
             raise ValueError("quant.dense_layers: model.kernels=reference reads no dense copies; say quant.dense_layers=0")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_trained(self) -> LanguageStage:
+        if self.model.add_tokens and not self.peft.adds_tokens:
+            able = ", ".join(name for name, method in METHODS.all().items() if method.adds_tokens)
+            raise ValueError(f"model.add_tokens: peft={self.peft.name} trains no rows of the embedding; use one of {able}")
+        if self.model.add_tokens and self.train.fsdp:
+            raise ValueError("model.add_tokens: train.fsdp does not shard rows of the embedding; say train.fsdp=false")
         return self
 
 

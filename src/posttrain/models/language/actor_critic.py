@@ -55,8 +55,9 @@ class ActorCritic(nn.Module):
         if names is None or names == self._speaking:
             return
         for layer in adapter_layers(self.policy):
-            layer._active_adapter = names
-            layer._disable_adapters = not names
+            own = [name for name in names if name in getattr(layer, "token_indices", names)]  # few have rows of the embedding
+            layer._active_adapter = own
+            layer._disable_adapters = not own
         self._speaking = names
 
 

@@ -248,7 +248,7 @@ def in_float32(causal: PreTrainedModel) -> Iterator[None]:
 
 def _parts(module: nn.Module) -> list[nn.Module]:
     """The modules that hold all weights between them: each layer of a list whole, else those with weights of their own."""
-    if any(True for _ in module.parameters(recurse=False)):
+    if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "token_adapter"):
         return [module]
     if isinstance(module, nn.ModuleList):
         return list(module)

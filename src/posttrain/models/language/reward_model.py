@@ -18,6 +18,7 @@ from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reading import Packing
 from posttrain.models.peft.export import WEIGHTS
 from posttrain.models.peft.kinds import kind_of
+from posttrain.models.peft.tokens import drop_layer
 from posttrain.runs.artifact import HEAD_FILE
 from posttrain.tensors import whole
 
@@ -36,8 +37,10 @@ class PackedScorer(PackedLM):
         causal = self.causal
         output: Any = causal.get_output_embeddings()
         words: Any = causal.get_input_embeddings()
-        if output.weight is not words.weight:
-            output.weight.requires_grad_(False)
+        shared = {id(p) for p in words.parameters()}
+        for parameter in output.parameters():
+            if id(parameter) not in shared:
+                parameter.requires_grad_(False)
         width = causal.config.get_text_config().hidden_size
         self.score = nn.Linear(width, 1, bias=False, device=causal.device)
         # at random it would begin with an opinion on every pair, which a small set takes its whole length to unlearn
@@ -74,7 +77,11 @@ class PackedScorer(PackedLM):
         super().save_adapter(out_dir, base_path, is_writer)
         weight = whole(self.score.weight)
         if is_writer:
-            (_write_head if classifier_of(self.causal.config) is None else _add_head)(out_dir, weight)
+            if classifier_of(self.causal.config) is None:
+                _write_head(out_dir, weight)
+            else:
+                output = self.causal.get_output_embeddings()
+                _add_head(out_dir, weight, next(name for name, module in self.causal.named_modules() if module is output))
 
     def load_head(self, directory: Path) -> None:
         """Take the head of a saved reward model."""
@@ -110,12 +117,13 @@ def _write_head(directory: Path, weight: Tensor) -> None:
     save_file({f"{HEAD}.weight": weight.contiguous()}, directory / HEAD_FILE, metadata={"format": "pt"})
 
 
-def _add_head(directory: Path, weight: Tensor) -> None:
+def _add_head(directory: Path, weight: Tensor, language_head: str) -> None:
+    """language_head: the layer that a classifier has not."""
     file = directory / "adapter_config.json"
     config: dict[str, Any] = json.loads(file.read_text())
     config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
-    file.write_text(json.dumps(config, indent=2))
     kind = kind_of(config)
     prefix = "base_model." if kind and kind.virtual else "base_model.model."
-    tensors = load_file(directory / WEIGHTS) | {f"{prefix}{HEAD}.weight": weight}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config, tensors = drop_layer(language_head, config, load_file(directory / WEIGHTS))
+    file.write_text(json.dumps(config, indent=2))
+    save_file(tensors | {f"{prefix}{HEAD}.weight": weight}, directory / WEIGHTS, metadata={"format": "pt"})

@@ -11,9 +11,11 @@ from torch import nn
 
 from posttrain.config.interfaces import Method
 from posttrain.errors import UserError
+from posttrain.models.language.new_tokens import make_room
 from posttrain.models.peft.kinds import kind_of
 from posttrain.models.peft.names import in_memory, todays_names, with_layers
 from posttrain.models.peft.quantized import read_packed
+from posttrain.models.peft.tokens import size_of, without_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,17 +44,20 @@ def add_frozen(model: PeftModel, adapter_dir: Path) -> None:
 
 
 def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
-    """Another adapter, frozen, that speaks only where it is called for by its name. Random numbers stay as they were."""
+    """Another adapter, frozen, that speaks only where it is called for by its name. Random numbers stay as they were.
+
+    Its rows of the embedding, if it has such, are those that the base has in memory (see peft/tokens.py).
+    """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     config, saved = _config_of(adapter_dir), _saved(adapter_dir)
+    weights = without_rows(model, config, load_peft_weights(str(adapter_dir), device="cpu"))
     before = torch.get_rng_state()
     with todays_names():
         model.add_adapter(name, _fitting(config, model))
     read_packed(model)
     torch.set_rng_state(before)  # peft initialises at random what is then loaded
-    tensors = in_memory(model, saved, load_peft_weights(str(adapter_dir), device="cpu"))
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    set_peft_model_state_dict(model, in_memory(model, saved, weights), adapter_name=name)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
@@ -93,6 +98,8 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
     from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     config, saved = _config_of(adapter_dir), _saved(adapter_dir)
+    if size := size_of(adapter_dir):
+        make_room(model, size)
     config.inference_mode = not is_trainable
     if not saved.get("target_parameters"):
         from peft import PeftModel

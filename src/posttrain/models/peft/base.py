@@ -41,13 +41,17 @@ class Adapted(Method):
         from posttrain.models.peft.attach import NEW
         from posttrain.models.peft.names import todays_names
         from posttrain.models.peft.quantized import read_packed
+        from posttrain.models.peft.tokens import check_tied, settings
 
         if self.saves:
             self.saves.register()
-        config = self.peft_config(model, num_steps, task)
+        config: Any = self.peft_config(model, num_steps, task)
+        if rows := settings(model):
+            config.trainable_token_indices = rows
         with todays_names():
             made = get_peft_model(model, config, adapter_name=NEW)
         read_packed(made)
+        check_tied(made)
         return self._ready(made)
 
     def continue_from(self, model: Any, adapter_dir: Path) -> Any:
@@ -205,7 +209,7 @@ def adapted_names(model: Any) -> set[str]:
 
     found = set()
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "token_indices"):
             own: str = getattr(module, "parameter_name", "weight")
             plain = name.replace(".base_layer", "")
             found.add(plain if own == "weight" else f"{plain}.{own}")

@@ -38,7 +38,7 @@ def export_adapter(model: PeftModel, out_dir: Path, base_path: str, is_writer: b
 def write_as_peft(model: PeftModel, out_dir: Path, base_path: str) -> None:
     """The newest adapter as peft writes it, beside the base that `base_path` names."""
     model.peft_config[NEW].base_model_name_or_path = base_path
-    model.save_pretrained(str(out_dir), selected_adapters=[NEW])
+    model.save_pretrained(str(out_dir), selected_adapters=[NEW], save_embedding_layers=False)
     _sort_targets(out_dir)
 
 

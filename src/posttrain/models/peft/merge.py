@@ -25,6 +25,7 @@ from posttrain.models.peft.export import CONFIG, WEIGHTS
 from posttrain.models.peft.factors import Factors
 from posttrain.models.peft.kinds import require_kind
 from posttrain.models.peft.names import by_parameter
+from posttrain.models.peft.tokens import Rows, merge_rows
 from posttrain.runs.cache import cache_root
 
 
@@ -95,6 +96,7 @@ def write_merged(
         for file in base_dir.glob(pattern):
             if file.suffix != ".safetensors" and file.name != "source.json":
                 shutil.copy(file, out / file.name)
+    merge_rows(out, Rows.of(adapter.config, adapter.tensors))
     settle(out, source.format is not None and form != "same", None if form in ("plain", "same") else form)
 
 

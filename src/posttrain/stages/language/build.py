@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from posttrain.config.schema import LanguageStage
 from posttrain.models.counting import count_parameters, record
 from posttrain.models.hub import BaseInfo
 from posttrain.models.language.dropout import switch_off_dropout
+from posttrain.models.language.new_tokens import NewToken, give_rows
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
+from posttrain.models.peft.tokens import inherit
 from posttrain.stages.language.init import InitSource
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
@@ -34,9 +37,16 @@ class TrainableModel:
 
 
 def build_model(
-    cfg: LanguageStage, start: InitSource, base: BaseInfo, num_steps: int, device: torch.device, scores: bool = False
+    cfg: LanguageStage,
+    start: InitSource,
+    base: BaseInfo,
+    num_steps: int,
+    device: torch.device,
+    scores: bool = False,
+    tokens: Sequence[NewToken] = (),
 ) -> TrainableModel:
     """Load, quantize, put the method on it, over the start's adapter where there is one, and wrap. scores: as a reward model.
+    tokens: those of `model.add_tokens`.
 
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
@@ -48,6 +58,9 @@ def build_model(
     model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config, extra)
     if not cfg.train.base_dropout:
         switch_off_dropout(model)
+    if start.adapter:
+        inherit(model, start.adapter)
+    give_rows(model, tokens)
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if start.adapter and start.mode == "continue":
         model = cfg.peft.continue_from(model, start.adapter)

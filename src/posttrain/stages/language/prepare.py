@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from posttrain.errors import UserError
 from posttrain.evaluation.held_out import EvalSet
 from posttrain.models.hub import BaseInfo, resolve
 from posttrain.models.kernels.attention import check_attention
+from posttrain.models.language.architecture import config_of
+from posttrain.models.language.new_tokens import NewToken, add_tokens, embedding_rows, line_of
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
+from posttrain.models.peft.tokens import size_of
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
@@ -42,6 +46,8 @@ class Opened:
     base: BaseInfo
     tokenizer: Any
     encoder: Encoder
+    new_tokens: Sequence[NewToken] = ()
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,14 @@ class PreparedData:
     sets: list[EvalSet]
     order: BatchSampler
     ewc_text: Examples | None = None
+    new_tokens: Sequence[NewToken] = ()
 
     def function(self, cfg: LanguageStage, base: str | None = None, adapter: str | None = None) -> str:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
         adapter: digests of others than the start's."""
         weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
         computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels, cfg.train.packing]
-        return content_hash(weights, cfg.quant.model_dump(), *computed)
+        return content_hash(weights, cfg.quant.model_dump(), *computed, *self.new_tokens)
 
 
 def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
@@ -72,8 +79,13 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     start, model = resolve_start(cfg, weights), cfg.model
     base = find_base(start, model.revision, weights)
     tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
+    config = config_of(resolve(start.source, model.revision, weights=False).directory, model.trust_remote_code)
+    inherited = size_of(start.adapter) if start.adapter else 0
+    wanted = None if model.add_tokens else max(inherited, *tokenizer.get_vocab().values()) + 1
+    rows = max(inherited, embedding_rows(config, wanted, model.trust_remote_code))
+    tokens = add_tokens(tokenizer, model.add_tokens or (), rows)
     encoder = make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg), options_of(cfg.data))
-    return Opened(start, base, tokenizer, encoder)
+    return Opened(start, base, tokenizer, encoder, tokens, rows)
 
 
 def prepare_language(context: Context) -> Prepared[PreparedData]:
@@ -96,8 +108,9 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         start, base = merged_start(cfg, start, base)
         ewc_text = _ewc_text(cfg, opened.encoder, own_text)
     found = PreparedData(
-        start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text
-    )
+        start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text,
+        opened.new_tokens,
+    )  # fmt: skip
     identity = {
         "data.content": data.content,
         "train.processes": context.processes,
@@ -106,6 +119,8 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         "init.parents": [parent.digest for parent in start.parents],
     }
     lines = lines_of(cfg, context.directory, start, base, data, order)
+    if opened.new_tokens:
+        lines.insert(1, line_of(opened.new_tokens, opened.rows))
     return Prepared(found, identity, order, lines, data.where)
 
 

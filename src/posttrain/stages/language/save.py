@@ -95,6 +95,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "kernels": model.module.report.record(),
         "reading": model.module.reading.record(),
         "trainable": model.counts,
+        "added_tokens": {token.text: token.id for token in data.new_tokens},
         "towers": towers(model.module.causal),
         "data": data.data.record(data.order.until(outcome.steps)),
         "held_out": asdict(data.data.held_out_stats),

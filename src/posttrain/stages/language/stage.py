@@ -60,7 +60,7 @@ class LanguageSteps:
 
 def build_language(context: Context, data: PreparedData, num_steps: int, scores: bool) -> TrainableModel:
     """scores: as a reward model."""
-    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores)
+    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores, data.new_tokens)
     if frozen := towers(built.module.causal):
         parts = ", ".join(f"{name} ({count:,} parameters)" for name, count in frozen.items())
         say(f"the rows are text: the language model is trained, and {parts} stays as it is")

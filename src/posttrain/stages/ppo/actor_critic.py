@@ -14,6 +14,7 @@ from posttrain.models.language.loading import load_model, scorer
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import INIT, NEW, put_beside
+from posttrain.models.peft.tokens import size_of
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.earlier import same_base
 from posttrain.stages.language.build import TrainableModel, build_model
@@ -70,13 +71,19 @@ def _policy_and_reference(
     if cfg.peft.is_additive and not cfg.peft.writes_base and inputs.start.adapter:
         put_beside(policy.model, inputs.start.adapter, INIT)  # pyright: ignore
         return {"policy": [NEW], "reference": [INIT]}, None
-    frozen = build_model(cfg, inputs.start, inputs.base, 1, device).module
+    frozen = build_model(cfg, inputs.start, inputs.base, 1, device, tokens=inputs.new_tokens).module
     return {}, frozen.requires_grad_(False).eval()
 
 
 def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
-    """Is it an adapter that can take turns with the policy's: a LoRA on the same weights in the same number format?"""
-    if not start.adapter or start.mode != "stack" or not same_base(start.base_digest, inputs.base.digest):
+    """Is it an adapter that can take turns with the policy's: a LoRA on the same weights in the same number format, with no rows
+    of the embedding of its own?"""
+    if (
+        not start.adapter
+        or start.mode != "stack"
+        or not same_base(start.base_digest, inputs.base.digest)
+        or size_of(start.adapter)
+    ):
         return False
     return open_artifact(start.adapter.parent, "init_reward").quantization == cfg.quant.model_dump()
 
@@ -92,6 +99,6 @@ def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: tor
 def _critic(cfg: Ppo, start: InitSource, inputs: PreparedData, device: torch.device) -> PackedScorer:
     base = find_base(start, None if start.scorer else inputs.base.revision)
     start, base = merged_start(cfg, start, base)
-    found = build_model(cfg, start, base, 1, device, scores=True).module
+    found = build_model(cfg, start, base, 1, device, True, inputs.new_tokens).module
     assert isinstance(found, PackedScorer)
     return found

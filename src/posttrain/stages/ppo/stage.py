@@ -13,6 +13,7 @@ from posttrain.errors import UserError
 from posttrain.models.hub import context_length
 from posttrain.models.language.actor_critic import ActorCritic
 from posttrain.models.language.generation import Sampling, sample
+from posttrain.models.peft.tokens import size_of
 from posttrain.rewards import RewardFunction, load_function
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.init import InitSource, resolve_reward
@@ -66,6 +67,9 @@ class PpoSteps:
             raise UserError(f"train.max_length: {cfg.train.max_length} is more than the model's context of {most} tokens")
         if cfg.rollout.engine == "vllm" and context.weights:
             check_engine()
+        start = language.data.start
+        if cfg.rollout.engine == "vllm" and (language.data.new_tokens or (start.adapter and size_of(start.adapter))):
+            raise UserError("rollout.engine: vllm takes no rows of the embedding beside an adapter; say rollout.engine=model")
         functions = [load_function(name, "reward.function") for name in cfg.reward.function]
         gold = load_function(cfg.reward.gold, "reward.gold") if cfg.reward.gold and ":" in cfg.reward.gold else None
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)

@@ -44,6 +44,7 @@ class Dora(Targeted):
     saves = DoraKind("dora", "LORA")
     own_parts = ("lora_", "magnitude")
     can_continue = True
+    adds_tokens = True
     on_quantized = True
     for_images = True
     for_ppo = True

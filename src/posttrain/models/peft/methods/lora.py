@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from posttrain.config.fields import Rate
 from posttrain.config.interfaces import AdapterKind
 from posttrain.models.peft.base import Targeted, check_same
-from posttrain.models.peft.kinds import odd_setting, odd_tensor
+from posttrain.models.peft.kinds import ROWS, ROWS_END, odd_setting, odd_tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from posttrain.models.peft.factors import Factors
 
-UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "use_dora", "target_parameters"}
+UNDERSTOOD = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "use_dora",
+    ROWS,
+    "target_parameters",
+}
 
 
 class LoraKind(AdapterKind):
@@ -37,7 +47,7 @@ class LoraKind(AdapterKind):
     @property
     def ends(self) -> tuple[str, ...]:
         """Of the names of a layer's tensors."""
-        return (".lora_A.weight", ".lora_B.weight")
+        return (".lora_A.weight", ".lora_B.weight", ROWS_END)
 
     def layers(self, tensors: Collection[str]) -> list[str]:
         return sorted(name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight"))
@@ -85,11 +95,13 @@ class SavedAsLora(Targeted):
         """A frozen adapter and the new one become one of their summed rank, exactly: B A = [B_init B_new] [A_init; A_new]."""
         from posttrain.models.peft.attach import NEW
         from posttrain.models.peft.export import write_lora
+        from posttrain.models.peft.tokens import write_rows
 
         config: Any = model.peft_config[NEW]
         scale, layers = self.sums(model)
         if is_writer:
             write_lora(layers, scale, out_dir, base_path, model.get_base_model(), config.fan_in_fan_out)
+            write_rows(model, NEW, out_dir)
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
         """A scale, and each layer's whole change over it as factors."""
@@ -102,6 +114,7 @@ class LoraFamily(SavedAsLora):
     is_additive = True
     on_parameters = True
     can_continue = True
+    adds_tokens = True
     for_ppo = True
     for_vllm = True
     for_fsdp = True

@@ -11,6 +11,7 @@ class Full(OwnWeights):
     """Full training."""
 
     for_images = True
+    adds_tokens = True
     method: Literal["none"]
 
     @property
