@@ -1,6 +1,7 @@
 """Tool calls in every form that people have, as stock templates render them, and what is said where they do not."""
 
 import json
+import random
 
 import pytest
 from tokenizers import processors
@@ -117,6 +118,30 @@ def test_calls_agree_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
     assert len(found) == len(wanted) == 3
     for ours, their in zip(found, wanted, strict=True):
         assert their.rstrip() in {lead + ours for lead in TWIN_LEADS}
+
+
+def any_value(rng: random.Random, depth: int = 0):
+    kind = rng.randrange(7 if depth < 2 else 5)
+    text = "".join(rng.choice(["a", "it's", '"q"', "\n", "\\", "é", "日本", "{x}", "</tool_call>", "  ", "1"]) for _ in range(3))
+    if kind > 4:
+        inner = [any_value(rng, depth + 1) for _ in range(2)]
+        return inner if kind == 5 else {"k": inner[0], "l'": inner[1]}
+    return [text, rng.randrange(10**6), rng.random(), rng.random() < 0.5, None][kind]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "deepseekv3", "llama3_1", "gptoss"])
+def test_any_arguments_are_trained_letter_by_letter(make_tokenizer, name):
+    rng = random.Random(name)
+    tokenizer = stock(make_tokenizer, name)
+    build = encoder(tokenizer, name)
+    for _ in range(30):
+        arguments = {f"n{k}": any_value(rng) for k in range(rng.randrange(4))}
+        sent = arguments if rng.random() < 0.5 else json.dumps(arguments)
+        call = {"type": "function", "function": {"name": "price", "arguments": sent}}
+        encoded = build.encode_conversation([user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS)
+        wanted = SPANS[name].replace(json.dumps(ARGUMENTS), json.dumps(arguments, ensure_ascii=False))
+        assert spans(tokenizer, encoded) == [wanted]
+        assert [part.name for part in encoded.lost if part.own] == []
 
 
 def test_tools_may_be_flat_and_calls_empty_or_several(make_tokenizer):

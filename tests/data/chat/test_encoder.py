@@ -63,6 +63,16 @@ def test_markers_are_used_and_the_end_of_turn_outside_them_is_included(make_toke
     assert coloured(tokenizer, result) == expected
 
 
+def test_a_turn_may_be_marked_in_pieces(make_tokenizer):
+    pieces = "{% generation %}{% endgeneration %}{% generation %}{{ m.content }}{% endgeneration %}{% generation %}"
+    template = MARKED.replace(
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else", pieces + "{{ '!' }}{% endgeneration %}{% else"
+    )
+    tokenizer = make_tokenizer(template, CHATML_TOKENS)
+    result = Encoder(tokenizer).encode_conversation([user("Hi"), assistant("The dog")])
+    assert coloured(tokenizer, result) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{The dog!<|im_end|>}\n"
+
+
 def test_markers_that_cover_no_assistant_turn_are_an_error(make_tokenizer):
     template = MARKED.replace("m.role == 'assistant'", "m.role == 'model'")
     with pytest.raises(UserError, match="markers cover 0 of 1 assistant turns"):

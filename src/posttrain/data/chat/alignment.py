@@ -215,6 +215,17 @@ def first_words(text: str, content: str, tested: re.Pattern[str]) -> tuple[int, 
     return start, at
 
 
+def joined(text: str, spans: Sequence[Span], ends: tuple[str, ...]) -> list[Span]:
+    """Spans that hold a letter, those that touch as one unless an end is between: a template may mark a turn in pieces."""
+    found: list[Span] = []
+    for start, stop in spans:
+        if found and start <= found[-1][1] and not text[slice(*found[-1])].rstrip().endswith(ends):
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        elif text[start:stop].strip():
+            found.append((start, stop))
+    return found
+
+
 def blank_before(text: str, position: int) -> str:
     """The white space right before a position."""
     return text[len(text[:position].rstrip()) : position]

@@ -25,6 +25,7 @@ from posttrain.data.chat.alignment import (
     blank_before,
     content_of,
     first_words,
+    joined,
     lay_out,
     other_fields,
     sentinels,
@@ -68,7 +69,7 @@ class ChatTemplate:
         key = json.dumps([bones, given.tools, first, given.variables, len(words)])
         others = other_fields(known, real)
         if self._renderer.is_marked(given):
-            found = self._render_marked(known, given, first, real, marked)
+            found = self._render_marked(known, given, first, real, joined(real, marked, tuple(self._ends)))
             return replace(found, lost=(*self._layout(key).lost_of(words), *others))
         for layout_of in (self._layout, self._make_layout):  # made anew: a template may write today's date
             layout = layout_of(key)
