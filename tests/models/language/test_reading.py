@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from posttrain.batch import Segment
 from posttrain.errors import UserError
 from posttrain.models.kernels.documents import documents, end_to_end, in_rows
+from posttrain.models.kernels.logprobs import head_of
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reading import in_float32, lengths_border
@@ -185,6 +187,11 @@ def test_a_deep_model_in_half_precision_is_compared_without_its_rounding() -> No
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_a_head_whose_format_is_asked_for_computes_in_float32_too() -> None:
+    """Mamba 2 casts its last states to the format of its head before it calls it."""
+    assert PackedLM(tiny("mamba2").bfloat16()).reading.way == "rows"
+
+
 def test_computing_in_float32_a_layer_at_a_time_is_the_model_in_float32() -> None:
     model: Any = build("Gemma3").bfloat16()
     tokens = torch.tensor([[5, 6, 7, 8]])
@@ -238,3 +245,27 @@ def test_a_model_that_padding_changes_reads_one_document_at_a_time() -> None:
     lm = PackedLM(model)
     assert lm.reading.way == "alone" and "the model reads one document at a time (train.packing=auto): " in lm.reading.line
     assert_alike(model, lm)
+
+
+def test_a_head_that_leaves_out_what_its_config_says_is_found_out() -> None:
+    """Aya Vision's logits are not multiplied by the scale of its text model's config; Cohere's own are."""
+    model: Any = build("Cohere")
+    assert not PackedLM(model).plain_head
+    model.logit_scale = 1.0
+    assert model.config.logit_scale == 0.25
+    lm = PackedLM(model)
+    assert lm.plain_head and lm.head.scale == 1.0
+    assert_alike(model, lm)
+
+
+@pytest.mark.parametrize(
+    ("said", "scale", "softcap"),
+    [
+        ({"logit_scale": 0.25}, 0.25, None), ({"logits_scaling": 4.0}, 0.25, None),
+        ({"output_multiplier": 3.0, "final_logit_softcapping": 20.0}, 3.0, 20.0),
+        ({"logits_mup_width_multiplier": 2.0}, 0.5, None), ({"output_logit_soft_cap": 30.0}, 1.0, 30.0),
+    ],
+)  # fmt: skip
+def test_a_head_is_what_its_config_calls_it(said: dict[str, float], scale: float, softcap: float | None) -> None:
+    head = head_of(torch.nn.Linear(2, 3), SimpleNamespace(**said))  # pyright: ignore[reportArgumentType]
+    assert (head.scale, head.softcap) == (scale, softcap)

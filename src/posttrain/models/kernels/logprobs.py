@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+# of a config: what logits are multiplied by (Cohere, Muse), divided by (Granite, Inkling), and capped at (Gemma, xLSTM)
+SCALES, DIVISORS = ("logit_scale", "output_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
 WIDENED = 2**13  # words whose weights are in float32 at a time, for a comparison
 
 
@@ -72,10 +76,11 @@ class Head(NamedTuple):
 
 
 def head_of(output: nn.Linear, config: PretrainedConfig) -> Head:
-    """A causal model's head as its config describes it: scale as Cohere or Granite write it, softcap as Gemma."""
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Head(output.weight, getattr(output, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+    """A causal model's head as its config describes it, under the names that model families have for it."""
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in SCALES)
+    scale /= math.prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
+    softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None)), None)
+    return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
 
 
 def token_logprobs(hidden: Tensor, target: Tensor, head: Head, rows: int | None = None, words: int | None = None) -> Tensor:

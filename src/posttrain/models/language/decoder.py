@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def decoder_of(causal: PreTrainedModel) -> nn.Module:
     """Embeddings, layers and final norm of the language model, without its head and without what reads pictures or sound."""
     found: Any = causal.get_decoder()
-    if found is not causal:
+    if found is not causal and found is not causal.get_output_embeddings():  # a head may be called decoder
         # within some models of images and text is a whole causal one, head and all (Llama 4)
         return decoder_of(found) if found.get_output_embeddings() is not None else found
     # some classes do not say: then the part that has the input embeddings

@@ -42,6 +42,7 @@ class PackedLM(nn.Module):
         self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
         self.own_attention = str(self.causal.config._attn_implementation)
+        self.plain_head = False  # does it leave out what its config says of its head? (models/language/reading.py finds out)
         self.border = lengths_border(self.causal)
         self.cache_keyword: str | None = None  # found out by the first answers that are written (growing.py)
         self.reading = choose_reading(self, attention, packing)
@@ -101,7 +102,8 @@ class PackedLM(nn.Module):
     def head(self) -> Head:
         """The output head with its scale and softcap."""
         output: Any = self.causal.get_output_embeddings()
-        return head_of(output, self.causal.config.get_text_config())
+        found = head_of(output, self.causal.config.get_text_config())
+        return found._replace(scale=1.0, softcap=None) if self.plain_head else found
 
     def hidden(self, positions: Tensor, mask: DocumentMask, cache: Cache | None = None, **inputs: Any) -> Tensor:
         """Last hidden states [T, H] of one pack. cache: an empty one, to put its keys and values into. inputs: input_ids

@@ -60,11 +60,13 @@ class Reading:
 
 
 class Reads(Protocol):
-    """What is compared: a model that reads packs in the way that `reading` says. own_attention: what it was loaded with."""
+    """What is compared: a model that reads packs in the way that `reading` says. own_attention: what it was loaded with.
+    plain_head: whether its head is a product alone, whatever its config says."""
 
     reading: Reading
     own_attention: str
     training: bool
+    plain_head: bool
 
     @property
     def causal(self) -> PreTrainedModel: ...
@@ -181,9 +183,7 @@ def _difference(lm: Reads) -> str:
             hidden = lm.hidden(pack.positions, pack.mask, input_ids=pack.tokens)
     except CannotCompute as error:
         return str(error)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        if on_meta and "meta tensors" in str(error):
-            return ""  # it asks for a value: loading it will tell
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
         if "Install" in str(error):  # transformers' own sentence
             return first_line(error)
         if on_meta and (isinstance(error, RuntimeError) or lm.reading.way in OWN):
@@ -201,8 +201,17 @@ def _difference(lm: Reads) -> str:
     tolerated = TOLERATED_KL_8_BIT if getattr(causal, "is_loaded_in_8bit", False) else TOLERATED_KL
     if not _kl(alone[1][:7], alone[2][:7]) <= tolerated:  # the prompt before two answers
         raise UserError(f"model.name: {kind} is not causal: what it says of a token depends on those after it; give one that is")
-    read = lm.head.exact(hidden.float()).double().log_softmax(-1)
-    kl = max(_kl(a, read[row]) for a, row in zip(alone, pack.rows, strict=True))
+    found = dict[bool, float]()
+    for lm.plain_head in (False, True):  # Aya Vision's config has its text model's scale, which its own head leaves out
+        read = lm.head.exact(hidden.float()).double().log_softmax(-1)
+        if read.shape[-1] != alone[0].shape[-1]:
+            return f"its head gives {alone[0].shape[-1]} logits, and has {read.shape[-1]} rows"
+        found[lm.plain_head] = max(_kl(a, read[row]) for a, row in zip(alone, pack.rows, strict=True))
+        if found[lm.plain_head] <= tolerated:
+            break
+    else:
+        lm.plain_head = False
+    kl = min(found.values())
     if not kl <= tolerated:
         return f"documents would see one another, or the head is computed otherwise (KL {kl:.1e} a token against each alone)"
     return ""
@@ -215,8 +224,11 @@ def _kl(p: Tensor, q: Tensor) -> float:
 
 @contextmanager
 def in_float32(causal: PreTrainedModel) -> Iterator[None]:
-    """Inside, half-precision weights compute in float32, a layer's at a time: what differs is then no rounding."""
-    parts = _parts(causal)
+    """Inside, half-precision weights compute in float32, a layer's at a time: what differs is then no rounding.
+
+    Final norm and head are wide all the while: some models ask for their format before they call them.
+    """
+    layers, others = _parts(causal)
     hooks: list[Any] = []
     four_bit: list[Any] = [module for module in causal.modules() if hasattr(module, "compute_dtype")]
     before = [module.compute_dtype for module in four_bit]
@@ -231,7 +243,9 @@ def in_float32(causal: PreTrainedModel) -> Iterator[None]:
         for parameter, data in kept.pop(id(module), []):
             parameter.data = data
 
-    for part in parts:
+    for part in others:
+        widen(part)
+    for part in layers:
         hooks += [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow)]
     for module in four_bit:
         module.compute_dtype = torch.float32
@@ -240,19 +254,20 @@ def in_float32(causal: PreTrainedModel) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for part in parts:
+        for part in (*layers, *others):
             narrow(part)
         for module, dtype in zip(four_bit, before, strict=True):
             module.compute_dtype = dtype
 
 
-def _parts(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold all weights between them: each layer of a list whole, else those with weights of their own."""
-    if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "token_adapter"):
-        return [module]
+def _parts(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that hold all weights between them: the layers of its lists, each whole, and all others with weights."""
     if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [part for child in module.children() for part in _parts(child)]
+        return list(module), []
+    if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "token_adapter"):
+        return [], [module]
+    found = [_parts(child) for child in module.children()]
+    return [layer for layers, _ in found for layer in layers], [other for _, others in found for other in others]
 
 
 def lengths_border(causal: PreTrainedModel) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.interfaces import QUANTIZERS, Quantizer
@@ -38,3 +39,15 @@ def keep_as_quantized(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+NARROWEST = 32  # rows and columns of a layer in four bits
+
+
+def wide_enough(shape: Collection[int]) -> bool:
+    """Is a weight one that is kept in four bits: of experts [experts, ...], or of a linear layer [out, in] that is not narrow?
+
+    bitsandbytes' kernel for a CPU wants rows in groups of NARROWEST, and what is narrower takes no memory: coefficients, gates.
+    """
+    out, width = tuple(shape)[-2:]
+    return len(shape) > 2 or (min(out, width) >= NARROWEST and out % NARROWEST == 0)

@@ -17,6 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from posttrain.models.layers import is_fused, language_prefix
+from posttrain.models.quantization import wide_enough
 
 MARK = "with_experts"  # of a BitsAndBytesConfig, that experts are meant too
 
@@ -34,6 +35,14 @@ class ExpertsToo(Bnb4BitHfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Asked of every weight that is loaded."""
         return self._is_experts(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_modules_to_not_convert(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:  # pyright: ignore
+        """Narrow layers too, where the config is ours."""
+        kept = super().get_modules_to_not_convert(model, *args, **kwargs)
+        if not getattr(self.quantization_config, MARK, False):
+            return kept
+        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        return kept + [name for name, module in linears if not wide_enough((module.out_features, module.in_features))]
 
     def _is_experts(self, model: Any, name: str) -> bool:
         if not getattr(self.quantization_config, MARK, False) or not name.startswith(language_prefix(model)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.config.fields import NonNegative
 from posttrain.config.interfaces import Quantizer
 from posttrain.errors import UserError
-from posttrain.models.quantization import blocks_linears, keep_as_quantized
+from posttrain.models.quantization import blocks_linears, keep_as_quantized, wide_enough
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ class Nf4(Quantizer):
     def quantize_blocks(self, model: nn.Module, device: str) -> None:
         quantize_blocks(model, self.double_quant, self.compute_dtype, device)
 
-    def weight_bytes(self, shape: Collection[int]) -> tuple[float, float]:
-        return nf4_bytes(math.prod(shape), self.double_quant)
+    def weight_bytes(self, shape: Collection[int]) -> tuple[float, float] | None:
+        return nf4_bytes(math.prod(shape), self.double_quant) if wide_enough(shape) else None
 
     def made(self, layer: Any) -> bool:
         return type(layer).__name__ == "Linear4bit"
@@ -102,6 +102,8 @@ def quantize_blocks(model: nn.Module, double_quant: bool, compute_dtype: str, de
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for name, module in blocks_linears(model).items():
+        if not wide_enough((module.out_features, module.in_features)):
+            continue
         kept = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": "nf4"}
         layer = Linear4bit(
             module.in_features, module.out_features, module.bias is not None, config.bnb_4bit_compute_dtype, device="meta", **kept
