@@ -68,6 +68,20 @@ def test_what_the_template_leaves_out_is_a_mistake(tmp_path: Path) -> None:
     assert warned == {"rows whose reasoning_content the chat template does not render": ["row 4"]}
 
 
+def test_each_turn_is_looked_at_as_it_is_trained(tmp_path: Path) -> None:
+    """By a template that leaves the thoughts of earlier turns out."""
+    (tmp_path / "last.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.thinking if loop.last and m.thinking else '') + m.content"
+        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    thought = [{**m, "thinking": "hm. "} if m["role"] == "assistant" else m for row in GOOD[:2] for m in row["messages"]]
+    words = ["data.turns=each", f"model.chat_template={tmp_path / 'last.jinja'}"]
+    found = preview(tmp_path, [{"messages": thought}], *words)
+    assert findings(found) == {} and found.sources[0].stats.rows == 1
+    shown = {"".join(token.text for token in segment.tokens if token.weight) for unit in found.units for segment in unit}
+    assert shown == {"hm. It is 0.<|im_end|>", "hm. It is 1.<|im_end|>"}
+
+
 def test_held_out_rows_that_are_trained_on_too(tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps(GOOD[5]) + "\n")
     found = findings(preview(tmp_path, GOOD, f"data.eval_path={tmp_path}/held.jsonl"))

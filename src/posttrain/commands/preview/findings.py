@@ -148,8 +148,8 @@ def _prompt_difference(encoder: Encoder, tokenizer: Any, row: dict[str, Any]) ->
     messages = row.get("messages")
     if not messages or messages[-1]["role"] != "assistant" or len(messages) < 2:
         return ""
-    trained = encoder.encode_conversation(messages, row.get("tools")).tokens
-    asked = encoder.encode_prompt({"messages": messages[:-1], "tools": row.get("tools")})
+    trained = encoder.encode_many([(0, row)], str)[0].tokens
+    asked = encoder.encode_prompt({**row, "messages": messages[:-1]})
     at = next((k for k, (a, b) in enumerate(zip(asked, trained, strict=False)) if a != b), None)
     if at is None or at >= len(asked) - 1:  # the last token may grow together with the answer's first letters
         return ""
