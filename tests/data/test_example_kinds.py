@@ -23,9 +23,15 @@ def encoder(make_tokenizer: Any) -> Encoder:
     return Encoder(make_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>"))
 
 
-def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int) -> PreparedSource:
+def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int, *more: str) -> PreparedSource:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"data.path={folder / 'rows.jsonl'}", "data.eval_share=0", "data.max_untrained_share=1", *GIVEN.get(stage, [])]
+    words = [
+        f"data.path={folder / 'rows.jsonl'}",
+        "data.eval_share=0",
+        "data.max_untrained_share=1",
+        *GIVEN.get(stage, []),
+        *more,
+    ]
     return prepare(validate(compose_run(stage, words)).data, row_uses()[stage], encoder, most, folder / "cache")[0]
 
 
@@ -135,10 +141,85 @@ def test_a_message_that_is_marked_and_a_prompt_in_messages_are_not_learnt(encode
 
 
 def test_prompts_alone_in_every_form(encoder: Encoder, tmp_path: Path) -> None:
-    """A text is a user's turn where the tokenizer has a chat template."""
+    """A text is a user's turn with data.template=chat, and plain text without."""
     user = [{"role": "user", "content": "q"}]
-    found = prepared(tmp_path, encoder, [{"prompt": user, "solution": "4"}, {"prompt": "q"}], "ppo", 64).train
+    rows = [{"prompt": user, "solution": "4"}, {"prompt": "q"}]
+    found = prepared(tmp_path, encoder.templated(True), rows, "ppo", 64).train
     assert found.sequence(0)[0].tolist() == found.sequence(1)[0].tolist() == encoder.encode_prompt({"messages": user})
+    plain = prepared(tmp_path, encoder, rows, "ppo", 64).train
+    assert encoder._tokenizer.decode(plain.sequence(1)[0].tolist()).removeprefix("<s>") == "q"
+
+
+def test_texts_are_rendered_alike_in_every_stage(encoder: Encoder, tmp_path: Path) -> None:
+    """With data.template=chat a prompt that is a text is a user's turn, as if it were written in messages; without, it is not."""
+    chat = encoder.templated(True)
+    asked, told = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+    other = [{"role": "assistant", "content": "b"}]
+    texts = {"sft": {"prompt": "q", "completion": "a"}, "ppo": {"prompt": "q"}}
+    lists = {"sft": {"messages": [*asked, *told]}, "ppo": {"prompt": asked}}
+    for stage in ("dpo", "rm"):
+        texts[stage] = {"prompt": "q", "chosen": "a", "rejected": "b"}
+        lists[stage] = {"prompt": asked, "chosen": told, "rejected": other}
+    for stage in texts:
+        as_text, as_list = (prepared(tmp_path, chat, [row], stage, 64) for row in (texts[stage], lists[stage]))
+        plain = prepared(tmp_path, encoder, [texts[stage]], stage, 64)
+        found, wanted = as_text.train.sequence(0), as_list.train.sequence(0)
+        assert (found[0].tolist(), found[1].tolist()) == (wanted[0].tolist(), wanted[1].tolist())
+        assert found[0].tolist() != plain.train.sequence(0)[0].tolist()
+        assert (as_text.stats.templated, as_list.stats.templated, plain.stats.templated) == (1, 1, 0)
+        assert as_text.key != plain.key
+
+
+def test_a_chat_model_stops_at_the_end_of_turn_of_its_template(make_tokenizer: Any) -> None:
+    special = ["<|im_start|>", "<|im_end|>", "</s>"]
+    assert Encoder(make_tokenizer(CHATML, special, eos="<|im_end|>")).of_chat_model
+    assert Encoder(make_tokenizer(CHATML, special, eos="</s>"), ["<|im_end|>"]).of_chat_model
+    assert not Encoder(make_tokenizer(CHATML, special, eos="</s>")).of_chat_model
+    assert not Encoder(make_tokenizer(None, special, eos="</s>")).of_chat_model
+
+
+SAME = " ".join(str(k % 10) for k in range(30))
+
+
+def test_pairs_that_are_equal_when_cut_are_left_out_and_counted(encoder: Encoder, tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "chosen": f" {SAME} a", "rejected": f" {SAME} b"}, {"prompt": "x", "chosen": " a", "rejected": " b"}]
+    part = prepared(tmp_path, encoder, rows, "dpo", 32)
+    assert part.train.rows.tolist() == [2]
+    assert (part.stats.alike, part.stats.untrained, part.stats.truncated) == (1, 0, 1)
+    assert part.stats.places["alike"] == [f"{tmp_path / 'rows.jsonl'}, row 1"]
+    assert prepared(tmp_path, encoder, rows, "dpo", 200).train.rows.tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"1 of 1 rows of .* of 0, 1 pairs whose answers are equal when cut\); raise"):
+        prepared(tmp_path, encoder, rows[:1], "dpo", 32)
+
+
+def test_a_scored_answer_whose_end_is_cut_off_is_left_out_and_counted(encoder: Encoder, tmp_path: Path) -> None:
+    """A reward model scores an answer at its end; the token at which it is cut says nothing."""
+    rows = [{"prompt": "x", "chosen": " a", "rejected": f" b {SAME}"}, {"prompt": "x", "chosen": " a", "rejected": " b"}]
+    part = prepared(tmp_path, encoder, rows, "rm", 32)
+    assert part.train.rows.tolist() == [2] and (part.stats.endless, part.stats.alike) == (1, 0)
+    assert prepared(tmp_path, encoder, rows, "dpo", 32).train.rows.tolist() == [1, 2]
+
+
+def test_a_long_prompt_is_cut_at_its_beginning_where_that_is_asked_for(encoder: Encoder, tmp_path: Path) -> None:
+    long = f"{SAME} {SAME}"
+    rows = {
+        "sft": {"prompt": long, "completion": " yes"},
+        "dpo": {"prompt": long, "chosen": " yes", "rejected": " no"},
+        "rm": {"prompt": long, "chosen": " yes", "rejected": " no"},
+        "ppo": {"prompt": long},
+    }
+    for stage, row in rows.items():
+        whole = prepared(tmp_path, encoder, [row], stage, 200).train
+        part = prepared(tmp_path, encoder, [row], stage, 32, "data.long_prompts=cut")
+        assert (part.stats.cut_prompts, part.stats.untrained) == (1, 0)
+        found, full = part.train.sequence(0)[0].tolist(), whole.sequence(0)[0].tolist()
+        first = int(part.train.splits[0, 0]) if stage != "sft" else 0
+        start = encoder.start
+        assert found[: len(start)] == start and full[-len(found) + len(start) :] == found[len(start) :]
+        assert counting(encoder, part.train) == counting(encoder, whole)
+        assert stage == "sft" or 16 <= first <= 32
+        with pytest.raises(UserError, match=r"1 of 1 rows of .* have no token to train on"):
+            prepared(tmp_path, encoder, [row], stage, 32)
 
 
 def test_tools_are_rendered_in_pairs(make_tokenizer: Any, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.models.language.loading import LoadedModel, device_here, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
 from posttrain.stages.spec import spec_of
@@ -71,7 +70,7 @@ def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
+    encoder = live.encoder
     rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
     if "data.path" in settings:
         return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
@@ -105,7 +104,7 @@ def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
     live = load_model(run, device_here())
-    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
+    encoder = live.encoder
     config = live.artifact.config
     if config is None:
         raise UserError(f"run: {run} is a bare reward model, with no config of a run; give a finished rm run")

@@ -61,6 +61,7 @@ def encode(rows: list[Canonical], kind: str, encoder: Encoder, max_length: int, 
     """Canonical rows -> examples of one of EXAMPLE_KINDS; fills in `stats`."""
     stats.rows = len(rows)
     stats.bytes = sum(_text_bytes({name: value for name, value in row.items() if name != "columns"}) for _, row in rows)
+    stats.templated = sum(encoder.options.renders(row) for _, row in rows)
     found = EXAMPLE_KINDS[kind](encoder, rows, max_length, stats)
     stats.tokens = found.num_tokens
     stats.trained_tokens = int((found.weights[:] != 0).sum())  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -96,15 +97,29 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
     rows = [(number, each) for number, row in rows for each in encoder.options.examples_of(row)]
     for (number, _), item in zip(rows, encoder.encode_many(rows, stats.where), strict=True):
         stats.note_lost([part.name for part in item.lost], stats.where(number))
-        if len(item.tokens) > max_length:
+        first, answer = item.first_word, len(item.tokens) - max(item.first_word, 0)
+        prompt = _fitting(item.tokens[: max(first, 0)], answer, max_length, encoder, stats, number)
+        cut = max(first, 0) - len(prompt)
+        whole, counts = [*prompt, *item.tokens[max(first, 0) :]], item.weights[cut:]
+        if len(whole) > max_length:
             stats.note("truncated", stats.where(number))
         stats.border_tokens += item.borders
-        tokens, weights = item.tokens[:max_length], item.weights[:max_length]
-        if 0 < item.first_word < max_length:
-            kept.append((tokens, weights, number))
+        if 0 < first - cut < max_length:
+            kept.append((whole[:max_length], counts[:max_length], number))
         else:
             stats.note("untrained", stats.where(number))
     return build(kept)
+
+
+def _fitting(prompt: list[int], answer: int, most: int, encoder: Encoder, stats: SourceStats, number: int) -> list[int]:
+    """A prompt that leaves an answer no room, without its beginning, if that is asked for: then the answer's tokens fit, or
+    the prompt fills half of what there is. Any other as it is."""
+    if encoder.options.long_prompts == "drop" or len(prompt) < (most if answer else most + 1):
+        return prompt
+    stats.note("cut_prompts", stats.where(number))
+    start = encoder.start if prompt[:1] == encoder.start else []
+    left = max(most - answer, most // 2) - len(start)
+    return [*start, *prompt[len(prompt) - left :]]
 
 
 def _scored_pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
@@ -114,10 +129,11 @@ def _scored_pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stat
 
 def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
     """Prompts, up to where the assistant begins to write, and the answers known to them; prompts of more than max_length tokens
-    are left out."""
+    are left out, or cut."""
     kept, splits = [], []
     for (number, _), (tokens, known, lost) in zip(rows, encoder.encode_prompts(rows, stats.where), strict=True):
         stats.note_lost([part.name for part in lost], stats.where(number))
+        tokens = _fitting(tokens, 0, max_length, encoder, stats, number)
         if len(tokens) <= max_length:
             kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
             splits.append((len(tokens), len(tokens) + len(known)))
@@ -129,8 +145,9 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, stats: So
 def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats, to_the_end: bool = False) -> Examples:
     kept, splits, margins, pair_weights = [], [], [], []
     for (number, row), pair in zip(rows, encoder.encode_pairs(rows, stats.where), strict=True):
-        room = max_length - len(pair.prompt)
         answers = (pair.chosen, pair.rejected)
+        prompt = _fitting(pair.prompt, max(len(a.tokens) for a in answers), max_length, encoder, stats, number)
+        room = max_length - len(prompt)
         stats.note_lost(dict.fromkeys(part.name for a in answers for part in a.lost), stats.where(number))
         if any(len(a.tokens) > room for a in answers):
             stats.note("truncated", stats.where(number))
@@ -138,13 +155,18 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
         lengths = [min(max(room, 0), a.last_trained + 1 if to_the_end else len(a.tokens)) for a in answers]
         cut = [(a.tokens[:length], a.weights[:length]) for a, length in zip(answers, lengths, strict=True)]
         worded = any(0 <= a.first_word < length for a, length in zip(answers, lengths, strict=True))
-        if not pair.prompt or not pair.weight or not worded or not all(any(weights) for _, weights in cut):
+        (chosen, w_chosen), (rejected, w_rejected) = cut
+        if not prompt or not pair.weight or not worded or not any(w_chosen) or not any(w_rejected):
             stats.note("untrained", stats.where(number))
             continue
-        (chosen, w_chosen), (rejected, w_rejected) = cut
-        tokens = [*pair.prompt, *chosen, *rejected]
-        kept.append((tokens, [0.0] * len(pair.prompt) + [*w_chosen, *w_rejected], number))
-        splits.append((len(pair.prompt), len(pair.prompt) + len(chosen)))
+        if to_the_end and any(a.last_trained >= room for a in answers):
+            stats.note("endless", stats.where(number))
+            continue
+        if chosen == rejected:
+            stats.note("alike", stats.where(number))
+            continue
+        kept.append(([*prompt, *chosen, *rejected], [0.0] * len(prompt) + [*w_chosen, *w_rejected], number))
+        splits.append((len(prompt), len(prompt) + len(chosen)))
         margins.append(float(row.get("margin", 0.0)))
         pair_weights.append(pair.weight)
     return build(kept, splits, margins, pair_weights)

@@ -163,11 +163,18 @@ def canonical_rows(data: DataConfig, use: RowUse) -> list[Canonical]:
 def _refuse_untrained(stats: SourceStats, allowed: float) -> None:
     if stats.rows and stats.disliked == stats.rows:
         raise UserError(f"data.path: the label of all {stats.rows} rows of {stats.source} is false, so there is nothing to learn")
-    if stats.untrained == stats.rows - stats.disliked or stats.untrained > allowed * stats.rows:
+    gone = stats.untrained + stats.alike + stats.endless
+    if gone == stats.rows - stats.disliked or gone > allowed * stats.rows:
         raise UserError(
-            f"data.path: {stats.untrained} of {stats.rows} rows of {stats.source} have no token to train on (prompts "
-            f"longer than train.max_length, empty answers, weights of 0); raise train.max_length or data.max_untrained_share"
+            f"data.path: {gone} of {stats.rows} rows of {stats.source} have no token to train on (prompts "
+            f"longer than train.max_length, empty answers, weights of 0{_cut_pairs(stats)}); raise train.max_length or "
+            f"data.max_untrained_share"
         )
+
+
+def _cut_pairs(stats: SourceStats) -> str:
+    found = ((stats.alike, "whose answers are equal when cut"), (stats.endless, "whose end of turn is cut off"))
+    return "".join(f", {count} pairs {what}" for count, what in found if count)
 
 
 def _key(marks: list[str], options: dict[str, Any], use: RowUse, encoder: Encoder, max_length: int) -> str:

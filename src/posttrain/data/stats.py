@@ -23,6 +23,10 @@ class SourceStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
     untrained: int = 0  # rows left out because no token of theirs would count
+    alike: int = 0  # pairs left out, whose answers are equal where they are cut to max_length
+    endless: int = 0  # pairs left out, of which an answer has no end of turn to be scored at, since it is cut to max_length
+    cut_prompts: int = 0  # rows whose prompt is cut at its beginning (data.long_prompts=cut)
+    templated: int = 0  # rows that the chat template has rendered
     border_tokens: int = 0  # tokens across the border of prompt and answer; they count
     filtered: int = 0  # rows left out for their quality
     disliked: int = 0  # rows left out, since they say that their answer is not to be learnt (`label: false`)

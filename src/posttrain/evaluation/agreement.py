@@ -20,7 +20,6 @@ from posttrain.data.examples import Examples
 from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.language.loading import LoadedModel
-from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.cache import cache_root
 from posttrain.runs.directory import read_config
 
@@ -41,7 +40,7 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     """Sequences int64 [T] of at most TOKENS tokens in all: half of general text, half of what the run held out itself.
 
     live: the run's result, of load_model."""
-    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision)
+    encoder = live.encoder
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
     config = completed(read_config(run))
     try:

@@ -53,6 +53,13 @@ class TokenizerRecord(Record):
     chat_template: str | None = None
 
 
+class TemplateRecord(Record):
+    """chat or none, as `data.template`. rows: what has rendered most of the rows; texts: prompts that are texts."""
+
+    rows: Literal["chat", "none"]
+    texts: Literal["chat", "none"]
+
+
 class Parent(Record):
     """A run that this one was made from. role: init, reward, gold or policy; digest: sha256 of its manifest."""
 
@@ -163,6 +170,7 @@ class Manifest(Record):
     files: dict[str, str]  # name in the run's directory -> sha256
 
     trainable: TrainableCount | None = None
+    template: TemplateRecord | None = None
     chain: str = ""  # what became of init's adapter: stack, merge, continue
     held_out: DataRecord | None = None
     tokens: int | None = None

@@ -134,7 +134,7 @@ def test_weights_are_those_of_the_batch() -> None:
 
 def test_a_pairs_weight_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "a:", "chosen": " b", "rejected": " c", "weight": 2.5}]
-    found = preview(tmp_path, rows, stage="dpo")
+    found = preview(tmp_path, rows, "data.template=none", stage="dpo")
     assert [(part.what, part.weight) for part in found.units[0]] == [(what, 2.5) for what in ("prompt", "chosen", "rejected")]
     page = preview_page(found, tmp_path / "p.html").read_text()
     assert "chosen, row 1, weight 2.5, 2 tokens" in page and 'class="more" title="weight 2.5"' in page

@@ -95,6 +95,8 @@ class DataConfig(SourceConfig):
     reasoning: Literal["keep", "drop", "inline"]  # of the assistant: reasoning_content, thinking, or <think> in the content
     tools: Literal["keep", "inline"]  # inline: tools, calls and results as text, for templates that know none
     turns: Literal["all", "last", "each"]  # the assistant's turns that are learnt; each: as the last of a conversation of its own
+    template: Literal["auto", "chat", "none"]  # of prompts that are texts; auto: chat where the start is a chat model
+    long_prompts: Literal["drop", "cut"]  # that leave an answer no room
     on_loss: Literal["own", "stop", "warn"]  # parts of a row that the chat template does not render
     max_untrained_share: Share  # more rows without a trained token than this share is an error
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.data.chat.alignment import Rendered
@@ -62,7 +62,7 @@ class Encoder:
         own = (tokenizer.eos_token, *(stop for stop in others if stop != self._answer_end))
         self.identity = _identity(tokenizer, own)
         added = tokenizer("x")["input_ids"]
-        self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
+        self.start: list[int] = added[:1] if added and added[0] == tokenizer.bos_token_id else []  # of every text
 
     def weighing_as(self, weighing: Weighing) -> Encoder:
         """The same tokens, weighed otherwise."""
@@ -73,9 +73,18 @@ class Encoder:
     def reading_as(self, options: ChatOptions) -> Encoder:
         """The same tokenizer, with other parts of a conversation handed to the chat template."""
         other = copy.copy(self)
-        other.options = options
+        other.options = options if options.template is not None else replace(options, template=self.options.template)
         other._template = self._template if options.variables == self.options.variables else None
         return other
+
+    def templated(self, template: bool) -> Encoder:
+        """The same with texts as prompts rendered by the chat template, or not."""
+        return self.reading_as(replace(self.options, template=template))
+
+    @property
+    def of_chat_model(self) -> bool:
+        """Has the model a chat template at whose end of turn it stops?"""
+        return bool(self._answer_end) and self._answer_end in (self._tokenizer.eos_token, *self._stops)
 
     def encode(self, row: CanonicalRow) -> Encoded | EncodedPair:
         """Encode a canonical row of any kind."""
@@ -135,8 +144,7 @@ class Encoder:
         return [EncodedPrompt(tokens, reference, text.rendered.lost) for tokens, reference, text in found]
 
     def _prompt(self, row: CanonicalRow) -> _Text:
-        text = isinstance(row.get("prompt"), str)
-        if text and (isinstance(row.get("completion", row.get("chosen")), str) or not self._tokenizer.chat_template):
+        if not self.options.renders(row):
             return _Text(Rendered(row["prompt"], [], []), True, [], 1.0)
         messages, tools = self.options.shaped(prompt_of(row), row.get("tools"))
         rendered = self._chat_template.render_prompt(messages, tools, _variables(row))
@@ -145,7 +153,7 @@ class Encoder:
 
     def _prompts(self, texts: Sequence[_Text]) -> list[list[int]]:
         found = self._tokeniser.ids([text.rendered.text for text in texts])
-        return [[*self._start, *ids] if text.document else ids for ids, text in zip(found, texts, strict=True)]
+        return [[*self.start, *ids] if text.document else ids for ids, text in zip(found, texts, strict=True)]
 
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that end an answer: the end of turn of the chat template first, if there is one, then eos, then the
@@ -168,6 +176,9 @@ class Encoder:
         weight = row_weight(row)
         if "messages" in row:
             return self._conversation(row["messages"], row.get("tools"), row.get("first", 0), weight, _variables(row))
+        if "completion" in row and self.options.template:
+            asked = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+            return self._conversation(asked, None, weight=weight, variables=_variables(row))
         if "completion" in row:
             return self._continuation(row["prompt"], row["completion"], weight)
         return _document("", row["text"], [], weight)
@@ -199,7 +210,7 @@ class Encoder:
 
     def _answer(self, row: CanonicalRow, answer: str | list[Message]) -> _Text:
         prompt = row["prompt"]
-        if isinstance(prompt, str) and isinstance(answer, str):
+        if isinstance(prompt, str) and isinstance(answer, str) and not self.options.renders(row):
             return _document(prompt, answer, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -223,7 +234,7 @@ class Encoder:
 
     def _least(self, text: _Text) -> int:
         """Index of the first of the text's tokens that is predicted."""
-        return 0 if text.document and self._start else 1
+        return 0 if text.document and self.start else 1
 
     def _weighed(self, tokens: Tokens, text: _Text) -> Encoded:
         weights, borders = weights_of(tokens.offsets, text.rendered.spans)
@@ -245,9 +256,9 @@ class Encoder:
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
         whole = text.rendered.spans[0][0] == 0
-        start_weights = [text.weight if whole else 0.0] * len(self._start)
-        first_word += len(self._start) if first_word >= 0 else 0
-        return Encoded([*self._start, *tokens, end], [*start_weights, *weights, end_weight], borders, first_word)
+        start_weights = [text.weight if whole else 0.0] * len(self.start)
+        first_word += len(self.start) if first_word >= 0 else 0
+        return Encoded([*self.start, *tokens, end], [*start_weights, *weights, end_weight], borders, first_word)
 
 
 @contextmanager

@@ -19,13 +19,22 @@ _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """As `data` has them by the same names (docs/data.md). variables: `data.template_kwargs`."""
+    """As `data` has them by the same names (docs/data.md). variables: `data.template_kwargs`.
+    template: a prompt that is a text is a user's turn, and its answer the assistant's; None: as the model is, which only
+    the stage knows."""
 
     reasoning: Literal["keep", "drop", "inline"] = "keep"
     tools: Literal["keep", "inline"] = "keep"
     turns: Literal["all", "last", "each"] = "all"
     on_loss: Literal["own", "stop", "warn"] = "warn"
+    template: bool | None = None
+    long_prompts: Literal["drop", "cut"] = "drop"
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def renders(self, row: CanonicalRow) -> bool:
+        """Does the chat template render this row? Not a document, and texts only where they are a user's and the assistant's."""
+        given = [row[name] for name in ("prompt", "completion", "chosen", "rejected") if name in row]
+        return "messages" in row or (bool(given) and (bool(self.template) or not all(isinstance(each, str) for each in given)))
 
     def shaped(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
         """`plain` messages and tools for the template, with reasoning and calls where they are wanted."""
@@ -64,7 +73,9 @@ class ChatOptions:
 
 def options_of(data: DataConfig) -> ChatOptions:
     """What a run's config says of it."""
-    return ChatOptions(data.reasoning, data.tools, data.turns, data.on_loss, data.template_kwargs or {})
+    same = data.reasoning, data.tools, data.turns, data.on_loss
+    template = None if data.template == "auto" else data.template == "chat"
+    return ChatOptions(*same, template, data.long_prompts, data.template_kwargs or {})
 
 
 def _way_out(lost: Sequence[Field]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from posttrain.config.choices import Kernels
+from posttrain.data.chat.encoder import Encoder
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
 from posttrain.models.language.pretrained import load_causal
@@ -36,7 +37,14 @@ class LoadedModel:
     @property
     def ends(self) -> list[int]:
         """Ids of the tokens at which it stops, the same that a run saves and that its training counts as an answer's end."""
-        return make_encoder(self.tokenizer, self.source, self.artifact.base.revision).end_tokens()
+        return self.encoder.end_tokens()
+
+    @property
+    def encoder(self) -> Encoder:
+        """What turns rows into its tokens; prompts that are texts are rendered as the run has rendered them."""
+        manifest, encoder = self.artifact.manifest, make_encoder(self.tokenizer, self.source, self.artifact.base.revision)
+        told = manifest.template if manifest else None
+        return encoder.templated(told.texts == "chat" if told else not manifest and encoder.of_chat_model)
 
     @property
     def kernels(self) -> Kernels:

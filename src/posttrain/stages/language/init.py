@@ -21,7 +21,8 @@ class InitSource:
     """name: the base as people call it. source: the weights to load (a directory, hub id or built-in name). adapter: a
     finished run's adapter on them, or None; mode: what becomes of it (stack, merge, continue), or ''.
 
-    tokenizer: where the tokenizer comes from. scorer: where a reward model's head is, if this is one.
+    tokenizer: where the tokenizer comes from. scorer: where a reward model's head is, if this is one. template: what has rendered
+    the rows of the run, where its manifest says it.
     identity: sha256 of what the adapter adds; the base has its own digest.
     """
 
@@ -34,6 +35,7 @@ class InitSource:
     identity: str = ""
     parents: list[Parent] = field(default_factory=list[Parent])
     scorer: Path | None = None
+    template: str | None = None
 
 
 def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str, starts_critic: bool = False) -> InitSource:
@@ -65,10 +67,12 @@ def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str
 def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
     """mode: what becomes of it where it is an adapter."""
     base, parents, head = artifact.base, artifact.parents(role), artifact.reward_head
+    told = artifact.manifest.template if artifact.manifest else None
+    template = told.rows if told else None
     if artifact.kind == "model":
-        return InitSource(base.name, base.path, artifact.tokenizer, parents=parents, scorer=head)
+        return InitSource(base.name, base.path, artifact.tokenizer, parents=parents, scorer=head, template=template)
     return InitSource(
-        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head
+        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head, template
     )  # fmt: skip
 
 

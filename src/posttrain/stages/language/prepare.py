@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from posttrain.models.peft.tokens import size_of
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
-from posttrain.runs.manifest import Parent
+from posttrain.runs.manifest import Parent, TemplateRecord
 from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.shapes import check_shapes
-from posttrain.stages.language.summary import lines_of
+from posttrain.stages.language.summary import lines_of, lines_of_rows
 from posttrain.stages.spec import spec_of
 from posttrain.stages.steps import Context, Prepared
 
@@ -65,6 +65,7 @@ class PreparedData:
     order: BatchSampler
     ewc_text: Examples | None = None
     new_tokens: Sequence[NewToken] = ()
+    template: TemplateRecord = field(default=TemplateRecord(rows="none", texts="none"))
 
     def function(self, cfg: LanguageStage, base: str | None = None, adapter: str | None = None) -> str:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
@@ -85,7 +86,18 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     rows = max(inherited, embedding_rows(config, wanted, model.trust_remote_code))
     tokens = add_tokens(tokenizer, model.add_tokens or (), rows)
     encoder = make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg), options_of(cfg.data))
+    if cfg.data.template == "chat" and not tokenizer.chat_template:  # pyright: ignore[reportUnknownMemberType]
+        raise UserError("data.template: this tokenizer has no chat template; give model.chat_template=chatml or a Jinja file")
+    if cfg.data.template == "auto":
+        encoder = encoder.templated(start.template == "chat" if start.template else encoder.of_chat_model)
     return Opened(start, base, tokenizer, encoder, tokens, rows)
+
+
+def template_of(data: Mixture, encoder: Encoder, documents: bool) -> TemplateRecord:
+    """What has rendered most of the rows, and prompts that are texts; documents are rows of neither kind, and change nothing."""
+    parts, texts = [part.stats for part in data.parts], encoder.options.template
+    rendered = texts if documents else 2 * sum(part.templated for part in parts) > sum(part.rows for part in parts)
+    return TemplateRecord(rows="chat" if rendered else "none", texts="chat" if texts else "none")
 
 
 def prepare_language(context: Context) -> Prepared[PreparedData]:
@@ -107,9 +119,11 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         sets = eval_sets(cfg, sources, opened.encoder)
         start, base = merged_start(cfg, start, base)
         ewc_text = _ewc_text(cfg, opened.encoder, own_text)
+    template = template_of(data, opened.encoder, rows_of(cfg).examples == "documents")
     found = PreparedData(
         start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text,
         opened.new_tokens,
+        template,
     )  # fmt: skip
     identity = {
         "data.content": data.content,
@@ -121,6 +135,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     lines = lines_of(cfg, context.directory, start, base, data, order)
     if opened.new_tokens:
         lines.insert(1, line_of(opened.new_tokens, opened.rows))
+    lines[-1:-1] = lines_of_rows(data.parts[0], opened.tokenizer, template.rows, start.template, "init")
     return Prepared(found, identity, order, lines, data.where)
 
 

@@ -88,6 +88,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         | use_of_base(cfg, base).record(),
         "weights": {"kind": kind, "path": kind},
         "tokenizer": {"hash": data.tokenizer_hash, "chat_template": template_hash(data.tokenizer)},
+        "template": data.template.to_dict(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quant": cfg.quant.model_dump(),
         "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.model),

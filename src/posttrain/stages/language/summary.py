@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from posttrain.config.schema import LanguageStage
 from posttrain.data.collate import BatchSampler
 from posttrain.data.mixture import Mixture, seen
+from posttrain.data.prepare import PreparedSource
 from posttrain.data.stats import SourceStats
 from posttrain.models.hub import BaseInfo
 from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.init import InitSource
 
+EXAMPLE = 200  # letters of the first row that are shown
 HOW = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}
 
 
@@ -45,6 +49,9 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
         (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
         (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
         (stats.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
+        (stats.cut_prompts, f"prompts cut at their beginning, to leave an answer room in {cfg.example_length} tokens"),
+        (stats.alike, f"pairs left out, whose answers are equal when cut to train.max_length={cfg.train.max_length}"),
+        (stats.endless, f"pairs left out, whose end of turn is cut off by train.max_length={cfg.train.max_length}"),
         (stats.border_tokens, "tokens lie across a prompt's border and count as the answer's"),
     ):
         if count:
@@ -52,6 +59,30 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
     for part, count in stats.lost.items():
         lines.append(f"  {part}: not rendered by the chat template in {count:,} rows, the first: {stats.places[part][0]}")
     return lines
+
+
+def lines_of_rows(part: PreparedSource, tokenizer: Any, template: str, before: str | None, field: str) -> list[str]:
+    """What the model sees of the first row, and whether that is rendered as the rows were of the run that `field` names."""
+    train, shown = part.train, ""
+    if len(train.rows):
+        stop = int(train.splits[0, 1]) if len(train.splits) else None  # of a pair: the chosen answer
+        found, counts = train.sequence(0)
+        pairs = zip(found[:stop].tolist(), counts[:stop].tolist(), strict=True)
+        for trained, run in groupby(pairs, key=lambda token: bool(token[1])):
+            text = tokenizer.decode([token for token, _ in run])
+            shown += f"[[{text}]]" if trained else text
+    shown = shown if len(shown) <= EXAMPLE else shown[:EXAMPLE] + "..."
+    lines = [f"  the first row, [[trained]]: {shown}".replace("\n", "\\n")] if shown else []
+    return lines + lines_of_template(template, before, field)
+
+
+def lines_of_template(template: str, before: str | None, field: str) -> list[str]:
+    """What to say where rows are rendered otherwise than those of the run that `field` names."""
+    if before is None or template == before:
+        return []
+    how = {"chat": "by the chat template", "none": "as plain text"}
+    said = f"the rows are rendered {how[template]}, those of {field} {how.get(before, before)}"
+    return [f"  warning: {said}; data.template={before} renders prompts that are texts as {field} has them"]
 
 
 def _of_shares(data: Mixture, order: BatchSampler) -> list[str]:

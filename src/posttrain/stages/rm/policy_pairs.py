@@ -17,7 +17,6 @@ from posttrain.errors import UserError
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import make_encoder
 from posttrain.rewards import RewardFunction, load_function
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.files import write_text
@@ -54,8 +53,7 @@ def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
 
 def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, object]]:
     live = load_model(directory, device_here())
-    options = options_of(cfg.data)
-    encoder = make_encoder(live.tokenizer, live.source, live.artifact.base.revision, options=options)
+    encoder = live.encoder.reading_as(options_of(cfg.data))
     sampling = Sampling(cfg.rm.max_new_tokens, 1.0, 1.0, 0, AT_ONCE)
     room = cfg.train.max_length - cfg.rm.max_new_tokens
     rows = [(row, encoder.encode_prompt(row)) for _, row in canonical_rows(cfg.data, PROMPTS)]
