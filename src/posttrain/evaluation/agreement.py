@@ -42,21 +42,23 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     live: the run's result, of load_model."""
     encoder = live.encoder
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
-    config = completed(read_config(run))
+    settings = completed(read_config(run))
     try:
-        data = DataConfig.model_validate(config["data"])
-        sources.append(
-            held_out_of(data, REGISTRY.get(config["stage"]).rows, encoder, config["train"]["max_length"], cache_root())
-        )
+        data, rows = DataConfig.model_validate(settings["data"]), REGISTRY.get(settings["stage"]).rows
+        sources.append(held_out_of(data, rows, encoder, settings["train"]["max_length"], cache_root()))
     except (UserError, ValidationError) as error:
         say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")
-    return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources))]
+    config = live.model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LENGTH
+    length = min(LENGTH, context)
+    return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources), length)]
 
 
-def _first_tokens(examples: Examples, count: int) -> list[Tensor]:
+def _first_tokens(examples: Examples, count: int, length: int) -> list[Tensor]:
+    """Rows of at most `length` tokens, `count` in all."""
     rows, left = [], count
     for i in range(len(examples.rows)):
-        tokens = torch.from_numpy(examples.sequence(i)[0].astype("int64"))[: min(LENGTH, left)]
+        tokens = torch.from_numpy(examples.sequence(i)[0].astype("int64"))[: min(length, left)]
         if len(tokens) > 1:
             rows.append(tokens)
             left -= len(tokens)
@@ -89,5 +91,5 @@ def agreement(path: Path, model: Any, rows: list[Tensor]) -> Agreement:
 
 
 def _logprobs(model: Any, row: Tensor) -> Tensor:
-    logits = model(input_ids=row[None].to(model.device)).logits[0, -len(row) :]  # soft tokens come before
+    logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, -len(row) :]  # soft tokens come before
     return logits.float().log_softmax(-1).cpu()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
+from posttrain.models.language.actor_critic import add_beside
 from posttrain.models.peft.attach import add_frozen, add_method, load_adapter
 from posttrain.models.peft.export import export_adapter
 from posttrain.models.peft.merge import Adapter
@@ -207,3 +208,14 @@ def test_methods_that_cannot_be_put_on_experts_leave_them_out(
 
 
 MORE = {"adalora": ["peft.r=4", "peft.init_r=6"], "vera": ["peft.r=16"]}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_value_models_adapter_lies_beside_the_policys(name: str) -> None:
+    """PPO's: on the same experts, with factors of its own. peft would name the experts of a second adapter otherwise."""
+    model: Any = add_method(tiny(name), lora())
+    before = {key for key, _ in model.named_parameters()}
+    add_beside(model, "default", "value", torch.float32)
+    added = {key for key, _ in model.named_parameters()} - before
+    assert added == {key.replace(".default.", ".value.") for key in before if ".default." in key}
+    assert any(".experts." in key for key in added)

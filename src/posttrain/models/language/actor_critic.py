@@ -12,6 +12,8 @@ from posttrain.batch import PackedBatch
 from posttrain.models.kernels.logprobs import token_entropies
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.peft.names import todays_names
+from posttrain.models.peft.quantized import read_packed
 
 Role = Literal["policy", "reference", "value", "reward", "gold"]
 VALUE = "value"  # peft's name of the value model's adapter
@@ -71,7 +73,9 @@ def adapter_layers(module: nn.Module) -> list[Any]:
 def add_beside(model: Any, like: str, name: str, dtype: torch.dtype) -> None:
     """A new trainable adapter of the same kind as `like`, which keeps its own state of training."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.add_adapter(name, copy.deepcopy(model.peft_config[like]))
+    with todays_names():  # or peft renames what it has named itself
+        model.add_adapter(name, copy.deepcopy(model.peft_config[like]))
+    read_packed(model)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.to(dtype)

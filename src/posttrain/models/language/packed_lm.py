@@ -138,6 +138,8 @@ class PackedLM(nn.Module):
                 forget_lengths(self.causal)
             given = {name: value[0][places] for name, value in inputs.items()}
             options = {"attention_mask": real} if padded else {}
+            if real.is_meta:  # where a mask's values cannot be asked for: a plan then counts a mask for all
+                options = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")}
             output = decoder_of(self.causal)(**given, **options, use_cache=False)
             found.append(output.last_hidden_state.flatten(0, 1))
         if self.border:
