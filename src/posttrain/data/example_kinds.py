@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples, build, group
+from posttrain.data.likeness import key_of
 from posttrain.data.row_use import RowUse
 from posttrain.data.sources.source import NumberedRow
 from posttrain.data.split import Canonical, sound_rows
@@ -33,6 +34,11 @@ class RowEncoder:
 
     def examples(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats]:
         """Rows as examples, with counts of what was read, cut and left out."""
+        found, stats, _ = self.read(rows)
+        return found, stats
+
+    def read(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats, list[tuple[int, int]]]:
+        """The same, with the number and the key of each row (see `key_of`)."""
         stats = SourceStats(self.source, self.shape, "")
         sound = list(sound_rows(rows, self.shape, stats, self.skips))
         try:
@@ -42,7 +48,7 @@ class RowEncoder:
                 raise
             found, counted = self._encoded([row for row in sound if self._encodes(row, stats)])
         stats.add(counted)
-        return found, stats
+        return found, stats, [(number, key_of(row)) for number, row in sound]
 
     def _encoded(self, rows: list[Canonical]) -> tuple[Examples, SourceStats]:
         stats = SourceStats(self.source, self.shape, "")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -21,12 +21,13 @@ from posttrain.data.chat.options import options_of
 from posttrain.data.example_kinds import RowEncoder
 from posttrain.data.examples import Examples
 from posttrain.data.formats import FORMATS, guest_files, recognise
+from posttrain.data.overlaps import Overlaps, Repeats, pieces
 from posttrain.data.parallel import in_order
 from posttrain.data.row_use import RowUse
 from posttrain.data.selection import sources_of
 from posttrain.data.sources.builtin.sets import builtin_rows
-from posttrain.data.sources.source import NumberedRow, fingerprint, read_rows
-from posttrain.data.split import Canonical, Split, sound_rows
+from posttrain.data.sources.source import fingerprint, read_rows
+from posttrain.data.split import Canonical, Split, plain, sound_rows
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
 
@@ -36,7 +37,6 @@ EVAL_USES = (
     RowUse("conversation", ("messages", "prompt_completion"), "conversations", "messages, or prompt and completion"),
     RowUse("pairs", ("pairs",), "pairs", "prompt, chosen and rejected"),
 )
-PIECE = 1024  # rows that are tokenised, and for documents packed, together
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def held_out_of(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int
 def held_out_rows(data: DataConfig, use: RowUse, encoder: Encoder, max_length: int) -> Examples:
     """The same, tokenised anew: for another weighing."""
     source = next(iter(sources_of(data).values()))
-    split = Split(source, data, use, data.eval_path)
+    split = Split(source, plain(data), use, data.eval_path)  # the same are held out
     deque(split.train, maxlen=0)  # past what is trained on, as far as that goes
     where, encoder = data.eval_path or source.path, encoder.reading_as(options_of(data))
     return RowEncoder(where, split.shape, use, encoder, max_length, data.on_error == "skip").examples(split.held_out())[0]
@@ -86,8 +86,9 @@ def prepare_source(
     eval_path = data.eval_path if first else None
     encoder = encoder.reading_as(options_of(data))
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
+    marks += [fingerprint(data.decontaminate, split="test")] if data.decontaminate else []
     options = source.model_dump(include=set(SourceConfig.model_fields) - {"path"})
-    options |= data.model_dump(include={"eval_share", "eval_rows", "eval_rest", "max_untrained_share", "on_error"})
+    options |= data.model_dump(include={"eval_share", "eval_rows", "eval_rest", "dedupe", "max_untrained_share", "on_error"})
     key = _key(marks, options, use, encoder, max_length)
     path = cache / "data" / key
     make = partial(_tokenise, name, source, data, use, encoder, max_length, path, marks[0], eval_path)
@@ -117,24 +118,23 @@ def _tokenise(
     split = Split(source, data, use, eval_path)
     shape, skips = split.shape, data.on_error == "skip"
     stats, held_stats = SourceStats(source.path, shape, mark), SourceStats(eval_path or source.path, shape, mark)
+    repeats = Repeats()
     work = RowEncoder(source.path, shape, use, encoder, max_length, skips)
     with store.Store(path) as out:
         with Meter(f"reading {name}", None) as meter:
-            for found, counted in in_order(work.examples, _pieces(split.train)):
+            for found, counted, keys in in_order(work.read, pieces(split.train)):
                 out.add("train", found)
                 stats.add(counted)
+                repeats.add(keys)
                 meter.advance(f"{stats.tokens:,} tokens", by=counted.rows)
-        found, counted = RowEncoder(held_stats.source, shape, use, encoder, max_length, skips).examples(split.held_out())
+        found, counted, keys = RowEncoder(held_stats.source, shape, use, encoder, max_length, skips).read(split.held_out())
         out.add("held_out", found)
         held_stats.add(counted)
+        stats.note_overlaps(split.left_out)
+        stats.note_overlaps(Overlaps(*repeats.found(key for _, key in keys)))
         stats.filtered, stats.held_again, stats.held_beyond = split.filtered, split.held.repeats, split.held.dropped
         _refuse_untrained(stats, data.max_untrained_share)
         out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
-
-
-def _pieces(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
-    while piece := list(islice(rows, PIECE)):
-        yield piece
 
 
 def prepare_set(path: str, rows: int, encoder: Encoder, max_length: int) -> tuple[Examples, str]:

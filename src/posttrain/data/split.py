@@ -12,6 +12,7 @@ from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.data.chat.loss_weights import row_weight
 from posttrain.data.formats import check_fits, recognise, to_canonical
 from posttrain.data.held_out import HeldOut
+from posttrain.data.overlaps import Overlaps, find_overlaps
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, Row
 from posttrain.data.sources.source import NumberedRow, place, read_rows, row_name
@@ -24,7 +25,7 @@ Canonical = tuple[int, CanonicalRow]  # with its number in the source
 class Split:
     """The rows of a source that are trained on, each as it is needed, those held out, and the format of both.
 
-    held: what became of rows on the way to that.
+    held: what became of rows on the way to that. left_out: rows that repeat others, or are known from test sets.
     """
 
     def __init__(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None = None) -> None:
@@ -47,7 +48,9 @@ class Split:
             raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
         self.shape = source.shape if source.shape != "auto" else recognise(first)
         check_fits(self.shape, use)
-        self.train: Iterator[NumberedRow] = chain(before, train)
+        self.left_out = self._overlaps(source, data, use, eval_path)
+        gone = self.left_out.numbers
+        self.train: Iterator[NumberedRow] = (row for row in chain(before, train) if row[0] not in gone)
 
     @property
     def held_so_far(self) -> list[NumberedRow]:
@@ -59,6 +62,14 @@ class Split:
         while self._apart is None and not self.held.full and next(self._rest, None):
             pass
         return self.held_so_far
+
+    def _overlaps(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None) -> Overlaps:
+        """What data.dedupe and data.decontaminate leave out: the source is gone through once before."""
+        if data.dedupe == "none" and not data.decontaminate:
+            return Overlaps()
+        other = Split(source, plain(data), use, eval_path)
+        sound = partial(_sound_ones, source=source.path, shape=self.shape)
+        return find_overlaps(other.train, other.held_out, sound, data.dedupe, data.decontaminate)
 
     def _sifted(self, source: SourceConfig) -> tuple[HeldOut, Iterator[NumberedRow]]:
         """What will be held out, and the other rows."""
@@ -81,6 +92,16 @@ class Split:
                 yield number, row
             else:
                 self.filtered += 1
+
+
+def plain(data: DataConfig) -> DataConfig:
+    """The same, with all rows in it that repeat others or are known from test sets."""
+    return data.model_copy(update={"dedupe": "none", "decontaminate": None})
+
+
+def _sound_ones(rows: Iterable[NumberedRow], source: str, shape: str) -> Iterator[Canonical]:
+    """What has a mistake in it is spoken of where it is tokenised."""
+    return sound_rows(rows, shape, SourceStats(source, shape, ""), skips=True)
 
 
 def _worth(row: Row) -> tuple[float, float]:

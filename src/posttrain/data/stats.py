@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
+from posttrain.data.overlaps import Overlaps
 from posttrain.data.sources.source import parts_of, row_name
 
 NAMED = 20  # rows of each kind that an account names
@@ -32,6 +33,10 @@ class SourceStats:
     disliked: int = 0  # rows left out, since they say that their answer is not to be learnt (`label: false`)
     held_again: int = 0  # rows left out because they repeat a held-out one
     held_beyond: int = 0  # rows left out beyond data.eval_rows, with data.eval_rest=drop
+    repeated: int = 0  # rows that repeat an earlier one; left out with data.dedupe
+    also_held: int = 0  # rows to train on that are held out as well; left out with data.dedupe
+    near: int = 0  # rows left out since they are nearly an earlier or a held-out one, with data.dedupe=near
+    known: dict[str, int] = field(default_factory=dict[str, int])  # rows left out, by the test set whose words they hold
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     lost: dict[str, int] = field(default_factory=dict[str, int])  # rows, by the part that the chat template does not render
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
@@ -62,6 +67,19 @@ class SourceStats:
         for part in parts:
             self.lost[part] = self.lost.get(part, 0) + 1
             self.places[part] = [*self.places.get(part, []), place][:NAMED]
+
+    def note_overlaps(self, overlaps: Overlaps) -> None:
+        """Count rows that stand elsewhere too."""
+        for what, numbers in (("repeated", overlaps.repeated), ("also_held", overlaps.also_held), ("near", overlaps.near)):
+            setattr(self, what, getattr(self, what) + len(numbers))
+            self._place(what, numbers)
+        for name, numbers in overlaps.known.items():
+            self.known[name] = self.known.get(name, 0) + len(numbers)
+            self._place(name, numbers)
+
+    def _place(self, what: str, numbers: list[int]) -> None:
+        if numbers:
+            self.places[what] = [*self.places.get(what, []), *map(self.where, numbers[:NAMED])][:NAMED]
 
     def add(self, other: SourceStats) -> None:
         """Count another piece of the same source."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -11,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.likeness import key_of
 from posttrain.data.split import Canonical
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
@@ -56,6 +55,10 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
         ("endless", "pairs dropped, as their end of turn is cut off", True, stats.endless),
         ("disliked", "rows left out, whose label is false", False, stats.disliked),
         ("", "rows left out, they repeat a held-out row", False, stats.held_again),
+        ("repeated", "rows left out, they repeat an earlier one", False, stats.repeated),
+        ("also_held", "rows left out, they are held out as well", False, stats.also_held),
+        ("near", "rows left out, they are nearly an earlier or a held-out one", False, stats.near),
+        *((name, f"rows left out, they hold words of {name}", False, count) for name, count in stats.known.items()),
         ("", "rows left out, beyond data.eval_rows (data.eval_rest=drop)", False, stats.held_beyond),
     )
     found = []
@@ -71,12 +74,12 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
 def of_rows(rows: Iterable[Canonical], held_out: Iterable[Canonical], where: Callable[[int], str]) -> list[Finding]:
     """Empty and repeated rows, and rows that are held out as well."""
     empty, twice, both = Finding("empty rows"), Finding("rows that repeat an earlier one"), Finding("rows that are also held out")
-    apart = {_content(row) for _, row in held_out}
-    seen: dict[str, int] = {}
+    apart = {key_of(row) for _, row in held_out}
+    seen: dict[int, int] = {}
     for number, row in rows:
         if not "".join(_words(row)).strip():
             empty.add(where(number))
-        name = _content(row)
+        name = key_of(row)
         if name in apart:
             both.add(where(number))
         if name in seen:
@@ -172,8 +175,3 @@ def _texts(value: Any) -> Sequence[str]:
     if isinstance(value, dict) and "role" in value:
         values = [v for k, v in value.items() if k != "role"]
     return [text for each in values for text in _texts(each)]
-
-
-def _content(row: dict[str, Any]) -> str:
-    said = {key: value for key, value in row.items() if key not in ("weight", "columns")}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

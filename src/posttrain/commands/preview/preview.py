@@ -131,6 +131,8 @@ def _look(
         raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")
     stats.filtered, stats.held_again, stats.held_beyond = split.filtered, split.held.repeats, split.held.dropped
 
+    stats.note_overlaps(split.left_out)
+
     def sound(rows: Any) -> Any:
         return list(sound_rows(rows, split.shape, SourceStats(source.path, split.shape, ""), skips=True))
 

@@ -90,6 +90,8 @@ class DataConfig(SourceConfig):
     eval_share: Annotated[float, Field(ge=0, lt=1)]
     eval_rows: NonNegative  # at most so many held-out rows
     eval_rest: Literal["train", "drop"]  # what becomes of rows of the share beyond eval_rows
+    dedupe: Literal["none", "exact", "near"]  # which rows that repeat others are left out; those that are held out stay
+    decontaminate: Paths | None  # test sets: rows that hold words of theirs are left out
     on_error: Literal["stop", "skip"]  # a row with a mistake in it; skipped ones are counted
     template_kwargs: dict[str, Any] | None  # variables of the chat template; a row's chat_template_kwargs come first
     reasoning: Literal["keep", "drop", "inline"]  # of the assistant: reasoning_content, thinking, or <think> in the content

@@ -56,6 +56,7 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
     ):
         if count:
             lines.append(f"  {count:,} {what}")
+    lines += _of_overlaps(stats, cfg.data.dedupe != "none")
     for part, count in stats.lost.items():
         lines.append(f"  {part}: not rendered by the chat template in {count:,} rows, the first: {stats.places[part][0]}")
     return lines
@@ -83,6 +84,20 @@ def lines_of_template(template: str, before: str | None, field: str) -> list[str
     how = {"chat": "by the chat template", "none": "as plain text"}
     said = f"the rows are rendered {how[template]}, those of {field} {how.get(before, before)}"
     return [f"  warning: {said}; data.template={before} renders prompts that are texts as {field} has them"]
+
+
+def _of_overlaps(stats: SourceStats, out: bool) -> list[str]:
+    """Rows that stand elsewhere too. out: they are left out."""
+    ways = (
+        ("repeated", stats.repeated, "repeat an earlier one"),
+        ("also_held", stats.also_held, "are held out as well, which flatters what is measured on them"),
+        ("near", stats.near, "are nearly an earlier or a held-out one"),
+    )
+    begin, hint = ("left out, they ", "") if out else ("", "; data.dedupe=exact leaves them out")
+    lines = [f"  {n:,} rows {begin}{why}, the first: {stats.places[what][0]}{hint}" for what, n, why in ways if n]
+    for name, count in stats.known.items():
+        lines.append(f"  {count:,} rows left out, they hold words of {name}, the first: {stats.places[name][0]}")
+    return lines
 
 
 def _of_shares(data: Mixture, order: BatchSampler) -> list[str]:
