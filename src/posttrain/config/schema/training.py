@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, StrictBool
 
 from posttrain.config.choices import Schedule
-from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, listed
+from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, Weight, listed
 
 
 class OptimConfig(Strict):
@@ -48,6 +48,7 @@ class LanguageTrain(TrainConfig):
     """`train` of language models."""
 
     packing: Literal["auto"] | StrictBool  # documents of a micro-batch in one row; auto: where the model can keep them apart
+    router_aux_loss: Literal["auto"] | Weight  # times the routers' balance; auto: what the model's own config adds to its loss
     base_dropout: bool  # as the base's own config has it; no adapter's
     max_length: Annotated[int, Field(ge=8)]
 

@@ -44,6 +44,7 @@ class PackedLM(nn.Module):
         self.own_attention = str(self.causal.config._attn_implementation)
         self.plain_head = False  # does it leave out what its config says of its head? (models/language/reading.py finds out)
         self.border = lengths_border(self.causal)
+        self.routers: list[tuple[Tensor, ...]] | None = None  # their logits of each pack, while somebody listens
         self.cache_keyword: str | None = None  # found out by the first answers that are written (growing.py)
         self.reading = choose_reading(self, attention, packing)
         if self.prompt_kind == "prefix" and self.reading.way != "packed":
@@ -75,6 +76,15 @@ class PackedLM(nn.Module):
             yield
         finally:
             self.prompt_kind = kind
+
+    @contextmanager
+    def routed(self) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Inside, every pack that is read adds its routers' logits: a tensor [T', experts] a router, tokens as in `hidden`."""
+        self.routers = found = []
+        try:
+            yield found
+        finally:
+            self.routers = None
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -109,27 +119,37 @@ class PackedLM(nn.Module):
         """Last hidden states [T, H] of one pack. cache: an empty one, to put its keys and values into. inputs: input_ids
         int64 [1, T], or inputs_embeds [1, T, H]."""
         if self.reading.way == "joined":
-            return self._joined(positions, mask, inputs)
-        if self.reading.way in OWN or self._beyond_border(mask):
-            return self._rows(mask, inputs)
-        return self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
+            hidden, *routers = self._joined(positions, mask, inputs)
+        elif self.reading.way in OWN or self._beyond_border(mask):
+            hidden, *routers = self._rows(mask, inputs)
+        else:
+            hidden, *routers = self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
+        if self.routers is not None:
+            self.routers.append(tuple(routers))
+        return hidden
 
-    def _packed(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    def _run(self, **inputs: Any) -> tuple[Tensor, ...]:
+        """Hidden states [tokens, H] of all rows, then the logits [tokens, experts] of each router that is listened to."""
+        if self.routers is None:
+            return (decoder_of(self.causal)(**inputs).last_hidden_state.flatten(0, 1),)
+        output = decoder_of(self.causal)(**inputs, output_router_logits=True)
+        return output.last_hidden_state.flatten(0, 1), *(logits.flatten(0, -2) for logits in output.router_logits)
+
+    def _packed(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
         none = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
-        run = decoder_of(self.causal)
-        return run(**inputs, attention_mask=none, position_ids=positions, document_mask=mask, **options).last_hidden_state[0]
+        return self._run(**inputs, attention_mask=none, position_ids=positions, document_mask=mask, **options)
 
-    def _joined(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor]) -> Tensor:
+    def _joined(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         layout, segments = mask.end_to_end
         places = layout.rows[0].places
         laid = DocumentMask(segments, places.shape[1], mask.device)
         laid.windows = mask.windows
         given = {name: value[:, places[0]] for name, value in inputs.items()}
-        hidden = self._packed(positions[:, places[0]], laid, given, use_cache=False, **laid.borders)
-        return hidden[layout.home]
+        found = self._packed(positions[:, places[0]], laid, given, use_cache=False, **laid.borders)
+        return tuple(each[layout.home] for each in found)
 
-    def _rows(self, mask: DocumentMask, inputs: dict[str, Tensor]) -> Tensor:
+    def _rows(self, mask: DocumentMask, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         beyond, alone = (0, True) if self.reading.way == "alone" else (self.border, False)
         layout = mask.rows(beyond, at_once=is_initialized() and not alone)  # with FSDP all processes run as many forwards
         found = []
@@ -140,11 +160,10 @@ class PackedLM(nn.Module):
             options = {"attention_mask": real} if padded else {}
             if real.is_meta:  # where a mask's values cannot be asked for: a plan then counts a mask for all
                 options = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")}
-            output = decoder_of(self.causal)(**given, **options, use_cache=False)
-            found.append(output.last_hidden_state.flatten(0, 1))
+            found.append(self._run(**given, **options, use_cache=False))
         if self.border:
             forget_lengths(self.causal)
-        return torch.cat(found)[layout.home]
+        return tuple(torch.cat(parts)[layout.home] for parts in zip(*found, strict=True))
 
     def _beyond_border(self, mask: DocumentMask) -> bool:
         """Is a document so long that it would change the rotary table of all others?"""

@@ -11,17 +11,19 @@ from posttrain.errors import UserError
 from posttrain.models.language.activations import model_of_shapes
 from posttrain.models.language.architecture import config_of, require_causal
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.routers import router_coefficient
 
 
 def check_shapes(cfg: LanguageStage, directory: Path) -> None:
-    """Raises UserError for a base that is not causal, for targets that match nothing, and for a way of attention or packing that
-    is asked for and cannot be had. directory: the base's."""
+    """Raises UserError for a base that is not causal, for targets that match nothing, and for a way of attention or packing or
+    a loss of routers that is asked for and cannot be had. directory: the base's."""
     config = config_of(directory, cfg.model.trust_remote_code)
     require_causal(config, cfg.model.name)
     try:
         model = model_of_shapes(config, getattr(torch, cfg.base_dtype), cfg.peft)
         with torch.device("meta"):
-            PackedLM(model, cfg.model.attention, "reference", cfg.train.packing)
+            lm = PackedLM(model, cfg.model.attention, "reference", cfg.train.packing)
+        router_coefficient(lm.causal, cfg.train.router_aux_loss)
     except UserError:
         raise
     except Exception:  # what does not run without values: then loading it will tell

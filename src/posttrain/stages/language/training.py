@@ -17,9 +17,12 @@ from posttrain.console import say
 from posttrain.data.collate import zero_weight
 from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.routers import router_coefficient
 from posttrain.runs.cache import cache_root
 from posttrain.runs.earlier import CURRICULUM
 from posttrain.runs.identity import content_hash
+from posttrain.stages.language.balance import with_balance
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.curriculum import apply_curriculum
 from posttrain.stages.language.ewc import EwcPenalty, fisher
@@ -28,7 +31,7 @@ from posttrain.stages.resume import order_hash
 from posttrain.stages.steps import Context, Measured, Session, Training
 from posttrain.training.callbacks import StepCallback, together
 from posttrain.training.metrics import everywhere
-from posttrain.training.objective import Objective, Update
+from posttrain.training.objective import LossFunction, Objective, Update
 
 Compared = Callable[[PackedBatch, list[int]], PackedBatch]  # a training batch, its units -> with what it is compared with
 
@@ -69,7 +72,7 @@ def train_language(
 
     return Training(
         updates=updates,
-        loss=objective.loss,
+        loss=balanced_loss(context, objective, session),
         measure=measure,
         measure_around=measure_sets(context, data, session),
         compare=compare_ends,
@@ -78,6 +81,15 @@ def train_language(
         checkpoint_gate=checkpoint_gate(context, data, session),
         data=data,
     )
+
+
+def balanced_loss(context: Context, objective: Objective[PackedBatch], session: Session) -> LossFunction[PackedBatch]:
+    """The objective's loss in training, with `train.router_aux_loss`. What is measured stays the objective's alone."""
+    lm: PackedLM = session.accelerator.unwrap_model(session.module)
+    coefficient = router_coefficient(lm.causal, context.cfg.train.router_aux_loss)
+    if coefficient:
+        say(f"the loss has {coefficient:g} times the routers' balance (train.router_aux_loss)")
+    return with_balance(objective.loss, lm, coefficient)
 
 
 def _batches(

@@ -51,6 +51,8 @@ class Ppo(LanguageStage):
             raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
         if not self.peft.for_ppo:
             raise ValueError(f"peft: ppo cannot train {self.peft.name}; use +peft=lora, another adapter, or full training")
+        if self.train.router_aux_loss not in ("auto", 0):
+            raise ValueError("train.router_aux_loss: ppo's loss has none; say train.router_aux_loss=0")
         if self.rollout.engine == "vllm" and (self.quant.is_quantized or not self.peft.for_vllm):
             raise ValueError(
                 "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
