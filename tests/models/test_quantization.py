@@ -31,20 +31,20 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_narrow_layers_stay_as_they_are_and_a_plan_counts_them_so(tmp_path: Path) -> None:
-    """bitsandbytes' kernel for a CPU takes rows in groups of 32; 16 and 40 are none. Log-probs of one row run through it."""
+    """bitsandbytes' kernel for a CPU cannot have 16 rows. Log-probs of one row run through it."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 72, "vocab_size": 64}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
     load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
     model = load_causal(str(tmp_path), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu")).eval()
     kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    narrow, wide = ["k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"], ["q_proj", "o_proj", "down_proj"]
+    narrow, wide = ["k_proj", "v_proj", "lm_head"], ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert kinds == dict.fromkeys(narrow, "Linear") | dict.fromkeys(wide, "Linear4bit")
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5]])).logits.isfinite().all()
     quant = Nf4(method="nf4", double_quant=True, compute_dtype="bfloat16", dense_layers=0)
-    assert quant.weight_bytes((16, 64)) is None and quant.weight_bytes((72, 64)) is None
-    assert quant.weight_bytes((64, 72)) == nf4_bytes(64 * 72)
+    assert quant.weight_bytes((16, 64)) is None and quant.weight_bytes((64, 16)) is None
+    assert quant.weight_bytes((72, 64)) == nf4_bytes(64 * 72)
 
 
 def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:

@@ -13,7 +13,7 @@ from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 
 EXPERTS, LINEAR = 4 * 3 * 32 * 24, 2 * (2 * 32 * 32 + 2 * 32 * 16) + 3 * 32 * 48
-NARROW = 2 * 2 * 32 * 16 + 2 * 32 * 48  # k and v of 16 rows, gate and up of 48: NF4 takes rows in groups of 32
+NARROW = 2 * 2 * 32 * 16  # k and v, of 16 rows
 REST = 2 * 61 * 32 + 4 * 32 + (4 * 32 + 32 + 4 * 8)  # embeddings and head, the router, norms
 
 

@@ -68,11 +68,11 @@ def test_packing_and_attention_that_cannot_be_had_are_refused_before_the_data(tm
 
 
 def test_a_plan_says_how_packs_will_be_read(tmp_path: Path) -> None:
-    """Also of models whose mask transformers makes from values, which the meta device has not (DiffLlama)."""
+    """Also of models whose mask transformers makes from values, which the meta device has not (BLOOM)."""
     words = ["eval.sets=null", "train.max_steps=1", "data.max_rows=12"]
     mamba = directory(transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), tmp_path / "mamba")
-    diff = directory(transformers.DiffLlamaConfig(**SMALL, num_key_value_heads=2), tmp_path / "diffllama")
-    for model in (mamba, diff):
+    bloom = directory(transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2), tmp_path / "bloom")
+    for model in (mamba, bloom):
         assert any(
             line.startswith("the model reads one document a row") for line in make_plan("sft", [model, *words])["assumptions"]
         )

@@ -158,12 +158,19 @@ class PackedLM(nn.Module):
                 forget_lengths(self.causal)
             given = {name: value[0][places] for name, value in inputs.items()}
             options = {"attention_mask": real} if padded else {}
-            if real.is_meta:  # where a mask's values cannot be asked for: a plan then counts a mask for all
-                options = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")}
-            found.append(self._run(**given, **options, use_cache=False))
+            run = self._run_on_meta if real.is_meta else self._run
+            found.append(run(**given, **options, use_cache=False))
         if self.border:
             forget_lengths(self.causal)
         return tuple(torch.cat(parts)[layout.home] for parts in zip(*found, strict=True))
+
+    def _run_on_meta(self, **options: Any) -> tuple[Tensor, ...]:
+        """As `_run`, for a plan: transformers may not ask for values there, so it is given a mask of one value, or the mask as it
+        is where the model cannot have that."""
+        try:
+            return self._run(**options | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")})
+        except ValueError:
+            return self._run(**options)
 
     def _beyond_border(self, mask: DocumentMask) -> bool:
         """Is a document so long that it would change the rotary table of all others?"""

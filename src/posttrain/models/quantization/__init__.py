@@ -47,7 +47,7 @@ NARROWEST = 32  # rows and columns of a layer in four bits
 def wide_enough(shape: Collection[int]) -> bool:
     """Is a weight one that is kept in four bits: of experts [experts, ...], or of a linear layer [out, in] that is not narrow?
 
-    bitsandbytes' kernel for a CPU wants rows in groups of NARROWEST, and what is narrower takes no memory: coefficients, gates.
+    bitsandbytes' kernel for a CPU cannot have fewer rows, and what is narrower takes no memory: coefficients, gates.
     """
     out, width = tuple(shape)[-2:]
-    return len(shape) > 2 or (min(out, width) >= NARROWEST and out % NARROWEST == 0)
+    return len(shape) > 2 or min(out, width) >= NARROWEST
