@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def base(tmp_path: Path) -> Path:
 def test_narrow_layers_stay_as_they_are_and_a_plan_counts_them_so(tmp_path: Path) -> None:
     """bitsandbytes' kernel for a CPU cannot have 16 rows. Log-probs of one row run through it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 72, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 72}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=64, **sizes)).save_pretrained(tmp_path)
     load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
     model = load_causal(str(tmp_path), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu")).eval()
     kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
