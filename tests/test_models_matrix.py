@@ -103,7 +103,7 @@ def states(architecture: Architecture, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mamba2", "qwen3_next", "deepseek_v3", "qwen2_5_vl"])
 def test_trains_exactly_in_every_stage(name: str, tmp_path: Path) -> None:
     assert states(ALL[name], tmp_path) == {}
 

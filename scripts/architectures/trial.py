@@ -141,7 +141,10 @@ class Trial:
         said, results = io.StringIO(), list[Any]()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = guarded(lambda: results.append(command()))
-        self.ran[name] = Ran(self.folder / name, code, said.getvalue(), *results)
+        text = said.getvalue()
+        for directory in ("base", "still"):  # the same line for both, on every machine
+            text = text.replace(str(self.folder / directory), "MODEL")
+        self.ran[name] = Ran(self.folder / name, code, text, *results)
 
     def _reading(self) -> None:
         done = next((ran.result for ran in self.ran.values() if ran.code == 0 and ran.result and "reading" in ran.result), None)
