@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import BitsAndBytesConfig
 
 from architectures import rows
 from posttrain.models.language.reward_model import saved_head
@@ -78,16 +77,17 @@ def lora(trial: Trial) -> str:
 
 
 def qlora(trial: Trial) -> str:
-    """Near the base before; what plain peft makes of the files on a 4-bit base is what the run ended with."""
+    """Near the base before; plain peft loads it; merged onto its own 4-bit base made whole, it is what the run ended with."""
     lines = trial.ran["qlora"].metrics
     base = rows.plain_loss(_model(trial, trial.folder / "base"))
     if trouble := _differ("loss before", lines[0]["eval/loss"], base, 0.2 * base):
         return trouble
     if lines[-1]["eval/loss"] >= lines[0]["eval/loss"]:
         return f"nothing was learned: {lines[0]['eval/loss']:.5f} became {lines[-1]['eval/loss']:.5f}"
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    loaded = _peft(_model(trial, trial.folder / "base", quantization_config=config), trial.ran["qlora"])
-    return _differ("loss in plain peft", rows.plain_loss(loaded), lines[-1]["eval/loss"], 0.02 * base)
+    _peft(_model(trial, trial.folder / "base"), trial.ran["qlora"])
+    if (merged := trial.ran["dequantized"]).code:
+        return f"merged onto the weights that it was trained on: {merged.cell.said}"
+    return _differ("loss merged", rows.plain_loss(_model(trial, merged.directory)), lines[-1]["eval/loss"], 1e-3)
 
 
 def dpo(trial: Trial) -> str:
@@ -169,16 +169,13 @@ def plan(trial: Trial) -> Cell:
     return Cell("failed" if found.code == 1 else "wrong", "; ".join(said))
 
 
-def _model(trial: Trial, directory: Path, **keywords: Any) -> Any:
+def _model(trial: Trial, directory: Path) -> Any:
     """Plain transformers. Raises ValueError for weights that are missing or have no place."""
     made = getattr(transformers, trial.architecture.class_name)
-    model, info = made.from_pretrained(directory, dtype="float32", output_loading_info=True, **keywords)
+    model, info = made.from_pretrained(directory, dtype="float32", output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise ValueError(f"{what.replace('_', ' ')} in {directory.name}: {sorted(map(str, info[what]))[:3]}")
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # else its weights are put into another order, which not all widths allow
     return model.eval()
 
 

@@ -108,7 +108,7 @@ class Trial:
         fixed = [f"optim.lr={LR}", f"optim.eps={EPSILON}", "optim.schedule=constant", "optim.warmup_ratio=0"]
         self._stage("full", "sft", still, *fixed)
         self._stage("lora", "sft", base, "+peft=lora", "optim.lr=0.003", "train.gradient_checkpointing=auto")
-        self._stage("qlora", "sft", base, "+peft=qlora", "optim.lr=0.003")
+        self._stage("qlora", "sft", base, "+peft=qlora", "quant.compute_dtype=float32", "optim.lr=0.003")
         start = f"init={self.folder / 'lora'}" if self.ran["lora"].code == 0 else base
         self._stage("dpo", "dpo", start, "+peft=lora")
         self._stage("rm", "rm", start, "+peft=lora")
@@ -121,6 +121,10 @@ class Trial:
         if self.ran["lora"].code == 0:
             self._command("merge", lambda: merge_run(self.folder / "lora", self.folder / "merge", 0.05, "auto"))
 
+        if self.ran["qlora"].code == 0:
+            self._command(
+                "dequantized", lambda: merge_run(self.folder / "qlora", self.folder / "dequantized", 0.5, "dequantized")
+            )
         words = self._words("plan", "sft", (base, "+peft=lora"))
         self._command("plan", lambda: make_plan("sft", list(words)))
 
@@ -153,7 +157,7 @@ class Trial:
 
     def _look(self) -> None:
         """Each result against plain transformers and peft."""
-        cells = self.record.cells = {name: ran.cell for name, ran in self.ran.items()}
+        cells = self.record.cells = {name: ran.cell for name, ran in self.ran.items() if name in CELLS}
         for name in CELLS:
             cells.setdefault(name, Cell("none"))
         cells["plan"] = checks.plan(self)
