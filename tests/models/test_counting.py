@@ -46,15 +46,16 @@ def test_parts_by_name(name: str, part: str) -> None:
 
 
 def test_what_quantization_leaves_in_16_bit(tmp_path: Path) -> None:
-    """NF4 packs linear layers and experts, half a byte each; int8 leaves experts as they are."""
+    """NF4 packs linear layers and experts, half a byte each, but for k and v of 16 rows; int8 leaves experts as they are."""
     tiny("qwen3_moe").save_pretrained(tmp_path)
     plain = count_parameters(tiny("qwen3_moe"))[1]
     experts, linear = 4 * 3 * 32 * 24, 2 * (2 * 32 * 32 + 2 * 32 * 16) + 3 * 32 * 48
+    narrow = 2 * 2 * 32 * 16
     int8: Any = Int8(method="int8", threshold=6.0).loading("cpu")
-    for config, packed in ((nf4(True, "bfloat16", "cpu"), (experts + linear) / 2), (int8, linear)):
+    for config, packed in ((nf4(True, "bfloat16", "cpu"), (experts + linear - narrow) / 2), (int8, linear)):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
         assert count_parameters(model)[1] == plain
-        left = 2 * (plain - experts - linear) + (2 * experts if config is int8 else 0)
+        left = 2 * (plain - experts - linear) + (2 * experts if config is int8 else 2 * narrow)
         share, parts = left_in_16_bit(add_method(model, lora())) or (0.0, {})
         assert (share, sum(parts.values())) == (pytest.approx(left / (left + packed)), left)
         assert ("experts" in parts) == (config is int8)

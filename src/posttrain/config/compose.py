@@ -247,7 +247,7 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
             f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
         )
     kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
-    kept.add("add_tokens")  # a parent's are in its tokenizer
+    kept = (kept | {"add_tokens"}) & config["model"].keys()  # a parent's tokens are in its tokenizer; models of images have none
     return {**config, "model": {**config["model"], **parent, **{key: config["model"][key] for key in kept}}}
 
 

@@ -204,7 +204,7 @@ def test_a_bad_row_far_on_is_named_though_it_is_read_in_another_process(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("posttrain.data.prepare.PIECE", 64)
+    monkeypatch.setattr("posttrain.data.overlaps.PIECE", 64)
     lines = [json.dumps({"text": f"row {i}"}).encode() for i in range(1, 1001)]
     part = prepared(tmp_path, encoder, lines, "cpt")
     assert part.stats.rows == 1000 and part.train.rows.tolist() != list(range(1, 1001))  # grouped to fill their units

@@ -75,6 +75,8 @@ def settings(model: Any) -> dict[str, list[int]] | None:
 def check_tied(model: Any) -> None:
     """Raises UserError where peft has put rows over the embedding, and not over a head that shares its weight."""
     base = model.get_base_model()
+    if not hasattr(base, "get_input_embeddings"):  # a denoiser has no tokens
+        return
     words, output = base.get_input_embeddings(), base.get_output_embeddings()
     if hasattr(words, "token_adapter") and output is not None and not hasattr(output, "token_adapter"):
         raise UserError(f"model.add_tokens: peft does not see that the head of {type(base).__name__} is tied; use peft=none")
