@@ -165,7 +165,7 @@ def test_changed_rows_are_refused(rows: list[str], home: Path, stopped: Path) ->
 @pytest.mark.usefixtures("no_model")
 def test_another_order_of_the_same_rows_is_refused(home: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a later version might draw them."""
-    monkeypatch.setattr("posttrain.data.mixture.permutation", lambda size, *_: np.arange(size)[::-1])
+    monkeypatch.setattr("posttrain.data.queues.permutation", lambda size, *_: np.arange(size)[::-1])
     with pytest.raises(UserError, match=r"data.order was .*resume.allow=data.order"):
         posttrain.run(*options(home, "run"))
 
