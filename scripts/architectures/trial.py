@@ -112,7 +112,7 @@ class Trial:
         start = f"init={self.folder / 'lora'}" if self.ran["lora"].code == 0 else base
         self._stage("dpo", "dpo", start, "+peft=lora")
         self._stage("rm", "rm", start, "+peft=lora")
-        reward = ["rollout.max_new_tokens=8", "train.grad_accum=4", "ppo.epochs=1"]
+        reward = ["rollout.max_new_tokens=4", "train.batch_size=2", "train.grad_accum=4", "train.max_steps=1", "ppo.epochs=1"]
         if self.ran["rm"].code == 0:
             reward.append(f"init_reward={self.folder / 'rm'}")
         else:

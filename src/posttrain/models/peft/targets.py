@@ -43,7 +43,7 @@ def targets_of(model: nn.Module, targets: str | list[str], limits: Limits) -> Ta
     kept = {name: layer for name, layer in found.items() if not why[name]}
     left = _lines(found, why)
     if not kept:
-        raise UserError(f"peft.targets: nothing is left to train: {'; '.join(left)}")
+        raise UserError(_nothing_left(found, reasons, left))
     return Targets(
         {name: layer for name, layer in kept.items() if layer.module is not None},
         {name: layer for name, layer in kept.items() if layer.module is None},
@@ -94,6 +94,15 @@ class _Reasons:
         if layer.name in self.renamed:
             return f"plain peft takes their names for those of experts, and would not load peft={limits.method} on them"
         return f"narrower than rank {limits.rank}" if min(layer.shape) < limits.rank else ""
+
+
+def _nothing_left(found: dict[str, Layer], reasons: _Reasons, left: list[str]) -> str:
+    """The field to change is the rank where a lower one would leave a layer to train."""
+    rank, reasons.limits = reasons.limits.rank, reasons.limits._replace(rank=1)
+    widest = max((min(layer.shape) for layer in found.values() if not reasons.of(layer)), default=0)
+    if widest:
+        return f"peft.r: {rank} is above the smaller side of every layer that could be trained; {widest} is the highest"
+    return f"peft.targets: nothing is left to train: {'; '.join(left)}"
 
 
 def _lines(found: dict[str, Layer], why: dict[str, str]) -> list[str]:
