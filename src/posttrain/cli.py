@@ -124,7 +124,7 @@ def report(
 @app.command("eval", rich_help_panel="Chains and results")
 def evaluate(
     words: Annotated[
-        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.path, rows, max_length, tasks.")
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.KEY, rows, max_length, tasks.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -145,7 +145,10 @@ def evaluate(
 
 @app.command("chat", rich_help_panel="Chains and results")
 def talk(
-    runs: Annotated[list[str], typer.Argument(help="A run directory or a model; several runs of one base to switch between.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs of one base, or a model; data.template and the like."),
+    ],
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token.")] = 0.7,
@@ -158,7 +161,7 @@ def talk(
     def command() -> None:
         from posttrain.commands.chat import chat
 
-        chat(runs, system, prompt, temperature, top_p, max_new_tokens, seed)
+        chat(words, system, prompt, temperature, top_p, max_new_tokens, seed)
 
     _end(command)
 

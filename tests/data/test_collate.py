@@ -6,6 +6,7 @@ from posttrain.batch import Segment
 from posttrain.data.collate import BatchSampler, pack, pack_pairs, zero_weight
 from posttrain.data.example_store import Store, load
 from posttrain.data.examples import build, group, join
+from posttrain.data.overlaps import rows_of
 
 CONVERSATIONS = build([([5, 6, 7, 8], [0, 0, 1, 1], 1), ([9, 10], [0, 1], 2), ([11, 12, 13], [1, 0, 0.5], 3)])
 
@@ -79,10 +80,11 @@ def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped
     pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5], [2.0])
     with Store(tmp_path / "x") as store:
         for piece in (CONVERSATIONS, CONVERSATIONS):
-            store.add("train", piece)
-        store.add("held_out", pairs)
+            store.add("train", piece, rows_of([(1, -5), (2, 7)]))
+        store.add("held_out", pairs, rows_of([]))
         store.close({"rows": 3})
-    parts, report, _ = load(tmp_path / "x")
+    parts, read, report, _ = load(tmp_path / "x")
+    assert read["train"].tolist() == 2 * [[1, -5], [2, 7]] and read["held_out"].tolist() == []
     assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]
     for name in vars(pairs):
         assert np.array_equal(getattr(parts["held_out"], name), getattr(pairs, name)), name

@@ -14,6 +14,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.example_store import Store, load
 from posttrain.data.examples import Examples, build
 from posttrain.data.mixture import read_mixture
+from posttrain.data.overlaps import rows_of
 from posttrain.models.builtin import tiny_tokenizer
 from posttrain.stages.spec import row_uses
 
@@ -23,7 +24,7 @@ ROWS = [([1, 2, 3], [0.0, 1.0, 1.0], 1), ([4, 5], [0.0, 0.5], 2), ([6, 7, 8, 9],
 def content(directory: Path, *pieces: Examples) -> str:
     with Store(directory) as out:
         for piece in pieces:
-            out.add("train", piece)
+            out.add("train", piece, rows_of([]))
         out.close({})
     return load(directory).content
 

@@ -14,7 +14,7 @@ from posttrain.data.mixture import read_mixture
 from posttrain.errors import UserError
 from posttrain.stages.language.init import InitSource
 from posttrain.stages.language.prepare import open_language, template_of
-from posttrain.stages.language.summary import lines_of_rows, lines_of_template
+from posttrain.stages.language.summary import example_of, lines_of_template
 from posttrain.stages.spec import row_uses
 
 CHAT = "<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\n[[a<|im_end|>]]\\n"
@@ -37,7 +37,7 @@ def test_the_first_row_is_shown_as_the_model_sees_it(make_tokenizer: Any, tmp_pa
         record = template_of(data, encoder, stage == "cpt")
         name = "chat" if template else "none"
         assert record.to_dict() == {"rows": name, "texts": name}
-        assert lines_of_rows(data.parts[0], tokenizer, record.rows, name, "init") == [f"  the first row, [[trained]]: {shown}"]
+        assert example_of(data.parts[0], tokenizer, 200) == [f"  the first row, [[trained]]: {shown}"]
 
 
 def test_rows_that_are_rendered_otherwise_than_the_parents_are_warned_of() -> None:

@@ -13,7 +13,7 @@ from posttrain.config.schema import LanguageStage
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.likeness import NUMBERS, key_of, nearest_before, runs_of, signature_of, words_of
 from posttrain.data.prepare import PreparedSource, prepare
-from posttrain.stages.language.summary import _of_source
+from posttrain.stages.language.summary import lines_of_source
 from posttrain.stages.spec import row_uses
 
 RANDOM = random.Random(3)
@@ -46,7 +46,8 @@ def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], *words:
     )
     assert isinstance(cfg, LanguageStage)
     found = prepare(cfg.data, row_uses()["sft"], encoder, 4096, folder / "cache")[0]
-    lines = [line.strip().replace(f"{folder}/", "") for line in _of_source(cfg, found.stats, "")[1:]]
+    dedupes = cfg.data.dedupe != "none"
+    lines = [line.strip().replace(f"{folder}/", "") for line in lines_of_source(found.stats, 4096, dedupes=dedupes)[1:]]
     return found, lines
 
 
@@ -55,14 +56,15 @@ def test_repeats_are_counted_and_said(encoder: Encoder, tmp_path: Path) -> None:
     rows = [row("a:", id=1), row("b:", id=2), row("a:", id=3, weight=0.5), row("a:", " no", id=4), row("b:", id=5)]
     found, lines = prepared(tmp_path, encoder, rows)
     assert (found.stats.rows, found.stats.repeated, found.stats.also_held) == (5, 2, 0)
-    assert lines == ["2 rows repeat an earlier one, the first: rows.jsonl, row 3; data.dedupe=exact leaves them out"]
+    repeat = "2 rows repeat an earlier one, the first: rows.jsonl, row 3; data.dedupe=exact leaves them out"
+    assert lines == [repeat, "columns not used: id"] and found.stats.unused == {"id": 5}
 
 
 def test_repeats_are_left_out(encoder: Encoder, tmp_path: Path) -> None:
     rows = [row("a:", id=1), row("b:", id=2), row("a:", id=3), row("b:", id=4)]
     found, lines = prepared(tmp_path, encoder, rows, "data.dedupe=exact")
     assert found.train.rows.tolist() == [1, 2] and (found.stats.rows, found.stats.repeated) == (2, 2)
-    assert lines == ["2 rows left out, they repeat an earlier one, the first: rows.jsonl, row 3"]
+    assert lines == ["2 rows left out, they repeat an earlier one, the first: rows.jsonl, row 3", "columns not used: id"]
 
 
 @pytest.mark.parametrize("dedupe", ["none", "exact"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
+from posttrain.commands.words import runs_and_settings
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.kernels.choice import for_inference, use_kernels
@@ -27,6 +28,7 @@ class Conversation:
     max_new_tokens: int
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    _lost: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
         use_kernels(self.live.model, self.live.kernels)
@@ -35,18 +37,19 @@ class Conversation:
         """The model's answer to `text`, which joins the conversation with it."""
         self.messages.append({"role": "user", "content": text})
         tokenizer, model = self.live.tokenizer, self.live.model
-        inputs = tokenizer(self._prompt(), return_tensors="pt", add_special_tokens=False).to(model.device)
+        prompt = torch.tensor([self.prompt()], device=model.device)
         drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         with torch.no_grad(), for_inference(model, self.live.kernels):
             out = model.generate(
-                **inputs,
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=self.max_new_tokens,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                 eos_token_id=self.live.ends,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(drawn if self.temperature else {"do_sample": False}),
             )
-        said = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": said})
         return said
 
@@ -54,26 +57,48 @@ class Conversation:
         """Forget all messages."""
         self.messages.clear()
 
-    def _prompt(self) -> str:
+    def prompt(self) -> list[int]:
+        """The tokens after which the answer begins: rendered as the run's rows were, what is lost of them said once."""
         first = [{"role": "system", "content": self.system}] if self.system else []
-        if not self.live.tokenizer.chat_template:
-            return "\n".join(message["content"] for message in (*first, *self.messages))
-        return self.live.tokenizer.apply_chat_template([*first, *self.messages], tokenize=False, add_generation_prompt=True)
+        said = [*first, *self.messages]
+        row = {"messages": said} if self.live.is_chat else {"prompt": "\n".join(message["content"] for message in said)}
+        encoder = self.live.encoder
+        encoder = encoder.reading_as(replace(encoder.options, template=self.live.is_chat, on_loss="warn"))
+        ((tokens, _, lost),) = encoder.encode_prompts([(1, row)], str)
+        for part in [each.name for each in lost if each.name not in self._lost]:
+            say(f"{part}: not rendered by the chat template")
+            self._lost.add(part)
+        return tokens
+
+
+def _greeting(live: LoadedModel) -> str:
+    """What to say where the model is not spoken with as people expect; empty where it is."""
+    if live.is_chat:
+        return ""
+    if not live.tokenizer.chat_template:
+        return "this model has no chat template: it goes on with your text"
+    whose = (
+        "the rows of this run were" if live.artifact.is_run else "this model does not stop at its chat template's end of turn:"
+    )
+    return f"{whose} plain text, so it goes on with your text; data.template=chat speaks by the chat template"
 
 
 def chat(
-    runs: list[str], system: str | None, prompt: str | None, temperature: float, top_p: float, max_new_tokens: int, seed: int
+    words: list[str], system: str | None, prompt: str | None, temperature: float, top_p: float, max_new_tokens: int, seed: int
 ) -> None:
     """Talk with a run's result, or a bare model, until the input ends. prompt: answer this alone.
 
-    Several runs of one base are switched between with /adapter NAME.
+    words: runs of one base, which are switched between with /adapter NAME, and settings of `data` in place of the run's own.
     """
+    runs, _, of_data = runs_and_settings(words)
+    if not runs:
+        raise UserError("give a run directory, or a model: posttrain chat RUN")
     torch.manual_seed(seed)
-    live, names = load_models(runs, device_here())
+    live, names = load_models(runs, device_here(), of_data)
     conversation = Conversation(live, temperature, top_p, max_new_tokens, system)
     switch(live, names, names[0])
-    if not live.tokenizer.chat_template:
-        say("this model has no chat template: it goes on with your text")
+    if greeting := _greeting(live):
+        say(greeting)
     if prompt is not None:
         conversation.answer(prompt, stream=True)
         return

@@ -29,7 +29,8 @@ from posttrain.losses.tokens import token_loss
 from posttrain.models.hub import resolve
 from posttrain.models.language.loading import load_base
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
+from posttrain.models.language.run_data import data_of, differences, encoder_of, of_file
+from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.peft.export import write_lora
 from posttrain.models.peft.factors import Factors, joined
@@ -138,10 +139,11 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
     """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
     first = parts[0].artifact
     tokenizer = load_tokenizer(first.tokenizer, None, False, None)
-    encoder = make_encoder(tokenizer, first.source, first.base.revision)
-    examples, kind = prepare_set(str(path), ROWS, encoder, LENGTH)
-    if kind == "pairs":
+    data = data_of(first, {})
+    found = prepare_set(of_file(data, str(path), ROWS), ROWS, encoder_of(first, tokenizer, data), LENGTH)
+    if found.kind == "pairs":
         raise UserError(f"--learn: {path} holds pairs; give conversations, completions or text")
+    examples = found.examples
     model: Any = load_adapter(load_base(first, "cpu", first.finished().dtype, True), first.weights)
     names = ["default", *(f"part{i}" for i in range(1, len(parts)))]
     for name, part in zip(names[1:], parts[1:], strict=True):
@@ -192,6 +194,9 @@ def _scale(model: Any, names: list[str], scales: Tensor) -> None:
 def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | None) -> dict[str, Any]:
     first = parts[0]
     base = first.artifact.base
+    for part in parts[1:]:
+        if found := differences(first.artifact, part.artifact, {}):
+            say(f"{', '.join(found)} of {part.run} was another than that of {first.run}, as which the sum is spoken with")
     with torch.device("meta"):
         skeleton = _skeleton(base)
     transposed = bool(first.adapter.config.get("fan_in_fan_out"))
@@ -201,11 +206,11 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
         made.mkdir()
         write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base.path, skeleton, transposed)
         copy_tokenizer(first.artifact.weights, made / "adapter")
-        config = read_config(first.run) | {"stage": first.artifact.stage}
+        config = read_config(first.run)
         write_text(made / CONFIG, yaml.safe_dump(config, sort_keys=False))
         sums = [{"run": str(p.run.resolve()), "weight": w} for p, w in zip(parts, weights, strict=True)]
         write_json(made / "compose.json", {"sum": sums, "learned_on": str(learn) if learn else None})
-        record = first.artifact.finished().to_dict("base", "weights", "tokenizer", "dtype", "quant")
+        record = first.artifact.finished().to_dict("base", "weights", "tokenizer", "dtype", "quant", "template")
         record |= {"stage": "compose", "parents": [p for part in parts for p in part.artifact.parents("init")], "sum": sums}
         record |= {"peft": {"method": "lora"}, "metrics": {}, "data": [], "steps": 0, "tokens": 0, "seconds": 0.0, "seed": None}
         manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})

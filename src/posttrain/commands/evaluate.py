@@ -8,37 +8,43 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from posttrain.config.schema import DataConfig
-from posttrain.config.stages import REGISTRY, typed_config
+from posttrain.commands.words import runs_and_settings
+from posttrain.config.compose import validate
+from posttrain.config.schema import LanguageStage
+from posttrain.config.stages import typed_config
 from posttrain.config.stored import completed
 from posttrain.console import console, say
 from posttrain.data.chat.encoder import Encoder
-from posttrain.data.chat.options import options_of
+from posttrain.data.chat.loss_weights import weighing_of
 from posttrain.data.prepare import held_out_of, prepare, prepare_set
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.models.language.loading import LoadedModel, device_here, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.run_data import of_file
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
+from posttrain.stages.language.prepare import eval_sets, rows_of
+from posttrain.stages.language.summary import lines_of_source
 from posttrain.stages.spec import spec_of
 
-KEYS = ("data.path", "rows", "max_length", "tasks", "limit")
+KEYS = ("rows", "max_length", "tasks", "limit")
 DEFAULTS = {"rows": 256, "max_length": 1024}
 
 
 def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
-    """Figures of every run (or model) among `words`; the other words are KEY=VALUE settings.
+    """Figures of every run (or model) among `words`; the other words are KEY=VALUE settings. Rows are read and rendered as
+    the run had `data`, unless a word says otherwise (data.template=none).
 
     data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
     the model has by its own likelihood a token, with a 95 % interval. Without it: what the run's own config holds out. tasks=A,B:
     tasks of lm-eval. Raises UserError before a model is loaded.
     """
-    runs, settings = _sort_words(words)
+    runs, settings, of_data = _sorted(words)
     if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
-        return {Path(runs[0]).name: _scored(runs[0], settings)}
-    live, names = load_models(runs, device_here())
+        return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
+    live, names = load_models(runs, device_here(), of_data)
     if "tasks" in settings:
         return {name: _lm_eval(live, names, name, settings) for name in names}
     sets = _sets(live, settings)
@@ -51,82 +57,69 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _sort_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    runs, settings = [], {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator or "/" in key:
-            runs.append(word)
-        elif key not in KEYS:
-            raise UserError(f"unknown key '{key}'{did_you_mean(key, list(KEYS))} (there are: {', '.join(KEYS)})")
-        else:
-            settings[key] = value
+def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Runs, settings, and what is said in place of the run's own `data`."""
+    runs, settings, of_data = runs_and_settings(words, KEYS)
     if not runs:
         raise UserError("give a run directory, or a model: posttrain eval RUN data.path=FILE")
     for key in ("rows", "max_length", "limit"):
         if key in settings and not settings[key].isdigit():
             raise UserError(f"{key}: '{settings[key]}' is no whole number")
-    return runs, settings
+    return runs, settings, of_data
 
 
 def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
-    encoder = live.encoder
-    rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
-    if "data.path" in settings:
-        return [EvalSet("data", *prepare_set(settings["data.path"], rows, encoder, length))]
+    if "data.path" in live.words:
+        rows, length = _size(settings)
+        data = of_file(live.data, live.data.path or "", rows)
+        found = prepare_set(data, rows, live.encoder, length, data.on_error == "skip")
+        for line in lines_of_source(found.stats, length):
+            say(line)
+        return [EvalSet("data", found.examples, found.kind)]
     config = live.artifact.config
     if config is None:
         raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
-    config = completed(config)
-    wanted, encoder = config["eval"], encoder.reading_as(options_of(DataConfig.model_validate(config["data"])))
-    named = (wanted["sets"] or {}).items()
-    sets = [EvalSet(name, *prepare_set(path, wanted["rows"], encoder, wanted["max_length"])) for name, path in named]
-    return [*_own_set(config, encoder), *sets]
+    cfg = validate(completed(config)).model_copy(update={"data": live.data})
+    encoder = live.encoder.weighing_as(weighing_of(cfg))
+    return [*_own_set(cfg, encoder), *eval_sets(cfg, live.data, encoder)]
+
+
+def _size(settings: dict[str, str]) -> tuple[int, int]:
+    """Rows, and tokens of each, at most."""
+    rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
+    return rows, length
 
 
 MEASURED_AS = {"documents": "text", "conversations": "conversation", "pairs": "pairs"}  # examples of a stage -> kind of a set
 
 
-def _own_set(config: dict[str, Any], encoder: Encoder) -> list[EvalSet]:
+def _own_set(cfg: LanguageStage, encoder: Encoder) -> list[EvalSet]:
     """What the run held out itself, where a likelihood says something about it: not of prompts, which have no known answer."""
-    spec = REGISTRY.get(config["stage"]) if config["stage"] in REGISTRY.names() else None
-    kind = MEASURED_AS.get(spec.rows.examples) if spec and spec.rows else None
-    if spec is None or kind is None:
-        say(f"{config['stage']}: its own held-out rows are not measured by likelihood; eval.sets are, or give data.path=FILE")
+    use = rows_of(cfg)
+    kind = MEASURED_AS.get(use.examples)
+    if kind is None:
+        say(f"{cfg.stage}: its own held-out rows are not measured by likelihood; eval.sets are, or give data.path=FILE")
         return []
-    data = DataConfig.model_validate(config["data"])
-    own = held_out_of(data, spec.rows, encoder, config["train"]["max_length"], cache_root())
+    own = held_out_of(cfg.data, use, encoder, cfg.example_length, cache_root())
     return [EvalSet("eval", own, kind)] if len(own) else []
 
 
-def _scored(run: str, settings: dict[str, str]) -> dict[str, float]:
+def _scored(run: str, settings: dict[str, str], of_data: dict[str, str]) -> dict[str, float]:
     """A reward model's figures on the pairs at data.path, or on those that its run has held out."""
     if "tasks" in settings:
         raise UserError(f"tasks: {run} is a reward model, which writes nothing")
-    live = load_model(run, device_here())
-    encoder = live.encoder
+    live = load_model(run, device_here(), words=of_data)
     config = live.artifact.config
     if config is None:
         raise UserError(f"run: {run} is a bare reward model, with no config of a run; give a finished rm run")
-    rows, length = int(settings.get("rows", DEFAULTS["rows"])), int(settings.get("max_length", DEFAULTS["max_length"]))
-    config = completed(config)
-    data = config["data"]
-    if "data.path" in settings:
-        data = data | {
-            "path": settings["data.path"],
-            "sources": None,
-            "alpha": None,
-            "shape": "auto",
-            "eval_path": None,
-            "eval_share": 0.0,
-            "skip_rows": 0,
-            "max_rows": rows,
-        }
+    rows, length = _size(settings)
+    of_one = "data.path" in of_data
+    data = of_file(live.data, live.data.path or "", rows) if of_one else live.data
     spec = spec_of(config["stage"])
     assert spec.rows
-    prepared = prepare(DataConfig.model_validate(data), spec.rows, encoder, length, cache_root())[0]
-    examples = prepared.train if "data.path" in settings else prepared.held_out
-    objective = spec.objective_of(typed_config(config))
+    prepared = prepare(data, spec.rows, live.encoder, length, cache_root())[0]
+    examples = prepared.train if of_one else prepared.held_out
+    objective = spec.objective_of(typed_config(completed(config)))
     batches = pack_by_tokens(objective.pack, examples)
     return own_metrics(scorer(live), batches, objective, torch.device(live.model.device), lambda: None)[0]
 

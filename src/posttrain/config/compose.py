@@ -51,7 +51,7 @@ def validate(config: dict[str, Any]) -> Any:
     try:
         return typed_config(config)
     except ValidationError as error:
-        raise UserError(_first_complaint(error, config)) from None
+        raise UserError(first_complaint(error, config)) from None
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key '{key}'{hint}"
 
 
-def _first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
+def first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     complaints = error.errors()
     complaint = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
     # the tags of unions (a method's name) stand in the location, but in no key of the user's

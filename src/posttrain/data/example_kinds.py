@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.examples import Examples, build, group
 from posttrain.data.likeness import key_of
+from posttrain.data.overlaps import rows_of
 from posttrain.data.row_use import RowUse
 from posttrain.data.sources.source import NumberedRow
 from posttrain.data.split import Canonical, sound_rows
@@ -37,8 +42,8 @@ class RowEncoder:
         found, stats, _ = self.read(rows)
         return found, stats
 
-    def read(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats, list[tuple[int, int]]]:
-        """The same, with the number and the key of each row (see `key_of`)."""
+    def read(self, rows: list[NumberedRow]) -> tuple[Examples, SourceStats, NDArray[np.int64]]:
+        """The same, with the number and the key of each row (see `key_of`): int64 [n, 2]."""
         stats = SourceStats(self.source, self.shape, "")
         sound = list(sound_rows(rows, self.shape, stats, self.skips))
         try:
@@ -48,7 +53,7 @@ class RowEncoder:
                 raise
             found, counted = self._encoded([row for row in sound if self._encodes(row, stats)])
         stats.add(counted)
-        return found, stats, [(number, key_of(row)) for number, row in sound]
+        return found, stats, rows_of([(number, key_of(row)) for number, row in sound])
 
     def _encoded(self, rows: list[Canonical]) -> tuple[Examples, SourceStats]:
         stats = SourceStats(self.source, self.shape, "")
@@ -67,6 +72,7 @@ def encode(rows: list[Canonical], kind: str, encoder: Encoder, max_length: int, 
     """Canonical rows -> examples of one of EXAMPLE_KINDS; fills in `stats`."""
     stats.rows = len(rows)
     stats.bytes = sum(_text_bytes({name: value for name, value in row.items() if name != "columns"}) for _, row in rows)
+    stats.unused = dict(Counter(name for _, row in rows for name in row.get("columns", ())))
     stats.templated = sum(encoder.options.renders(row) for _, row in rows)
     found = EXAMPLE_KINDS[kind](encoder, rows, max_length, stats)
     stats.tokens = found.num_tokens

@@ -27,13 +27,17 @@ _DTYPES = {
     "splits": np.int64,
     "margins": np.float32,
     "pair_weights": np.float32,
+    "read": np.int64,
 }
+_ROWS = (".rows", ".read")  # of files that say where tokens are from, not what they are
 
 
 class Stored(NamedTuple):
-    """What lies in a directory. content: names tokens, weights, and how they are cut and drawn, by their bytes."""
+    """What lies in a directory. content: names tokens, weights, and how they are cut and drawn, by their bytes. read: number and
+    key of each row that a part was made of, int64 [n, 2]."""
 
     parts: dict[str, Examples]
+    read: dict[str, NDArray[np.int64]]
     report: dict[str, Any]
     content: str
 
@@ -59,12 +63,12 @@ class Store:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def add(self, part: str, piece: Examples) -> None:
-        """To the end of `part` (train, held_out)."""
+    def add(self, part: str, piece: Examples, read: NDArray[np.int64]) -> None:
+        """To the end of `part` (train, held_out). read: see `Stored`."""
         counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0})
         shifted = {"offsets": piece.offsets[1:] + counts["tokens"], "units": piece.units[1:] + counts["rows"]}
-        for name in _DTYPES:
-            value = np.asarray(shifted.get(name, getattr(piece, name)), dtype=_DTYPES[name])
+        for name, dtype in _DTYPES.items():
+            value = read if name == "read" else np.asarray(shifted.get(name, getattr(piece, name, None)), dtype=dtype)
             file_name = f"{part}.{name}"
             with (self._temporary / file_name).open("ab") as file:
                 value.tofile(file)
@@ -76,7 +80,7 @@ class Store:
 
     def close(self, report: dict[str, object]) -> None:
         """Put the directory in its place; report: what JSON can hold."""
-        hashes = {name: each.hexdigest() for name, each in sorted(self._hashes.items()) if not name.endswith(".rows")}
+        hashes = {name: each.hexdigest() for name, each in sorted(self._hashes.items()) if not name.endswith(_ROWS)}
         content = OF_CONTENT + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:32]
         found = {"report": report, "counts": self._counts, "crc32": self._sums, "content": content}
         (self._temporary / "report.json").write_text(json.dumps({"content": found, "crc32": _crc32_of(found)}))
@@ -95,14 +99,15 @@ def load(path: Path) -> Stored:
     for name, expected in found["crc32"].items():
         if _crc32(path / name) != expected:
             raise ValueError(f"{path / name} is not as it was written")
-    parts = {}
+    parts, read = {}, {}
     for part in found["counts"]:
         arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights")) for name in _DTYPES}
         for name in ("offsets", "units"):
             arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
         arrays["splits"] = arrays["splits"].reshape(-1, 2)
+        read[part] = arrays.pop("read").reshape(-1, 2)
         parts[part] = Examples(**arrays)
-    return Stored(parts, found["report"], found["content"])
+    return Stored(parts, read, found["report"], found["content"])
 
 
 def _crc32_of(content: dict[str, Any]) -> int:

@@ -31,3 +31,13 @@ def replayed(data: DataConfig, path: str) -> DataConfig:
 
     sources = {name: at(source) for name, source in data.sources.items()} if data.sources else None
     return data.model_copy(update={"general": at(data.general), "sources": sources})
+
+
+def at_most(data: DataConfig, rows: int) -> DataConfig:
+    """With no more rows of each source."""
+
+    def few(source: Any) -> Any:
+        return source.model_copy(update={"max_rows": min(rows, source.max_rows or rows)})
+
+    sources = {name: few(source) for name, source in data.sources.items()} if data.sources else None
+    return few(data).model_copy(update={"general": few(data.general), "sources": sources})

@@ -12,7 +12,7 @@ from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.data.chat.loss_weights import row_weight
 from posttrain.data.formats import check_fits, recognise, to_canonical
 from posttrain.data.held_out import HeldOut
-from posttrain.data.overlaps import Overlaps, find_overlaps
+from posttrain.data.overlaps import Overlaps
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, Row
 from posttrain.data.sources.source import NumberedRow, place, read_rows, row_name
@@ -25,30 +25,34 @@ Canonical = tuple[int, CanonicalRow]  # with its number in the source
 class Split:
     """The rows of a source that are trained on, each as it is needed, those held out, and the format of both.
 
-    held: what became of rows on the way to that. left_out: rows that repeat others, or are known from test sets.
+    held: what became of rows on the way to that. left_out: rows that are not among them (see data/left_out.py).
     """
 
-    def __init__(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None = None) -> None:
-        """Raises UserError for a data format that `use` does not take."""
+    def __init__(
+        self, source: SourceConfig, data: DataConfig, use: RowUse, first: bool = True, left_out: Overlaps | None = None
+    ) -> None:
+        """first: of the sources; from others nothing is held out. Raises UserError for a format that `use` does not take."""
         self.filtered = 0  # rows left out for their quality, so far
+        self.left_out = left_out or Overlaps()
         self._apart: list[NumberedRow] | None = None
-        if eval_path or source.path.startswith("builtin:"):
-            other = (eval_path, source.split) if eval_path else (source.path, "eval")
-            self._apart = list(islice(_read(source, *other, few=True), data.eval_rows))
-        share = 0.0 if self._apart is not None else data.eval_share
-        self._holds = partial(HeldOut, share, data.eval_rows, data.eval_rest == "drop")
+        builtin = source.path.startswith("builtin:")
+        if first and (data.eval_path or builtin):
+            other = (data.eval_path, source.split) if data.eval_path else (source.path, "eval")
+            self._apart = list(islice(read_source(source, *other, few=True), data.eval_rows))
+        drops = data.eval_rest == "drop"  # as version 0.1 did, in every source
+        share = 0.0 if builtin or self._apart is not None or not (first or drops) else data.eval_share
+        self._holds = partial(HeldOut, share, data.eval_rows, drops)
         self.held, self._rest = self._sifted(source)
         best = self._rest if source.quality != "filter" else self._best(source)
         train = islice(best, source.skip_rows, source.max_rows and source.skip_rows + source.max_rows)
         before = list(_until_sound(train, data.on_error == "skip"))
-        first = before[-1][1] if before else None
-        if isinstance(first, UserError):
+        first_row = before[-1][1] if before else None
+        if isinstance(first_row, UserError):
             raise UserError(f"data.path: none of the {len(before)} rows of {source.path} can be read; the first: {before[0][1]}")
-        if first is None:
+        if first_row is None:
             raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
-        self.shape = source.shape if source.shape != "auto" else recognise(first)
+        self.shape = source.shape if source.shape != "auto" else recognise(first_row)
         check_fits(self.shape, use)
-        self.left_out = self._overlaps(source, data, use, eval_path)
         gone = self.left_out.numbers
         self.train: Iterator[NumberedRow] = (row for row in chain(before, train) if row[0] not in gone)
 
@@ -63,19 +67,11 @@ class Split:
             pass
         return self.held_so_far
 
-    def _overlaps(self, source: SourceConfig, data: DataConfig, use: RowUse, eval_path: str | None) -> Overlaps:
-        """What data.dedupe and data.decontaminate leave out: the source is gone through once before."""
-        if data.dedupe == "none" and not data.decontaminate:
-            return Overlaps()
-        other = Split(source, plain(data), use, eval_path)
-        sound = partial(_sound_ones, source=source.path, shape=self.shape)
-        return find_overlaps(other.train, other.held_out, sound, data.dedupe, data.decontaminate)
-
     def _sifted(self, source: SourceConfig) -> tuple[HeldOut, Iterator[NumberedRow]]:
         """What will be held out, and the other rows."""
         few = source.max_rows is not None and source.quality != "filter"
         held = self._holds()
-        return held, held.sift(_read(source, source.path, source.split, few))
+        return held, held.sift(read_source(source, source.path, source.split, few))
 
     def _best(self, source: SourceConfig) -> Iterator[NumberedRow]:
         """The share data.quality_top of the rows to train on, by their `quality`, and of equal ones by a hash: the file is gone
@@ -99,8 +95,8 @@ def plain(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"dedupe": "none", "decontaminate": None})
 
 
-def _sound_ones(rows: Iterable[NumberedRow], source: str, shape: str) -> Iterator[Canonical]:
-    """What has a mistake in it is spoken of where it is tokenised."""
+def sound_ones(rows: Iterable[NumberedRow], source: str, shape: str) -> Iterator[Canonical]:
+    """Canonical rows without those with a mistake, which are spoken of where they are tokenised."""
     return sound_rows(rows, shape, SourceStats(source, shape, ""), skips=True)
 
 
@@ -131,8 +127,9 @@ def _until_sound(rows: Iterator[NumberedRow], skips: bool) -> Iterator[NumberedR
             return
 
 
-def _read(source: SourceConfig, path: str, split: str, few: bool) -> Iterator[NumberedRow]:
-    """Rows under the names that formats know, with data.quality=weight as their weight; one that cannot be read is an error."""
+def read_source(source: SourceConfig, path: str, split: str, few: bool) -> Iterator[NumberedRow]:
+    """Rows of `path`, read as those of `source`: under the names that formats know, with data.quality=weight as their weight. One
+    that cannot be read is an error."""
     for number, row in read_rows(path, subset=source.subset, split=split, revision=source.revision, few=few, sound=False):
         try:
             yield number, _renamed(row, source) if isinstance(row, dict) else row

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from posttrain.data.overlaps import Overlaps
 from posttrain.data.sources.source import parts_of, row_name
@@ -36,9 +37,14 @@ class SourceStats:
     repeated: int = 0  # rows that repeat an earlier one; left out with data.dedupe
     also_held: int = 0  # rows to train on that are held out as well; left out with data.dedupe
     near: int = 0  # rows left out since they are nearly an earlier or a held-out one, with data.dedupe=near
+    shared: dict[str, int] = field(default_factory=dict[str, int])  # rows that an earlier source has too, by its name
+    shared_near: dict[str, int] = field(
+        default_factory=dict[str, int]
+    )  # rows nearly one of an earlier source, with data.dedupe=near
     known: dict[str, int] = field(default_factory=dict[str, int])  # rows left out, by the test set whose words they hold
     skipped: int = 0  # rows with a mistake in them, with data.on_error=skip
     lost: dict[str, int] = field(default_factory=dict[str, int])  # rows, by the part that the chat template does not render
+    unused: dict[str, int] = field(default_factory=dict[str, int])  # rows, by the column that is not read
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def where(self, number: int) -> str:
@@ -73,9 +79,14 @@ class SourceStats:
         for what, numbers in (("repeated", overlaps.repeated), ("also_held", overlaps.also_held), ("near", overlaps.near)):
             setattr(self, what, getattr(self, what) + len(numbers))
             self._place(what, numbers)
-        for name, numbers in overlaps.known.items():
-            self.known[name] = self.known.get(name, 0) + len(numbers)
-            self._place(name, numbers)
+        for counts, found, near in (
+            (self.known, overlaps.known, None),
+            (self.shared, overlaps.shared, False),
+            (self.shared_near, overlaps.shared_near, True),
+        ):
+            for name, numbers in found.items():
+                counts[name] = counts.get(name, 0) + len(numbers)
+                self._place(name if near is None else place_of(name, near), numbers)
 
     def _place(self, what: str, numbers: list[int]) -> None:
         if numbers:
@@ -83,10 +94,17 @@ class SourceStats:
 
     def add(self, other: SourceStats) -> None:
         """Count another piece of the same source."""
-        for name, value in asdict(other).items():
+        for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
-        for part, count in other.lost.items():
-            self.lost[part] = self.lost.get(part, 0) + count
+            elif isinstance(value, dict) and name != "places":
+                counts: dict[str, int] = getattr(self, name)
+                for key, count in cast("dict[str, int]", value).items():
+                    counts[key] = counts.get(key, 0) + count
         for what, found in other.places.items():
             self.places[what] = [*self.places.get(what, []), *found][:NAMED]
+
+
+def place_of(source: str, near: bool = False) -> str:
+    """Under what `places` has the rows that an earlier source has too."""
+    return f"nearly in {source}" if near else f"in {source}"

@@ -41,7 +41,7 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
 
     live: the run's result, of load_model."""
     encoder = live.encoder
-    sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH)[0]]
+    sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH).examples]
     settings = completed(read_config(run))
     try:
         data, rows = DataConfig.model_validate(settings["data"]), REGISTRY.get(settings["stage"]).rows

@@ -1,6 +1,7 @@
 """A preview is what a run would read: weights as the loss takes them, and rows that are wrong, by number."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from posttrain.commands.preview.preview import Preview, histogram, make_preview,
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import build
-from posttrain.stages.language.prepare import open_language
+from posttrain.data.mixture import read_mixture
+from posttrain.runs.artifact import open_artifact
+from posttrain.runs.manifest import Manifest
+from posttrain.stages.language.init import InitSource
+from posttrain.stages.language.prepare import open_language, rows_of
+from posttrain.stages.language.summary import lines_of_data, lines_of_start
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -86,6 +92,64 @@ def test_held_out_rows_that_are_trained_on_too(tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text(json.dumps(GOOD[5]) + "\n")
     found = findings(preview(tmp_path, GOOD, f"data.eval_path={tmp_path}/held.jsonl"))
     assert found == {"rows that are also held out": ["row 6"]}
+
+
+def said_by_a_run(found: Preview, stage: str, words: list[str], cache: Path) -> None:
+    """What a preview says first is what the run of the same words says."""
+    cfg = validate(compose_run(stage, words))
+    opened = open_language(cfg, weights=False)
+    data = read_mixture(cfg.data, rows_of(cfg), opened.encoder, cfg.example_length, cache)
+    lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, data, opened.tokenizer)
+    assert found.lines == lines and len(lines) > 2
+
+
+@pytest.mark.parametrize("dedupe", ["none", "exact", "near"])
+def test_overlaps_are_counted_as_a_run_counts_them(tmp_path: Path, dedupe: str) -> None:
+    """And every other line that stands first is the run's too."""
+    (tmp_path / "held.jsonl").write_text(json.dumps(GOOD[5]) + "\n")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [GOOD[5], GOOD[2], GOOD[39], GOOD[39]]))
+    rows = [*(row | {"id": k} for k, row in enumerate(GOOD[:20])), GOOD[3], GOOD[3], GOOD[5]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["model=tiny", "data=mix", f"data.eval_path={tmp_path}/held.jsonl", f"data.dedupe={dedupe}", "train.max_length=64"]
+    for name, file in (("a", "rows"), ("b", "more")):
+        words += [f"data.sources.{name}.path={tmp_path}/{file}.jsonl", f"data.sources.{name}.share=0.5"]
+    found = make_preview("sft", words, None, 1)
+    a, b = (seen.stats for seen in found.sources)
+    assert (a.repeated, a.also_held, a.shared, a.unused) == (2, 2, {}, {"id": 20 if dedupe == "none" else 19})
+    assert (b.repeated, b.also_held, b.shared) == (1, 1, {"a": 1})
+    left = "rows left out, they" if dedupe != "none" else "rows that"
+    places = findings(found)
+    assert places[f"{left} are in a as well"] == ["row 2"]
+    if dedupe == "none":
+        assert places["rows that are also held out"] == ["row 1"]  # of the second source
+        assert places["rows that repeat an earlier one"] == ["row 4 (as 3)"]
+        assert [finding.count for finding in found.sources[0].findings] == [2, 2]
+    assert bool(found.mistakes) == (dedupe == "none")
+    said_by_a_run(found, "sft", words, tmp_path / "cache")
+
+
+def test_a_pair_a_prompt_and_a_document_are_shown_as_by_a_run(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b", "note": 1}) + "\n")
+    for stage in ("dpo", "ppo"):
+        words = ["model=tiny", f"data.path={tmp_path}/pairs.jsonl", "data.eval_share=0"]
+        words += ["reward.function=posttrain.rewards:overlap"] if stage == "ppo" else []
+        said_by_a_run(make_preview(stage, words, None, 1), stage, words, tmp_path / "cache")
+
+
+def test_a_parents_format_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a preview as by a run: of init, and of a reward model that a policy's answers go to."""
+    tiny = open_artifact("tiny", "init")
+    plain = Manifest.model_validate(
+        {"stage": "sft", "weights": {"kind": "model", "path": "m"}, "metrics": {}, "config_digest": "", "files": {}}
+        | {"template": {"rows": "none", "texts": "none"}}
+    )
+    monkeypatch.setattr("posttrain.stages.language.prepare.open_artifact", lambda *_: replace(tiny, manifest=plain))
+    monkeypatch.setattr("posttrain.stages.language.prepare.resolve_start", lambda *_: InitSource("tiny", "tiny", "tiny"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q"}) + "\n")
+    words = ["model=tiny", f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "init=a", "init_reward=b"]
+    warnings = [line for line in make_preview("ppo", words, None, 1).lines if "warning" in line]
+    assert [line.split("those of ")[1].split(" as plain")[0] for line in warnings] == ["init", "init_reward"]
+    assert not [line for line in make_preview("ppo", [*words, "data.template=none"], None, 1).lines if "warning" in line]
 
 
 def test_a_template_that_differs_for_inference(tmp_path: Path) -> None:

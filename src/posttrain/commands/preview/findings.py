@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.likeness import key_of
 from posttrain.data.split import Canonical
-from posttrain.data.stats import SourceStats
+from posttrain.data.stats import SourceStats, place_of
 from posttrain.errors import UserError
 
 SHOWN = 8  # places that a finding names
@@ -41,8 +41,9 @@ class Finding:
         return f"{self.count:,} {self.what}{where}"
 
 
-def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
-    """What became of rows on the way to tokens."""
+def of_stats(stats: SourceStats, max_length: int, dedupes: bool) -> list[Finding]:
+    """What became of rows on the way to tokens. dedupes: rows that stand elsewhere are left out."""
+    out = "rows left out, they" if dedupes else "rows that"
     skipped = stats.places.get("skipped", [])
     counted = (
         ("skipped", "rows with a mistake", True, stats.skipped),
@@ -55,9 +56,11 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
         ("endless", "pairs dropped, as their end of turn is cut off", True, stats.endless),
         ("disliked", "rows left out, whose label is false", False, stats.disliked),
         ("", "rows left out, they repeat a held-out row", False, stats.held_again),
-        ("repeated", "rows left out, they repeat an earlier one", False, stats.repeated),
-        ("also_held", "rows left out, they are held out as well", False, stats.also_held),
+        ("repeated", f"{out} repeat an earlier one", False, dedupes and stats.repeated),
+        ("also_held", f"{out} are also held out", False, dedupes and stats.also_held),
         ("near", "rows left out, they are nearly an earlier or a held-out one", False, stats.near),
+        *((place_of(name), f"{out} are in {name} as well", not dedupes, n) for name, n in stats.shared.items()),
+        *((place_of(name, True), f"{out} are nearly one of {name}", False, n) for name, n in stats.shared_near.items()),
         *((name, f"rows left out, they hold words of {name}", False, count) for name, count in stats.known.items()),
         ("", "rows left out, beyond data.eval_rows (data.eval_rest=drop)", False, stats.held_beyond),
     )
@@ -72,7 +75,7 @@ def of_stats(stats: SourceStats, max_length: int) -> list[Finding]:
 
 
 def of_rows(rows: Iterable[Canonical], held_out: Iterable[Canonical], where: Callable[[int], str]) -> list[Finding]:
-    """Empty and repeated rows, and rows that are held out as well."""
+    """Empty and repeated rows, and rows that are held out as well. held_out: of the first source."""
     empty, twice, both = Finding("empty rows"), Finding("rows that repeat an earlier one"), Finding("rows that are also held out")
     apart = {key_of(row) for _, row in held_out}
     seen: dict[int, int] = {}
@@ -82,7 +85,7 @@ def of_rows(rows: Iterable[Canonical], held_out: Iterable[Canonical], where: Cal
         name = key_of(row)
         if name in apart:
             both.add(where(number))
-        if name in seen:
+        elif name in seen:
             twice.add(f"{where(number)} (as {seen[name]})")
         seen.setdefault(name, number)
     return [empty, twice, both]

@@ -26,6 +26,8 @@ def _kind(weight: float) -> int:
 
 def show_preview(preview: Preview, page: Path) -> None:
     """Print the preview and write its page to `page`."""
+    for line in preview.lines:
+        say(line)
     for seen in preview.sources:
         say(_headline(seen, len(preview.sources) > 1))
         _show_lengths(seen, preview.max_length)
@@ -95,7 +97,7 @@ def preview_page(preview: Preview, path: Path) -> Path:
         heading=f"{preview.stage} of {preview.model}",
         state="failed" if mistakes else "done",
         lead=f"{len(mistakes)} kinds of mistakes" if mistakes else "Nothing is wrong with the rows that were looked at.",
-        notes=preview.notes,
+        notes=[*preview.lines, *preview.notes],
         sources=[
             {
                 "headline": _headline(seen, len(preview.sources) > 1),

@@ -11,18 +11,20 @@ import numpy as np
 from posttrain.batch import PackedBatch
 from posttrain.commands.preview.findings import Finding, of_rows, of_stats, of_tokens
 from posttrain.config.compose import compose_run
-from posttrain.config.schema import LanguageStage, SourceConfig
+from posttrain.config.schema import DataConfig, LanguageStage
 from posttrain.config.stages import typed_config
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.example_kinds import RowEncoder
+from posttrain.data.left_out import LeftOut
 from posttrain.data.mixture import Mixture, draw_units, shares_of
-from posttrain.data.prepare import PreparedSource
-from posttrain.data.selection import SELF, sources_of
-from posttrain.data.split import Split, sound_rows
+from posttrain.data.prepare import PreparedSource, note_overlaps, note_split
+from posttrain.data.selection import SELF, at_most, sources_of
+from posttrain.data.split import Canonical, Split, sound_ones
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
-from posttrain.stages.language.prepare import open_language, rows_of
+from posttrain.stages.language.prepare import lines_of_parents, open_language, rows_of, template_of
+from posttrain.stages.language.summary import lines_of_data, lines_of_start
 
 BUCKETS = 12  # of the lengths' histogram
 # kind of examples -> what one of them is called; the pairs lie in packs of their own
@@ -62,7 +64,7 @@ class Seen:
 
 @dataclass
 class Preview:
-    """What a run would read, and what is wrong with it."""
+    """What a run would read, and what is wrong with it. lines: what the run would say first, of the rows that were looked at."""
 
     stage: str
     unit: str  # what one of `units` is called
@@ -71,6 +73,7 @@ class Preview:
     units: list[list[PreviewSegment]]  # of the first step, in the order of their drawing
     max_length: int
     notes: list[str]
+    lines: list[str] = field(default_factory=list[str])
 
     @property
     def mistakes(self) -> list[str]:
@@ -88,23 +91,36 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
         raise UserError(f"{stage} reads no text; its own report shows what it trains on")
     use = rows_of(cfg)
     opened = open_language(cfg, weights=False)
-    encoder, tokenizer = opened.encoder, opened.tokenizer
-    found, notes = [], []
-    for i, (name, source) in enumerate(sources_of(cfg.data).items()):
-        if source.path == SELF:
-            notes.append(f"{name}: the base model writes it when the run begins, so there is nothing to look at yet")
-            continue
-        eval_path = cfg.data.eval_path if not i else None
-        found.append(_look(cfg, name, source, eval_path, encoder, tokenizer, rows))
-    mixture = Mixture([part for part, _ in found], _shares(cfg, [part for part, _ in found]))
-    for (_, seen), share in zip(found, mixture.shares, strict=True):
-        seen.share = share
+    mixture, looked, notes = _sources(cfg, opened.encoder, opened.tokenizer, rows)
     train = cfg.train
     per_step = min(units, train.batch_size * train.grad_accum * train.processes)
     drawn = draw_units(mixture.sizes, mixture.shares, train.seed, per_step, None, cfg.data.exhausted)
     kind = UNITS.get(use.examples, "pack")
-    shown = [_segments(kind == "pair", mixture, int(unit), tokenizer) for unit in drawn]
-    return Preview(stage, kind, cfg.model.name, [seen for _, seen in found], shown, cfg.example_length, notes)
+    shown = [_segments(kind == "pair", mixture, int(unit), opened.tokenizer) for unit in drawn]
+    template = template_of(mixture, opened.encoder, use.examples == "documents")
+    lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, mixture, opened.tokenizer)
+    lines += lines_of_parents(cfg, template.rows)
+    return Preview(stage, kind, cfg.model.name, looked, shown, cfg.example_length, notes, lines)
+
+
+def _sources(cfg: LanguageStage, encoder: Encoder, tokenizer: Any, most: int | None) -> tuple[Mixture, list[Seen], list[str]]:
+    """All that can be looked at, as one mixture; and what is said of those that cannot."""
+    data = cfg.data.model_copy(update={"on_error": "skip"})
+    data = data if most is None else at_most(data, most)  # and not a row more is read or downloaded
+    left_out, found, notes = LeftOut(data, rows_of(cfg)), list[tuple[PreparedSource, Look]](), list[str]()
+    for name, source in sources_of(data).items():
+        if source.path == SELF:
+            notes.append(f"{name}: the base model writes it when the run begins, so there is nothing to look at yet")
+        else:
+            found.append(_look(cfg, name, data, encoder, most, left_out))
+    parts = [part for part, _ in found]
+    note_overlaps(parts)
+    mixture = Mixture(parts, _shares(cfg, parts))
+    looked = []
+    for (part, look), share in zip(found, mixture.shares, strict=True):
+        findings = _findings(cfg, part, look.rows, found[0][1].held_rows, encoder, tokenizer)
+        looked.append(Seen(part.name, part.stats, share, np.diff(part.train.offsets).tolist(), findings, look.complete))
+    return mixture, looked, notes
 
 
 def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
@@ -115,40 +131,45 @@ def _shares(cfg: LanguageStage, parts: list[PreparedSource]) -> list[float]:
     return [share / sum(kept) for share in kept]
 
 
+@dataclass(frozen=True)
+class Look:
+    """Rows of a source that can be read. complete: are these all of them?"""
+
+    rows: list[Canonical]
+    held_rows: list[Canonical]
+    complete: bool
+
+
 def _look(
-    cfg: LanguageStage, name: str, source: SourceConfig, eval_path: str | None, encoder: Encoder, tokenizer: Any, most: int | None
-) -> tuple[PreparedSource, Seen]:
-    use = rows_of(cfg)
-    if most is not None:  # and not a row more is read or downloaded
-        source = source.model_copy(update={"max_rows": min(most, source.max_rows or most)})
-    split = Split(source, cfg.data.model_copy(update={"on_error": "skip"}), use, eval_path)
+    cfg: LanguageStage, name: str, data: DataConfig, encoder: Encoder, most: int | None, left_out: LeftOut
+) -> tuple[PreparedSource, Look]:
+    sources = sources_of(data)
+    source, first = sources[name], name == next(iter(sources))
+    split = Split(source, data, rows_of(cfg), first, left_out.of(name))
     raw = list(split.train)
-    complete = most is None or len(raw) < most
+    complete = most is None or len(raw) + len(split.left_out.numbers) < most
     held_raw = split.held_out() if complete else split.held_so_far
-    piece = RowEncoder(source.path, split.shape, use, encoder, cfg.example_length, skips=True)
-    (train, stats), (held_out, held_stats) = piece.examples(raw), piece.examples(held_raw)
+    piece = RowEncoder(source.path, split.shape, rows_of(cfg), encoder, cfg.example_length, skips=True)
+    (train, stats, read), (held_out, held_stats, held_read) = piece.read(raw), piece.read(held_raw)
     if not len(train):
         raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")
-    stats.filtered, stats.held_again, stats.held_beyond = split.filtered, split.held.repeats, split.held.dropped
+    note_split(stats, split, source, 0 if first else held_stats.rows)
+    rows, held_rows = (list(sound_ones(each, source.path, split.shape)) for each in (raw, held_raw))
+    return PreparedSource(name, train, held_out, stats, held_stats, read, held_read), Look(rows, held_rows, complete)
 
-    stats.note_overlaps(split.left_out)
 
-    def sound(rows: Any) -> Any:
-        return list(sound_rows(rows, split.shape, SourceStats(source.path, split.shape, ""), skips=True))
-
-    rows, held_rows = sound(raw), sound(held_raw)
-
+def _findings(
+    cfg: LanguageStage, part: PreparedSource, rows: list[Canonical], held: list[Canonical], encoder: Encoder, tokenizer: Any
+) -> list[Finding]:
     def where(number: int) -> str:
-        return stats.where(number).rsplit(", ", 1)[-1]
+        return part.stats.where(number).rsplit(", ", 1)[-1]
 
-    findings = [
-        *of_stats(stats, cfg.example_length),
-        *of_rows(rows, held_rows, where),
+    found = [
+        *of_stats(part.stats, cfg.example_length, cfg.data.dedupe != "none"),
+        *of_rows(rows, held, where),
         *of_tokens(rows, encoder, tokenizer, where, cfg.example_length),
     ]
-    lengths = np.diff(train.offsets).tolist()
-    seen = Seen(name, stats, 1.0, lengths, [f for f in findings if f.count], complete)
-    return PreparedSource(name, train, held_out, stats, held_stats, "", ""), seen
+    return [finding for finding in found if finding.count]
 
 
 def _first_mistake(stats: SourceStats) -> str:

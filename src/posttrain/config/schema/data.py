@@ -16,8 +16,8 @@ DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data
 
 
 @lru_cache
-def _unsaid() -> dict[str, Any]:
-    """What a source leaves unsaid is as configs/data/file.yaml has it."""
+def data_defaults() -> dict[str, Any]:
+    """What a source, or a run of an earlier version, leaves unsaid is as configs/data/file.yaml has it."""
     return yaml.safe_load((root("configs") / "data" / "file.yaml").read_text())
 
 
@@ -58,7 +58,7 @@ class SourceConfig(Strict):
     def _filled(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        inherited = {key: value for key, value in _unsaid().items() if key in cls.model_fields and key != "path"}
+        inherited = {key: value for key, value in data_defaults().items() if key in cls.model_fields and key != "path"}
         return inherited | cast("dict[str, Any]", given)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.config.choices import Kernels
+from posttrain.config.schema import DataConfig
+from posttrain.console import say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
-from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
+from posttrain.models.language.run_data import data_of, differences, encoder_of, told_of
+from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -23,11 +28,12 @@ from posttrain.runs.earlier import same_base
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: of transformers, or peft's around it, in evaluation mode."""
+    """model: of transformers, or peft's around it, in evaluation mode. words: settings of `data` in place of the run's own."""
 
     artifact: Artifact
     model: Any
     tokenizer: Any
+    words: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def source(self) -> str:
@@ -39,12 +45,22 @@ class LoadedModel:
         """Ids of the tokens at which it stops, the same that a run saves and that its training counts as an answer's end."""
         return self.encoder.end_tokens()
 
-    @property
+    @cached_property
+    def data(self) -> DataConfig:
+        """How rows are read: as the run had `data`, or as `words` say. Raises UserError."""
+        return data_of(self.artifact, self.words)
+
+    @cached_property
     def encoder(self) -> Encoder:
-        """What turns rows into its tokens; prompts that are texts are rendered as the run has rendered them."""
-        manifest, encoder = self.artifact.manifest, make_encoder(self.tokenizer, self.source, self.artifact.base.revision)
-        told = manifest.template if manifest else None
-        return encoder.templated(told.texts == "chat" if told else not manifest and encoder.of_chat_model)
+        """What turns rows into its tokens, rendered as the run has rendered them."""
+        return encoder_of(self.artifact, self.tokenizer, self.data)
+
+    @property
+    def is_chat(self) -> bool:
+        """Is it spoken with by its chat template? As the run's rows were rendered, be they texts or messages."""
+        asked = self.words.get("data.template", "auto")
+        told = asked if asked != "auto" else told_of(self.artifact, "rows")
+        return bool(self.tokenizer.chat_template) and (told == "chat" if told else bool(self.encoder.options.template))
 
     @property
     def kernels(self) -> Kernels:
@@ -62,14 +78,22 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     return load_causal(base.path, base.revision, dtype, device, False, config, "say")
 
 
-def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, quantized: bool = True) -> LoadedModel:
+def load_model(
+    run: Path | str,
+    device: str = "cpu",
+    dtype: str | None = None,
+    quantized: bool = True,
+    words: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Load a run directory's result, whose files are checked first, or a bare model (a directory, a hub id, a built-in name).
 
     dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
+    words: see `LoadedModel`; what does not fit is refused before anything is loaded.
     """
     artifact = open_artifact(run, "run").supported()
     if artifact.is_pipeline:
         raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
+    data_of(artifact, words or {})
     artifact.verified()
     precision = dtype or (artifact.manifest.dtype if artifact.manifest else "bfloat16")
     tokenizer = load_tokenizer(artifact.tokenizer, None, False, None)
@@ -77,7 +101,7 @@ def load_model(run: Path | str, device: str = "cpu", dtype: str | None = None, q
         model = load_causal(artifact.source, None, precision, device, False, None, "say")
     else:
         model = load_adapter(load_base(artifact, device, precision, quantized), artifact.weights)
-    return LoadedModel(artifact, model.eval(), tokenizer)
+    return LoadedModel(artifact, model.eval(), tokenizer, words or {})
 
 
 def scorer(live: LoadedModel) -> PackedScorer:
@@ -88,15 +112,17 @@ def scorer(live: LoadedModel) -> PackedScorer:
     return found.eval()
 
 
-def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
+def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = None) -> tuple[LoadedModel, list[str]]:
     """The first run's result, with the others' adapters beside it on the same base; and their names, by which `switch` chooses.
+
+    words: see `LoadedModel`.
 
     Raises UserError for adapters of another base, and for whole models, which have nothing to switch.
     """
     artifacts = [open_artifact(run, "run") for run in runs]
     if rewards := [each.name for each in artifacts if each.reward_head]:
         raise UserError(f"{rewards[0]} is a reward model: it scores, and cannot write; give the run that it was made from")
-    live = load_model(runs[0], device)
+    live = load_model(runs[0], device, words=words)
     names = [Path(run).name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
@@ -105,6 +131,8 @@ def load_models(runs: list[str], device: str) -> tuple[LoadedModel, list[str]]:
         if "model" in (live.artifact.kind, other.kind) or not same_base(other.base.digest, live.artifact.base.digest):
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
         put_beside(live.model, other.verified().weights, name)
+        if found := differences(live.artifact, other, live.words):
+            say(f"{name}: {', '.join(found)} of its run was another; words are rendered as {names[0]} has them")
     return live, names
 
 

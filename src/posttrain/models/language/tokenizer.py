@@ -39,7 +39,7 @@ def load_tokenizer(
 
 def make_encoder(
     tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None, weighing: Weighing = PLAIN,
-    options: ChatOptions | None = None,
+    options: ChatOptions | None = None, before: str | None = None,
 ) -> Encoder:  # fmt: skip
     """What turns rows into the tokens that the model of `source` learns, or is measured by: with the tokens at which it stops.
 
@@ -51,9 +51,20 @@ def make_encoder(
         source: where the base's generation_config is, as for `load_causal`.
         revision: of `source`.
         weighing: how much which trained tokens count.
-        options: what of a conversation the chat template gets.
+        options: what of a conversation the chat template gets. None: as a format of rows alone has it.
+        before: where the options do not say whether prompts that are texts are a user's turns: what rendered those of the run
+            that the model is from (chat, none); None: they are, if the model stops where its chat template ends a turn.
+
+    Raises UserError where the options ask for a chat template, and there is none.
     """
-    return Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing, options)
+    encoder = Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing, options)
+    if options is None:
+        return encoder
+    if options.template and not tokenizer.chat_template:
+        raise UserError("data.template: this tokenizer has no chat template; give model.chat_template=chatml or a Jinja file")
+    if options.template is None:
+        return encoder.templated(before == "chat" if before else encoder.of_chat_model)
+    return encoder
 
 
 def write_ends(folder: Path, ends: list[int], base: Path | None = None) -> None:

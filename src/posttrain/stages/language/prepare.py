@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from posttrain.models.language.new_tokens import NewToken, add_tokens, embedding
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.tokens import size_of
+from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
@@ -33,7 +35,7 @@ from posttrain.runs.manifest import Parent, TemplateRecord
 from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.shapes import check_shapes
-from posttrain.stages.language.summary import lines_of, lines_of_rows
+from posttrain.stages.language.summary import lines_of, lines_of_template
 from posttrain.stages.spec import spec_of
 from posttrain.stages.steps import Context, Prepared
 
@@ -85,11 +87,8 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     wanted = None if model.add_tokens else max(inherited, *tokenizer.get_vocab().values()) + 1
     rows = max(inherited, embedding_rows(config, wanted, model.trust_remote_code))
     tokens = add_tokens(tokenizer, model.add_tokens or (), rows)
-    encoder = make_encoder(tokenizer, start.source, model.revision, weighing_of(cfg), options_of(cfg.data))
-    if cfg.data.template == "chat" and not tokenizer.chat_template:  # pyright: ignore[reportUnknownMemberType]
-        raise UserError("data.template: this tokenizer has no chat template; give model.chat_template=chatml or a Jinja file")
-    if cfg.data.template == "auto":
-        encoder = encoder.templated(start.template == "chat" if start.template else encoder.of_chat_model)
+    how = weighing_of(cfg), options_of(cfg.data), start.template
+    encoder = make_encoder(tokenizer, start.source, model.revision, *how)
     return Opened(start, base, tokenizer, encoder, tokens, rows)
 
 
@@ -132,11 +131,24 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         "init.weights": start.identity,
         "init.parents": [parent.digest for parent in start.parents],
     }
-    lines = lines_of(cfg, context.directory, start, base, data, order)
+    lines = lines_of(cfg, context.directory, start, base, data, order, opened.tokenizer)
     if opened.new_tokens:
         lines.insert(1, line_of(opened.new_tokens, opened.rows))
-    lines[-1:-1] = lines_of_rows(data.parts[0], opened.tokenizer, template.rows, start.template, "init")
+    lines[-1:-1] = lines_of_parents(cfg, template.rows)
     return Prepared(found, identity, order, lines, data.where)
+
+
+def lines_of_parents(cfg: LanguageStage, template: str) -> list[str]:
+    """A warning for each run that the stage goes on from, or is scored by, whose rows were rendered otherwise. template: what has
+    rendered those of this stage."""
+    lines: list[str] = []
+    for parent in spec_of(cfg.stage).parents:
+        named: Any = reduce(lambda section, name: getattr(section, name, None), parent.key.split("."), cfg)
+        if isinstance(named, str) and ":" not in named:  # else a function
+            manifest = open_artifact(named, parent.key).manifest
+            told = manifest.template if manifest else None
+            lines += lines_of_template(template, told.rows if told else None, parent.key)
+    return lines
 
 
 def rows_of(cfg: LanguageStage) -> RowUse:
@@ -148,10 +160,10 @@ def rows_of(cfg: LanguageStage) -> RowUse:
 
 def eval_sets(cfg: LanguageStage, sources: DataConfig, encoder: Encoder) -> list[EvalSet]:
     """The sets of `eval.sets`, and of marked reasoning the held-out rows with answers alone counting."""
-    sets = [
-        EvalSet(name, *prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length))
-        for name, path in (cfg.eval.sets or {}).items()
-    ]
+    sets: list[EvalSet] = []
+    for name, path in (cfg.eval.sets or {}).items():
+        found = prepare_set(path, cfg.eval.rows, encoder, cfg.eval.max_length)
+        sets.append(EvalSet(name, found.examples, found.kind))
     return sets + (_spans(sources, cfg, encoder) if encoder.weighing.marker else [])
 
 
@@ -193,10 +205,10 @@ def _ewc_text(cfg: LanguageStage, encoder: Encoder, own: str) -> Examples | None
     if not isinstance(cfg, Guarded) or not _wants_fisher(cfg):
         return None
     ewc = cfg.ewc
-    found, kind = prepare_set(own if ewc.path == SELF else ewc.path, ewc.rows, encoder, ewc.max_length)
-    if kind == "pairs":
+    found = prepare_set(own if ewc.path == SELF else ewc.path, ewc.rows, encoder, ewc.max_length)
+    if found.kind == "pairs":
         raise UserError(f"ewc.path: {ewc.path} holds pairs; give general text or conversations")
-    return found
+    return found.examples
 
 
 def _copy(file: Path, to: Path) -> None:

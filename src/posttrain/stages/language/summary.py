@@ -1,4 +1,4 @@
-"""What is about to happen, in the user's words: model, data, and what became of its rows."""
+"""What is about to happen, in the user's words: model, data, and what became of its rows. A run and its preview say the same."""
 
 from __future__ import annotations
 
@@ -6,41 +6,61 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.config.schema import LanguageStage
 from posttrain.data.collate import BatchSampler
 from posttrain.data.mixture import Mixture, seen
 from posttrain.data.prepare import PreparedSource
-from posttrain.data.stats import SourceStats
+from posttrain.data.stats import SourceStats, place_of
 from posttrain.models.hub import BaseInfo
 from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.init import InitSource
 
-EXAMPLE = 200  # letters of the first row that are shown
+EXAMPLE = 200  # letters of the first row that are shown; of each of several sources half as many
 HOW = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}
 
 
 def lines_of(
-    cfg: LanguageStage, directory: Path, start: InitSource, base: BaseInfo, data: Mixture, order: BatchSampler
+    cfg: LanguageStage, directory: Path, start: InitSource, base: BaseInfo, data: Mixture, order: BatchSampler, tokenizer: Any
 ) -> list[str]:
     """Said before anything heavy is loaded."""
-    lines = [f"model {base.name}"]
-    if start.mode:
-        lines[0] += f" with the adapter of {cfg.init}, {HOW[start.mode]} (chain.mode={start.mode})"
-    lines += use_of_base(cfg, base).lines()
-    for part in data.parts:
-        held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
-        lines += _of_source(cfg, part.stats, held_out)
+    lines = [*lines_of_start(cfg, start, base), *lines_of_data(cfg, data, tokenizer)]
     if len(data.parts) > 1:
         lines += _of_shares(data, order)
     units = "prompts" if data.stats.trained_tokens == 0 else "sequences"
     return [*lines, f"{order.num_steps} steps of {order.units_per_step} {units} -> {directory}"]
 
 
-def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[str]:
+def lines_of_start(cfg: LanguageStage, start: InitSource, base: BaseInfo) -> list[str]:
+    """The model, and what becomes of an adapter on it, and of its checkpoint's format."""
+    line = f"model {base.name}"
+    if start.mode:
+        line += f" with the adapter of {cfg.init}, {HOW[start.mode]} (chain.mode={start.mode})"
+    return [line, *use_of_base(cfg, base).lines()]
+
+
+def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any) -> list[str]:
+    """Of each source what became of its rows, and the first of them as the model sees it."""
+    letters = EXAMPLE if len(data.parts) == 1 else EXAMPLE // 2
+    lines: list[str] = []
+    for part in data.parts:
+        held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
+        lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, cfg.data.dedupe != "none")
+        lines += example_of(part, tokenizer, letters)
+    return lines
+
+
+def lines_of_source(
+    stats: SourceStats, max_length: int, section: str = "", held_out: str = "", dedupes: bool = False
+) -> list[str]:
+    """What became of the rows of a source. section: of the config, in which `max_length` is. dedupes: rows that stand elsewhere
+    are left out."""
     samples = stats.trained_tokens == 0  # the rows are prompts, the stage writes what it trains on
     counted = "" if samples else f", {stats.tokens:,} tokens, {stats.trained_tokens:,} trained"
     lines = [f"data {stats.source}: {stats.rows:,} rows of shape {stats.shape}{counted}{held_out}"]
-    too_long = f"rows left out, their prompts are longer than {cfg.example_length} tokens"
+    limit = f"{section}max_length={max_length}"
+    too_long = f"rows left out, their prompts are longer than {max_length} tokens"
     for count, what in (
         (stats.filtered, "rows left out, of less quality"),
         (stats.disliked, "rows left out, whose label is false"),
@@ -48,33 +68,35 @@ def _of_source(cfg: LanguageStage, stats: SourceStats, held_out: str) -> list[st
         (stats.held_beyond, "rows left out, beyond data.eval_rows (data.eval_rest=drop)"),
         (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
         (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
-        (stats.truncated, f"rows cut to train.max_length={cfg.train.max_length}"),
-        (stats.cut_prompts, f"prompts cut at their beginning, to leave an answer room in {cfg.example_length} tokens"),
-        (stats.alike, f"pairs left out, whose answers are equal when cut to train.max_length={cfg.train.max_length}"),
-        (stats.endless, f"pairs left out, whose end of turn is cut off by train.max_length={cfg.train.max_length}"),
+        (stats.truncated, f"rows cut to {limit}"),
+        (stats.cut_prompts, f"prompts cut at their beginning, to leave an answer room in {max_length} tokens"),
+        (stats.alike, f"pairs left out, whose answers are equal when cut to {limit}"),
+        (stats.endless, f"pairs left out, whose end of turn is cut off by {limit}"),
         (stats.border_tokens, "tokens lie across a prompt's border and count as the answer's"),
     ):
         if count:
             lines.append(f"  {count:,} {what}")
-    lines += _of_overlaps(stats, cfg.data.dedupe != "none")
+    lines += _of_overlaps(stats, dedupes)
     for part, count in stats.lost.items():
         lines.append(f"  {part}: not rendered by the chat template in {count:,} rows, the first: {stats.places[part][0]}")
+    if stats.unused:
+        lines.append(f"  columns not used: {', '.join(stats.unused)}")
     return lines
 
 
-def lines_of_rows(part: PreparedSource, tokenizer: Any, template: str, before: str | None, field: str) -> list[str]:
-    """What the model sees of the first row, and whether that is rendered as the rows were of the run that `field` names."""
+def example_of(part: PreparedSource, tokenizer: Any, letters: int) -> list[str]:
+    """The first row as the model sees it, of a pair with the chosen answer: so many letters of it."""
     train, shown = part.train, ""
     if len(train.rows):
-        stop = int(train.splits[0, 1]) if len(train.splits) else None  # of a pair: the chosen answer
-        found, counts = train.sequence(0)
+        first = int(np.argmin(train.rows))  # packed documents lie in another order
+        stop = int(train.splits[first, 1]) if len(train.splits) else None
+        found, counts = train.sequence(first)
         pairs = zip(found[:stop].tolist(), counts[:stop].tolist(), strict=True)
         for trained, run in groupby(pairs, key=lambda token: bool(token[1])):
             text = tokenizer.decode([token for token, _ in run])
             shown += f"[[{text}]]" if trained else text
-    shown = shown if len(shown) <= EXAMPLE else shown[:EXAMPLE] + "..."
-    lines = [f"  the first row, [[trained]]: {shown}".replace("\n", "\\n")] if shown else []
-    return lines + lines_of_template(template, before, field)
+    shown = shown if len(shown) <= letters else shown[:letters] + "..."
+    return [f"  the first row, [[trained]]: {shown}".replace("\n", "\\n")] if shown else []
 
 
 def lines_of_template(template: str, before: str | None, field: str) -> list[str]:
@@ -88,11 +110,13 @@ def lines_of_template(template: str, before: str | None, field: str) -> list[str
 
 def _of_overlaps(stats: SourceStats, out: bool) -> list[str]:
     """Rows that stand elsewhere too. out: they are left out."""
-    ways = (
+    ways = [
         ("repeated", stats.repeated, "repeat an earlier one"),
         ("also_held", stats.also_held, "are held out as well, which flatters what is measured on them"),
         ("near", stats.near, "are nearly an earlier or a held-out one"),
-    )
+        *((place_of(name), count, f"are in {name} as well") for name, count in stats.shared.items()),
+        *((place_of(name, near=True), count, f"are nearly one of {name}") for name, count in stats.shared_near.items()),
+    ]
     begin, hint = ("left out, they ", "") if out else ("", "; data.dedupe=exact leaves them out")
     lines = [f"  {n:,} rows {begin}{why}, the first: {stats.places[what][0]}{hint}" for what, n, why in ways if n]
     for name, count in stats.known.items():

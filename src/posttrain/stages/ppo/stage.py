@@ -21,7 +21,6 @@ from posttrain.stages.language.prepare import PreparedData, prepare_language, wi
 from posttrain.stages.language.recompute import fit_memory
 from posttrain.stages.language.save import save_language
 from posttrain.stages.language.stage import as_given, build_language
-from posttrain.stages.language.summary import lines_of_template
 from posttrain.stages.language.training import compare_ends, measure_sets, step_callback
 from posttrain.stages.ppo.actor_critic import build_actor_critic
 from posttrain.stages.ppo.config import Ppo
@@ -75,8 +74,6 @@ class PpoSteps:
         gold = load_function(cfg.reward.gold, "reward.gold") if cfg.reward.gold and ":" in cfg.reward.gold else None
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
-        for start in starts.values():
-            language.lines[-1:-1] = lines_of_template(language.data.template.rows, start.template, "init_reward")
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
         return Prepared(data, language.identity, language.order, language.lines, language.where)
 
