@@ -39,6 +39,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bnb = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     made: Any = AutoModelForCausalLM.from_pretrained("plain", quantization_config=bnb, dtype=torch.bfloat16)
     made.save_pretrained("bnb")
+    in_8 = BitsAndBytesConfig(load_in_8bit=True)
+    made = AutoModelForCausalLM.from_pretrained("plain", quantization_config=in_8, dtype=torch.bfloat16)
+    made.save_pretrained("bnb8")
     shutil.copytree("plain", "fp8")
     tensors = load_file("fp8/model.safetensors")
     for name in [name for name in tensors if "proj" in name]:
@@ -47,7 +50,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = json.loads(Path("fp8/config.json").read_text())
     settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     Path("fp8/config.json").write_text(json.dumps(settings))
-    for name in ("plain", "bnb", "fp8"):
+    for name in ("plain", "bnb", "bnb8", "fp8"):
         tokenizer.save_pretrained(name)
     rows = [
         {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i} it is"}]} for i in range(12)
@@ -62,11 +65,11 @@ def said(capsys: pytest.CaptureFixture[str], line: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["bnb", "fp8"])
+@pytest.mark.parametrize("base", ["bnb", "bnb8", "fp8"])
 def test_a_lora_is_trained_chained_measured_and_merged(base: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = posttrain.run("sft", f"model.name={base}", "+peft=lora", *COMMON, "run.dir=first")
-    held = {"bnb": "used as it is", "fp8": "dequantized to bfloat16 at load"}[base]
-    name = {"bnb": "bnb-4bit", "fp8": "fp8"}[base]
+    held = "used as it is, dequantized for each product" if base == "fp8" else "used as it is"
+    name = {"bnb": "bnb-4bit", "bnb8": "bnb-8bit", "fp8": "fp8"}[base]
     said(capsys, f"the checkpoint is in {name}: {held}")
     assert (first["base"]["format"], first["base"]["held"]) == (name, held)
     measured = evaluate_runs(["first"])["first"]
@@ -116,6 +119,24 @@ def test_what_cannot_be_trained_is_refused_before_the_data_is_read(capsys: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_held_as_it_is_or_dequantized_once_a_run_is_the_same_to_the_last_bit(stage: str, home: Path) -> None:
+    """In each stage, with its references, rollouts and evaluations."""
+    words = ["model.name=fp8", "+peft=lora", *COMMON]
+    if stage == "dpo":
+        pairs = [{"prompt": f"Say {i}", "chosen": f"{i} it is", "rejected": "no"} for i in range(12)]
+        Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        words[words.index("data.path=chat.jsonl")] = "data.path=pairs.jsonl"
+    if stage == "ppo":
+        words += ["reward.function=[posttrain.rewards:brevity]", "rollout.max_new_tokens=6", "train.grad_accum=4", "ppo.epochs=1"]
+    ways = {"held": [], "once": ["quant=dequantize"]}
+    runs = {name: posttrain.run(stage, *words, *more, f"run.dir={name}") for name, more in ways.items()}
+    held, once = (load_file(home / name / "adapter" / "adapter_model.safetensors") for name in runs)
+    assert held.keys() == once.keys() and all(torch.equal(held[name], once[name]) for name in held)
+    assert runs["held"]["metrics"] == runs["once"]["metrics"]
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_base_in_fp8_is_quantized_again(capsys: pytest.CaptureFixture[str]) -> None:
     manifest = posttrain.run("sft", "model.name=fp8", "+peft=qlora", *COMMON, "run.dir=again")
@@ -135,5 +156,10 @@ def test_a_plan_counts_and_says_what_the_run_will_hold() -> None:
     assert plans["bnb"]["memory"]["quantized weights"] == numbers / 2
     assert plans["bnb"]["checkpoint"] == ["the checkpoint is in bnb-4bit: used as it is"]
     assert plans["bnb"]["total_parameters"] == plans["plain"]["total_parameters"]
-    assert plans["fp8"]["memory"] == plans["plain"]["memory"] and plans["plain"]["checkpoint"] == []
-    assert plans["fp8"]["checkpoint"][0].startswith("the checkpoint is in fp8: dequantized to bfloat16 at load, 0.000")
+    assert plans["fp8"]["memory"]["quantized weights"] == numbers, "a byte each"
+    assert plans["fp8"]["memory"]["quantization constants"] == numbers / 32**2 * 4, "a scale in 32 bit for each block"
+    assert plans["fp8"]["memory"]["weights"] == plans["bnb"]["memory"]["weights"]
+    assert plans["fp8"]["checkpoint"] == ["the checkpoint is in fp8: used as it is, dequantized for each product"]
+    dequantized = make_plan("sft", ["model.name=fp8", "quant=dequantize", *words], 10**9)
+    assert dequantized["memory"] == plans["plain"]["memory"] and plans["plain"]["checkpoint"] == []
+    assert dequantized["checkpoint"][0].startswith("the checkpoint is in fp8: dequantized to bfloat16 at load, 0.000")

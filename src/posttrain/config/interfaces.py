@@ -196,6 +196,6 @@ class Method(Strict):
 
 METHODS: Registry[type[Method]] = Registry("posttrain.models.peft.methods", "posttrain.peft_methods", "METHOD", "peft method")
 QUANTIZERS: Registry[type[Quantizer]] = Registry(
-    "posttrain.models.quantization", "posttrain.quantizers", "QUANTIZER", "quantizer", shared=("experts",)
+    "posttrain.models.quantization", "posttrain.quantizers", "QUANTIZER", "quantizer", shared=("experts", "packed")
 )
 REGISTRIES = (METHODS, QUANTIZERS)  # whose entries may come from packages that bring YAML files of their own

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+
+from posttrain.models.quantization.packed import packed_of, stored
 
 # part -> what a name has in it that is of this part; "=" before a word means that a whole part of the name is that word
 PARTS = {
@@ -33,21 +36,19 @@ class Counted(NamedTuple):
 
 def counted(model: nn.Module) -> Iterator[Counted]:
     """Every parameter once."""
-    states = _states_of_packed(model)
+    shapes = {id(stored(module, name)): shape for module, name, shape in _packed(model)}
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None) or states.get(id(parameter))
-        numbers = state.shape.numel() if state is not None else parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        shape = shapes.get(id(parameter), parameter.shape) if state is None else state.shape
         packed = not parameter.dtype.is_floating_point
-        yield Counted(name, parameter, numbers, parameter.numel() * parameter.element_size(), packed)
+        yield Counted(name, parameter, shape.numel(), parameter.numel() * parameter.element_size(), packed)
 
 
-def _states_of_packed(model: nn.Module) -> dict[int, Any]:
-    found: dict[int, Any] = {}
+def _packed(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size]]:
     for module in model.modules():
-        for held in getattr(module, "parametrizations", {}).values():
-            if (state := getattr(held[0], "quant_state", None)) is not None:
-                found[id(held.original)] = state
-    return found
+        for name in getattr(module, "parametrizations", {}):
+            if packed := packed_of(module, name):
+                yield module, name, packed.shape
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

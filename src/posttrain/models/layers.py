@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.models.language.architecture import outside_text
+from posttrain.models.quantization.packed import packed_of, stored
 
 
 class Kind(Enum):
@@ -54,7 +55,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
         if isinstance(module, (nn.Linear, Conv1D)):
             if module is not head:
                 shape = shape_of(module)
-                kind = Kind.TOWER if id(module.weight) in skipped else _kind(name, shape, text, experts, mixers, width)
+                kind = Kind.TOWER if id(stored(module, "weight")) in skipped else _kind(name, shape, text, experts, mixers, width)
                 found[name] = Layer(name, kind, module, shape)
             continue
         for parameter, shape in own_shapes(module).items():
@@ -88,8 +89,8 @@ def own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a module's own parameters, in the order of their definition; of quantized ones those that they stand for."""
     found = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     for name, held in getattr(module, "parametrizations", {}).items():
-        state = getattr(held[0], "quant_state", None)
-        found[name] = tuple(state.shape) if state is not None else tuple(held.original.shape)
+        packed = packed_of(module, name)
+        found[name] = tuple(packed.shape if packed else held.original.shape)
     return found
 
 

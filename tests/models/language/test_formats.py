@@ -10,12 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from posttrain.errors import UserError
+from posttrain.models.checkpoints.formulas import Elements
+from posttrain.models.checkpoints.held import Held, carrier, elements_of
+from posttrain.models.counting import count_parameters
 from posttrain.models.language.pretrained import load_causal
+from posttrain.models.peft.attach import add_method
+from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.models.quantization.nf4 import nf4
+from posttrain.models.quantization.packed import packed_of
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -296,3 +311,83 @@ def test_a_format_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         UserError, match=r"model\.name: .*format 'aqlm', which cannot be read here \(there are: awq, bitsandbytes"
     ):
         logits(name)
+
+
+def held(model: Any) -> dict[str, Any]:
+    """By name, what the packed weights of a model are read through."""
+    found = {(name, own): packed_of(module, own) for name, module in model.named_modules() for own in ("weight", *EXPERTS)}
+    return {f"{name}.{own}": packed for (name, own), packed in found.items() if packed}
+
+
+EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def trained(model: Any) -> tuple[float, Tensor]:
+    """Loss and gradients of LoRA on all linear layers and experts, the same for models of the same weights."""
+    said: dict[str, Any] = {"dropout": 0.0, "targets": "all-linear", "dtype": "float32", "lr_factor": 1.0}
+    model = add_method(model, Lora(method="lora", r=2, alpha=4.0, experts=True, router=False, **said))
+    torch.manual_seed(1)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data.normal_(std=0.05)
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in trainable])
+
+
+def mixed_experts(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Mixtral in fp8 as such are released: each expert by itself, whose gates and ups the model keeps in one tensor."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(directory)
+    released = load_file(directory / "model.safetensors")
+    for name in [name for name in released if is_linear(name) or ".experts." in name]:
+        released[name], released[f"{name}_scale_inv"], _ = fp8(released[name], (32, 32))
+    return released, {"quant_method": "fp8", "weight_block_size": [32, 32]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt-oss", "mixtral"])
+def test_held_experts_train_as_dequantized_ones_to_the_last_bit(kind: str, dtype: str, tmp_path: Path) -> None:
+    released, settings = (gpt_oss(tmp_path)[0], {"quant_method": "mxfp4"}) if kind == "gpt-oss" else mixed_experts(tmp_path)
+    name = write(tmp_path, released, settings)
+    as_it_is, once = (load_causal(name, None, dtype, "cpu", False, way) for way in (None, "dequantize"))
+    packed = held(as_it_is)
+    assert len([full for full in packed if full.endswith(EXPERTS)]) == 2 * as_it_is.config.num_hidden_layers
+    assert not held(once) and count_parameters(as_it_is)[1] == count_parameters(once)[1]
+    loss, gradients = trained(as_it_is)
+    same_loss, same_gradients = trained(once)
+    assert loss == same_loss and float(gradients.abs().max()) > 0
+    assert torch.equal(gradients, same_gradients)
+
+
+@pytest.mark.parametrize("order", [False, True], ids=["blocks", "an order"])
+def test_scales_are_kept_once_each(order: bool) -> None:
+    """[8, 6] in groups of 3 inputs, which an activation order spreads: 8 x 2 scales and zeros, and codes in half a byte."""
+    group = torch.tensor([0, 1, 1, 0, 1, 0] if order else [0, 0, 0, 1, 1, 1])
+    scale = torch.arange(1.0, 17.0).reshape(8, 2)[:, group]
+    codes = torch.arange(48, dtype=torch.uint8).reshape(8, 6) % 16
+    found = Held(elements_of(carrier(Elements("unsigned 4", codes, scale, scale + 3))), torch.float32)
+    assert found.scale.cells.shape == (8, 2) and found.scale.cells.dtype == torch.bfloat16
+    assert found.zero is not None and found.zero.cells.dtype == torch.uint8
+    assert torch.equal(found.decode(found.pack(codes)), (codes - (scale + 3)) * scale)
+    assert found.pack(codes).shape == (8, 3)
+
+
+def test_what_waits_for_the_backward_is_no_weight(tmp_path: Path) -> None:
+    """A held linear layer keeps nothing of the size of its weight: it is made again."""
+    tensors = llama(tmp_path)
+    for name in filter(is_linear, list(tensors)):
+        tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
+    model = load_causal(
+        write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]}), None, "float32", "cpu", False, None
+    )
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    assert not kept
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
+from posttrain.models.checkpoints.use import Held
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.tokenizer import first_line
@@ -38,8 +39,9 @@ class Counted:
     reading: str
 
 
-def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float) -> Counted:
-    """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath."""
+def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float, held: Held = Held()) -> Counted:
+    """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath. held: weights
+    that stay in the checkpoint's own format."""
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     experts = [module._parameters[own] for _, module, own in fused_experts(base)] if cfg.quant.packs_experts else []
@@ -50,6 +52,9 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
         raise UserError(
             f"model.name: {type(base).__name__} asks for values, so nothing can be planned ({first_line(error)})"
         ) from error
+    found.parts["weights"] -= held.numbers * DTYPES[cfg.base_dtype].itemsize
+    found.parts["quantized weights"] += held.codes
+    found.parts["quantization constants"] += held.constants
     parts = found.parts | {"frozen adapter": frozen_adapter, "logits": head_bytes(base.get_output_embeddings().weight, tokens)}
     if (dense := cfg.quant.kept_dense) != "auto":  # which takes no more than is left
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.formats import Format, format_of
+from posttrain.models.checkpoints.held import carrier
 from posttrain.runs.artifact import HEAD_FILE
 
 INDEX = "model.safetensors.index.json"
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # of safetensors' formats; of others 1
 
 
 class Checkpoint:
@@ -62,8 +64,11 @@ class Checkpoint:
         """How many there are in all weights."""
         return sum(torch.Size(entry.shape).numel() for entry in self.entries)
 
-    def state(self, dtype: torch.dtype) -> dict[str, Any]:
-        """By name, what transformers takes for a tensor and reads when it comes to it. dtype: of weights that are dequantized."""
+    def state(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """By name, what transformers takes for a tensor and reads when it comes to it.
+
+        dtype: of weights that are dequantized; None: they come as carriers (held.py).
+        """
         return {entry.name: entry.lazy(dtype) for entry in self.entries}
 
     def shapes(self) -> dict[str, Tensor]:
@@ -149,13 +154,18 @@ class Entry:
         assert self.source.format or not self.is_quantized
         return self.source.format.shape(found) if self.source.format and self.is_quantized else found.shape("main")
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its tensors, by the header."""
+        found = {part: self.source.read(name) for part, name in self.parts.items()}
+        return {part: torch.Size(each.get_shape()).numel() * BYTES.get(each.get_dtype(), 1) for part, each in found.items()}
+
     def tensor(self, dtype: torch.dtype) -> Tensor:
         """Its numbers: as they lie there, or dequantized, in `dtype`."""
         return self.lazy(dtype)[...]
 
-    def lazy(self, dtype: torch.dtype) -> Any:
-        """What `tensor` gives, once it is asked for."""
-        return _Dequantized(self, dtype) if self.is_quantized else self.source.read(self.name)
+    def lazy(self, dtype: torch.dtype | None) -> Any:
+        """What `tensor` gives, once it is asked for; without a dtype, a carrier (held.py)."""
+        return _Quantized(self, dtype) if self.is_quantized else self.source.read(self.name)
 
 
 @dataclass(frozen=True)
@@ -176,11 +186,16 @@ class _Parts:
 
 
 @dataclass(frozen=True)
-class _Dequantized:
+class _Quantized:
     """In the place of a slice of safetensors."""
 
     entry: Entry
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+
+    @property
+    def is_carried(self) -> bool:
+        """Asked by held.py."""
+        return self.dtype is None
 
     def get_shape(self) -> list[int]:
         return list(self.entry.shape)
@@ -191,4 +206,6 @@ class _Dequantized:
     def __getitem__(self, _: Any) -> Tensor:
         checkpoint_format = self.entry.source.format
         assert checkpoint_format
+        if self.dtype is None:
+            return carrier(checkpoint_format.elements(_Parts(self.entry)))
         return checkpoint_format.weight(_Parts(self.entry), self.dtype).contiguous()

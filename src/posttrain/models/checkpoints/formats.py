@@ -67,17 +67,26 @@ class Format:
         """Of the weight, without reading it."""
         return parts.shape("main")
 
+    def elements(self, parts: Parts) -> formulas.Elements:
+        """The weight number by number. Asked of formats that are `by_numbers`."""
+        raise NotImplementedError
+
     def exact(self, parts: Parts) -> Tensor:
         """The weight, in float32."""
-        raise NotImplementedError
+        return self.elements(parts).meant()
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         """The weight, rounded once."""
         return self.exact(parts).to(dtype)
 
+    @property
+    def by_numbers(self) -> bool:
+        """Can it be held in memory as codes and scales, and be dequantized for each product (held.py)?"""
+        return self.stands_for is None
+
     def keeps(self, quant: str) -> bool:
         """Is a base used as it is, under this `quant.method`?"""
-        return self.stands_for is not None and quant in ("none", self.stands_for)
+        return quant in ("none", self.stands_for)
 
     @property
     def is_written(self) -> bool:
@@ -111,9 +120,9 @@ class Fp8(Format):
         found = parts.shape("main")
         return (*found[:-1], 2 * found[-1]) if parts.dtype("main") in ("I8", "U8") else found
 
-    def exact(self, parts: Parts) -> Tensor:
+    def elements(self, parts: Parts) -> formulas.Elements:
         main = parts.tensor("main")
-        value = formulas.fp4(main) if main.dtype in (torch.int8, torch.uint8) else main
+        value = formulas.nibbles(main) if main.dtype in (torch.int8, torch.uint8) else main
         return formulas.scaled(value, parts.tensor("scale"), self.settings.get("weight_block_size"))
 
     @property
@@ -135,12 +144,12 @@ class Mxfp4(Format):
         *first, rows, groups, size = parts.shape("main")
         return (*first, 2 * groups * size, rows)
 
-    def exact(self, parts: Parts) -> Tensor:
-        return self.weight(parts, torch.float32)
+    def elements(self, parts: Parts) -> formulas.Elements:
+        return formulas.mxfp4(parts.tensor("main"), parts.tensor("scales")).transposed
 
     def weight(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         experts = zip(parts.tensor("main"), parts.tensor("scales"), strict=True)  # one at a time: a layer's are gigabytes
-        return torch.stack([formulas.mxfp4(blocks, scales).T.to(dtype) for blocks, scales in experts])
+        return torch.stack([formulas.mxfp4(blocks, scales).transposed.meant().to(dtype) for blocks, scales in experts])
 
 
 def _of_bitsandbytes(kind: str) -> Layout:
@@ -253,26 +262,26 @@ class CompressedTensors(Format):
         rows, columns = parts.shape("main")
         return (rows, 2 * columns) if parts.dtype("main") == "U8" else (rows, columns)
 
-    def exact(self, parts: Parts) -> Tensor:
+    def elements(self, parts: Parts) -> formulas.Elements:
         main, scale = parts.tensor("main"), parts.tensor("scale")
         zero = parts.tensor("zero") if "zero" in parts else None
         if main.dtype == torch.uint8:
-            value = formulas.scaled(formulas.fp4(main), scale)
-            return value / parts.tensor("global").float() if "global" in parts else value
+            scale = formulas.exponents(scale)
+            return formulas.scaled(formulas.nibbles(main), scale / parts.tensor("global").float() if "global" in parts else scale)
         if main.dtype != torch.int32:
             return formulas.scaled(main, scale, self._block(), zero)
         rows, columns = self.shape(parts)
         bits = self._bits(columns, main.shape[1])
-        value = formulas.unpacked(main, bits, 1)[:, :columns] - 2 ** (bits - 1)
+        codes = formulas.unpacked(main, bits, 1)[:, :columns].to(torch.uint8)
         if zero is not None and zero.dtype == torch.int32:
             zero = formulas.unpacked(zero, bits, 0)[:rows] - 2 ** (bits - 1)
         if "group" in parts:
             index = parts.tensor("group").long()
             scale, zero = scale[:, index], zero if zero is None else zero[:, index]
-        return formulas.scaled(value, scale, None, zero)
+        return formulas.of_codes(f"offset {bits}", codes, scale, None, zero)
 
     def check(self) -> None:
-        odd = [bits for bits in self._all_bits() if 32 % bits]
+        odd = [bits for bits in self._all_bits() if 8 % bits]
         if odd and self.settings.get("format") == "pack-quantized":
             raise UserError(f"model.name: its weights are in {odd[0]} bits of {self.name}, which cannot be read here")
 
@@ -302,10 +311,11 @@ class ModelOpt(Format):
         *first, columns = parts.shape("main")
         return (*first, 2 * columns if parts.dtype("main") == "U8" else columns)
 
-    def exact(self, parts: Parts) -> Tensor:
-        main = parts.tensor("main")
-        value = formulas.scaled(formulas.fp4(main) if main.dtype == torch.uint8 else main, parts.tensor("scale"))
-        return value * parts.tensor("second").float() if "second" in parts else value
+    def elements(self, parts: Parts) -> formulas.Elements:
+        main, scale = parts.tensor("main"), formulas.exponents(parts.tensor("scale"))
+        if "second" in parts:
+            scale = scale * parts.tensor("second").float()
+        return formulas.scaled(formulas.nibbles(main) if main.dtype == torch.uint8 else main, scale)
 
 
 class Gptq(Format):
@@ -321,7 +331,7 @@ class Gptq(Format):
         words, rows = parts.shape("main")
         return rows, words * 32 // self.settings["bits"]
 
-    def exact(self, parts: Parts) -> Tensor:
+    def elements(self, parts: Parts) -> formulas.Elements:
         columns, bits = self.shape(parts)[1], self.settings["bits"]
         groups = parts.shape("scales")[0]
         group = parts.tensor("group") if "group" in parts else torch.arange(columns) // (columns // groups)
@@ -343,7 +353,7 @@ class Awq(Format):
         columns, words = parts.shape("main")
         return 8 * words, columns
 
-    def exact(self, parts: Parts) -> Tensor:
+    def elements(self, parts: Parts) -> formulas.Elements:
         return formulas.awq(parts.tensor("main"), parts.tensor("zeros"), parts.tensor("scales"))
 
 

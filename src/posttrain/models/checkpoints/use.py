@@ -15,6 +15,14 @@ from posttrain.models.quantization import quantizer_of
 GB = 1e9
 
 
+class Held(NamedTuple):
+    """Weights in a format of a checkpoint. codes, constants: in bytes."""
+
+    numbers: int = 0
+    codes: int = 0
+    constants: int = 0
+
+
 class Use(NamedTuple):
     """quant: what the run asks for. dtype: of the base in memory."""
 
@@ -49,9 +57,20 @@ class Use(NamedTuple):
         return []
 
     @property
+    def _by_numbers(self) -> bool:
+        return self.kept and self.checkpoint.format is not None and self.checkpoint.format.by_numbers
+
+    def held(self) -> Held:
+        """Of weights that are kept as codes and scales, by the headers of the files; all 0 where there are none."""
+        entries = [entry for entry in self.checkpoint.entries if entry.is_quantized] if self._by_numbers else []
+        sizes = [entry.sizes() for entry in entries]
+        numbers = sum(torch.Size(entry.shape).numel() for entry in entries)
+        return Held(numbers, sum(size["main"] for size in sizes), sum(sum(size.values()) - size["main"] for size in sizes))
+
+    @property
     def _held(self) -> str:
         if self.kept:
-            return "used as it is"
+            return "used as it is" + (", dequantized for each product" if self._by_numbers else "")
         return f"dequantized to {self.dtype} at load" + (f", and kept in {self.quant.name}" if self.quant.is_quantized else "")
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from posttrain.models.kernels.fused import is_plain, lora_forward, mlp_forward, norm_forward, with_lora
+from posttrain.models.quantization.packed import packed_of, stored
 
 # written for these, in the versions of transformers that pyproject.toml allows; other modules are as they turn out to be
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
@@ -123,7 +124,9 @@ def _is_known_lora(module: Any) -> bool:
     from peft.tuners.lora import Linear
 
     kinds = [Linear, *_four_bit()]
-    return type(module) in kinds and type(module.base_layer).__name__ in ("Linear", "Linear4bit") and not adds_more(module)
+    base = module.base_layer
+    known = type(base).__name__ in ("Linear", "Linear4bit") or packed_of(base, "weight") is not None
+    return type(module) in kinds and known and not adds_more(module)
 
 
 def _four_bit() -> list[type[nn.Module]]:
@@ -139,7 +142,7 @@ def _lora_differs(module: Any) -> str:
         return "its adapters do more than add a product"
     if not _is_known_lora(module):
         return f"over {type(module.base_layer).__name__} it is left to peft"
-    device = module.base_layer.weight.device.type
+    device = stored(module.base_layer, "weight").device.type
     return peft_differs(type(module) in _four_bit(), "cpu" if device == "meta" else device)
 
 

@@ -8,13 +8,14 @@ module's own forward, to which a call that asks for more (DoRA, autocast) is han
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from posttrain.models.quantization.nf4 import dense_weight
+from posttrain.models.quantization.packed import Packed, packed_of, stored
 
 OWN = "_own_forward"  # of a module that has a leaner way: what it did before
 
@@ -45,14 +46,30 @@ def is_plain(layer: Any, x: Tensor) -> bool:
     if len(names) > 1 and _dropout(layer, names):
         return False
     base = layer.base_layer
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    if held_as(base).weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return False
     return (_computes_in(base) or x.dtype) == x.dtype
 
 
 def _computes_in(base: Any) -> torch.dtype | None:
     """None for a quantized layer that takes whatever it is given."""
-    return base.weight.dtype if getattr(base.weight, "quant_state", None) is None else base.compute_dtype
+    weight, state = held_as(base)
+    if isinstance(state, Packed):
+        return state.compute_dtype
+    return weight.dtype if state is None else base.compute_dtype
+
+
+class HeldAs(NamedTuple):
+    """A base's weight as it lies in memory, and what says for what it stands; None where it is the weight itself."""
+
+    weight: Tensor
+    state: Any
+
+
+def held_as(base: Any) -> HeldAs:
+    """Of a linear layer under an adapter."""
+    weight = stored(base, "weight")
+    return HeldAs(weight, packed_of(base, "weight") or getattr(weight, "quant_state", None))
 
 
 def _speaking(layer: Any) -> list[str]:
@@ -71,7 +88,7 @@ def joined_adapters(layer: Any) -> tuple[Tensor, Tensor] | None:
     if getattr(getattr(layer, "forward", None), "__func__", None) is not lora_forward:
         return None
     dtype = _computes_in(layer.base_layer)
-    if dtype is None or not is_plain(layer, torch.empty(0, dtype=dtype, device=layer.base_layer.weight.device)):
+    if dtype is None or not is_plain(layer, torch.empty(0, dtype=dtype, device=held_as(layer.base_layer).weight.device)):
         return None
     if _dropout(layer, _speaking(layer)):
         return None
@@ -89,19 +106,19 @@ def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     """`_LoraLinear` of a layer for which `is_plain`, of x or of silu(x) * gated."""
     names, base = _speaking(layer), layer.base_layer
     factors, scales = _factors(layer)
-    quantized = getattr(base.weight, "quant_state", None)
-    if quantized is not None and not torch.is_grad_enabled():
+    weight, quantized = held_as(base)
+    if not (quantized is None or isinstance(quantized, Packed) or torch.is_grad_enabled()):
         x = x if gated is None else silu(x) * gated
         down, up = _joined(factors, scales, x.dtype)
         return without_gradient(base, x).add_((x @ down.T) @ up.T)
-    y: Any = _LoraLinear.apply(x, gated, base.weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+    y: Any = _LoraLinear.apply(x, gated, weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
     return y.view(*x.shape[:-1], -1)  # not within: a model may write into its layers' outputs (Gemma 3n)
 
 
 def without_gradient(base: Any, x: Tensor) -> Tensor:
-    """base(x) of a layer in NF4: by its dense copy, or by bitsandbytes, which has kernels of its own for a few rows."""
-    state = base.weight.quant_state
-    return linear(x, dense_weight(base.weight, state, x.dtype), base.bias) if hasattr(state, "dense") else base(x)
+    """base(x) of a quantized layer: by its dense copy, or by bitsandbytes, which has kernels of its own for a few rows."""
+    weight, state = held_as(base)
+    return linear(x, dense_weight(weight, state, x.dtype), base.bias) if hasattr(state, "dense") else base(x)
 
 
 class _LoraLinear(torch.autograd.Function):

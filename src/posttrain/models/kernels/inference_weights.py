@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from posttrain.models.kernels.fused import OWN, joined_adapters, without_gradient
+from posttrain.models.kernels.fused import OWN, held_as, joined_adapters, without_gradient
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -95,11 +95,12 @@ def _laid_out(weight: Tensor, bias: Tensor | None) -> Forward:
 def _with_adapters(layer: Any, down: Tensor, up: Tensor, *, lays_out: bool) -> Forward:
     """x -> base(x) + (x down') up'. down: [R, in]; up: [out, R], scaled. An x of another format goes the layer's own way."""
     base, other, size = layer.base_layer, layer.forward, len(up)
-    quantized = getattr(base.weight, "quant_state", None) is not None
+    weight, state = held_as(base)
+    quantized = state is not None
     back = up.T.contiguous()
-    if lays_out and not quantized and _fits(base.weight):  # the adapters' first product is some more columns of the base's
+    if lays_out and not quantized and _fits(weight):  # the adapters' first product is some more columns of the base's
         bias = None if base.bias is None else torch.cat([base.bias.detach(), base.bias.new_zeros(len(down))])
-        product, wide = _laid_out(torch.cat([base.weight.detach(), down]), bias), back.float()
+        product, wide = _laid_out(torch.cat([weight.detach(), down]), bias), back.float()
 
         def add(x: Tensor) -> Tensor:
             y = product(x).float()  # so small a product is quicker in float32 than oneDNN's in 16 bits
@@ -108,7 +109,7 @@ def _with_adapters(layer: Any, down: Tensor, up: Tensor, *, lays_out: bool) -> F
         into = down.T.contiguous()
 
         def add(x: Tensor) -> Tensor:
-            y = without_gradient(base, x) if quantized else linear(x, base.weight, base.bias)
+            y = without_gradient(base, x) if quantized else linear(x, weight, base.bias)
             return y.addmm_(x @ into, back)
 
     def forward(x: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
+from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
+from posttrain.models.checkpoints.held import loading_held, settle_held
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
 from posttrain.models.language.tokenizer import first_line, trusted
@@ -72,7 +74,10 @@ def _load(
     try:
         checkpoint = Checkpoint(directory)
         config = config_of(directory, trust_remote_code)
-        if checkpoint.format and device != "meta" and checkpoint.format.keeps(_quant(quantization)):
+        kept = device != "meta" and checkpoint.format is not None and checkpoint.format.keeps(_quant(quantization))
+        if kept and checkpoint.format and checkpoint.format.by_numbers:
+            return _held(directory, config, trust_remote_code, options | {"state_dict": checkpoint.state(None)})
+        if kept and checkpoint.format:
             compute = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
             settings = {**checkpoint.format.settings, "bnb_4bit_compute_dtype": str(compute).removeprefix("torch.")}
             config.quantization_config = settings
@@ -116,6 +121,17 @@ def _of_state(directory: Path, config: Any, trust_remote_code: bool, options: di
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, info
+
+
+def _held(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    """With its quantized weights as they are."""
+    _forget_format(config)
+    with loading_held(config):
+        model, info = _of_state(directory, config, trust_remote_code, options)
+    if dequantized := settle_held(model):
+        some = ", ".join(dequantized[:2]) + (", ..." if len(dequantized) > 2 else "")
+        say(f"{len(dequantized)} quantized weights are dequantized at load, for they cannot be held as they are: {some}")
     return model, info
 
 

@@ -1,4 +1,4 @@
-"""LoRA on experts in 4 bits, and on experts without values.
+"""LoRA on packed experts, and on experts without values.
 
 peft would put a parametrization of its own over the one that reads the packed weights, and cannot take it away again: changes of
 earlier steps would pile up. Here the change is handed to the one that reads them.
@@ -15,25 +15,28 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from posttrain.models.quantization.packed import Packed, packed_of, stored
+
 
 class OnQuantized(ParamWrapper):
-    """peft's layer, over a parameter that `models/quantization/experts.py` has packed."""
+    """peft's layer, over a parameter that is packed."""
 
     def get_param(self) -> Tensor:
         """Something of the weight's shape, type and place: nothing is made of the packed one for that."""
-        state = self._weights.quant_state
-        return torch.empty(1, dtype=state.dtype, device=state.absmax.device).expand(state.shape)
+        where = stored(self.get_base_layer(), self.parameter_name).device
+        return torch.empty(1, dtype=self._weights.compute_dtype, device=where).expand(self._weights.shape)
 
     @property
-    def _weights(self) -> Any:
-        base: Any = self.get_base_layer()
-        return base.parametrizations[self.parameter_name][0]
+    def _weights(self) -> Packed:
+        found = packed_of(self.get_base_layer(), self.parameter_name)
+        assert found
+        return found
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         added = [self.get_delta_factors(name) for name in active_adapters if name in self.lora_A]
         weights, before = self._weights, self._weights.added
-        weights.added = [*before, *added]
+        weights.added = (*before, *added)
         try:
             yield
         finally:

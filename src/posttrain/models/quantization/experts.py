@@ -1,15 +1,13 @@
 """Fused experts in 4 bits: transformers quantizes linear layers alone, and leaves the experts, most of the model, in 16 bit.
 
-They are quantized one parameter at a time while the model is loaded, and read through a parametrization of bitsandbytes.
+They are quantized one parameter at a time while the model is loaded, and read through a parametrization.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -18,6 +16,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from posttrain.models.layers import is_fused, language_prefix
 from posttrain.models.quantization import wide_enough
+from posttrain.models.quantization.packed import Packed, read_through
 
 MARK = "with_experts"  # of a BitsAndBytesConfig, that experts are meant too
 
@@ -58,7 +57,7 @@ class ExpertsToo(Bnb4BitHfQuantizer):
         for module in list(model.modules()):
             for name, parameter in list(module._parameters.items()):
                 if (state := getattr(parameter, STATE, None)) is not None:
-                    read_through(module, name, state)
+                    read_through(module, name, In4Bits(state))
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -87,20 +86,14 @@ class _Quantize(ConversionOps):
         return found
 
 
-def read_through(module: nn.Module, name: str, state: Any) -> None:
-    """Make a packed parameter of a module read as what it stands for; within a forward pass it is made once."""
-    from bitsandbytes.nn import parametrize
+class In4Bits(Packed):
+    """Of bitsandbytes."""
 
-    class Weights(parametrize.Bnb4bitParametrization):
-        """added: what adapters add to it while they are active, as (left, right, scale) of each expert's product."""
+    def __init__(self, state: Any) -> None:
+        super().__init__(state.shape, state.dtype)
+        self.state = state
 
-        added: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    def decode(self, packed: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
 
-        def forward(self, quantized_param: Tensor) -> Tensor:
-            weight = super().forward(quantized_param).data
-            for left, right, scale in self.added:
-                weight = torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale)
-            return weight
-
-    register_parametrization(module, name, Weights(state), unsafe=True)
-    parametrize._register_parametrization_hooks(module, name)
+        return dequantize_4bit(packed, self.state).to(self.compute_dtype)

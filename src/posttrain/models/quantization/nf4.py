@@ -137,9 +137,12 @@ def _in_four_bits(layer: nn.Module) -> list[Any]:
 
 
 def dense_weight(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """[out, in]: the weight itself, or with the `quant_state` of NF4 the one that it stands for; only `keep_dense` keeps that."""
+    """[out, in]: the weight itself, or what it stands for by the `quant_state` of NF4, or by what it is read through; only
+    `keep_dense` keeps that."""
     if state is None:
         return weight
+    if hasattr(state, "decode"):
+        return state.decode(weight).to(dtype)
     if (held := getattr(state, "dense", None)) is not None:
         return held.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
