@@ -39,8 +39,8 @@ What each stock chat template in TRL's wheel does with rows of three kinds. Made
   longer conversation. *as text*: the template knows no tools, or leaves arguments or tools out; `data.tools=inline` writes them
   into the contents. Without it such rows are refused; where only the tools are left out, that is said.
 - **reasoning**: two answers with `reasoning_content`. *all turns*: every thought is trained where it stands. *last turn*: the
-  template leaves the thoughts of earlier turns out; `data.turns=each` learns each turn as it was generated, `data.turns=last` the
-  last alone. *as text*: the template renders none; `data.reasoning=inline` writes it into the content between `<think>` tags.
+  template leaves the thoughts of earlier turns out; `data.turns=each` learns each turn as it was generated, `data.train_on=last`
+  the last alone. *as text*: the template renders none; `data.reasoning=inline` writes it into the content between `<think>` tags.
   *refused*: it cuts them out of the content too.
 
 **exact**: what is trained decodes to the assistant's turns with all their words and arguments and the end of each turn, and to

@@ -198,7 +198,8 @@ def test_rows_that_people_have(row: dict[str, Any], shape: str, expected: dict[s
 def test_every_mark_of_a_message_is_its_weight(key: str) -> None:
     for said, weight in ((False, 0), (True, 1), (0, 0), (0.5, 0.5)):
         found = to_canonical({"messages": [Q, A | {key: said}]}, "messages", "row 1")
-        assert found == {"messages": [Q, A | {"weight": weight}]}
+        learnt = {"train": True} if weight and key.startswith("train") else {}
+        assert found == {"messages": [Q, A | {"weight": weight} | learnt]}
     found = to_canonical({"conversations": [HUMAN, GPT | {key: False}]}, "sharegpt", "row 1")
     assert found == {"messages": [Q, A | {"weight": 0}]}
 
@@ -207,7 +208,7 @@ def test_every_mark_of_a_message_is_its_weight(key: str) -> None:
     ("row", "says"),
     [
         ({"messages": [Q, A | {"loss": "no"}]}, "loss of messages[1] is 'no', not true, false or a number from 0 on"),
-        ({"messages": [Q, A | {"train_detail": [{"begin_offset": 0}]}]}, "messages[1] has train_detail: parts of a message"),
+        ({"messages": [Q, A | {"train_detail": [{"begin_offset": 0}]}]}, "train_detail of messages[1] has in place 0 no numbers"),
         ({"messages": [Q | {"content": [{"type": "image"}]}, A]}, "content of messages[0] has a part of type 'image'"),
         ({"messages": [{"role": "user", "content": "a <image>"}, A]}, "messages[0].content holds <image>, and only text"),
         ({"prompt": "a <video>", "completion": "b"}, "prompt holds <video>, and only text"),

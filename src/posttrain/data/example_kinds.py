@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.marks import is_learnt
 from posttrain.data.examples import Examples, build, group
 from posttrain.data.likeness import key_of
 from posttrain.data.overlaps import rows_of
@@ -103,9 +104,11 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
     for number, _ in (unwanted := [row for row in rows if row[1].get("label") is False]):
         stats.note("disliked", stats.where(number))
     rows = [row for row in rows if row not in unwanted] if unwanted else rows
+    roles = encoder.options.roles
     for number, row in rows:
-        if "messages" in row and all(message["role"] != "assistant" for message in row["messages"]):
-            raise UserError(f"{stats.where(number)}: has no assistant's turn, so there is nothing to learn; drop the row")
+        if "messages" in row and not any(is_learnt(message, roles) for message in row["messages"]):
+            whose = "assistant's turn" if roles == {"assistant"} else f"message of {', '.join(sorted(roles))} (data.train_on)"
+            raise UserError(f"{stats.where(number)}: has no {whose}, so there is nothing to learn; drop the row")
     rows = [(number, each) for number, row in rows for each in encoder.options.examples_of(row)]
     for (number, _), item in zip(rows, encoder.encode_many(rows, stats.where), strict=True):
         stats.note_lost([part.name for part in item.lost], stats.where(number))

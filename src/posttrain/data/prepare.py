@@ -100,6 +100,8 @@ def _prepare_source(
     sources = sources_of(data)
     source, first = sources[name], name == next(iter(sources))
     eval_path = data.eval_path if first else None
+    if use.examples != "conversations" and (data.turns, data.train_on) != ("all", "assistant"):
+        raise UserError(f"data.train_on and data.turns say which turns sft learns; {use.name} learns answers, so leave both out")
     encoder = encoder.reading_as(options_of(data))
     marks = [fingerprint(p, source.subset, source.split, source.revision) for p in (source.path, eval_path) if p]
     marks += [fingerprint(data.decontaminate, split="test")] if data.decontaminate else []

@@ -7,7 +7,8 @@ from typing import Any
 from posttrain.errors import UserError
 
 Row = dict[str, Any]  # as it is read: its columns by name
-Message = dict[str, Any]  # of a conversation: role, content, perhaps tool_calls, weight
+Message = dict[str, Any]  # of a conversation: role, content, perhaps tool_calls, weight, and marks (data/chat/marks.py)
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message may carry its reasoning
 # {"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"[, "margin"]} or {"prompt"}; messages also with
 # "tools", an answer with a "label" (false: not to be learnt); each perhaps with a "weight" of its own, "chat_template_kwargs"
 # (variables of the chat template), "first" (see ChatOptions), and "columns", all that its format has not taken from the row
@@ -19,7 +20,8 @@ def prompt_of(row: CanonicalRow) -> list[Message]:
     prompt = row.get("messages", row.get("prompt"))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
     while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
+        if begun := messages.pop().get("prefill"):
+            raise UserError(f"its prompt ends with {begun} letters of the answer, from where no answer can be written; drop them")
     if not messages:
         raise UserError("nothing stands before the answer, so there is no prompt")
     return messages
@@ -29,5 +31,6 @@ def reference_of(row: CanonicalRow) -> str:
     """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
     answer = row.get("completion", row.get("chosen", row.get("messages")))
     if isinstance(answer, list):
-        answer = answer[-1].get("content") if answer and answer[-1]["role"] == "assistant" else ""
+        last = answer[-1] if answer and answer[-1]["role"] == "assistant" else {}
+        answer = (last.get("content") or "")[last.get("prefill", 0) :]
     return answer if isinstance(answer, str) else ""

@@ -1,12 +1,14 @@
 """No answer is left to its end token: random words in every stock template, split by tokenizers of five kinds."""
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.options import ChatOptions
 from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, WRITTEN_LEAD, allowed, end_of_turn, leads_of
 
 if not IS_THERE:
@@ -96,6 +98,10 @@ KINDS = {
     "unigram-prefix": lambda: unigram("always"),
     "word-piece": word_piece,
 }
+# templates that write nothing behind a message but the next one's header
+OPEN_ENDED = {"deepseek_r1_distill", "deepseekv3", "glm4moe", "llava_next"}
+OPEN_SYSTEM = {"muse_glimmer"}
+NO_SYSTEM = {"gemma", "gemma3"}  # refused, or written into the user's first message
 OTHER_BLANKS = {"word-piece", "byte-level-prefix", "byte-fallback-prefix", "unigram-prefix"}  # in what they decode to
 
 
@@ -122,16 +128,43 @@ def trained_runs(tokens: list[int], weights: list[float]) -> list[list[int]]:
     return [run for run in found if run]
 
 
+def stock(text: str, name: str, **options: Any) -> tuple[Any, Encoder]:
+    template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="</s>", bos_token="<s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
+    tokenizer.chat_template = template
+    stops = ("<|user|>", "<|observation|>") if name == "glm4moe" else ()
+    return tokenizer, Encoder(tokenizer, stops, options=ChatOptions(**options))
+
+
+def wanted_of(name: str, role: str, content: str, last: bool) -> set[str]:
+    """What may be trained of a message: the forms of its content, with what the template writes before an answer, and its end."""
+    if role == "assistant":
+        end = ("<|return|>" if last else "<|end|>") if name.startswith("gptoss") else end_of_turn(name)
+        return {lead + form + end for lead in ["", *leads_of(WRITTEN_LEAD, name)] for form in allowed(content)}
+    closed = {"gptoss": "<|end|>", "cohere2": "<|END_OF_TURN_TOKEN|>"}.get(name) or end_of_turn(name)
+    closed = "\n\n<|end|>" if (name, role) == ("gptoss", "system") else closed
+    open_ended = OPEN_ENDED if role == "user" else {*OPEN_ENDED, *OPEN_SYSTEM}
+    return {form + ("" if name in open_ended else closed) for form in allowed(content)}
+
+
+def is_across(tokenizer: Any, run: list[int], texts: set[str], same: Any, what: Any) -> bool:
+    """Do its tokens decode to one of the texts but for letters before it, which are all in its first token?"""
+    wanted = {same(text) for text in texts}
+    decoded, rest = (same(str(tokenizer.decode(ids))) for ids in (run, run[1:]))
+    if decoded in wanted:
+        return False
+    blank = str(tokenizer.convert_ids_to_tokens(run[0])).endswith("▁")  # the answer's part of the first token
+    assert {one for one in wanted if decoded.endswith(one) and (len(rest) < len(one) or blank)}, (what, decoded)
+    return True
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_decodes_to_the_answers_and_their_ends(kind):
     """Before an answer there may be no more than the header's letters in the one token that reaches across its border."""
     rng, text, across = random.Random(kind), KINDS[kind]().to_str(), 0
     for name in STOCK:
-        template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="</s>", bos_token="<s>")
-        tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
-        tokenizer.chat_template = template
-        build = Encoder(tokenizer, stops=("<|user|>", "<|observation|>") if name == "glm4moe" else ())
+        tokenizer, build = stock(text, name)
         same = bare if kind in OTHER_BLANKS else _as_decoded
         for _ in range(4):
             turns = [{"role": ("user", "assistant")[k % 2], "content": words(rng)} for k in range(4)]
@@ -140,14 +173,25 @@ def test_what_is_trained_decodes_to_the_answers_and_their_ends(kind):
             answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
             assert len(found) == len(answers), (name, turns)
             for k, (run, answer) in enumerate(zip(found, answers, strict=True)):
-                end = ("<|return|>" if k else "<|end|>") if name.startswith("gptoss") else end_of_turn(name)
-                leads = ["", *leads_of(WRITTEN_LEAD, name)]
-                wanted = {same(lead + form + end) for lead in leads for form in allowed(answer)}
-                decoded, rest = (same(str(tokenizer.decode(ids))) for ids in (run, run[1:]))
-                if decoded in wanted:
-                    continue
-                blank = str(tokenizer.convert_ids_to_tokens(run[0])).endswith("▁")  # the answer's part of the first token
-                most = {one for one in wanted if decoded.endswith(one) and (len(rest) < len(one) or blank)}
-                assert most, (name, decoded, turns)
-                across += 1
+                across += is_across(tokenizer, run, wanted_of(name, "assistant", answer, bool(k)), same, (name, turns))
     assert across == ACROSS.get(kind, 0)
+
+
+@pytest.mark.parametrize(("kind", "train_on"), [*((kind, "all") for kind in KINDS), ("byte-level", ("user",))])
+def test_of_the_roles_named_all_words_are_trained_and_nothing_else(kind, train_on):
+    """Every message apart, with what closes it, whoever says it: no header stands between two that are trained."""
+    rng, text = random.Random(f"{kind} {train_on}"), KINDS[kind]().to_str()
+    same = bare if kind in OTHER_BLANKS else _as_decoded
+    for name in STOCK if kind == "byte-level" else STOCK[len(kind) % 2 :: 2]:
+        if name == "glm4moe" and train_on == "all":
+            continue  # the header of the user's message ends the answer, and so nothing is between the two
+        tokenizer, build = stock(text, name, train_on=train_on)
+        chat = [{"role": ("user", "assistant")[k % 2], "content": words(rng)} for k in range(4)]
+        chat = [*([] if name in NO_SYSTEM else [{"role": "system", "content": words(rng)}]), *chat]
+        result = build.encode_conversation(chat)
+        found = trained_runs(result.tokens, result.weights)
+        learnt = [(k, m) for k, m in enumerate(chat) if m["role"] in build.options.roles]
+        assert len(found) == len(learnt), (name, chat)
+        for run, (k, message) in zip(found, learnt, strict=True):
+            wanted = wanted_of(name, message["role"], message["content"], k == len(chat) - 1)
+            is_across(tokenizer, run, wanted, same, (name, chat))

@@ -102,7 +102,7 @@ def test_each_turn_is_learnt_as_it_was_generated(make_tokenizer, tmp_path):
     rows = each.options.examples_of(row)
     assert [spans(tokenizer, each.encode(one)) for one in rows] == [[first], [last]]
     assert [row["first"] for row in rows] == [1, 3]
-    only = Encoder(tokenizer, options=ChatOptions(turns="last"))
+    only = Encoder(tokenizer, options=ChatOptions(train_on="last"))
     assert [spans(tokenizer, only.encode(one)) for one in only.options.examples_of(row)] == [[last]]
 
 
@@ -144,7 +144,7 @@ def test_the_data_says_how_its_rows_are_read(plain, tmp_path):
     words = [f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0", "data.reasoning=drop", "data.on_loss=stop"]
     data, use = validate(compose_run("sft", words)).data, row_uses()["sft"]
     one, other = (
-        prepare(data, use, Encoder(plain, options=o), 1000, tmp_path / "cache")[0] for o in (None, ChatOptions(turns="last"))
+        prepare(data, use, Encoder(plain, options=o), 1000, tmp_path / "cache")[0] for o in (None, ChatOptions(train_on="last"))
     )
     assert one.key == other.key and one.stats.lost == {} == other.stats.lost
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict
 from posttrain.config.paths import root
+from posttrain.errors import did_you_mean
 from posttrain.registry import Registry
 
 DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format")
@@ -36,6 +37,25 @@ def _joined(path: Any) -> Any:
     return JOINT.join(names)
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_WHOSE = ("assistant", "all", "last")
+
+
+def _whose(given: Any) -> Any:
+    """Roles by their names, one alone as a text. Raises ValueError for what is none."""
+    roles = cast("list[Any]", given) if isinstance(given, list) else [given]
+    known = [*dict.fromkeys((*_WHOSE, *ROLES))] if len(roles) == 1 else [*ROLES]
+    if not roles:
+        raise ValueError(f"data.train_on: the list names no role; name some of {', '.join(ROLES)}")
+    for role in roles:
+        if role not in known:
+            near = did_you_mean(str(role), known)
+            raise ValueError(f"data.train_on: there is no role '{role}'{near} (there are: {', '.join(known)})")
+    return roles[0] if roles[0] in _WHOSE and len(roles) == 1 else [role for role in ROLES if role in roles]
+
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+TrainOn = Annotated[Literal["assistant", "all", "last"] | list[Role], BeforeValidator(_whose)]
 Paths = Annotated[str, BeforeValidator(_joined)]  # a source, or a list of them, which becomes one text
 
 
@@ -96,11 +116,23 @@ class DataConfig(SourceConfig):
     template_kwargs: dict[str, Any] | None  # variables of the chat template; a row's chat_template_kwargs come first
     reasoning: Literal["keep", "drop", "inline"]  # of the assistant: reasoning_content, thinking, or <think> in the content
     tools: Literal["keep", "inline"]  # inline: tools, calls and results as text, for templates that know none
-    turns: Literal["all", "last", "each"]  # the assistant's turns that are learnt; each: as the last of a conversation of its own
+    turns: Literal["all", "each"]  # the examples that a conversation becomes; each: one for each turn of the assistant's
+    train_on: TrainOn  # whose words are learnt; last: those of the assistant's last turn
     template: Literal["auto", "chat", "none"]  # of prompts that are texts; auto: chat where the start is a chat model
     long_prompts: Literal["drop", "cut"]  # that leave an answer no room
     on_loss: Literal["own", "stop", "warn"]  # parts of a row that the chat template does not render
     max_untrained_share: Share  # more rows without a trained token than this share is an error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last_turn(cls, given: Any) -> Any:
+        """turns=last is another name of train_on=last."""
+        said = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+        if said.get("turns") != "last":
+            return cast("Any", given)
+        if (whose := said.get("train_on", "assistant")) not in ("assistant", "last"):
+            raise ValueError(f"data.turns: last is data.train_on=last, and data.train_on is {whose}; say one of the two")
+        return said | {"turns": "all", "train_on": "last"}
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> DataConfig:

@@ -11,13 +11,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from posttrain.data.chat.calls import leaves_replaced
-from posttrain.data.rows import Message
+from posttrain.data.chat.marks import Span
+from posttrain.data.rows import REASONING, Message
 from posttrain.errors import UserError
 
-Span = tuple[int, int]  # characters start:stop of a rendered text
-
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message may carry its reasoning
-_KNOWN = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "name", "id", "type", "weight"}
+_KNOWN = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "name", "id", "type", "weight", "train", "by"}
 SENTINEL = re.compile("\U0010f0a0([0-9]+)\U0010f0a1")
 
 
@@ -33,37 +31,66 @@ CALLS, TOOLS = Field("tool calls", True), Field("tools", False)
 
 
 class Word(NamedTuple):
-    """A run of words, and the part of the row that it is of; None where a template may leave it out."""
+    """A run of words, and the part of the row that it is of; None where a template may leave it out. at: number of its message,
+    and its place in that one's content; None of what is no content."""
 
     text: str
     field: Field | None
+    at: tuple[int, int] | None = None
+
+
+class Turn(NamedTuple):
+    """A message that is learnt: its number, and its span in the rendered text with its end. answer: is it the assistant's?"""
+
+    message: int
+    span: Span
+    answer: bool = True
+
+
+class Said(NamedTuple):
+    """A run of words where it is rendered: number of its message, or -1; place and length in the content; place in the text."""
+
+    message: int
+    at: int
+    length: int
+    place: Span
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text, the spans of it that are trained, in order, and those of the letters in them that somebody wrote: all but what
-    a template puts around them, its end of turn above all. lost: parts of the row that are not in the text."""
+    """A text, the spans of it that are trained, and those of the letters in them that somebody wrote: all but what a template
+    puts around them, its end of turn above all. turns: the messages that are learnt, of which the spans are all or a part.
+    lost: parts of the row that are not in the text."""
 
     text: str
     spans: list[Span]
     words: list[Span]
+    turns: list[Turn]
     lost: tuple[Field, ...] = ()
+
+
+class Filled(NamedTuple):
+    """A layout with words in it: where the messages that are learnt stand, and where all words do."""
+
+    turns: list[Turn]
+    said: list[Said]
+    lost: tuple[Field, ...]
 
 
 @dataclass(frozen=True)
 class AlignedText:
-    """A rendered skeleton: words between literals, span borders as (literal, offset), and what was appended. absent: numbers of
-    the words that are not in it. lost: other parts of the row that are not."""
+    """A rendered skeleton: words between literals, the turns with their borders as (literal, offset), and what was appended.
+    absent: numbers of the words that are not in it. lost: other parts of the row that are not."""
 
     literals: list[str]
     words: list[int]
-    spans: list[tuple[tuple[int, int], tuple[int, int]]]
+    turns: list[tuple[int, bool, tuple[int, int], tuple[int, int]]]
     appended: str
     absent: list[int]
     lost: list[Field]
 
-    def fill(self, words: Sequence[Word], text: str) -> Rendered | None:
-        """`text` with its spans, if it is the skeleton with words in place of the marks: as they are or as JSON has them."""
+    def fill(self, words: Sequence[Word], text: str) -> Filled | None:
+        """Where all stands in `text`, if that is the skeleton with words in place of the marks: as they are, or as in JSON."""
         parts, position = [self.literals[0]], len(self.literals[0])
         for number, literal in zip(self.words, self.literals[1:], strict=True):
             said = next((w for w in _written(words[number].text) if text.startswith(w + literal, position)), None)
@@ -74,10 +101,12 @@ class AlignedText:
         if "".join(parts) != text:
             return None
         starts = list(accumulate(map(len, parts), initial=0))
-        spans = [(starts[2 * a] + x, starts[2 * b] + y) for (a, x), (b, y) in self.spans]
-        said = [(starts[k], starts[k + 1]) for k in range(1, len(parts), 2) if parts[k]]
-        within = [(a, b) for start, stop in spans for a, b in said if start <= a and b <= stop]
-        return Rendered(text, spans, within, self.lost_of(words))
+        turns = [Turn(i, (starts[2 * a] + x, starts[2 * b] + y), own) for i, own, (a, x), (b, y) in self.turns]
+        said = list[Said]()
+        for k, number in enumerate(self.words):
+            at, place = words[number].at or (-1, 0), (starts[2 * k + 1], starts[2 * k + 2])
+            said += [Said(*at, len(words[number].text), place)] if parts[2 * k + 1] else []
+        return Filled(turns, said, self.lost_of(words))
 
     def lost_of(self, words: Sequence[Word]) -> tuple[Field, ...]:
         """What of a row with these words is not in the text."""
@@ -91,8 +120,8 @@ def _written(word: str) -> Iterator[str]:
         yield json.dumps(word, ensure_ascii=ascii_only)[1:-1]
 
 
-def lay_out(text: str, spans: Sequence[Span], appended: str, words: int, lost: list[Field]) -> AlignedText:
-    """The layout of a rendered skeleton of so many words that ends with `appended`, and of spans of it."""
+def lay_out(text: str, turns: Sequence[Turn], appended: str, words: int, lost: list[Field]) -> AlignedText:
+    """The layout of a rendered skeleton of so many words that ends with `appended`, and of turns in it."""
     found = list(SENTINEL.finditer(text))
     starts = [0, *(match.end() for match in found)]
     stops = [*(match.start() for match in found), len(text)]
@@ -104,7 +133,8 @@ def lay_out(text: str, spans: Sequence[Span], appended: str, words: int, lost: l
     literals = [text[start:stop] for start, stop in zip(starts, stops, strict=True)]
     numbers = [int(match.group(1)) for match in found]
     absent = sorted(set(range(words)) - set(numbers))
-    return AlignedText(literals, numbers, [(border(start), border(stop)) for start, stop in spans], appended, absent, lost)
+    borders = [(turn.message, turn.answer, border(turn.span[0]), border(turn.span[1])) for turn in turns]
+    return AlignedText(literals, numbers, borders, appended, absent, lost)
 
 
 def any_of(texts: Sequence[str]) -> str:
@@ -145,37 +175,44 @@ def sentinels(text: str) -> list[str]:
     return [match.group() for match in SENTINEL.finditer(text)]
 
 
-def skeleton(messages: list[Message], tested: re.Pattern[str], first: int = 0) -> tuple[list[Message], list[Word]]:
+def skeleton(
+    messages: list[Message], tested: re.Pattern[str], first: int = 0, learnt: Sequence[int] = ()
+) -> tuple[list[Message], list[Word]]:
     """The `plain` messages with a sentinel in place of each run of words, also of calls' arguments; and the words in order.
-    Thoughts before messages[first], and in messages of weight 0, may be left out, as they are when the model writes."""
+    learnt: numbers of the messages that are to be learnt, so that none of their words may be missing. Thoughts before
+    messages[first], and in messages of weight 0, may be left out, as they are when the model writes."""
     words: list[Word] = []
 
-    def place(text: str, field: Field | None) -> str:
-        words.append(Word(text, field))
+    def place(text: str, field: Field | None, at: tuple[int, int] | None = None) -> str:
+        words.append(Word(text, field, at))
         return sentinel(len(words) - 1)
 
-    def replace(text: str, field: Field | None, thoughts: Field | None) -> str:
-        pieces = tested.split(text)
+    def replace(text: str, field: Field | None, thoughts: Field | None, message: int = -1) -> str:
+        pieces, start = tested.split(text), 0
         for k, piece in enumerate(pieces):
             if k % 2 == 0 and (core := piece.strip()):
                 lead, _, trail = piece.partition(core)
                 thought = k and pieces[k - 1] == "<think>" and "</think>" in pieces[k + 1 :]
-                pieces[k] = lead + place(core, thoughts if thought else field) + trail
+                at = (message, start + len(lead))
+                pieces[k] = lead + place(core, thoughts if thought else field, at if message >= 0 else None) + trail
+            start += len(piece)
         filled = "".join(pieces)
         return filled if sentinels(filled) else filled + place("", field)
 
     bones: list[Message] = []
     for i, message in enumerate(messages):
-        role, bone = message["role"], dict(message)
-        learnt = i >= first and message.get("weight") != 0
-        own = role == "assistant" and learnt
+        role, bone = message["role"], {name: value for name, value in message.items() if name not in ("trained", "prefill")}
+        counts = i >= first and message.get("weight") != 0
+        own = i in learnt and counts
         # Beside tool calls, a template may leave out an empty content with all that is around it; nothing to find then.
         empty_calls = message.get("tool_calls") and not content_of(message).strip()
         for name, value in message.items():
             if name == "content" and not empty_calls:
-                bone[name] = replace(value, Field(f"content of {role} messages", own), Field("<think>", own) if learnt else None)
+                thoughts = Field("<think>", own) if counts else None
+                bone[name] = replace(value, Field(f"content of {role} messages", own), thoughts, i)
             elif name in REASONING:
-                bone[name] = replace(value, *[Field(name, own) if learnt else None] * 2)
+                thoughts = Field(name, own) if counts else None
+                bone[name] = replace(value, thoughts, thoughts)
             elif name == "tool_calls":
                 bone[name] = [_boned(call, lambda text: place(text, ARGUMENTS)) for call in value]
         bones.append(bone)

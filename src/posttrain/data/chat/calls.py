@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from posttrain.data.chat.marks import with_content
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -132,13 +133,13 @@ def inlined(messages: list[Message], tools: list[Any] | None) -> tuple[list[Mess
         if message["role"] == "tool" and k and messages[k - 1]["role"] == "tool":
             found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n{_result(message)}"}
         elif message["role"] == "tool":
-            found.append({"role": "user", "content": _result(message)})
+            found.append({"role": "user", "by": "tool", "content": _result(message)})
         else:
             found.append(_with_calls(message))
     if tools:
         text = _SYSTEM.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in listed(tools) or []))
         said = found[0].get("content", "")
-        found[0] = found[0] | {"content": f"{said}\n\n{text}" if found[0]["role"] == "system" else f"{text}\n\n{said}"}
+        found[0] = with_content(found[0], f"{said}\n\n{text}" if found[0]["role"] == "system" else f"{text}\n\n{said}")
     return found, None
 
 
@@ -152,4 +153,4 @@ def _with_calls(message: Message) -> Message:
     functions = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
     said = [message.get("content", ""), *(f"<tool_call>\n{function}\n</tool_call>" for function in functions)]
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
-    return rest | {"content": "\n".join(text for text in said if text)}
+    return with_content(rest, "\n".join(text for text in said if text))

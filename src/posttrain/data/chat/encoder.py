@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.data.chat.alignment import Rendered
+from posttrain.data.chat.alignment import Rendered, Turn
 from posttrain.data.chat.encoded import Encoded, EncodedPair, EncodedPrompt, first_word_of, pair_of, weights_of
 from posttrain.data.chat.loss_weights import PLAIN, Factor, Weighing, row_weight, weigh
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.rendering import Variables
-from posttrain.data.chat.template import ChatTemplate
+from posttrain.data.chat.template import ASSISTANT, ChatTemplate
 from posttrain.data.chat.template_text import chat_template, template_hash
 from posttrain.data.chat.tokenize import Tokeniser, Tokens
 from posttrain.data.rows import CanonicalRow, Message, prompt_of, reference_of
@@ -103,8 +103,8 @@ class Encoder:
         return self._encode([self._text({"text": row["text"]})])[0]
 
     def encode_conversation(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Encoded:
-        """Count each assistant turn's own words and its end-of-turn token, and nothing else."""
-        return self._encode([self._conversation(messages, tools)])[0]
+        """Count the words of each turn that is learnt, the assistant's if nothing else is said, and its end-of-turn token."""
+        return self._encode([self._conversation(messages, tools, roles=self.options.roles)])[0]
 
     def encode_completion(self, prompt: str, completion: str) -> Encoded:
         """Plain text without template; the completion and the end of the document count."""
@@ -145,7 +145,7 @@ class Encoder:
 
     def _prompt(self, row: CanonicalRow) -> _Text:
         if not self.options.renders(row):
-            return _Text(Rendered(row["prompt"], [], []), True, [], 1.0)
+            return _Text(Rendered(row["prompt"], [], [], []), True, [], 1.0)
         messages, tools = self.options.shaped(prompt_of(row), row.get("tools"))
         rendered = self._chat_template.render_prompt(messages, tools, _variables(row))
         self.options.check(rendered.lost)
@@ -175,13 +175,14 @@ class Encoder:
     def _text(self, row: CanonicalRow) -> _Text:
         weight = row_weight(row)
         if "messages" in row:
-            return self._conversation(row["messages"], row.get("tools"), row.get("first", 0), weight, _variables(row))
+            first, variables = row.get("first", 0), _variables(row)
+            return self._conversation(row["messages"], row.get("tools"), first, weight, variables, self.options.roles)
         if "completion" in row and self.options.template:
             asked = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            return self._conversation(asked, None, weight=weight, variables=_variables(row))
+            return self._conversation(asked, None, 0, weight, _variables(row), self.options.roles)
         if "completion" in row:
             return self._continuation(row["prompt"], row["completion"], weight)
-        return _document("", row["text"], [], weight)
+        return _Text(_continued("", row["text"]), True, [], weight)
 
     def _conversation(
         self,
@@ -190,20 +191,22 @@ class Encoder:
         first: int = 0,
         weight: float = 1.0,
         variables: Variables | None = None,
+        roles: frozenset[str] = ASSISTANT,
     ) -> _Text:
         if not messages:
             raise UserError("a conversation needs at least one message")
         shaped, tools = self.options.shaped(messages, tools)
         if first and self.options.tools == "inline":  # results of calls that follow one another become one message
             first = len(shaped) - len(self.options.shaped(messages[first:], None)[0])
-        rendered = self._chat_template.render(shaped, tools, first, variables)
+        rendered = self._chat_template.render(shaped, tools, first, variables, roles)
         self.options.check(rendered.lost)
-        turns = [message for message in shaped[first:] if message["role"] == "assistant"]
-        return _Text(rendered, False, self.weighing.factors(rendered, turns), weight)
+        return _Text(rendered, False, self.weighing.factors(rendered, shaped), weight)
 
     def _continuation(self, prompt: str, completion: str, weight: float) -> _Text:
-        factors = self.weighing.factors(_continued(prompt, completion), [{"content": completion}])
-        return _document(prompt, completion, factors, weight)
+        """A prompt is the user's words, and what follows it the assistant's."""
+        rendered = _continued(prompt, completion, self.options.roles)
+        factors = self.weighing.factors(rendered, [{"content": prompt}, {"content": completion}])
+        return _Text(rendered, True, factors, weight)
 
     def _answers(self, row: CanonicalRow) -> tuple[_Text, _Text]:
         return self._answer(row, row["chosen"]), self._answer(row, row["rejected"])
@@ -211,7 +214,7 @@ class Encoder:
     def _answer(self, row: CanonicalRow, answer: str | list[Message]) -> _Text:
         prompt = row["prompt"]
         if isinstance(prompt, str) and isinstance(answer, str) and not self.options.renders(row):
-            return _document(prompt, answer, [], 1.0)
+            return _Text(_continued(prompt, answer), True, [], 1.0)
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         return self._conversation([*before, *after], row.get("tools"), len(before), variables=_variables(row))
@@ -239,15 +242,15 @@ class Encoder:
     def _weighed(self, tokens: Tokens, text: _Text) -> Encoded:
         weights, borders = weights_of(tokens.offsets, text.rendered.spans)
         if text.factors or self.weighing.gamma:
-            weigh(weights, tokens.offsets, text.rendered.spans, text.factors, self.weighing)
+            weigh(weights, tokens.offsets, text.rendered.turns, text.factors, self.weighing)
         first = first_word_of(tokens.offsets, text.rendered.words, weights, self._least(text))
         return self._finished(tokens.ids, weights, borders, first, text)
 
     def _finished(self, tokens: list[int], weights: list[float], borders: int, first_word: int, text: _Text) -> Encoded:
         """With the row's own weight, and a document's beginning and end."""
         first_word = first_word if text.weight else -1
-        shaped = text.factors or self.weighing.gamma
-        end_weight = weights[-1] if shaped and weights else 1.0  # the end counts as what it ends
+        shaped, answered = text.factors or self.weighing.gamma, any(turn.answer for turn in text.rendered.turns)
+        end_weight = (weights[-1] if shaped and weights else 1.0) if answered else 0.0  # the end counts as what it ends
         if text.weight != 1:
             weights, end_weight = [text.weight * weight for weight in weights], text.weight * end_weight
         if not text.document:
@@ -255,7 +258,7 @@ class Encoder:
         end = self._tokenizer.eos_token_id
         if end is None:
             raise UserError("model.name: its tokenizer has no eos token, so a document's end cannot be marked")
-        whole = text.rendered.spans[0][0] == 0
+        whole = text.rendered.spans[:1] and text.rendered.spans[0][0] == 0
         start_weights = [text.weight if whole else 0.0] * len(self.start)
         first_word += len(self.start) if first_word >= 0 else 0
         return Encoded([*self.start, *tokens, end], [*start_weights, *weights, end_weight], borders, first_word)
@@ -285,12 +288,11 @@ def _identity(tokenizer: Any, stops: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()
 
 
-def _continued(prompt: str, text: str) -> Rendered:
-    """A text of which all but its beginning is trained."""
-    whole = prompt + text
-    words = [(len(prompt), len(whole))] if text.strip() else []
-    return Rendered(whole, [(len(prompt), len(whole))], words)
-
-
-def _document(prompt: str, text: str, factors: list[Factor], weight: float) -> _Text:
-    return _Text(_continued(prompt, text), True, factors, weight)
+def _continued(prompt: str, text: str, roles: frozenset[str] = ASSISTANT) -> Rendered:
+    """A text of which all but its beginning is trained, or what is of these roles: a prompt is the user's."""
+    whole, border = prompt + text, len(prompt)
+    turns = [Turn(0, (0, border), False)] if prompt and "user" in roles else []
+    turns += [Turn(1, (border, len(whole)))] if "assistant" in roles else []
+    spans = [turn.span for turn in turns]
+    spans = [(0, len(whole))] if len(spans) > 1 else spans
+    return Rendered(whole, spans, [(start, stop) for start, stop in spans if whole[start:stop].strip()], turns)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.config.schema import Conversational, Stage
-from posttrain.data.chat.alignment import Rendered, Span, content_of
+from posttrain.data.chat.alignment import Rendered, Span, Turn, content_of
 from posttrain.data.chat.tokenize import touching
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
@@ -30,19 +30,23 @@ class Weighing:
     gamma: float
     l_max: int
 
-    def factors(self, rendered: Rendered, turns: Sequence[Message]) -> list[Factor]:
-        """turns: the assistant's messages, a span each. Raises UserError where the template's spans are not the turns."""
-        own = [turn.get("weight", 1.0) for turn in turns]
+    def factors(self, rendered: Rendered, messages: Sequence[Message]) -> list[Factor]:
+        """messages: of the conversation, by the turns' numbers. Raises UserError where the template's spans are not the turns."""
+        turns = rendered.turns
+        known = [messages[turn.message] if turn.message >= 0 else {} for turn in turns]
+        own = [message.get("weight", 1.0) for message in (messages if {} in known else known)]
         if self.is_plain and all(weight == 1 for weight in own):
             return []
-        if len(turns) != len(rendered.spans):
-            marked = f"the chat template marks {len(rendered.spans)} spans in {len(turns)} turns"
+        if {} in known:
+            marked = f"the chat template marks {len(turns)} spans, which are not the assistant's turns"
             raise UserError(f"{marked}, so that none can have a weight of its own; leave cot and weights alone")
+        last = max((k for k, turn in enumerate(turns) if turn.answer), default=-1)
         found: list[Factor] = []
-        for k, (turn, (start, stop), weight) in enumerate(zip(turns, rendered.spans, own, strict=True)):
-            scale = _checked(weight, "weight of a message") * (1.0 if k == len(turns) - 1 else self.earlier_turns)
-            text = rendered.text[start:stop]
-            found += [(start + a, start + b, scale * factor) for a, b, factor in self._parts(text, turn)]
+        for k, (turn, message, weight) in enumerate(zip(turns, known, own, strict=True)):
+            start, stop = turn.span
+            scale = _checked(weight, "weight of a message") * (1.0 if k == last or not turn.answer else self.earlier_turns)
+            parts = self._parts(rendered.text[start:stop], message) if turn.answer else [(0, stop - start, 1.0)]
+            found += [(start + a, start + b, scale * factor) for a, b, factor in parts]
         return found
 
     def _parts(self, text: str, turn: Message) -> list[Factor]:
@@ -90,19 +94,19 @@ def _checked(value: Any, name: str) -> float:
 
 
 def weigh(
-    weights: list[float], offsets: Sequence[Span], spans: Sequence[Span], factors: Sequence[Factor], weighing: Weighing
+    weights: list[float], offsets: Sequence[Span], turns: Sequence[Turn], factors: Sequence[Factor], weighing: Weighing
 ) -> None:
-    """Multiply the weights of tokens in place. offsets: characters of each token, in order; spans: the turns."""
+    """Multiply the weights of tokens in place. offsets: characters of each token, in order."""
     starts = [start for start, _ in offsets]
-    for span in spans:  # a token that begins before a turn is of the turn's first part
-        for k in touching(offsets, span)[:1]:
-            starts[k] = max(starts[k], span[0])
+    for turn in turns:  # a token that begins before a turn is of the turn's first part
+        for k in touching(offsets, turn.span)[:1]:
+            starts[k] = max(starts[k], turn.span[0])
     for start, stop, factor in factors:
         low, high = bisect_left(starts, start), bisect_left(starts, stop)
         weights[low:high] = [factor * weight for weight in weights[low:high]]
     if not weighing.gamma:
         return
-    for start, stop in spans:
+    for start, stop in (turn.span for turn in turns if turn.answer):
         low, high = bisect_left(starts, start), bisect_left(starts, stop)
         scale = math.exp(-weighing.gamma * max(0, high - low - weighing.l_max))
         weights[low:high] = [scale * weight for weight in weights[low:high]]

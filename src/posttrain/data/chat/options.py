@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from posttrain.config.schema import DataConfig
-from posttrain.data.chat.alignment import REASONING, Field, content_of
+from posttrain.config.schema.data import ROLES
+from posttrain.data.chat.alignment import Field, content_of
 from posttrain.data.chat.calls import inlined, plain
+from posttrain.data.chat.marks import is_learnt, with_content
 from posttrain.data.chat.rendering import INLINE
-from posttrain.data.rows import CanonicalRow, Message
+from posttrain.data.rows import REASONING, CanonicalRow, Message
 from posttrain.errors import UserError
 
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -25,7 +27,8 @@ class ChatOptions:
 
     reasoning: Literal["keep", "drop", "inline"] = "keep"
     tools: Literal["keep", "inline"] = "keep"
-    turns: Literal["all", "last", "each"] = "all"
+    turns: Literal["all", "each"] = "all"
+    train_on: str | tuple[str, ...] = "assistant"
     on_loss: Literal["own", "stop", "warn"] = "warn"
     template: bool | None = None
     long_prompts: Literal["drop", "cut"] = "drop"
@@ -46,21 +49,30 @@ class ChatOptions:
     def _reasoned(self, message: Message) -> Message:
         rest = {name: value for name, value in message.items() if name not in REASONING}
         if self.reasoning == "drop":
-            return rest | {"content": _THOUGHT.sub("", content_of(message), count=1)} if "content" in rest else rest
+            return with_content(rest, _THOUGHT.sub("", content_of(message), count=1)) if "content" in rest else rest
         thought = next((message[name] for name in REASONING if message.get(name)), "")
-        return rest | {"content": f"<think>\n{thought.strip()}\n</think>\n\n{content_of(message)}"} if thought else rest
+        return with_content(rest, f"<think>\n{thought.strip()}\n</think>\n\n{content_of(message)}") if thought else rest
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Whose words are learnt."""
+        named = {"all": ROLES, "last": ("assistant",), "assistant": ("assistant",)}
+        return frozenset(named[self.train_on] if isinstance(self.train_on, str) else self.train_on)
 
     def examples_of(self, row: CanonicalRow) -> list[CanonicalRow]:
-        """The examples that a row becomes: `first` is the message from which on the assistant's turns are learnt."""
+        """The examples that a row becomes: `first` is the message from which on turns are learnt."""
         messages = row.get("messages")
-        if self.turns == "all" or not isinstance(messages, list):
+        if not isinstance(messages, list) or (self.turns == "all" and self.train_on != "last"):
             return [row]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
-        if not turns:
+        learnt = [i for i, message in enumerate(messages) if is_learnt(message, self.roles) and message.get("weight") != 0]
+        ends = [i for i in learnt if messages[i]["role"] == "assistant"] or learnt
+        if not ends:
             return [row]
-        if self.turns == "last":
-            return [{**row, "first": turns[-1]}]
-        return [{**row, "messages": messages[: i + 1], "first": i} for i in turns]
+        if self.train_on == "last":
+            return [{**row, "first": ends[-1]}]
+        ends = [*ends, *learnt[-1:]] if learnt[-1] > ends[-1] else ends
+        firsts = [min(i for i in learnt if i > before) for before in (-1, *ends[:-1])]
+        return [{**row, "messages": messages[: end + 1], "first": first} for first, end in zip(firsts, ends, strict=True)]
 
     def check(self, lost: Sequence[Field]) -> None:
         """Raises UserError where what is lost must not be."""
@@ -73,7 +85,8 @@ class ChatOptions:
 
 def options_of(data: DataConfig) -> ChatOptions:
     """What a run's config says of it."""
-    same = data.reasoning, data.tools, data.turns, data.on_loss
+    train_on = data.train_on if isinstance(data.train_on, str) else tuple(data.train_on)
+    same = data.reasoning, data.tools, data.turns, train_on, data.on_loss
     template = None if data.template == "auto" else data.template == "chat"
     return ChatOptions(*same, template, data.long_prompts, data.template_kwargs or {})
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from posttrain.data.chat.alignment import (
-    REASONING,
     SENTINEL,
     AlignedText,
+    Filled,
     Rendered,
+    Said,
     Span,
-    any_of,
+    Turn,
+    Word,
     blank_before,
     content_of,
     first_words,
@@ -32,11 +33,15 @@ from posttrain.data.chat.alignment import (
     skeleton,
 )
 from posttrain.data.chat.calls import listed, plain
+from posttrain.data.chat.ends import Ends
+from posttrain.data.chat.markers import NO_END, marked_turns
+from posttrain.data.chat.marks import is_learnt, marked_spans
 from posttrain.data.chat.rendering import INLINE, Given, Renderer, Variables, unsaid
-from posttrain.data.rows import Message
+from posttrain.data.chat.trained import trained_of
+from posttrain.data.rows import REASONING, Message
 from posttrain.errors import UserError
 
-NO_END = "the chat template never ends an assistant turn, so the model would not learn to stop"
+ASSISTANT = frozenset({"assistant"})
 ADVICE = "give model.chat_template=chatml, or a Jinja file with {% generation %} markers"
 
 
@@ -52,30 +57,50 @@ class ChatTemplate:
         self._renderer = Renderer(tokenizer)
         self._layout: Callable[[str], AlignedText] = lru_cache(maxsize=1024)(self._make_layout)
         self._prompt_layout: Callable[[str], AlignedText] = lru_cache(maxsize=1024)(self._make_prompt_layout)
-        self._set_ends({token for token in (*stops, tokenizer.eos_token) if token})
+        self._ends = Ends(self._renderer, {token for token in (*stops, tokenizer.eos_token) if token})
 
     def render(
-        self, messages: Sequence[Message], tools: list[Any] | None = None, first: int = 0, variables: Variables | None = None
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        first: int = 0,
+        variables: Variables | None = None,
+        roles: frozenset[str] = ASSISTANT,
     ) -> Rendered:
-        """Render a conversation; the spans are the assistant turns among messages[first:], end-of-turn tokens included.
+        """Render a conversation; its turns are the messages of `roles` among messages[first:], with the tokens that end them.
 
         Raises UserError if the template refuses the conversation, or if a turn cannot be located with certainty.
         """
         known, given = [plain(message) for message in messages], self._given(tools, variables)
+        learnt = [i for i in range(first, len(known)) if is_learnt(known[i], roles)]
         real, marked = self._renderer.render(known, given)
         if SENTINEL.search(real):
             raise UserError("a message holds the characters U+10F0A0 and U+10F0A1, used to mark its words; remove them")
-        bones, words = skeleton(known, self._renderer.tested(given), first)
-        key = json.dumps([bones, given.tools, first, given.variables, len(words)])
-        others = other_fields(known, real)
+        bones, words = skeleton(known, self._renderer.tested(given), first, learnt)
+        key = json.dumps([bones, given.tools, learnt, given.variables, len(words)])
+        text, filled = real, self._filled(key, words, real)
+        turns, said, lost = filled or Filled([], [], self._layout(key).lost_of(words))
+        needed = [i for i in learnt if known[i]["role"] != "assistant" or marked_spans(known[i]) is not None]
         if self._renderer.is_marked(given):
-            found = self._render_marked(known, given, first, real, joined(real, marked, tuple(self._ends)))
-            return replace(found, lost=(*self._layout(key).lost_of(words), *others))
+            spans = joined(real, marked, tuple(self._ends.texts))
+            own = marked_turns(self._renderer, self._ends, known, given, first, learnt, real, spans)
+            turns, said = [*turns, *own], [*said, *(self._marked_words(real, turn) for turn in own)]
+        else:
+            text += self._layout(key).appended
+        if filled is None and (needed or not self._renderer.is_marked(given)):
+            raise UserError(f"the chat template rewrites a message, so that its words cannot be told from others; {ADVICE}")
+        return trained_of(text, turns, known, said, (*lost, *other_fields(known, real)))
+
+    def _marked_words(self, text: str, turn: Turn) -> Said:
+        return Said(-1, 0, 0, (turn.span[0], turn.span[0] + len(self._ends.without(text[slice(*turn.span)]))))
+
+    def _filled(self, key: str, words: list[Word], real: str) -> Filled | None:
+        """The skeleton's layout with its words, if that is what is rendered."""
         for layout_of in (self._layout, self._make_layout):  # made anew: a template may write today's date
             layout = layout_of(key)
             if filled := layout.fill(words, real + layout.appended):
-                return replace(filled, lost=(*filled.lost, *others)) if others else filled
-        raise UserError(f"the chat template rewrites a message, so that its words cannot be told from others; {ADVICE}")
+                return filled
+        return None
 
     def render_prompt(
         self, messages: Sequence[Message], tools: list[Any] | None = None, variables: Variables | None = None
@@ -85,89 +110,34 @@ class ChatTemplate:
         text = self._renderer.render(known, given, prompt=True)[0]
         bones, words = skeleton(known, self._renderer.tested(given), len(known))
         layout = self._prompt_layout(json.dumps([bones, given.tools, given.variables, len(words)]))
-        return Rendered(text, [], [], (*layout.lost_of(words), *other_fields(known, text)))
+        return Rendered(text, [], [], [], (*layout.lost_of(words), *other_fields(known, text)))
 
     def _given(self, tools: list[Any] | None, variables: Variables | None) -> Given:
         return Given(listed(tools), self._variables | dict(variables or {}))
 
     @property
-    def ends(self) -> frozenset[str]:
-        """Texts that end an assistant turn."""
-        return frozenset(self._ends)
-
-    @property
     def answer_end(self) -> str:
-        """The special token with which an answer that ends a conversation is over; empty where the template closes none."""
-        probe = self._renderer.probe("user", "assistant")
-        run = max(self._closings(probe[0], probe[1][-1], self._stops), key=len, default="") if probe else ""
-        return next((token for token in self._renderer.special if run.endswith(token)), "")
-
-    def _set_ends(self, stops: set[str]) -> None:
-        """Learn what ends a turn: the tokens that close a last message, where no next header can stand, and `stops`.
-
-        GLM closes no message: its models stop by writing the next turn's header token. Where `stops` confirm that, the
-        token is an end, and it is appended to a conversation that ends with an answer.
-        """
-        self._stops, self._ends = stops, set(stops)
-        for roles in (("user",), ("user", "assistant")):
-            if probe := self._renderer.probe(*roles):
-                self._ends |= self._closings(probe[0], probe[1][-1], stops)
-        self._end = re.compile(any_of(tuple(self._ends)))
-        self._next_end = re.compile(rf"\s*({self._end.pattern})")
-        self._appended = ""
-        last, middle = self._renderer.probe("user", "assistant"), self._renderer.probe("user", "assistant", "user")
-        if last and middle and not self._renderer.next_special.match(last[0], last[1][-1]):
-            header = self._renderer.next_special.match(middle[0], middle[1][1])
-            self._appended = header.group(1) if header and header.group(1) in stops else ""
-
-    def _closings(self, text: str, position: int, stops: set[str]) -> set[str]:
-        """The run of special tokens after `position` up to one of `stops` (Cohere 2 has two), and its beginnings."""
-        closings, run = set(), ""
-        match = self._renderer.next_special.match(text, position)
-        while match and (not run or match.start(1) == position):
-            run, position = run + match.group(1), match.end(1)
-            closings.add(run)
-            match = None if match.group(1) in stops else self._renderer.next_special.match(text, position)
-        return closings
-
-    def _render_marked(self, messages: list[Message], given: Given, first: int, text: str, marked: list[Span]) -> Rendered:
-        if first:
-            prompt, _ = self._renderer.render(messages[:first], given, prompt=True)
-            shared = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
-            marked = [span for span in marked if span[1] > shared]
-        turns = sum(message["role"] == "assistant" for message in messages[first:])
-        if len(marked) < turns:
-            raise UserError(f"the chat template's generation markers cover {len(marked)} of {turns} assistant turns")
-        spans = [(start, self._end_of_marked(text, start, stop)) for start, stop in marked]
-        said = [(start, start + len(self._without_end(text[start:stop]))) for start, stop in spans]
-        return Rendered(text, spans, [(start, stop) for start, stop in said if text[start:stop].strip()])
-
-    def _without_end(self, turn: str) -> str:
-        end = max((end for end in self._ends if turn.endswith(end)), key=len, default="")
-        return turn.removesuffix(end)
-
-    def _end_of_marked(self, text: str, start: int, stop: int) -> int:
-        """The end of a marked turn, moved so that its end-of-turn token is the last thing within."""
-        words = text[start:stop].rstrip()
-        following = self._next_end.match(text, stop)
-        if following and not words.endswith(tuple(self._ends)):
-            return following.end(1)
-        if words.endswith(self._renderer.special):
-            return start + len(words)
-        raise UserError(NO_END)
+        """See `Ends.of_answer`."""
+        return self._ends.of_answer
 
     def _make_layout(self, key: str) -> AlignedText:
-        messages, tools, first, variables, words = json.loads(key)
+        messages, tools, learnt, variables, words = json.loads(key)
         given = Given(tools, variables)
         text, _ = self._renderer.render(messages, given)
         lost = unsaid(self._renderer, text, messages, given)
-        if self._renderer.is_marked(given):
-            return lay_out(text, [], "", words, lost)
-        appended = self._appended if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1] else ""
+        marked, ends_open = (
+            self._renderer.is_marked(given),
+            messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
+        )
+        appended = self._ends.appended if ends_open and not marked else ""
         text += appended
-        turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        spans = [self._locate(text, messages, i, given) for i in turns]
-        return lay_out(text, spans, appended, words, lost)
+        turns = list[Turn]()
+        for i in learnt:
+            if messages[i]["role"] != "assistant":
+                turns += self._others_turn(text, messages, i, given)
+            elif not marked:
+                turns.append(Turn(i, self._locate(text, messages, i, given)))
+        return lay_out(text, turns, appended, words, lost)
 
     def _make_prompt_layout(self, key: str) -> AlignedText:
         messages, tools, variables, words = json.loads(key)
@@ -197,6 +167,20 @@ class ChatTemplate:
             return start, self._end_of_calls(text, start, messages, i, given)
         last = max((text.index(s), s) for s in {*reasoning, *content})[1]
         return start, self._end_of_content(text, content_of(message), last)
+
+    def _others_turn(self, text: str, messages: list[Message], i: int, given: Given) -> list[Turn]:
+        """The words of messages[i], which is not the assistant's, with the token that closes it, if one follows; nothing where
+        the template does not render it. What a template writes around them, its header and tools above all, is not theirs."""
+        content = [s for s in sentinels(content_of(messages[i])) if s in text]
+        if not content:
+            return []
+        if any(text.count(s) > 1 for s in content):
+            raise UserError(f"the chat template renders message {i + 1}, the {messages[i]['role']}'s, more than once; {ADVICE}")
+        start = self._start_of_content(text, messages, i, given, None)
+        last = max((text.index(s), s) for s in content)[1]
+        stop = self._after_tags(text, content_of(messages[i]), last)
+        end = self._ends.closing.match(text, stop)
+        return [Turn(i, (start, end.end(1) if end else stop), False)]
 
     def _prompt(self, before: list[Message], given: Given) -> str | None:
         try:
@@ -244,14 +228,18 @@ class ChatTemplate:
             raise UserError(f"the white space before assistant message {i + 1} may be content or header; {ADVICE}")
         return start - own
 
-    def _end_of_content(self, text: str, content: str, last: str) -> int:
+    def _after_tags(self, text: str, content: str, last: str) -> int:
+        """Where a content ends: behind its last words, and what of it follows them."""
         stop = text.index(last) + len(last)
         for tag in re.findall(r"\S+", content.partition(last)[2]):
             after = text[stop:]
             if not after.lstrip().startswith(tag):
                 break
             stop += len(after) - len(after.lstrip()) + len(tag)
-        end = self._next_end.match(text, stop)
+        return stop
+
+    def _end_of_content(self, text: str, content: str, last: str) -> int:
+        end = self._ends.next.match(text, self._after_tags(text, content, last))
         if end is None:
             raise UserError(NO_END)
         return end.end(1)
@@ -265,8 +253,8 @@ class ChatTemplate:
             own = json.dumps(messages[i], ensure_ascii=False)
             later = [text.find(s) for message in messages[i + 1 :] for s in sentinels(content_of(message))]
             limit = min((place for place in later if place >= 0), default=len(text))
-            found = self._end.search(text, start, limit)
-            if found is None or self._end.search(own):
+            found = self._ends.any.search(text, start, limit)
+            if found is None or self._ends.any.search(own):
                 raise UserError(f"the end of the tool calls of assistant message {i + 1} is not certain; {ADVICE}")
             end = found.end()
         if any(call["name"] not in text[start:end] for call in calls):
@@ -284,5 +272,5 @@ class ChatTemplate:
         alone, _ = self._renderer.render(messages[: i + 1], given)
         closing = alone[alone.index(last) + len(last) :].rstrip() if alone.count(last) == 1 else ""
         after = text.index(last) + len(last)
-        ended = closing.endswith(tuple(self._ends)) and text.startswith(closing, after) and after > start
+        ended = closing.endswith(tuple(self._ends.texts)) and text.startswith(closing, after) and after > start
         return after + len(closing) if ended else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.data.formats._columns import columns_of, system_of
 from posttrain.data.formats._messages import messages, unpacked
-from posttrain.data.rows import CanonicalRow, Message, Row
+from posttrain.data.rows import REASONING, CanonicalRow, Message, Row
 from posttrain.errors import UserError
 
 COLUMNS = ("messages", "conversations")
@@ -52,25 +52,51 @@ def continued(before: list[Message], answer: list[Message], name: str) -> tuple[
     """A prompt and the answer that follows it as one conversation, and how many of its messages are before the answer.
 
     An answer that begins with the system or the user is the whole transcript, and goes on where the prompt ends; only after the
-    assistant's own turn may the user's be the next. Raises UserError, which starts with `name`, for a prompt that the transcript
-    does not hold, and for turns out of order.
+    assistant's own turn may the user's be the next. An answer of the assistant's behind an assistant's message goes on with that
+    one. Raises UserError, which starts with `name`, for a prompt that the transcript does not hold, and for turns out of order.
     """
     opens = answer[0]["role"]
     goes_on = opens not in ("system", "developer", "user")
     if opens == "user" and before and before[-1]["role"] == "assistant":
         goes_on = not _same(answer[0], next(m for m in before if m["role"] != "system"))
     if goes_on or not before:
-        whole, first = [*before, *answer], len(before)
+        begun = bool(before) and opens == before[-1]["role"] == "assistant"
+        first = len(before) - begun
+        whole = [*before[:first], _joined(before[-1], answer[0], name), *answer[1:]] if begun else [*before, *answer]
     else:
-        system = before[:1] if before[0]["role"] == "system" and opens != "system" else []
-        whole, first = [*system, *answer], 0
-        for message in before:
-            first = next((k for k, m in enumerate(whole[first:], first + 1) if _same(m, message)), -1)
-            if first < 0:
-                said = message["content"].strip()[:40]
-                raise UserError(f"{name} is a whole transcript without the prompt's message {said!r}; drop the prompt or the row")
+        whole, first = _found(before, answer, name)
     check_order(whole, name)
     return whole, first
+
+
+def _found(before: list[Message], answer: list[Message], name: str) -> tuple[list[Message], int]:
+    """A transcript, and where in it the prompt ends."""
+    opens, first = answer[0]["role"], 0
+    whole = [*(before[:1] if before[0]["role"] == "system" and opens != "system" else []), *answer]
+    for message in before:
+        place = next((k for k, m in enumerate(whole[first:], first) if _same(m, message)), -1)
+        begun = first < len(whole) and message is before[-1] and message["role"] == whole[first]["role"] == "assistant"
+        if place < 0 and begun and whole[first]["content"].startswith(message["content"]):
+            whole[first] = _joined(message, whole[first], name)
+            return whole, first
+        if place < 0:
+            said = message["content"].strip()[:40]
+            raise UserError(f"{name} is a whole transcript without the prompt's message {said!r}; drop the prompt or the row")
+        first = place + 1
+    return whole, first
+
+
+def _joined(prefill: Message, answer: Message, name: str) -> Message:
+    """One message of a prefill and the answer that goes on behind it, or holds its words itself."""
+    before, given = prefill["content"], answer["content"]
+    if thought := next((key for key in REASONING if answer.get(key)), None):
+        raise UserError(f"{name} goes on behind {before.strip()[:40]!r} and cannot begin with {thought}; drop one of the two")
+    if prefill.get("tool_calls"):
+        raise UserError(f"{name} goes on behind an assistant's message that calls tools; put their results between the two")
+    shift = 0 if given.startswith(before) else len(before)
+    moved = {"trained": [[a + shift, b + shift] for a, b in answer["trained"]]} if "trained" in answer else {}
+    kept = {key: value for key, value in prefill.items() if key not in ("weight", "train", "trained")}
+    return kept | answer | {"content": before[:shift] + given, **moved, "prefill": len(before)}
 
 
 def _same(message: Message, other: Message) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from posttrain.data.formats._columns import checked_text
+from posttrain.data.formats._marks import DETAILS, MARKS, marks_of
 from posttrain.data.rows import Message
 from posttrain.errors import UserError, did_you_mean
 
@@ -24,10 +24,6 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-# what says how much a message counts: OpenAI's weight, axolotl's train, ms-swift's loss and loss_scale, LLaMA-Factory's
-# loss_weight; true is 1, false is 0
-MARKS = ("weight", "train", "train_on_turn", "loss", "loss_scale", "loss_weight")
-_SPANS = ("train_detail", "training_detail")  # axolotl's marks within a message
 
 
 def is_message(value: Any) -> bool:
@@ -74,16 +70,16 @@ def _message(item: Any, name: str) -> Message:
         raise UserError(f"{name} has the unknown role {role!r}{did_you_mean(str(role), known)}; known: {', '.join(known)}")
     if role == "function_call" and told == "from":
         calls = _calls(checked_text(item.get(said), f"{said} of {name}"), name)
-        return {"role": "assistant", "content": "", "tool_calls": calls, **_weight(item, name)}
+        return {"role": "assistant", "content": "", "tool_calls": calls, **marks_of(item, None, name)}
     calls = bool(item.get("tool_calls") or item.get("function_call"))
     if said not in item and not calls:
         raise UserError(f"{name} has no {said}; its keys are {', '.join(item)}")
     content = "" if calls and item.get(said) is None else _content(item[said], f"{said} of {name}")
-    rest = {key: value for key, value in item.items() if key not in (told, said, *MARKS) and value is not None}
+    rest = {key: value for key, value in item.items() if key not in (told, said, *MARKS, *DETAILS) and value is not None}
     if not calls:
         rest.pop("tool_calls", None)  # an empty list of them
     role = _SHAREGPT_ROLES[role] if told == "from" else "tool" if role == "function" else role  # OpenAI's name before `tool`
-    return {"role": role, "content": content, **rest, **_weight(item, name)}
+    return {"role": role, "content": content, **rest, **marks_of(item, item.get(said), name)}
 
 
 def _content(value: Any, name: str) -> str:
@@ -97,17 +93,6 @@ def _content(value: Any, name: str) -> str:
             raise UserError(f"{name} has {what}; only text can be trained on so far, so drop the row or the part")
     parts = [part if isinstance(part, str) else part.get("text", part.get("value")) for part in value]
     return "".join(checked_text(part, f"a part of {name}") for part in parts)
-
-
-def _weight(item: dict[str, Any], name: str) -> dict[str, Any]:
-    """The message's marks as its `weight`, their product; nothing where it has none."""
-    if spans := next((key for key in _SPANS if item.get(key)), None):
-        raise UserError(f"{name} has {spans}: parts of a message cannot be marked; mark the whole message with train")
-    marks = {key: item[key] for key in MARKS if item.get(key) is not None}
-    for key, value in marks.items():
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise UserError(f"{key} of {name} is {value!r}, not true, false or a number from 0 on")
-    return {"weight": math.prod(marks.values())} if marks else {}
 
 
 def _calls(text: str, name: str) -> list[Message]:

@@ -58,7 +58,17 @@ def _pair(row: Row) -> CanonicalRow:
     before = exchange(prompt, "")[:1] if isinstance(prompt, str) else prompt or []
     answers = {"chosen": chosen, "rejected": rejected}
     listed = {name: exchange("", a)[1:] if isinstance(a, str) else a for name, a in answers.items()}
+    _check_prefill(before, listed)
     return _shared([continued(before, answer, name)[0] for name, answer in listed.items()]) | tools
+
+
+def _check_prefill(before: list[Message], answers: dict[str, list[Message]]) -> None:
+    """Raises UserError where the prompt begins the answers, and one of them has that beginning itself and the other has not."""
+    begun = before[-1]["content"] if before and before[-1]["role"] == "assistant" else ""
+    holds = {name: answer[0]["content"].startswith(begun) for name, answer in answers.items() if answer[0]["role"] == "assistant"}
+    if begun and len(set(holds.values())) > 1:
+        one, other = sorted(holds, key=lambda name: not holds[name])
+        raise UserError(f"{one} begins with {begun.strip()[:40]!r}, as the prompt ends, and {other} does not; write both alike")
 
 
 def _prompt(row: Row, transcripts: bool) -> str | list[Message] | None:
