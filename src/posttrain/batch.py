@@ -48,7 +48,8 @@ PER = {"margin": "example", "pair_weight": "example", "reference": "answer"}
 class Segment(NamedTuple):
     """Tokens `start:stop` of a pack attend causally to themselves and to all of `prefix_start:prefix_stop`.
 
-    A document is a segment with an empty prefix; an answer's prefix is the prompt it shares with its rival.
+    A document is a segment with an empty prefix; an answer's prefix is the prompt it shares with its rival, or the beginning of a
+    document that goes on otherwise.
     """
 
     start: int

@@ -5,7 +5,7 @@ import numpy as np
 from posttrain.batch import Segment
 from posttrain.data.collate import BatchSampler, pack, pack_pairs, zero_weight
 from posttrain.data.example_store import Store, load
-from posttrain.data.examples import build, group, join
+from posttrain.data.examples import build, by_row, group, join
 from posttrain.data.overlaps import rows_of
 
 CONVERSATIONS = build([([5, 6, 7, 8], [0, 0, 1, 1], 1), ([9, 10], [0, 1], 2), ([11, 12, 13], [1, 0, 0.5], 3)])
@@ -23,6 +23,40 @@ def test_pack_documents() -> None:
     assert batch.sequence_id.tolist() == [0, 0, 1]
     assert batch.eos_index.tolist() == [3, 6]
     assert (batch.rows, batch.loss_denominator, batch.num_answers) == ((0, 2), 2.5, 2)
+
+
+def test_examples_of_a_row_share_what_they_begin_with() -> None:
+    """Turns of one row, thoughts (9) of earlier ones gone in later ones: the last example whole, of the others what differs."""
+    rows: list[tuple[list[int], list[float], int]] = [
+        ([1, 2, 9, 3], [0, 0, 1, 1], 5),
+        ([1, 2, 3, 4, 9, 5], [0, 0, 0, 0, 1, 1], 5),
+        ([1, 2, 3, 4, 5, 6, 9, 7], [0, 0, 0, 0, 0, 0, 1, 1], 5),
+        ([1, 2, 3], [0, 0, 1], 6),
+    ]
+    found = by_row(build(rows), 100)
+    assert found.units.tolist() == [0, 3, 4] and found.shared.tolist() == [2, 4, 0, 0] and found.unit_tokens().tolist() == [12, 3]
+    batch = pack(found, [1, 0])
+    assert batch.tokens.tolist() == [[1, 2, 3, 1, 2, 3, 4, 5, 6, 9, 7, 9, 3, 9, 5]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5]]
+    assert batch.segments == (Segment(0, 3), Segment(3, 11), Segment(11, 13, 3, 5), Segment(13, 15, 3, 7))
+    assert batch.logit_index.tolist() == [1, 8, 9, 4, 11, 6, 13] and batch.target.tolist() == [3, 9, 7, 9, 3, 9, 5]
+    assert batch.eos_index.tolist() == [2, 10, 12, 14] and batch.sequence_id.tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert (batch.rows, batch.loss_denominator, batch.num_answers) == ((3, 2), 7, 4)
+    first, second = batch.split()
+    assert (first.size, second.size) == (3, 12) and second.segments[1] == Segment(8, 10, 0, 2)
+    # tokens that all begin with, but that count in one of them, are not shared
+    learnt = by_row(build([([1, 2, 3], [0, 1, 1], 5), ([1, 2, 3, 4], [0, 0, 0, 1], 5)]), 100)
+    assert learnt.shared.tolist() == [1, 0]
+
+
+def test_no_more_examples_of_a_row_make_a_unit_than_fit() -> None:
+    rows = [([1, *range(2, n), 9], [0.0] * (n - 1) + [1.0], 5) for n in (4, 6, 8)]
+    for most, units, tokens in ((10, [0, 3], [10]), (9, [0, 1, 3], [4, 9]), (8, [0, 2, 3], [7, 8]), (7, [0, 2, 3], [7, 8])):
+        found = by_row(build(rows), most)
+        assert (found.units.tolist(), found.unit_tokens().tolist()) == (units, tokens)
+    whole = join([by_row(build(rows), 100), CONVERSATIONS])
+    assert whole.unit_tokens().tolist() == [10, 4, 2, 3] and whole.shared.tolist() == [3, 5, 0, 0, 0, 0]
+    assert by_row(build([]), 10).units.tolist() == [0]
 
 
 def test_an_answer_ends_with_its_last_token_that_counts() -> None:

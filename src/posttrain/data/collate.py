@@ -15,34 +15,63 @@ from posttrain.batch import PackedBatch, Segment
 from posttrain.data.examples import Examples
 
 
+class _Laid(NamedTuple):
+    """A sequence in a pack: tokens from `shared` on begin at `start`, those before them at `head`, which is another's start."""
+
+    sequence: int
+    start: int
+    shared: int = 0
+    head: int = 0
+
+
+def _laid(examples: Examples, units: Sequence[int]) -> list[_Laid]:
+    """The sequences of units in turn; those that share their beginning with their unit's last one behind that."""
+    found, start = list[_Laid](), 0
+    for unit in units:
+        among = examples.sequences(unit)
+        shared = examples.shared[among.start : among.stop].tolist() or [0] * len(among)
+        head = start
+        for i, common in sorted(zip(among, shared, strict=True), key=lambda each: each[1] > 0):
+            head = start if not common else head
+            found.append(_Laid(i, start, common, head if common else 0))
+            start += int(examples.offsets[i + 1] - examples.offsets[i]) - common
+    return found
+
+
 def pack(examples: Examples, units: Sequence[int]) -> PackedBatch:
-    """Documents or conversations end to end; attention and positions never cross from one to the next.
+    """Documents or conversations end to end; attention and positions never cross from one to the next, but for what those of one
+    row begin with in common, which is laid once.
 
     `loss_denominator` is the sum of the weights.
     """
-    pieces = [(i, *examples.sequence(i)) for unit in units for i in examples.sequences(unit)]
-    lengths = [len(tokens) for _, tokens, _ in pieces]
+    laid = _laid(examples, units)
+    pieces = [tuple(part[each.shared :] for part in examples.sequence(each.sequence)) for each in laid]
+    lengths = [len(tokens) for tokens, _ in pieces]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    weights = np.concatenate([w for _, _, w in pieces])
-    weights[starts[:-1]] = 0.0  # nothing predicts a first token
+    weights = np.concatenate([w for _, w in pieces])
+    weights[[each.start for each in laid if not each.shared]] = 0.0  # nothing predicts a first token
     target_at = np.flatnonzero(weights)
-    tokens = np.concatenate([t for _, t, _ in pieces]).astype(np.int64)
-    positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+    tokens = np.concatenate([t for t, _ in pieces]).astype(np.int64)
+    positions = np.concatenate([np.arange(n, dtype=np.int64) + each.shared for n, each in zip(lengths, laid, strict=True)])
     owner = np.repeat(np.arange(len(pieces), dtype=np.int64), lengths)[target_at]
     kept = weights[target_at]
     ends = starts[1:] - 1
     ends[owner] = target_at  # of several in one answer the last one stays
+    sources = np.arange(-1, len(tokens) - 1)
+    for each in laid:
+        sources[each.start] = each.head + each.shared - 1  # what is shared predicts what comes after it
+    spans = [(a, b, each.head, each.head + each.shared) for (a, b), each in zip(pairwise(starts.tolist()), laid, strict=True)]
     return PackedBatch(
         tokens=torch.from_numpy(tokens)[None],
         positions=torch.from_numpy(positions)[None],
-        segments=tuple(Segment(int(a), int(b)) for a, b in pairwise(starts)),
-        logit_index=torch.from_numpy(target_at - 1),
+        segments=tuple(Segment(*span) for span in spans),
+        logit_index=torch.from_numpy(sources[target_at]),
         target=torch.from_numpy(tokens[target_at]),
         weight=torch.from_numpy(kept),
         sequence_id=torch.from_numpy(owner),
         eos_index=torch.from_numpy(ends),
         num_answers=len(pieces),
-        rows=tuple(i for i, _, _ in pieces),
+        rows=tuple(each.sequence for each in laid if not each.shared),
         loss_denominator=float(kept.sum()),
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.marks import is_learnt
-from posttrain.data.examples import Examples, build, group
+from posttrain.data.examples import Examples, build, by_row, group
 from posttrain.data.likeness import key_of
 from posttrain.data.overlaps import rows_of
 from posttrain.data.row_use import RowUse
@@ -123,7 +123,8 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
             kept.append((whole[:max_length], counts[:max_length], number))
         else:
             stats.note("untrained", stats.where(number))
-    return build(kept)
+    found = build(kept)
+    return by_row(found, max_length) if encoder.options.turns == "each" else found
 
 
 def _fitting(prompt: list[int], answer: int, most: int, encoder: Encoder, stats: SourceStats, number: int) -> list[int]:

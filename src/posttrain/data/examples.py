@@ -31,9 +31,10 @@ class Examples:
 
     tokens int32 [T] and weights float32 [T] are the sequences end to end; sequence i is offsets[i]:offsets[i+1] and came from
     row rows[i] of the source. Unit u, what a batch counts, is the sequences units[u]:units[u+1]: one conversation or pair, or for
-    documents as many as fit max_length. For pairs only, splits int64 [n, 2]: length of the prompt, and of prompt and chosen;
-    margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say; pair_weights float32 [n]: how much
-    the pair counts.
+    documents as many as fit max_length. shared, int64 [sequences] or empty: so many of its first tokens are those of its unit's
+    last sequence as well, and none of them counts; a pack has them once. For pairs only, splits int64 [n, 2]: length of the
+    prompt, and of prompt and chosen; margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say;
+    pair_weights float32 [n]: how much the pair counts.
     """
 
     tokens: NDArray[np.int32] | Joined
@@ -44,6 +45,7 @@ class Examples:
     splits: NDArray[np.int64]
     margins: NDArray[np.float32]
     pair_weights: NDArray[np.float32]
+    shared: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.units) - 1
@@ -66,15 +68,18 @@ class Examples:
         """Sequence i as a unit of its own, for what has no pairs."""
         tokens, weights = self.sequence(i)
         ends, none = np.array([0, len(tokens)]), self.margins[:0]
-        return Examples(tokens, weights, ends, self.rows[i : i + 1], np.array([0, 1]), self.splits[:0], none, none)
+        return Examples(
+            tokens, weights, ends, self.rows[i : i + 1], np.array([0, 1]), self.splits[:0], none, none, self.shared[:0]
+        )
 
     def unit_lengths(self) -> NDArray[np.float64]:
         """Mean tokens of the sequences in each unit [len(self)]."""
         return self.unit_tokens() / np.maximum(np.diff(self.units), 1)
 
     def unit_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each unit [len(self)]."""
-        return np.diff(self.offsets[self.units])
+        """Tokens of each unit [len(self)], what its sequences share once."""
+        tokens = np.diff(self.offsets[self.units])
+        return tokens - np.diff(np.concatenate([[0], np.cumsum(self.shared)])[self.units]) if len(self.shared) else tokens
 
 
 def build(
@@ -97,6 +102,7 @@ def build(
         splits=np.asarray(splits or np.zeros((0, 2)), dtype=np.int64).reshape(-1, 2),
         margins=np.asarray(margins or [0.0] * len(splits or []), dtype=np.float32),
         pair_weights=np.asarray(pair_weights or [1.0] * len(splits or []), dtype=np.float32),
+        shared=np.zeros(0, np.int64),
     )
 
 
@@ -129,6 +135,30 @@ def group(examples: Examples, max_length: int) -> Examples:
     return replace(laid, units=units)
 
 
+def by_row(examples: Examples, max_length: int) -> Examples:
+    """Neighbouring sequences of one row as one unit, with its last one as what the others share their beginning with: as many as
+    fit `max_length` tokens."""
+    lengths, shared = np.diff(examples.offsets), np.zeros(len(examples.rows), np.int64)
+    last, size, units = 0, 0, [len(lengths)]
+    for i in reversed(range(len(lengths))):
+        common = _common(examples, i, last) if size and examples.rows[i] == examples.rows[last] else 0
+        if common and size + lengths[i] - common <= max_length:
+            shared[i], size = common, size + lengths[i] - common
+            continue
+        units += [i + 1] if i + 1 < len(lengths) else []
+        last, size = i, lengths[i]
+    units = [0, *reversed(units)] if len(lengths) else [0]
+    return replace(examples, units=np.asarray(units, np.int64), shared=shared)
+
+
+def _common(examples: Examples, i: int, other: int) -> int:
+    """Tokens that both sequences begin with, up to the first of sequence i that counts."""
+    (tokens, weights), (others, _) = examples.sequence(i), examples.sequence(other)
+    size = min(len(tokens), len(others), int(np.flatnonzero(weights)[0]))
+    different = np.flatnonzero(tokens[:size] != others[:size])
+    return int(different[0]) if len(different) else size
+
+
 def join(parts: list[Examples]) -> Examples:
     """The sequences and units of all parts, one after the other; tokens and weights stay where they are."""
     if len(parts) == 1:
@@ -144,7 +174,15 @@ def join(parts: list[Examples]) -> Examples:
         splits=np.concatenate([part.splits for part in parts]),
         margins=np.concatenate([part.margins for part in parts]),
         pair_weights=np.concatenate([part.pair_weights for part in parts]),
+        shared=_padded(parts),
     )
+
+
+def _padded(parts: list[Examples]) -> NDArray[np.int64]:
+    """`shared` of all parts, if any has it."""
+    if not any(len(part.shared) for part in parts):
+        return np.zeros(0, np.int64)
+    return np.concatenate([part.shared if len(part.shared) else np.zeros(len(part.rows), np.int64) for part in parts])
 
 
 def _ends(borders: list[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.batch import PackedBatch, Segment
+from posttrain.data import examples
+from posttrain.data.collate import pack
 from posttrain.errors import UserError
 from posttrain.models.kernels import masks
 from posttrain.models.kernels.attention import _by_document
@@ -122,6 +124,29 @@ def test_a_pack_equals_its_documents_alone(family: str, attention: str) -> None:
     assert have.keys() == want.keys()
     for name, gradient in want.items():
         torch.testing.assert_close(have[name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, float(gradient.abs().max())), msg=name)
+
+
+@pytest.mark.parametrize(("attention", "packing"), [("documents", "auto"), ("dense", "auto"), ("auto", False)])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
+def test_turns_that_share_their_beginning_equal_each_alone(family: str, attention: str, packing: Any) -> None:
+    """A row's turns as examples of their own: loss and gradients, shared or not, in packs and one a row."""
+    words = torch.randint(3, V, (30,), generator=torch.Generator().manual_seed(3)).tolist()
+    long, thought = words[:24], words[24:]
+    rows = [([*long[:6], *thought, *long[6:9]], 6), ([*long[:15], *thought[:2], *long[15:17]], 15), (long, 20)]
+    found = examples.build([(ids, [float(k >= first) for k in range(len(ids))], 1) for ids, first in rows])
+    shared, model = examples.by_row(found, 100), build(family)
+    assert shared.shared.tolist() == [6, 15, 0] and shared.unit_tokens().tolist() == [24 + 9 + 4]
+    lm, losses, found_gradients = PackedLM(model, attention, packing=packing).train(), [], []
+    for batch in (pack(found, [0, 1, 2]), pack(shared, [0])):
+        loss = -(batch.weight * lm(batch)).sum() / batch.loss_denominator
+        loss.backward()
+        losses.append(float(loss.detach()))
+        found_gradients.append(gradients(model))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, gradient in found_gradients[0].items():
+        torch.testing.assert_close(
+            found_gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, float(gradient.abs().max()))
+        )
 
 
 def test_recomputing_activations_changes_nothing() -> None:

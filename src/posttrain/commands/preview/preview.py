@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,19 +187,20 @@ def _segments(paired: bool, mixture: Mixture, unit: int, tokenizer: Any) -> list
     for k, segment in enumerate(batch.segments):
         span = slice(segment.start, segment.stop)
         tokens = _tokens(batch.tokens[0, span].tolist(), weights[span].tolist(), tokenizer)
-        found.append(PreviewSegment(kinds[k % len(kinds)], rows[k] if k < len(rows) else None, tokens, weight))
+        row = rows[min(k, len(rows) - 1)]  # of a unit's segments that share their beginning all are of one
+        found.append(PreviewSegment(kinds[k % len(kinds)], row, tokens, weight))
     return found
 
 
 def weights_of(batch: PackedBatch) -> np.ndarray:
     """float32 [T]: the weight of predicting each token of the pack, as the loss will take it."""
     weights = np.zeros(batch.tokens.shape[1], np.float32)
-    answers = [segment for segment in batch.segments if segment.prefix_stop > segment.prefix_start]
+    starts = [segment.start for segment in batch.segments]
+    begins = [starts[bisect_right(starts, end) - 1] for end in batch.eos_index.tolist()]  # of each answer
     of_pair = batch.extra.get("pair_weight")
     taken = batch.weight if of_pair is None else batch.weight * of_pair[batch.sequence_id // 2]
     for source, owner, weight in zip(batch.logit_index.tolist(), batch.sequence_id.tolist(), taken.tolist(), strict=True):
-        opens = answers and source == answers[owner].prefix_stop - 1  # an answer's first token, which its prompt predicts
-        weights[answers[owner].start if opens else source + 1] = weight
+        weights[max(source + 1, begins[owner])] = weight  # an answer's first token is predicted by what it shares
     return weights
 
 

@@ -159,13 +159,14 @@ def _by_segment(
     grouped = query.shape[1] != key.shape[1]
     lengths = [s.stop - s.start for s in run.segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    at = {(s.start, s.stop): i for i, s in enumerate(run.segments)}
+    at = {s.start: i for i, s in enumerate(run.segments)}
     outputs = []
     for i, (segment, length) in enumerate(zip(run.segments, lengths, strict=True)):
         parts, before = [(keys[i], values[i])], mask.size + segment.prefix_stop - segment.prefix_start
         if before > mask.size:
-            shared = at[segment.prefix_start, segment.prefix_stop]
-            parts.insert(0, (keys[shared], values[shared]))
+            shared, size = at[segment.prefix_start], segment.prefix_stop - segment.prefix_start
+            whole = size == lengths[shared]  # a prompt; else the beginning of a document
+            parts.insert(0, (keys[shared], values[shared]) if whole else (keys[shared][:, :, :size], values[shared][:, :, :size]))
         if mask.size:
             parts.insert(0, remembered)
         k, v = (torch.cat(both, dim=2) if len(parts) > 1 else both[0] for both in zip(*parts, strict=True))
