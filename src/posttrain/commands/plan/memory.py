@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.models.checkpoints.use import Held
+from posttrain.models.checkpoints.use import NONE_HELD, Held
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.tokenizer import first_line
@@ -39,7 +39,7 @@ class Counted:
     reading: str
 
 
-def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float, held: Held = Held()) -> Counted:
+def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float, held: Held = NONE_HELD) -> Counted:
     """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath. held: weights
     that stay in the checkpoint's own format."""
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)

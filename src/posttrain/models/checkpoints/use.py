@@ -23,6 +23,9 @@ class Held(NamedTuple):
     constants: int = 0
 
 
+NONE_HELD = Held()
+
+
 class Use(NamedTuple):
     """quant: what the run asks for. dtype: of the base in memory."""
 
