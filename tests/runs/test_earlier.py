@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from posttrain.runs.earlier import as_of_today, current_config, current_figures, current_function, current_state
+from posttrain.runs.earlier import (
+    as_of_today,
+    current_config,
+    current_figures,
+    current_function,
+    current_parameter,
+    current_state,
+)
 from posttrain.runs.identity import compare, identity_of
 
 
@@ -84,3 +91,8 @@ def test_names_of_data_that_cannot_be_compared() -> None:
     pictures = {"data.content": "cd87"}  # of their files alone, then and now
     assert as_of_today(old, pictures) == (old, [])
     assert as_of_today({"dpo.reference": "a"}, {"dpo.reference": "b"}) == ({"dpo.reference": "a"}, [])
+
+
+def test_parameters_under_todays_names() -> None:
+    assert current_parameter("module.model.layers.0.weight") == "model.layers.0.weight"
+    assert current_parameter("model.module.weight") == "model.module.weight"

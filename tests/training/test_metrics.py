@@ -31,7 +31,7 @@ def test_what_counts_for_nothing_changes_no_average() -> None:
 def test_a_checkpoint_keeps_what_was_not_read_yet() -> None:
     first, second = Averages(), Averages()
     first.add({"loss": (torch.tensor(6.0), 3.0)})
-    second.load(first.state())
+    second.load([first.state()])
     second.add({"loss": (torch.tensor(2.0), 1.0)})
     assert second.read() == {"loss": 2.0}
 

@@ -20,10 +20,10 @@ def guarded(command: Callable[[], Any]) -> int:
         command()
     except (UserError, RunError, Stopped) as e:
         label = {2: "error", 1: "failed", 75: "stopped"}[e.exit_code]
-        _tell(f"{label}: {e}")
+        _tell(f"{label}: {e}", e.told_by)
         return e.exit_code
     except KeyboardInterrupt:
-        _tell("stopped: interrupted before anything was trained")
+        _tell("stopped: interrupted before anything was trained", told_by=0)
         return Stopped.exit_code
     except Exception as e:
         if os.environ.get("POSTTRAIN_DEBUG"):
@@ -41,6 +41,16 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def _tell(line: str) -> None:
-    if line and os.environ.get("RANK", "0") == "0":
-        print(redact(line), file=sys.stderr, flush=True)
+def _tell(line: str, told_by: int | None = None) -> None:
+    """Of several processes each with its number, unless it is known which one tells of it (posttrain/errors.py)."""
+    rank = int(os.environ.get("RANK", "0"))
+    # before they have met they read the same command, each machine its own files
+    speaks = rank == told_by if told_by is not None else _have_met() or os.environ.get("LOCAL_RANK", "0") == "0"
+    if line and speaks:
+        print(redact(f"rank {rank}: {line}" if rank else line), file=sys.stderr, flush=True)
+
+
+def _have_met() -> bool:
+    """Are the processes of the run connected? Nobody imports torch to know."""
+    dist = sys.modules.get("torch.distributed")
+    return bool(dist and dist.is_initialized())

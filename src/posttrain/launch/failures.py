@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+from posttrain.console import is_main
 from posttrain.errors import RunError, UserError
 
 DISK = {
@@ -23,7 +24,10 @@ GOES_ON = "what was saved is kept, and the same command goes on from there"
 def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError | None:
     """One line that says what happened to the run in `directory` and how to go on, or None for a failure without a name."""
     from posttrain.training.guard import is_out_of_memory
+    from posttrain.training.processes import is_lost_process
 
+    if is_lost_process(error):
+        return RunError(f"another process of the run has ended, and says itself why; {GOES_ON}")
     if is_out_of_memory(error):
         return RunError(f"out of memory; {_smaller(config)}; {GOES_ON}")
     where = getattr(error, "filename", None) or directory
@@ -31,7 +35,7 @@ def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError
     said = next((text for code, text in DISK.items() if code == number or f"os error {code}" in str(error)), None)
     if said:
         return RunError(f"{where}: {said}; {GOES_ON}")
-    if isinstance(error, OSError) and not directory.is_dir():
+    if isinstance(error, OSError) and is_main() and not directory.is_dir():  # of several processes others may not see it
         return RunError(f"run.dir: {directory} has vanished while the run was at work; bring it back, the same command goes on")
     return None
 

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,43 @@ from posttrain.runs.manifest import read_manifest
 from posttrain.stages.spec import spec_of
 from posttrain.training.signals import leaving_at_once
 
+PATIENCE = timedelta(hours=6)  # rank 0 may read, tokenise, and write for long; a process that ends is noticed at once
+
 
 def run_config(config: dict[str, Any]) -> dict[str, Any]:
     """Run a composed, validated config to its end, or go on where it stopped; returns the manifest as its JSON has it.
 
     Raises UserError, RunError or Stopped.
     """
-    launched = "WORLD_SIZE" in os.environ
-    if config["train"]["processes"] > 1 and not launched:
+    config = as_launched(config)
+    if config["train"]["processes"] > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(config)
     with leaving_at_once():
-        return _run(config, launched)
+        return _run(config)
 
 
-def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
+def as_launched(config: dict[str, Any]) -> dict[str, Any]:
+    """With `train.processes` as a launcher's environment has it. Raises UserError where that is not what was asked for."""
+    asked, found = config["train"]["processes"], os.environ.get("WORLD_SIZE")
+    if found is None:
+        if "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:  # what accelerate launch sets then
+            raise UserError(
+                "train.processes: accelerate launch starts one process on a CPU, whatever its --num_processes; leave it out and "
+                "say train.processes=2, or use torchrun --nproc-per-node 2"
+            )
+        return config
+    if asked not in (1, int(found)):
+        raise UserError(f"train.processes: {asked}, and the launcher has started {found}; leave one of them out")
+    return {**config, "train": {**config["train"], "processes": int(found)}}
+
+
+def _run(config: dict[str, Any]) -> dict[str, Any]:
     from posttrain.stages.stage import run_stage
 
-    run = _open_shared(config) if launched and int(os.environ["WORLD_SIZE"]) > 1 else open_run(config)
-    if run.finished:
+    run, finished = _open_shared(config) if config["train"]["processes"] > 1 else _open(config)
+    if finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
-        return read_manifest(run.dir).to_dict()
+        return finished
     cfg = typed_config(config)
     try:
         return run_stage(cfg, run, spec_of(cfg.stage).steps_of(cfg))
@@ -59,6 +77,12 @@ def _run(config: dict[str, Any], launched: bool) -> dict[str, Any]:
         run.close()
 
 
+def _open(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
+    """The run's directory, and its manifest where the run is finished."""
+    run = open_run(config)
+    return run, read_manifest(run.dir).to_dict() if run.finished else None
+
+
 def _leave_group() -> None:
     """All processes stop at the same step: part in order, or torch complains about each of them."""
     import torch.distributed as dist
@@ -67,25 +91,25 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _open_shared(config: dict[str, Any]) -> Run:
-    """Rank 0 opens the directory; the others get its path, or the reason why it cannot be opened."""
+def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
+    """Rank 0 opens the directory, which the others may not see; they are told what it has found."""
     import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from accelerate import InitProcessGroupKwargs, PartialState
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    message: list[Any] = [None, None]
-    run = None
-    if state.is_main_process:
-        try:
-            run = open_run(config)
-            message[0] = str(run.dir)
-        except UserError as e:
-            message[1] = str(e)
-    broadcast_object_list(message)
-    if message[1]:
-        raise UserError(message[1])
-    return run or Run(Path(message[0]), config)
+    from posttrain.training.processes import Processes, keep_group
+
+    options = InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs()
+    state = PartialState(cpu=not torch.accelerator.is_available(), **options)
+    keep_group()
+    opened: list[Run] = []
+
+    def open_here() -> tuple[str, dict[str, Any] | None]:
+        run, finished = _open(config)
+        opened.append(run)
+        return str(run.dir), finished
+
+    directory, finished = Processes(state.num_processes, state.process_index, state.device or torch.device("cpu")).told(open_here)
+    return opened[0] if opened else Run(Path(directory), config), finished
 
 
 def _launch(config: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +154,8 @@ def _meaning(code: int, count: int) -> BaseException:
         return Stopped("stopped by a signal; the same command goes on")
     if code == UserError.exit_code:
         return UserError("the message is above")
-    return RunError(f"one of {count} processes failed (exit {code}); its own message is above")
+    how = f"was ended by signal {-code}" if code < 0 else f"failed (exit {code}); its own message is above"
+    return RunError(f"one of {count} processes {how}; the last checkpoint is kept, the same command goes on")
 
 
 def main(path: str) -> int:

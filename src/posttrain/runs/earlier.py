@@ -70,6 +70,11 @@ def current_figures(values: dict[str, Any]) -> dict[str, Any]:
     return {_renamed_figure(name): value for name, value in values.items()}
 
 
+def current_parameter(name: str) -> str:
+    """A parameter's name in a checkpoint; those of several processes once had their wrapper's in front."""
+    return name.removeprefix("module.")
+
+
 def current_function(name: str) -> str:
     """`module:name` with today's module."""
     module, separator, function = name.partition(":")

@@ -17,6 +17,7 @@ from posttrain.runs.identity import allowed, code_state, compare, identity_of, l
 from posttrain.runs.manifest import read_manifest
 from posttrain.stages.steps import Prepared
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint
+from posttrain.training.processes import Processes
 from posttrain.training.state import TrainState
 
 
@@ -52,19 +53,19 @@ class History:
             self.state.changes.append({"step": self.checkpoint.step, "change": line})
 
 
-def open_history(cfg: Any, run: Run, prepared: Prepared[Any], device: torch.device) -> History:
-    """The checkpoint to go on from, verified, before a weight of the base is loaded.
+def open_history(cfg: Any, run: Run, prepared: Prepared[Any], processes: Processes) -> History:
+    """The checkpoint to go on from, which rank 0 verifies and tells of, before a weight of the base is loaded.
 
     Raises UserError where none is whole, or it is of another run than this one and `resume.allow` does not name the difference.
     """
-    checkpoint, damaged = newest_checkpoint(run.checkpoints)
+    checkpoint, damaged = processes.told(lambda: newest_checkpoint(run.checkpoints))
     for line in damaged:
         say(f"{line}; going on from the newest good one")
     state = TrainState.from_dict(current_state(checkpoint.state)) if checkpoint else TrainState()
     history = History(run, checkpoint, state)
     history.hold("identity", identity_of(run.config) | prepared.identity)
     history.hold("order", {"data.order": order_hash(prepared.order)}, quietly=True)
-    then, now = state.made_with, made_with(device)
+    then, now = state.made_with, made_with(processes.device)
     differs = [name for name, value in now.items() if then.get(name) != value] if checkpoint else []
     history.note([f"{name} was {then.get(name)}, is now {now[name]}: the rest may not be bit-identical" for name in differs])
     state.made_with = now

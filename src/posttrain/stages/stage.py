@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.console import say
+from posttrain.errors import Stopped
 from posttrain.models.counting import in_words
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
@@ -31,6 +32,7 @@ from posttrain.training.checkpoint import check_room
 from posttrain.training.guard import GuardConfig
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.optimizer import make_optimizer
+from posttrain.training.processes import Processes, is_lost_process
 from posttrain.training.signals import StopSignal
 from posttrain.training.tracking import Tracker
 
@@ -40,17 +42,21 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
     stop = StopSignal()
     try:
         return _run(cfg, run, steps, make_accelerator(cfg, run), stop)
+    except Exception as error:
+        if stop.requested and is_lost_process(error):  # the signal has found the others between two steps
+            raise Stopped("stopped by a signal; the same command goes on") from None
+        raise
     finally:
         stop.restore()
 
 
 def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerator, stop: StopSignal) -> dict[str, Any]:
     context = Context(cfg, run.dir, accelerator.num_processes, accelerator.is_main_process, accelerator.device, stop.check)
-    alone = accelerator.num_processes == 1
+    processes = Processes.of(accelerator)
+    alone = processes.count == 1
     with stop.at_once(alone):  # nothing is lost by leaving before the first step
-        with accelerator.main_process_first():  # the others find data and models in the cache
-            prepared = steps.prepare(context)
-        history = open_history(cfg, run, prepared, accelerator.device)
+        prepared = processes.in_turn(lambda: steps.prepare(context))
+        history = open_history(cfg, run, prepared, processes)
         for line in prepared.lines:
             say(line)
         tracker = Tracker(run.metrics, accelerator, cfg.tracker, run.config)
@@ -93,7 +99,7 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
     )
     if note:
         say(note)
-    check_room(run.checkpoints, built.module, optim.name)
+    Processes.of(accelerator).told(lambda: check_room(run.checkpoints, built.module, optim.name))
     return accelerator.prepare(built.module, optimizer)
 
 

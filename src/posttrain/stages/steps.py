@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,8 +17,8 @@ from posttrain.data.collate import BatchSampler
 from posttrain.runs.cache import cache_root, cached_tensors
 from posttrain.runs.directory import Run
 from posttrain.training.callbacks import StepCallback
-from posttrain.training.metrics import everywhere
 from posttrain.training.objective import LossFunction, UpdateSource
+from posttrain.training.processes import Processes
 from posttrain.training.state import TrainState
 from posttrain.training.tracking import Tracker
 
@@ -35,7 +34,7 @@ class Context:
     Args:
         cfg: the stage's config.
         directory: the run's.
-        processes: how many share the run; main: is this the one that writes?
+        processes: how many share the run; main: is this the one that reads and writes its directory?
         device: where the model will be.
         check: raises Stopped after a signal; called between pieces of long work.
         weights: False where only a plan is wanted: no weight is fetched or hashed, nothing is made by a model.
@@ -175,5 +174,10 @@ class Session:
     def cached(self, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives, computed once and kept in the cache under a name that says what it depends on. Every process must
         call it."""
-        path, accelerator = cache_root() / kind / f"{key}.safetensors", self.accelerator
-        return cached_tensors(path, make, writes=accelerator.is_main_process, agree=partial(everywhere, accelerator))
+        path, writes = cache_root() / kind / f"{key}.safetensors", self.accelerator.is_local_main_process
+        return cached_tensors(path, make, writes=writes, agree=self.processes.all_say)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the run."""
+        return Processes.of(self.accelerator)

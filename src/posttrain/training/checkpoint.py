@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, UserError, of_all
+from posttrain.runs.earlier import current_parameter
 from posttrain.runs.files import flush, free_bytes, sha256
 from posttrain.tensors import whole
+from posttrain.training.processes import Processes
 
 RECORD = "checkpoint.json"
 FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+ALONE = Processes()
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -59,18 +62,22 @@ class Checkpoint:
 
 def save_checkpoint(
     directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
-    *, keep: int, is_writer: bool, spare: int | None = None,
+    *, keep: int, processes: Processes = ALONE, spare: int | None = None,
 ) -> None:  # fmt: skip
     """Write the checkpoint of `step` under another name, flush it, read it back and rename it. Then delete older ones, except the
-    newest `keep` and that of step `spare`. Every process must call it.
+    newest `keep` and that of step `spare`. module: as `restore` will be given it. Every process must call it; rank 0 writes.
 
     Raises RunError for values that are not finite, and when the disk refuses. The older checkpoints are then untouched.
     """
     parts: dict[str, dict[str, Tensor]] = dict(
         zip(FILES, (gather_weights(module), _gather_optimizer(module, optimizer), method), strict=True)
     )
-    if not is_writer:
-        return
+    processes.told(lambda: _save(directory, step, parts, state, keep, spare))
+
+
+def _save(
+    directory: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int, spare: int | None
+) -> None:
     final = directory / f"step-{step:06d}"
     if _is_whole(final):  # the very same, from before a stop that came before the next step
         return
@@ -169,31 +176,57 @@ def _verified(path: Path) -> Checkpoint:
     return Checkpoint(path, record["step"], record["state"])
 
 
-def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights and optimizer state back, exactly. Raises UserError when they do not fit the model's."""
-    params, weights, kept = trainable(module), checkpoint.weights, checkpoint.optimizer
-    wrong = sorted(set(params) ^ set(weights)) or [n for n, p in params.items() if weights[n].shape != p.shape]
-    wrong = wrong or sorted({key.rpartition("|")[0] for key in kept} - set(params))
+def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer, processes: Processes = ALONE) -> None:
+    """Put weights and optimizer state back, exactly. Rank 0 reads them, a tensor at a time, and tells the others; every process
+    must call it. Raises UserError when they do not fit the model's."""
+    params = trainable(module)
+    weights, kept = (_Tensors(checkpoint.path / name if processes.main else None) for name in FILES[:2])
+    known, slots = processes.told(lambda: (weights.shapes(), kept.shapes()))
+    wrong = sorted(set(params) ^ set(known)) or [n for n, p in params.items() if known[n][0] != p.shape]
+    wrong = wrong or sorted({key.rpartition("|")[0] for key in slots} - set(params))
     if wrong:
-        raise UserError(f"run.dir: {checkpoint.path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more) differ")
+        raise of_all(
+            UserError(f"run.dir: {checkpoint.path} does not fit this model: {wrong[0]} (and {len(wrong) - 1} more) differ")
+        )
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(_like(weights[name], p))
+            p.copy_(_like(weights.get(name), *known[name], p, processes))
     names = {id(p): name for name, p in params.items()}
     for number, grouped in enumerate(optimizer.param_groups):
         for position, p in enumerate(grouped["params"]):
             if hasattr(optimizer, "init_state"):  # bitsandbytes: keep its paged buffers, fill them in place
                 optimizer.init_state(grouped, p, number, position)  # type: ignore[attr-defined]
-            slots = optimizer.state[p]
             prefix = names[id(p)] + "|"
-            for key in (k for k in kept if k.startswith(prefix)):
-                slot, value = key.removeprefix(prefix), kept[key]
-                if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
-                    slots[slot].copy_(value)
-                elif isinstance(slots.get(slot), int):
-                    slots[slot] = int(value)
-                else:
-                    slots[slot] = _like(value, p) if value.shape == p.shape else value
+            for key in (key for key in slots if key.startswith(prefix)):
+                value = _like(kept.get(key), *slots[key], p, processes)
+                _fill(optimizer.state[p], key.removeprefix(prefix), value, grouped)
+
+
+def _fill(slots: dict[str, Any], slot: str, value: Tensor, group: dict[str, Any]) -> None:
+    """Put a value back into an optimizer's state, where torch's own `load_state_dict` would have it."""
+    if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
+        slots[slot].copy_(value)
+    elif isinstance(slots.get(slot), int):
+        slots[slot] = int(value)
+    else:
+        counts = slot == "step" and not (group.get("fused") or group.get("capturable"))
+        slots[slot] = value.cpu() if counts else value
+
+
+class _Tensors:
+    """A checkpoint's file, of which a tensor at a time is read; None: another process reads it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.file: Any = path and safe_open(path, framework="pt")
+        self.stored = {current_parameter(name): name for name in self.file.keys()} if self.file else {}  # noqa: SIM118
+
+    def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Of each tensor, by its name of today."""
+        found = {name: self.file.get_tensor(stored) for name, stored in self.stored.items()}  # a view of the file
+        return {name: (value.shape, value.dtype) for name, value in found.items()}
+
+    def get(self, name: str) -> Tensor | None:
+        return self.file.get_tensor(self.stored[name]) if self.file else None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -214,10 +247,12 @@ def _gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     return slots
 
 
-def _like(value: Tensor, p: Tensor) -> Tensor:
-    if isinstance(p, DTensor):
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    return value.to(p.device)
+def _like(value: Tensor | None, shape: torch.Size, dtype: torch.dtype, p: Tensor, processes: Processes) -> Tensor:
+    """What rank 0 has read, on this process's device; sharded as `p` is where it is of p's shape."""
+    if isinstance(p, DTensor) and shape == p.shape:
+        held = torch.empty(shape, dtype=dtype, device=p.device) if value is None else value.to(p.device)
+        return distribute_tensor(held, p.device_mesh, p.placements)
+    return processes.spread(value, shape, dtype).to(p.device)
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -13,13 +13,12 @@ from typing import Any, Generic, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
-from posttrain.errors import Stopped
+from posttrain.errors import Stopped, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import whole
 from posttrain.training.callbacks import StepCallback
@@ -28,6 +27,7 @@ from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update,
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
 from posttrain.training.optimizer import Schedule, lr_factor
+from posttrain.training.processes import Processes
 from posttrain.training.seeding import seed_step
 from posttrain.training.signals import StopSignal
 from posttrain.training.state import TrainState
@@ -86,7 +86,7 @@ class Loop(Generic[B]):
     def fit(self, start: int) -> None:
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
         self._last = start + self.stop_after if self.stop_after else None
-        self.window.load(self.state.window)
+        self.window.load(self.state.window, self.processes.rank, self.processes.count)
         if self.state.evaluation_owed:
             self.state.evaluation_owed = False
             self._evaluate(start)
@@ -113,10 +113,19 @@ class Loop(Generic[B]):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-        restore(checkpoint, self.accelerator.unwrap_model(self.module), optimizer)
+        restore(checkpoint, self.plain, getattr(self.optimizer, "optimizer", self.optimizer), self.processes)
         if self.callback:
-            self.callback.load(checkpoint.method)
+            self.callback.load(self.processes.told(lambda: checkpoint.method))
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module without accelerate's wrapper: what checkpoints name the parameters of."""
+        return self.accelerator.unwrap_model(self.module)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the run."""
+        return Processes.of(self.accelerator)
 
     def _step(self, step: int) -> tuple[float, int]:
         """All updates of a step: the last one's gradient norm, and how many tokens they took."""
@@ -145,8 +154,7 @@ class Loop(Generic[B]):
     def _update(self, step: int, parts: int, batches: list[B]) -> _Updated:
         """parts: how many micro-batches of the step came before."""
         self.module.train()
-        count, tokens = self._totals(batches)
-        rows = [row for batch in batches for row in batch.rows]
+        count, tokens, rows = self._totals(batches)
         self._remember(rows)
         loss, metrics, parts = self._gradients(step, parts, batches, count)
         if self.callback:
@@ -219,24 +227,27 @@ class Loop(Generic[B]):
         before = sum(each["why"] == entry["why"] for each in self.state.left_out)
         entry = self._write_down(entry)
         if before >= self.guard.skip_nonfinite:
-            raise not_finite(entry, self.guard)
+            raise of_all(not_finite(entry, self.guard))
         say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
         return False
 
     def _write_down(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """With the rows of all processes, by their names."""
-        rows = gather_object(entry["rows"]) if self.accelerator.num_processes > 1 else entry["rows"]
-        entry = entry | {"rows": [self.where(row) for row in rows]}
+        """With its rows by their names."""
+        entry = entry | {"rows": [self.where(row) for row in entry["rows"]]}
         self.state.left_out.append(entry)
-        if self.accelerator.is_main_process:
-            write_json(self.checkpoints.parent / LEFT_OUT, self.state.left_out)
+        self.processes.told(lambda: write_json(self.checkpoints.parent / LEFT_OUT, self.state.left_out))
         return entry
+
+    def _newest(self) -> Checkpoint:
+        """One was saved at the start."""
+        checkpoint, _ = self.processes.told(lambda: newest_checkpoint(self.checkpoints))
+        assert checkpoint
+        return checkpoint
 
     def _go_back(self, spike: Spike) -> None:
         """Go back to the last checkpoint's weights, and leave out the data since, which led to the spike."""
         self.optimizer.zero_grad(set_to_none=True)
-        checkpoint, _ = newest_checkpoint(self.checkpoints)
-        assert checkpoint  # one was saved at the start
+        checkpoint = self._newest()
         self.restore(checkpoint)
         self._write_down(spike.entry | {"back_to": checkpoint.step})
         say(f"step {spike.entry['step']}: {spike}; back to the weights of step {checkpoint.step}, without the batches since")
@@ -256,12 +267,19 @@ class Loop(Generic[B]):
             if grad is not None and p.grad is not None:
                 p.grad += grad
 
-    def _totals(self, batches: list[B]) -> tuple[float, int]:
-        """Count and tokens of the whole optimizer step, over all processes."""
-        own = [sum(b.loss_denominator for b in batches), float(sum(b.size for b in batches if b.loss_denominator))]
-        if self.accelerator.num_processes > 1:
-            own = total_over(self.accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
-        return own[0], int(own[1])
+    def _totals(self, batches: list[B]) -> tuple[float, int, list[int]]:
+        """Count, tokens and rows of the whole optimizer step, over all processes. Rows are in the order of one process that has
+        their micro-batches together; those that count for nothing have none."""
+        mine = [(batch.loss_denominator, batch.size, batch.rows) for batch in batches]
+        # a process has as many micro-batches as the others
+        everyones = [each for together in zip(*self.processes.gathered(mine), strict=True) for each in together]
+        count = sum(denominator for denominator, _, _ in everyones)
+        counted = [each for each in everyones if each[0]] if self.processes.count > 1 else everyones
+        return (
+            count,
+            sum(size for denominator, size, _ in everyones if denominator),
+            [row for *_, rows in counted for row in rows],
+        )
 
     def _log(self, step: int, averages: dict[str, float], norm: float, rate: float) -> dict[str, float]:
         values = {self.unit: self.state.seen} | {f"train/{name}": value for name, value in averages.items()}
@@ -292,8 +310,7 @@ class Loop(Generic[B]):
 
     def _end(self, done: int) -> None:
         """End the run with the newest checkpoint's weights. The steps after it are printed and do not count."""
-        checkpoint, _ = newest_checkpoint(self.checkpoints)
-        assert checkpoint  # one was saved at the start
+        checkpoint = self._newest()
         self.restore(checkpoint)
         self.state.seen = TrainState.from_dict(checkpoint.state).seen
         self.state.ended = {"step": done, "back_to": checkpoint.step}
@@ -305,18 +322,14 @@ class Loop(Generic[B]):
 
     def _save(self, done: int) -> None:
         method = self.callback.state() if self.callback else {}
-        self.state.window, self.state.lines = self.window.state(), self.tracker.lines
+        self.state.window, self.state.lines = self.processes.gathered(self.window.state()), self.tracker.lines
         save_checkpoint(
-            self.checkpoints, done, self.module, self.optimizer, method,
-            self.state.to_dict(),
-            keep=self.config.keep_checkpoints, is_writer=self.accelerator.is_main_process, spare=self.state.within_budget,
+            self.checkpoints, done, self.plain, self.optimizer, method, self.state.to_dict(),
+            keep=self.config.keep_checkpoints, processes=self.processes, spare=self.state.within_budget,
         )  # fmt: skip
-        self.accelerator.wait_for_everyone()
 
     def _stop_requested(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stop.requested
-        return bool(total_over(self.accelerator, torch.tensor(float(self.stop.requested))).item() > 0)
+        return any(self.processes.gathered(self.stop.requested))
 
 
 def _next(updates: Iterator[Update[B]], outcome: UpdateOutcome) -> Update[B] | None:

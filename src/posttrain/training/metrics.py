@@ -18,13 +18,6 @@ def total_over(accelerator: Accelerator, values: Tensor) -> Tensor:
     return cast(Tensor, accelerator.reduce(values.to(accelerator.device), "sum"))
 
 
-def everywhere(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether all processes say yes; each must ask."""
-    if accelerator.num_processes == 1:
-        return mine
-    return int(total_over(accelerator, torch.tensor(float(mine))).item()) == accelerator.num_processes
-
-
 class Averages:
     """Sums and counts by name, on the device until they are read."""
 
@@ -58,8 +51,16 @@ class Averages:
         """What has been added since the last reading, for a checkpoint."""
         return {name: (float(value), float(self.counts[name])) for name, value in self.sums.items()}
 
-    def load(self, state: dict[str, tuple[float, float]]) -> None:
-        """Go on from what `state` has said."""
+    def load(self, states: list[dict[str, tuple[float, float]]], rank: int = 0, processes: int = 1) -> None:
+        """Go on from what `state` has said, each process from its own. Of another number of processes the first takes up all."""
+        if len(states) == processes:
+            state = states[rank]
+        elif rank:
+            state = {}
+        else:
+            names = dict.fromkeys(name for each in states for name in each)
+            found = {name: [each[name] for each in states if name in each] for name in names}
+            state = {name: (sum(total for total, _ in some), sum(count for _, count in some)) for name, some in found.items()}
         self.sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
         self.counts = {name: count for name, (_, count) in state.items()}
 

@@ -20,8 +20,8 @@ class TrainState:
     batches were halved, for want of memory. left_out: updates that were not taken, and why. losses: the last ones, which a
     spike is judged by. evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose
     weights the checkpoint gate let through. ended: {step, back_to} where the run ended before its last step. window: sums
-    since the last logged step. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a dict as a
-    checkpoint has it.
+    since the last logged step, of each process. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a
+    dict as a checkpoint has it.
     """
 
     identity: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -39,7 +39,7 @@ class TrainState:
     evaluation_owed: bool = False
     within_budget: int | None = None
     ended: dict[str, int] | None = None
-    window: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    window: list[dict[str, tuple[float, float]]] = field(default_factory=list[dict[str, tuple[float, float]]])
     lines: int | None = None
     stage: Any = field(default_factory=dict[str, Any])
 
@@ -54,6 +54,8 @@ class TrainState:
                 found[name] = value
             else:
                 found["stage"] = {**found["stage"], key: value}
+        if isinstance(window := found.get("window"), dict):  # version 0.2 kept that of the first process
+            found["window"] = [window]
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:

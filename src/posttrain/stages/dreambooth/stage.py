@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from posttrain.stages.dreambooth.sample_logger import SampleLogger
 from posttrain.stages.dreambooth.save import save_dreambooth
 from posttrain.stages.dreambooth.training import DreamboothTraining, drift_percent
 from posttrain.stages.steps import Context, Outcome, Prepared, Session, Trainable, Training
+from posttrain.training.processes import Processes
 
 
 class Filled(NamedTuple):
@@ -47,8 +49,8 @@ class DreamboothSteps:
 
     def build(self, context: Context, prepared: Prepared[ImageData], accelerator: Accelerator) -> Trainable[Filled]:
         """Class images, latents and embeddings, then the model with what is trained of it."""
-        with accelerator.main_process_first():  # the others find what it makes in the cache
-            dataset = fill_dataset(context.cfg, prepared.data, context.device, context.check)
+        fill = partial(fill_dataset, context.cfg, prepared.data, context.device, context.check)
+        dataset = Processes.of(accelerator).in_turn(fill)
         model = build_dreambooth(context.cfg, dataset, prepared.num_steps)
         return Trainable(model.module, Filled(dataset, model), model.trained, model.total)
 

@@ -30,7 +30,6 @@ from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.resume import order_hash
 from posttrain.stages.steps import Context, Measured, Session, Training
 from posttrain.training.callbacks import StepCallback, together
-from posttrain.training.metrics import everywhere
 from posttrain.training.objective import LossFunction, Objective, Update
 
 Compared = Callable[[PackedBatch, list[int]], PackedBatch]  # a training batch, its units -> with what it is compared with
@@ -114,7 +113,7 @@ def measure_sets(context: Context, data: PreparedData, session: Session) -> Call
 
     def measure(after: bool) -> dict[str, float]:
         function = None if after else data.function(context.cfg)
-        agree = partial(everywhere, session.accelerator)
+        agree = session.processes.all_say
         return set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
 
     return measure

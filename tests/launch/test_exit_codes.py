@@ -1,0 +1,69 @@
+"""What goes wrong is said once, and by whom: one process, or one of several with its number."""
+
+import pytest
+import torch.distributed as dist
+
+from posttrain.errors import RunError, Stopped, UserError, of_all
+from posttrain.launch.exit_codes import guarded
+from posttrain.launch.worker import as_launched
+from posttrain.training.processes import Processes, is_lost_process
+
+
+def said(error: BaseException, capsys: pytest.CaptureFixture[str], code: int) -> str:
+    def command() -> None:
+        raise error
+
+    assert guarded(command) == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_of_several_processes_each_tells_with_its_number(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    number = f"rank {rank}: " if rank else ""
+    # before they have met: the same command, said once a machine
+    assert said(UserError("data.path"), capsys, 2) == ("" if rank else "error: data.path\n")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert said(UserError("data.path"), capsys, 2) == f"{number}error: data.path\n"
+    assert said(ValueError("odd"), capsys, 1).startswith(f"{number}failed: ValueError: odd")
+    # what all of them come to, and what one has told the others
+    assert said(of_all(RunError("spike")), capsys, 1) == ("" if rank else "failed: spike\n")
+    assert said(Stopped("after step 2"), capsys, 75) == ("" if rank else "stopped: after step 2\n")
+    told = RunError("disk")
+    told.told_by = 2
+    assert said(told, capsys, 1) == (f"{number}failed: disk\n" if rank == 2 else "")
+
+
+def test_a_launchers_number_of_processes_is_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"train": {"processes": 1, "seed": 3}}
+    assert as_launched(config) == config
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert as_launched(config) == {"train": {"processes": 4, "seed": 3}}
+    with pytest.raises(UserError, match=r"train.processes: 2, and the launcher has started 4"):
+        as_launched({"train": {"processes": 2}})
+
+
+def test_accelerates_launcher_that_starts_one_process_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --cpu --num_processes 2` leaves the environment."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert as_launched({"train": {"processes": 1}})["train"]["processes"] == 1
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UserError, match=r"accelerate launch starts one process on a CPU.*train.processes=2"):
+        as_launched({"train": {"processes": 1}})
+
+
+def test_one_process_tells_itself() -> None:
+    one = Processes()
+    assert one.main and one.told(lambda: 3) == 3 and one.in_turn(lambda: 4) == 4 and one.gathered("a") == ["a"]
+    assert one.all_say(True) and not one.all_say(False)
+    with pytest.raises(ZeroDivisionError):
+        one.told(lambda: 1 / 0)
+
+
+def test_a_lost_process_is_told_from_other_errors() -> None:
+    assert is_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
+    assert is_lost_process(dist.DistBackendError("NCCL communicator was aborted"))
+    assert not is_lost_process(RuntimeError("shape mismatch")) and not is_lost_process(OSError("Connection reset by peer"))
