@@ -236,6 +236,8 @@ def test_unknown_columns() -> None:
     with pytest.raises(UserError, match=r"^data\.shape: the columns foo, bar make no known shape") as error:
         recognise({"foo": 1, "bar": 2})
     assert all(shape in str(error.value) for shape in FORMATS.names())
+    with pytest.raises(UserError, match=r"make no known shape - did you mean 'prompt'\?; rename them to"):
+        recognise({"promt": "a", "completoin": "b"})
 
 
 def test_what_fits_which_stage() -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from posttrain.config.compose import compose_run, validate
+from posttrain.data.chat.encoder import Encoder
 from posttrain.data.held_out import HeldOut
+from posttrain.data.prepare import prepare
 from posttrain.data.sources.source import place
-from posttrain.data.split import Split
+from posttrain.data.split import Split, read_source
+from posttrain.models.builtin import tiny_tokenizer
 from posttrain.stages.spec import row_uses
 
 ROWS: list[Any] = [(n, {"id": n, "text": str(n)}) for n in range(1, 2001)]
@@ -104,3 +107,18 @@ def test_of_rows_that_are_the_same_the_share_is_kept_too(tmp_path: Path) -> None
     rows = [{"prompt": "q", "completion": "a", "quality": 1}] * 100
     train, _, found = split(tmp_path, rows, "data.quality=filter", "data.quality_top=0.25", "data.eval_share=0")
     assert train == list(range(1, 26)) and found.filtered == 75
+
+
+def test_a_column_has_one_name(tmp_path: Path) -> None:
+    """The old one is gone: what a row with pictures is told to do works, and no column counts as not used twice."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"ask": "q", "say": "a", "images": ["x.png"]}) + "\n")
+    words = [f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "data.template=none"]
+    words += [
+        f"data.columns.{name}={theirs}" for name, theirs in (("prompt", "ask"), ("completion", "say"), ("left_out", "images"))
+    ]
+    data = validate(compose_run("sft", words)).data
+    assert list(read_source(data, data.path, "train", few=True)) == [
+        (1, {"prompt": "q", "completion": "a", "left_out": ["x.png"]})
+    ]
+    (found,) = prepare(data, row_uses()["sft"], Encoder(tiny_tokenizer()), 64, tmp_path / "cache")
+    assert found.stats.rows == 1 and found.stats.unused == {"left_out": 1}

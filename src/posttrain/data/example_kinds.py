@@ -122,6 +122,7 @@ def _conversations(encoder: Encoder, rows: list[Canonical], max_length: int, sta
         if 0 < first - cut < max_length:
             kept.append((whole[:max_length], counts[:max_length], number))
         else:
+            stats.no_room += first - cut >= max_length
             stats.note("untrained", stats.where(number))
     found = build(kept)
     return by_row(found, max_length) if encoder.options.turns == "each" else found
@@ -154,6 +155,7 @@ def _prompts(encoder: Encoder, rows: list[Canonical], max_length: int, stats: So
             kept.append(([*tokens, *known], [0.0] * (len(tokens) + len(known)), number))
             splits.append((len(tokens), len(tokens) + len(known)))
         else:
+            stats.no_room += 1
             stats.note("untrained", stats.where(number))
     return build(kept, splits)
 
@@ -173,6 +175,7 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
         worded = any(0 <= a.first_word < length for a, length in zip(answers, lengths, strict=True))
         (chosen, w_chosen), (rejected, w_rejected) = cut
         if not prompt or not pair.weight or not worded or not any(w_chosen) or not any(w_rejected):
+            stats.no_room += room <= 0
             stats.note("untrained", stats.where(number))
             continue
         if to_the_end and any(a.last_trained >= room for a in answers):

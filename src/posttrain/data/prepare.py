@@ -149,7 +149,8 @@ def _tokenise(
         out.add("held_out", found, read)
         held_stats.add(counted)
         note_split(stats, split, source, 0 if first else held_stats.rows)
-        _refuse_untrained(stats, data.max_untrained_share)
+        if reason := refusal(stats, data.max_untrained_share):
+            raise UserError(reason)
         out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
 
 
@@ -201,16 +202,18 @@ def canonical_rows(data: DataConfig, use: RowUse) -> list[Canonical]:
     return list(sound_rows(split.train, split.shape, SourceStats(source.path, split.shape, ""), data.on_error == "skip"))
 
 
-def _refuse_untrained(stats: SourceStats, allowed: float) -> None:
+def refusal(stats: SourceStats, allowed: float) -> str:
+    """Why a run refuses these rows, empty where it does not. allowed: share of rows without a token to train on."""
     if stats.rows and stats.disliked == stats.rows:
-        raise UserError(f"data.path: the label of all {stats.rows} rows of {stats.source} is false, so there is nothing to learn")
+        return f"data.path: the label of all {stats.rows} rows of {stats.source} is false, so there is nothing to learn"
     gone = stats.untrained + stats.alike + stats.endless
-    if gone == stats.rows - stats.disliked or gone > allowed * stats.rows:
-        raise UserError(
-            f"data.path: {gone} of {stats.rows} rows of {stats.source} have no token to train on (prompts "
-            f"longer than train.max_length, empty answers, weights of 0{_cut_pairs(stats)}); raise train.max_length or "
-            f"data.max_untrained_share"
-        )
+    if gone < stats.rows - stats.disliked and gone <= allowed * stats.rows:
+        return ""
+    return (
+        f"data.path: {gone} of {stats.rows} rows of {stats.source} have no token to train on (prompts longer than "
+        f"train.max_length, empty answers, weights of 0{_cut_pairs(stats)}); raise train.max_length or data.max_untrained_share"
+        + ("; data.long_prompts=cut cuts prompts at their beginning" if stats.no_room else "")
+    )
 
 
 def _cut_pairs(stats: SourceStats) -> str:

@@ -143,7 +143,8 @@ def _renamed(row: Row, source: SourceConfig) -> Row:
             raise UserError(f"has no {theirs}, which data.columns.{name} names{did_you_mean(theirs, list(row))}")
     named = {name: row[theirs] for name, theirs in (source.columns or {}).items()}
     if named:
-        row = {k: v for k, v in row.items() if k not in named.values()} | named
+        theirs = set((source.columns or {}).values())
+        row = {k: v for k, v in row.items() if k not in theirs} | named
     if source.quality:
         quality = quality_of(row)
         row = {**row, "weight": quality * row_weight(row)} if source.quality == "weight" else row

@@ -25,6 +25,7 @@ class SourceStats:
     trained_tokens: int = 0
     truncated: int = 0  # rows cut to max_length (documents are split instead, and lose nothing)
     untrained: int = 0  # rows left out because no token of theirs would count
+    no_room: int = 0  # of these, rows whose prompt leaves an answer no room in max_length
     alike: int = 0  # pairs left out, whose answers are equal where they are cut to max_length
     endless: int = 0  # pairs left out, of which an answer has no end of turn to be scored at, since it is cut to max_length
     cut_prompts: int = 0  # rows whose prompt is cut at its beginning (data.long_prompts=cut)

@@ -17,6 +17,7 @@ from posttrain.config.compose import compose_run, validate
 from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import build
 from posttrain.data.mixture import read_mixture
+from posttrain.errors import UserError
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.manifest import Manifest
 from posttrain.stages.language.init import InitSource
@@ -150,6 +151,19 @@ def test_a_parents_format_is_warned_of(tmp_path: Path, monkeypatch: pytest.Monke
     warnings = [line for line in make_preview("ppo", words, None, 1).lines if "warning" in line]
     assert [line.split("those of ")[1].split(" as plain")[0] for line in warnings] == ["init", "init_reward"]
     assert not [line for line in make_preview("ppo", [*words, "data.template=none"], None, 1).lines if "warning" in line]
+
+
+def test_what_a_run_would_refuse_is_a_mistake(tmp_path: Path) -> None:
+    rows = [{"prompt": "word " * 90, "completion": "a"}, {"prompt": "q", "completion": "a"}]
+    found = preview(tmp_path, rows, "train.max_length=32")
+    assert "  1 rows left out, their prompts leave no room in 32 tokens (data.long_prompts=cut cuts them)" in found.lines
+    (reason,) = [line for line in found.mistakes if "reason for which the run stops" in line]
+    assert "data.path: 1 of 2 rows of" in reason and reason.endswith("data.long_prompts=cut cuts prompts at their beginning")
+    with pytest.raises(UserError, match=r"the label of all 1 rows of .* is false, so there is nothing to learn"):
+        preview(tmp_path, [{"prompt": "q", "completion": "a", "label": False}])
+    wrong = preview(tmp_path, [GOOD[0], {"messages": []}])
+    assert any("1 rows with a mistake, at which the run stops (data.on_error), the first: " in line for line in wrong.lines)
+    assert any("1 rows skipped" in line for line in preview(tmp_path, [GOOD[0], {"messages": []}], "data.on_error=skip").lines)
 
 
 def test_a_template_that_differs_for_inference(tmp_path: Path) -> None:

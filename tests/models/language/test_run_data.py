@@ -162,7 +162,7 @@ def test_runs_side_by_side_that_were_rendered_otherwise(tmp_path: Path) -> None:
     one = run(tmp_path / "a", ["data.template_kwargs={mood: glad}"], CHAT)
     other = run(tmp_path / "b", ["data.reasoning=drop"], PLAIN)
     artifacts = [open_artifact(folder, "run") for folder in (one, other)]
-    assert differences(artifacts[0], artifacts[1], {}) == ["data.template", "data.template_kwargs", "data.reasoning"]
+    assert differences(artifacts[0], artifacts[1], {}) == ["data.template", "data.reasoning", "data.template_kwargs"]
     assert differences(artifacts[0], artifacts[1], {"data.template": "chat", "data.template_kwargs": "null"}) == [
         "data.reasoning"
     ]

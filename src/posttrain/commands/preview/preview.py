@@ -19,7 +19,7 @@ from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.example_kinds import RowEncoder
 from posttrain.data.left_out import LeftOut
 from posttrain.data.mixture import Mixture, draw_units, shares_of
-from posttrain.data.prepare import PreparedSource, note_overlaps, note_split
+from posttrain.data.prepare import PreparedSource, note_overlaps, note_split, refusal
 from posttrain.data.selection import SELF, at_most, sources_of
 from posttrain.data.split import Canonical, Split, sound_ones
 from posttrain.data.stats import SourceStats
@@ -153,7 +153,7 @@ def _look(
     piece = RowEncoder(source.path, split.shape, rows_of(cfg), encoder, cfg.example_length, skips=True)
     (train, stats, read), (held_out, held_stats, held_read) = piece.read(raw), piece.read(held_raw)
     if not len(train):
-        raise UserError(_first_mistake(stats) or f"data.path: {source.path} has no row that can be trained on")
+        raise UserError((stats.places.get("skipped") or [refusal(stats, 0.0)])[0])
     note_split(stats, split, source, 0 if first else held_stats.rows)
     rows, held_rows = (list(sound_ones(each, source.path, split.shape)) for each in (raw, held_raw))
     return PreparedSource(name, train, held_out, stats, held_stats, read, held_read), Look(rows, held_rows, complete)
@@ -165,16 +165,14 @@ def _findings(
     def where(number: int) -> str:
         return part.stats.where(number).rsplit(", ", 1)[-1]
 
+    reason = refusal(part.stats, cfg.data.max_untrained_share)
     found = [
+        Finding(f"reason for which the run stops: {reason}", count=bool(reason)),
         *of_stats(part.stats, cfg.example_length, cfg.data.dedupe != "none"),
         *of_rows(rows, held, where),
         *of_tokens(rows, encoder, tokenizer, where, cfg.example_length),
     ]
     return [finding for finding in found if finding.count]
-
-
-def _first_mistake(stats: SourceStats) -> str:
-    return (stats.places.get("skipped") or [""])[0]
 
 
 def _segments(paired: bool, mixture: Mixture, unit: int, tokenizer: Any) -> list[PreviewSegment]:

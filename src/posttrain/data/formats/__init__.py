@@ -6,6 +6,7 @@ with `FORMAT = Format(...)`. Its name, as `data.shape=` takes it, is the file's 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from posttrain.config.stages import REGISTRY
 from posttrain.data.formats._checks import label_of, refuse_media, refuse_surrogates
 from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, Row
-from posttrain.errors import UserError
+from posttrain.errors import UserError, did_you_mean
 from posttrain.registry import Registry
 
 
@@ -72,11 +73,18 @@ def recognise(row: Row) -> str:
     columns = ", ".join(map(str, row)) or "(none)"
     if not fitting:
         known = "; ".join(f"{name} ({each.columns})" for name, each in formats.items())
-        raise UserError(f"data.shape: the columns {columns} make no known shape; rename them to one of: {known}")
+        near = next(filter(None, (did_you_mean(name, _names(formats)) for name in map(str, row))), "")
+        raise UserError(f"data.shape: the columns {columns} make no known shape{near}; rename them to one of: {known}")
     rivals = [name for name in fitting if formats[name].precedence == formats[fitting[0]].precedence]
     if len(rivals) > 1:
         raise UserError(f"data.shape: the columns {columns} fit {' and '.join(rivals)}; give data.shape={rivals[0]} or another")
     return fitting[0]
+
+
+def _names(formats: dict[str, Format]) -> list[str]:
+    """The columns that formats speak of."""
+    words = {word for each in formats.values() for word in re.findall(r"\w+", each.columns)}
+    return sorted(words - {"a", "and", "an", "answer", "list", "mostly", "of", "or", "with", "without", "the"} | {"answer"})
 
 
 def check_fits(shape: str, use: RowUse) -> None:

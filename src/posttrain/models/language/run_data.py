@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import yaml
@@ -19,7 +20,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models.language.tokenizer import make_encoder
 from posttrain.runs.artifact import Artifact
 
-RENDERS = ("template_kwargs", "reasoning", "tools")  # of `data`, beside template
+_APART = ("on_loss", "long_prompts", "template")  # of ChatOptions: they change no word, or are compared by what they have done
 PREFIX = "data."  # of the settings that say it otherwise
 # of one file that is measured: nothing of it is held out, left out, or mixed with others
 _WHOLE: dict[str, Any] = {
@@ -89,7 +90,8 @@ def encoder_of(artifact: Artifact, tokenizer: Any, data: DataConfig, weighing: W
 
 def differences(one: Artifact, other: Artifact, words: Mapping[str, str]) -> list[str]:
     """By which settings the words of two runs are rendered otherwise; `words` are said of both."""
-    first, second = data_of(one, words), data_of(other, words)
-    found = [f"{PREFIX}{name}" for name in RENDERS if getattr(first, name) != getattr(second, name)]
+    first, second = options_of(data_of(one, words)), options_of(data_of(other, words))
+    names = [f.name for f in fields(first) if f.name not in _APART and getattr(first, f.name) != getattr(second, f.name)]
+    found = sorted(PREFIX + {"variables": "template_kwargs"}.get(name, name) for name in names)
     same = "data.template" in words or told_of(one, "rows") == told_of(other, "rows")
     return found if same else ["data.template", *found]

@@ -46,28 +46,36 @@ def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any) -> list[str
     lines: list[str] = []
     for part in data.parts:
         held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
-        lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, cfg.data.dedupe != "none")
+        how = cfg.data.dedupe != "none", cfg.data.on_error == "skip"
+        lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, *how)
         lines += example_of(part, tokenizer, letters)
     return lines
 
 
 def lines_of_source(
-    stats: SourceStats, max_length: int, section: str = "", held_out: str = "", dedupes: bool = False
+    stats: SourceStats, max_length: int, section: str = "", held_out: str = "", dedupes: bool = False, skips: bool = True
 ) -> list[str]:
-    """What became of the rows of a source. section: of the config, in which `max_length` is. dedupes: rows that stand elsewhere
-    are left out."""
+    """What became of the rows of a source.
+
+    Args:
+        section: of the config, in which `max_length` is.
+        held_out: what is said of held-out rows.
+        dedupes: rows that stand elsewhere are left out.
+        skips: rows with a mistake are; else a preview has gone on where a run would not.
+    """
     samples = stats.trained_tokens == 0  # the rows are prompts, the stage writes what it trains on
     counted = "" if samples else f", {stats.tokens:,} tokens, {stats.trained_tokens:,} trained"
     lines = [f"data {stats.source}: {stats.rows:,} rows of shape {stats.shape}{counted}{held_out}"]
     limit = f"{section}max_length={max_length}"
-    too_long = f"rows left out, their prompts are longer than {max_length} tokens"
+    skipped = "rows skipped" if skips else "rows with a mistake, at which the run stops (data.on_error)"
     for count, what in (
         (stats.filtered, "rows left out, of less quality"),
         (stats.disliked, "rows left out, whose label is false"),
         (stats.held_again, "rows left out, they repeat a held-out row"),
         (stats.held_beyond, "rows left out, beyond data.eval_rows (data.eval_rest=drop)"),
-        (stats.skipped, f"rows skipped, the first: {(stats.places.get('skipped') or [''])[0]}"),
-        (stats.untrained, too_long if samples else "rows left out, no token of theirs would count"),
+        (stats.skipped, f"{skipped}, the first: {(stats.places.get('skipped') or [''])[0]}"),
+        (stats.no_room, f"rows left out, their prompts leave no room in {max_length} tokens (data.long_prompts=cut cuts them)"),
+        (stats.untrained - stats.no_room, "rows left out, no token of theirs would count"),
         (stats.truncated, f"rows cut to {limit}"),
         (stats.cut_prompts, f"prompts cut at their beginning, to leave an answer room in {max_length} tokens"),
         (stats.alike, f"pairs left out, whose answers are equal when cut to {limit}"),
