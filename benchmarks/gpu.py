@@ -254,7 +254,7 @@ def run_trl(options: argparse.Namespace, device: str) -> dict[str, Any]:
         lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         SFTTrainer(
             model=random_model(options.shape, options.quant, device), args=config, train_dataset=Dataset.from_list(rows),
-            processing_class=load_tokenizer("tiny", None, False, None), peft_config=lora, callbacks=[Clock()],
+            processing_class=load_tokenizer("tiny", None, None, None), peft_config=lora, callbacks=[Clock()],
         ).train()  # fmt: skip
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     return {"tokens_per_second": options.tokens / min(seconds[WARM:]), "peak_gb": peak}

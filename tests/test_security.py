@@ -164,7 +164,7 @@ def test_a_target_in_a_config_is_never_called(tmp_path: Path, monkeypatch: pytes
     from posttrain.launch.sweep import run_sweep
 
     words = [*TINY, "peft.r=2,4", "hydra/launcher=evil", f"run.dir={tmp_path / 'sweep'}"]
-    with pytest.raises(UserError, match=r"hydra.launcher._target_: os.system is no part of Hydra"):
+    with pytest.raises(UserError, match=r"hydra.launcher._target_: os.system would be run"):
         run_sweep("sft", words, tmp_path / "mine")
     assert not (tmp_path / "EXPLODED").exists()
 
@@ -234,3 +234,20 @@ def test_a_script_in_a_run_is_shown_and_not_run(run: Path) -> None:
         text = page.read_text()
         assert "<script>alert" not in text and "<img src=x" not in text
     assert "&lt;script&gt;alert(1)" in (run / "report.html").read_text()
+
+
+def test_a_secret_in_a_sweep_or_recipe_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.launch.recipe_runner import run_recipe
+    from posttrain.launch.sweep import run_sweep
+
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    (tmp_path / "r.yaml").write_text("name: r\ndescription: d\nsteps:\n  sft:\n    overrides: ['data.path=${oc.env:HF_TOKEN}']\n")
+    for attempt in (
+        lambda: run_sweep("sft", [*TINY, "peft.r=2,4", "data.path=${oc.env:HF_TOKEN}", f"run.dir={tmp_path / 'sweep'}"], None),
+        lambda: run_recipe(str(tmp_path / "r.yaml"), [f"run.dir={tmp_path / 'recipe'}"], None, False),
+    ):
+        with pytest.raises(UserError, match=r"data.path: holds a token or password"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from posttrain.secrets import redact
 
-console = Console(highlight=False, soft_wrap=True)
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)  # all but \n and \t; order of writing
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters written out, so that a row, a name or an answer cannot steer the terminal."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
+
+
+class _Terminal(Console):
+    """A console on which only styles and bars of our own steer the terminal, whatever is in tables and texts."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """As the base's: all that is printed comes through here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = _Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)
 QUIET_SECONDS = 5.0  # without a terminal, at most one line of progress in so many seconds
 
 
@@ -23,7 +45,7 @@ def is_main() -> bool:
 def say(line: str) -> None:
     """Print a line, in the one process that prints, with secrets hidden."""
     if is_main():
-        console.print(redact(line), markup=False)
+        console.print(redact(line))
 
 
 class Meter:

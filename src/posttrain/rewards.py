@@ -67,7 +67,7 @@ def load_function(name: str, field: str) -> RewardFunction:
         say(f"{field}: {name} is {new} now; the old name works until the next version")
         module_name = new.partition(":")[0]
     if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: it shadows no module
     try:
         found = getattr(importlib.import_module(module_name), attribute)
         parameters = inspect.signature(found).parameters

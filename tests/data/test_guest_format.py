@@ -83,7 +83,7 @@ def test_a_wrong_row_names_its_place(site: Path) -> None:
 def make_data(site: Path) -> str:
     """The key in the cache of what sft makes of the rows."""
     data = validate(compose_run("sft", [f"data.path={site}/rows.jsonl", "data.eval_share=0"])).data
-    encoder = make_encoder(load_tokenizer("tiny", None, False, None), "tiny", None)
+    encoder = make_encoder(load_tokenizer("tiny", None, None, None), "tiny", None)
     return read_mixture(data, row_uses()["sft"], encoder, 64, site / "cache").key
 
 
@@ -102,7 +102,7 @@ def test_what_does_not_take_it_says_what_does(site: Path) -> None:
     install(site, kind="labelled")
     with pytest.raises(UserError, match=r"sft does not take dialogue \(asked and said\); give data with messages"):
         check_fits("dialogue", row_uses()["sft"])
-    encoder = make_encoder(load_tokenizer("tiny", None, False, None), "tiny", None)
+    encoder = make_encoder(load_tokenizer("tiny", None, None, None), "tiny", None)
     with pytest.raises(
         UserError, match=r"rows\.jsonl: no evaluation takes dialogue; give one of text, messages, prompt_completion, pairs"
     ):
@@ -122,7 +122,7 @@ def test_two_formats_of_one_precedence_are_told_apart_by_the_user(site: Path) ->
 
 def test_an_unknown_kind_of_examples_is_no_silent_default(site: Path) -> None:
     data = validate(compose_run("sft", [f"data.path={site}/rows.jsonl"])).data
-    encoder = make_encoder(load_tokenizer("tiny", None, False, None), "tiny", None)
+    encoder = make_encoder(load_tokenizer("tiny", None, None, None), "tiny", None)
     use = RowUse("kto", ("messages",), "labels", "labels")
     with pytest.raises(UserError, match=r"kto: there is no kind of examples 'labels' \(there are: documents, conversations, "):
         read_mixture(data, use, encoder, 64, site / "cache")

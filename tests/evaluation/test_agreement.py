@@ -18,7 +18,7 @@ from posttrain.models.language.tokenizer import load_tokenizer
 
 def test_rows_are_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     """GPT-2 has 40 positions here; general text has longer rows."""
-    tokenizer = load_tokenizer("tiny", None, False, None)
+    tokenizer = load_tokenizer("tiny", None, None, None)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -282,14 +282,14 @@ def test_seconds_of_a_resumed_step_add_up(recipe, monkeypatch):
     ],
 )
 def test_overrides_reach_the_steps_they_name(recipe, words, steps):
-    plain = {step.name: step.overrides for step in load_recipe(str(recipe), []).steps}
-    found = {step.name: step.overrides for step in load_recipe(str(recipe), words).steps}
+    plain = {step.name: step.words for step in load_recipe(str(recipe), []).steps}
+    found = {step.name: step.words for step in load_recipe(str(recipe), words).steps}
     assert {name: list(found[name][len(plain[name]) :]) for name in found} == steps
 
 
 def test_a_step_called_dpo_has_a_section_dpo(recipe):
     recipe.write_text(RECIPE + "  dpo:\n")
-    overrides = load_recipe(str(recipe), ["dpo.beta=0.2", "dpo.optim.lr=1", "dpo.dpo.loss=ipo"]).steps[2].overrides
+    overrides = load_recipe(str(recipe), ["dpo.beta=0.2", "dpo.optim.lr=1", "dpo.dpo.loss=ipo"]).steps[2].words
     assert overrides == ("model=tiny", "dpo.beta=0.2", "optim.lr=1", "dpo.loss=ipo")
 
 

@@ -20,7 +20,7 @@ def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
+    load_tokenizer("tiny", None, None, None).save_pretrained(tmp_path)
     return tmp_path
 
 

@@ -20,7 +20,7 @@ from posttrain.models.language.tokenizer import load_tokenizer
 
 
 def test_tiny_is_small_and_speaks_chatml() -> None:
-    model, tokenizer = load_causal("tiny", None, "float32", "cpu", False, None), load_tokenizer("tiny", None, False, None)
+    model, tokenizer = load_causal("tiny", None, "float32", "cpu", None, None), load_tokenizer("tiny", None, None, None)
     assert count_parameters(model)[1] < 1_000_000
     source = resolve("tiny", None)
     assert (Path(source.path).is_dir(), source.revision) == (True, None)
@@ -95,16 +95,16 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.name: .*no safetensors"):
         digest(tmp_path)
     with pytest.raises(UserError, match=r"model\.name: .*model\.safetensors"):
-        load_causal(str(tmp_path), None, "float32", "cpu", False, None)
+        load_causal(str(tmp_path), None, "float32", "cpu", None, None)
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.name: no tokenizer"):
-        load_tokenizer(str(tmp_path), None, False, None)
-    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
+        load_tokenizer(str(tmp_path), None, None, None)
+    load_tokenizer("tiny", None, None, None).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(UserError, match=r"model\.name: "):
-        load_causal(str(tmp_path), None, "float32", "cpu", False, None)
+        load_causal(str(tmp_path), None, "float32", "cpu", None, None)
 
 
 def test_a_builtin_has_no_revision() -> None:
@@ -129,17 +129,16 @@ def test_the_digest_follows_the_weights(tmp_path: Path) -> None:
 
 def test_a_template_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
-    assert load_tokenizer("tiny", None, False, f"{tmp_path}/own.jinja").chat_template == "{{ messages[0]['content'] }}"
+    assert load_tokenizer("tiny", None, None, f"{tmp_path}/own.jinja").chat_template == "{{ messages[0]['content'] }}"
     assert (
-        len(load_tokenizer("tiny", None, False, None))
-        == load_causal("tiny", None, "float32", "cpu", False, None).config.vocab_size
+        len(load_tokenizer("tiny", None, None, None)) == load_causal("tiny", None, "float32", "cpu", None, None).config.vocab_size
     )
 
 
 def test_a_directory_may_hold_a_tokenizer_alone(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("tiny", None, False, None)
+    tokenizer = load_tokenizer("tiny", None, None, None)
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path), None, False, None).get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(str(tmp_path), None, None, None).get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_processor_is_copied_and_nothing_else(tmp_path: Path) -> None:

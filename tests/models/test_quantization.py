@@ -27,7 +27,7 @@ def base(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
+    load_tokenizer("tiny", None, None, None).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -36,8 +36,8 @@ def test_narrow_layers_stay_as_they_are_and_a_plan_counts_them_so(tmp_path: Path
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 72}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=64, **sizes)).save_pretrained(tmp_path)
-    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
-    model = load_causal(str(tmp_path), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu")).eval()
+    load_tokenizer("tiny", None, None, None).save_pretrained(tmp_path)
+    model = load_causal(str(tmp_path), None, "bfloat16", "cpu", None, nf4(True, "bfloat16", "cpu")).eval()
     kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     narrow, wide = ["k_proj", "v_proj", "lm_head"], ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert kinds == dict.fromkeys(narrow, "Linear") | dict.fromkeys(wide, "Linear4bit")
@@ -49,8 +49,8 @@ def test_narrow_layers_stay_as_they_are_and_a_plan_counts_them_so(tmp_path: Path
 
 
 def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
-    plain = load_causal(str(base), None, "float32", "cpu", False, None)
-    model = load_causal(str(base), None, "float32", "cpu", False, nf4(True, "float32", "cpu"))
+    plain = load_causal(str(base), None, "float32", "cpu", None, None)
+    model = load_causal(str(base), None, "float32", "cpu", None, nf4(True, "float32", "cpu"))
     linear = model.model.layers[0].mlp.down_proj
     original = plain.model.layers[0].mlp.down_proj.weight.data
     packed, state = functional.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=True)
@@ -64,7 +64,7 @@ def test_nf4_linears_are_what_bitsandbytes_dequantises(base: Path) -> None:
 
 def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
     expected = 2 * 64 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64  # embedding and head, attention, MLP, norms
-    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", None, nf4(True, "bfloat16", "cpu"))
     assert count_parameters(model)[1] == expected
     lora = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128)) // 2  # r (in + out) a matrix
     assert count_parameters(add_method(model, LORA)) == (lora, expected + lora)
@@ -73,7 +73,7 @@ def test_numbers_are_counted_as_if_in_16_bit(base: Path) -> None:
 def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
     from posttrain.batch import PackedBatch, Segment
 
-    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", None, nf4(True, "bfloat16", "cpu"))
     lm = PackedLM(add_method(model, LORA), "documents")
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     batch = PackedBatch(
@@ -86,7 +86,7 @@ def test_a_4_bit_base_packs_and_trains_its_adapter(base: Path) -> None:
 
 
 def test_evaluation_leaves_the_4_bit_weights_as_they_are(base: Path) -> None:
-    model = load_causal(str(base), None, "bfloat16", "cpu", False, nf4(True, "bfloat16", "cpu"))
+    model = load_causal(str(base), None, "bfloat16", "cpu", None, nf4(True, "bfloat16", "cpu"))
     linear = model.model.layers[0].mlp.down_proj
     before = linear.weight.data.clone(), linear.weight.quant_state.nested
     with torch.no_grad():

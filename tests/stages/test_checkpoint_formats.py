@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a plain base, one in bnb-4bit, one in fp8, and rows."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    tokenizer: Any = load_tokenizer("tiny", None, False, None)
+    tokenizer: Any = load_tokenizer("tiny", None, None, None)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, **sizes)

@@ -116,7 +116,7 @@ def test_rm(tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = "<|endoftext|>"
     seed_step(SEED, 0, 0)
-    scorer = PackedScorer(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
+    scorer = PackedScorer(load_causal(str(directory), None, "float32", "cpu", None, None), "documents")
     model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
     model.score.weight.data.copy_(scorer.score.weight)
     order = BatchSampler.shuffled(len(data), BATCH, ACCUMULATION, 1, SEED, len(data))

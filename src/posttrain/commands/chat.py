@@ -10,12 +10,20 @@ import torch
 from transformers import TextStreamer
 
 from posttrain.commands.words import runs_and_settings
-from posttrain.console import say
+from posttrain.console import printable, say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.kernels.choice import for_inference, use_kernels
 from posttrain.models.language.loading import LoadedModel, device_here, load_models, switch
 
 HELP = "/reset forgets the conversation, /adapter NAME switches, /exit ends; Ctrl-C stops an answer"
+
+
+class _Streamer(TextStreamer):
+    """An answer as it comes; what it holds cannot steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """As the base's."""
+        super().on_finalized_text(printable(text), stream_end)
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Conversation:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=self.max_new_tokens,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+                streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                 eos_token_id=self.live.ends,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **(drawn if self.temperature else {"do_sample": False}),

@@ -138,7 +138,7 @@ def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Fac
 def learn_weights(parts: list[Part], path: Path) -> list[float]:
     """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
     first = parts[0].artifact
-    tokenizer = load_tokenizer(first.tokenizer, None, False, None)
+    tokenizer = load_tokenizer(first.tokenizer, None, None, None)
     data = data_of(first, {})
     found = prepare_set(of_file(data, str(path), ROWS), ROWS, encoder_of(first, tokenizer, data), LENGTH)
     if found.kind == "pairs":
@@ -224,5 +224,5 @@ def _skeleton(base: Base) -> Any:
     """The base without weights, for the names of its layers."""
     from posttrain.models.language.architecture import config_of, model_class
 
-    config = config_of(resolve(base.path, base.revision).directory, False)
+    config = config_of(resolve(base.path, base.revision).directory, None)
     return model_class(config).from_config(config)

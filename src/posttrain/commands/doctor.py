@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from posttrain.console import console
@@ -38,7 +37,7 @@ def examine() -> None:
     """Print the table."""
     table = Table("what", "here", box=SIMPLE_HEAD, pad_edge=False)
     for what, here in (*_machine(), *_places(), *library_versions().items(), *_kernels(), *_extras()):
-        table.add_row(what, escape(here))  # or [ray] would be taken for a style
+        table.add_row(what, here)
     console.print(table)
 
 

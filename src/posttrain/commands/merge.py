@@ -130,7 +130,7 @@ def _live_answers(
 
 
 def _compare(scratch: Path, name: str, dtype: str, rows: list[Tensor]) -> Agreement:
-    model = load_causal(str(scratch / name), None, dtype, "cpu", False, None).eval()
+    model = load_causal(str(scratch / name), None, dtype, "cpu", None, None).eval()
     return agreement(scratch / "live.safetensors", model, rows)
 
 

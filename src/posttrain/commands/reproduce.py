@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.commands.compare_runs import RunComparison, compare_runs
+from posttrain.config.code import refuse_own_code
 from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
@@ -24,6 +25,7 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
         raise UserError(
             f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
         )
+    refuse_own_code(config, "run", "start it with its stage's own command")
     place = out or run.resolve().with_name(f"{run.resolve().name}-again")
     if manifest.changes:
         said = "; ".join(f"{each.change} from step {each.step}" for each in manifest.changes)

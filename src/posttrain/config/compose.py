@@ -23,15 +23,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from posttrain.config.code import refuse_targets, require_own_words
 from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
 from posttrain.config.schema import MixedSource
 from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.runs.directory import CONFIG, read_config
+from posttrain.runs.directory import CONFIG, read_config, refuse_secrets
 from posttrain.runs.earlier import NAMED_BY_USER, RENAMED_KEYS
 from posttrain.runs.identity import flatten
+from posttrain.runs.yaml_files import check_aliases
 
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -47,7 +49,8 @@ def compose(stage: str, overrides: list[str], config_dir: Path | None = None) ->
 
 
 def validate(config: dict[str, Any]) -> Any:
-    """The typed config. Raises UserError naming the first field that is wrong."""
+    """The typed config. Raises UserError naming the first field that is wrong, or that holds a secret."""
+    refuse_secrets(config)
     try:
         return typed_config(config)
     except ValidationError as error:
@@ -65,6 +68,10 @@ def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
     if config_dir:
         if not config_dir.is_dir():
             raise UserError(f"--config-dir: {config_dir} is no directory")
+        try:
+            check_aliases(config_dir)
+        except yaml.YAMLError as error:
+            raise UserError(f"--config-dir: {error}") from None
         path.prepend(provider="user", path=f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main"))
     GlobalHydra.instance().clear()
     try:
@@ -228,6 +235,7 @@ def _parent(tree: Any, path: list[str]) -> list[str]:
 def compose_run(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
     """A config that is ready to run: composed, with the model of the run it starts from, and validated."""
     config = inherit_model(compose(stage, overrides, config_dir), overrides)
+    require_own_words(config, overrides)
     validate(config)
     return config
 
@@ -247,7 +255,8 @@ def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any
             f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
         )
     kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
-    kept = (kept | {"add_tokens"}) & config["model"].keys()  # a parent's tokens are in its tokenizer; models of images have none
+    # a parent's tokens are in its tokenizer; trust is the user's alone to give; models of images have neither
+    kept = (kept | {"add_tokens", "trust_remote_code"}) & config["model"].keys()
     return {**config, "model": {**config["model"], **parent, **{key: config["model"][key] for key in kept}}}
 
 
@@ -289,13 +298,5 @@ def launch(stage: str, overrides: list[str], config_dir: Path | None, task: Any,
     place = [f"hydra.sweep.dir='{sweep_dir / '.hydra'}'", "hydra.sweep.subdir=${hydra.job.num}", f"run.dir='{sweep_dir}'"]
     with opened(config_dir) as hydra, _in_one_line(hydra, stage):
         lines = normalise(hydra, stage, [line for line in overrides if not line.lstrip("+").startswith("run.dir=")])
-        _refuse_code(hydra.compose_config(stage, [*lines, *quiet, *place], RunMode.MULTIRUN, with_log_configuration=False))
+        refuse_targets(hydra.compose_config(stage, [*lines, *quiet, *place], RunMode.MULTIRUN, with_log_configuration=False))
         hydra.multirun(config_name=stage, task_function=task, overrides=[*lines, *quiet, *place], with_log_configuration=False)
-
-
-def _refuse_code(composed: Any) -> None:
-    """Hydra calls what its own section names; of ours it may be nothing but Hydra's parts and its plugins."""
-    whole = OmegaConf.to_container(composed.hydra, resolve=False)
-    for key, value in flatten(whole).items():
-        if key.split(".")[-1] == "_target_" and not str(value).startswith(("hydra_plugins.", "hydra._internal.")):
-            raise UserError(f"hydra.{key}: {value} is no part of Hydra, and would be run; only launchers that are installed are")

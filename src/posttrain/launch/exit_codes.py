@@ -43,11 +43,13 @@ def _quiet_libraries() -> None:
 
 def _tell(line: str, told_by: int | None = None) -> None:
     """Of several processes each with its number, unless it is known which one tells of it (posttrain/errors.py)."""
+    from posttrain.console import printable
+
     rank = int(os.environ.get("RANK", "0"))
     # before they have met they read the same command, each machine its own files
     speaks = rank == told_by if told_by is not None else _have_met() or os.environ.get("LOCAL_RANK", "0") == "0"
     if line and speaks:
-        print(redact(f"rank {rank}: {line}" if rank else line), file=sys.stderr, flush=True)
+        print(printable(redact(f"rank {rank}: {line}" if rank else line)), file=sys.stderr, flush=True)
 
 
 def _have_met() -> bool:

@@ -14,6 +14,7 @@ from posttrain.config.paths import root
 from posttrain.config.schema import Guarded, Strict
 from posttrain.config.stages import config_classes
 from posttrain.errors import UserError, did_you_mean
+from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import stages
 
 _SECTIONS = {*Guarded.model_fields, "experiment"}  # keys of every stage
@@ -41,13 +42,20 @@ class _Recipe(Strict):
 
 @dataclass(frozen=True)
 class Step:
-    """parent: the step above that it starts from. init: else a run's directory, a hub id, or None (the bare model)."""
+    """parent: the step above that it starts from. init: else a run's directory, a hub id, or None (the bare model). overrides:
+    the recipe's; said: the user's, after them."""
 
     name: str
     stage: str
     parent: str | None
     init: str | None
     overrides: tuple[str, ...]
+    said: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it is composed with."""
+        return (*self.overrides, *self.said)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> _Recipe:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
         return _Recipe.model_validate(raw)
     except ValidationError as e:
         raise UserError(f"{path}: {_complaint(e)}") from None
@@ -156,7 +164,7 @@ def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
             if key == "init":
                 steps[name] = _start(steps[name], None if value == "=null" else value[1:], order, line)
             else:
-                steps[name] = replace(steps[name], overrides=(*steps[name].overrides, f"{sign}{key}{value}"))
+                steps[name] = replace(steps[name], said=(*steps[name].said, f"{sign}{key}{value}"))
     return replace(recipe, steps=[steps[name] for name in order])
 
 

@@ -76,11 +76,12 @@ def _list_recipes(list_only: bool) -> list[dict[str, Any]]:
 
 
 def _compose(recipe: Recipe) -> list[Planned]:
+    from posttrain.config.code import require_own_words
     from posttrain.config.compose import compose, inherit_model, validate
 
     found: dict[str, Planned] = {}
     for number, step in enumerate(recipe.steps, 1):
-        words = list(step.overrides)
+        words = list(step.words)
         directory, parent = recipe.dir / f"{number}-{step.name}", found[step.parent] if step.parent else None
         try:
             config = compose(step.stage, words)
@@ -88,6 +89,7 @@ def _compose(recipe: Recipe) -> list[Planned]:
             config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
             config |= {"init": str(parent.dir) if parent else step.init, "run": config["run"] | {"dir": str(directory)}}
             parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, {n: p.dir for n, p in found.items()})
+            require_own_words(config, step.said)
             validate(config)
         except UserError as e:
             raise UserError(f"step {step.name}: {e}") from None
@@ -117,7 +119,7 @@ def _model(parent: Planned, config: dict[str, Any], words: list[str]) -> dict[st
         raise UserError(
             f"its input {parent.step.name} is trained from {theirs['name']}, not {own['name']}; give model to all steps"
         )
-    return theirs | {key: own[key] for key in own if f"model.{key}" in said}
+    return theirs | {key: own[key] for key in own if f"model.{key}" in said or key == "trust_remote_code"}
 
 
 def _again(recipe: Recipe, from_step: str | None, fresh: bool) -> dict[str, str]:
@@ -226,6 +228,7 @@ def _show(entries: list[dict[str, Any]]) -> None:
     """The recipe as a table: held-out figures of the base and after each step."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     from posttrain.reports.run_records import chain_table, duration, read_record
 
@@ -242,5 +245,5 @@ def _show(entries: list[dict[str, Any]]) -> None:
     for row, spent in zip(rows, times, strict=True):
         changes = [row.change(column) for column in columns]
         style = {"better": "green", "worse": "red", "": "default"}
-        table.add_row(row.label, *(f"[{style[c.verdict]}]{c.after}[/]" for c in changes), spent)
+        table.add_row(row.label, *(Text(c.after, style[c.verdict]) for c in changes), spent)
     console.print(table)

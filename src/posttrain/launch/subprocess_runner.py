@@ -12,10 +12,12 @@ import yaml
 from posttrain.errors import Stopped
 from posttrain.training.signals import forward_to
 
+PYTHON = (sys.executable, "-P")  # without the working directory on its path: a random.py beside the data is no module
+
 
 def worker_command(config_file: str) -> list[str]:
     """The command of a worker that runs the config in `config_file`."""
-    return [sys.executable, "-m", "posttrain.launch.worker", config_file]
+    return [*PYTHON, "-m", "posttrain.launch.worker", config_file]
 
 
 def run_child(config: dict[str, Any], what: str) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.subprocess_runner import worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
@@ -78,7 +78,7 @@ def job(config: Any) -> None:
 def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int, bool]:
     """Exit code of the worker, and whether a signal came; its words go to job.log, its progress is shown too."""
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "posttrain.launch.worker", str(directory.with_suffix(".yaml"))]
+    command = worker_command(str(directory.with_suffix(".yaml")))
     with (directory / "job.log").open("a", encoding="utf-8") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         with _forwarding(child) as requested:

@@ -21,8 +21,10 @@ from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
+from posttrain.launch.subprocess_runner import worker_command
 from posttrain.runs.directory import Run, open_run
 from posttrain.runs.manifest import read_manifest
+from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import spec_of
 from posttrain.training.signals import leaving_at_once
 
@@ -140,7 +142,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
             signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
         )
         try:
-            elastic_launch(launch, sys.executable)("-m", "posttrain.launch.worker", f.name)
+            elastic_launch(launch, sys.executable)(*worker_command(f.name)[1:])
         except SignalException:
             raise Stopped("stopped by a signal; the same command goes on") from None
         except ChildFailedError as e:
@@ -160,7 +162,7 @@ def _meaning(code: int, count: int) -> BaseException:
 
 def main(path: str) -> int:
     """Exit code of the run that the file at `path` describes."""
-    return guarded(lambda: run_config(yaml.safe_load(Path(path).read_text(encoding="utf-8"))))
+    return guarded(lambda: run_config(read_yaml(Path(path))))
 
 
 if __name__ == "__main__":

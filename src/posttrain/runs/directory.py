@@ -16,6 +16,7 @@ from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
 from posttrain.runs.files import file_hashes, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
+from posttrain.runs.yaml_files import read_yaml
 from posttrain.secrets import redact
 
 CONFIG = "config.yaml"
@@ -72,8 +73,7 @@ def open_run(config: dict[str, Any]) -> Run:
     Raises UserError when the directory belongs to another config, another process, or cannot be written.
     """
     directory = choose_dir(config)
-    if secret := next((key for key, value in flatten(config).items() if redact(str(value)) != str(value)), None):
-        raise UserError(f"{secret}: holds a token or password, which would stand in the run's files; leave it in the environment")
+    refuse_secrets(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock", blocking=False)
@@ -94,6 +94,12 @@ def open_run(config: dict[str, Any]) -> Run:
     if free < MIN_FREE_BYTES:
         raise UserError(f"run.dir: only {free / 2**20:.0f} MiB free under {directory}; free some or give another run.dir")
     return run
+
+
+def refuse_secrets(config: dict[str, Any]) -> None:
+    """Raises UserError, without repeating it, for a setting that holds a token or password: before any file has it."""
+    if secret := next((key for key, value in flatten(config).items() if redact(str(value)) != str(value)), None):
+        raise UserError(f"{secret}: holds a token or password, which would stand in the run's files; leave it in the environment")
 
 
 def choose_dir(config: dict[str, Any]) -> Path:
@@ -128,7 +134,7 @@ def read_config(directory: Path, as_written: bool = False) -> dict[str, Any]:
     """
     path = directory / CONFIG
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise UserError(f"{path} cannot be read ({str(e).splitlines()[0]})") from None
     if (

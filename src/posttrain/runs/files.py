@@ -23,6 +23,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def code_digest(directory: Path) -> str:
+    """sha256 over the names and contents of a directory's Python files, at any depth."""
+    found = hashlib.sha256()
+    for file in sorted(directory.rglob("*.py")):
+        found.update(f"{file.relative_to(directory)} {sha256(file)}\n".encode())
+    return found.hexdigest()
+
+
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of every file of the result; checkpoints have records of their own."""
     skip = {"checkpoints", ".lock", "manifest.json"}

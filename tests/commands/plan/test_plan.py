@@ -39,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
-    load_tokenizer("tiny", None, False, None).save_pretrained(folder)
+    load_tokenizer("tiny", None, None, None).save_pretrained(folder)
     return folder
 
 
@@ -47,7 +47,7 @@ def really(directory: Path, words: list[str]) -> dict[str, int]:
     """Bytes of a real model, its gradients and its optimizer after one step."""
     cfg = typed_config(compose_run("sft", [f"model.name={directory}", *words]))
     dtype = "float32" if cfg.peft.output == "model" else "bfloat16"
-    model: Any = load_causal(str(directory), None, dtype, "cpu", False, quantization(cfg.quant.model_dump(), "cpu"))
+    model: Any = load_causal(str(directory), None, dtype, "cpu", None, quantization(cfg.quant.model_dump(), "cpu"))
     model = add_method(model, cfg.peft, 10)
     found = dict.fromkeys(("weights", "quantized weights", "quantization constants", "adapters", "gradients", "optimizer"), 0)
     ids = torch.arange(8)[None]
@@ -107,7 +107,7 @@ def test_the_papers_examples() -> None:
 
 def test_a_large_shape_takes_seconds_and_no_weights(tmp_path: Path) -> None:
     """Llama 3 8B by its config alone: no safetensors file is there to read."""
-    load_tokenizer("tiny", None, False, None).save_pretrained(tmp_path)
+    load_tokenizer("tiny", None, None, None).save_pretrained(tmp_path)
     config = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
@@ -144,7 +144,7 @@ def test_sharding_halves_what_is_sharded(directory: Path) -> None:
 @pytest.mark.parametrize("method", [[], ["peft=lora"]])
 def test_activations_are_what_autograd_keeps(directory: Path, method: list[str]) -> None:
     cfg = typed_config(compose_run("sft", [f"model.name={directory}", "model.dtype=float32", *method]))
-    real = PackedLM(add_method(load_causal(str(directory), None, "float32", "cpu", False, None), cfg.peft, 10), "documents")
+    real = PackedLM(add_method(load_causal(str(directory), None, "float32", "cpu", None, None), cfg.peft, 10), "documents")
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept: dict[int, Any] = {}
 

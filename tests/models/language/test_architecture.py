@@ -113,7 +113,7 @@ def test_it_is_saved_under_the_names_of_the_checkpoint(tmp_path: Path, kind: str
     """The names in files differ from those in memory; transformers loads the result and gives the live logits."""
     before = tiny(kind)
     before.save_pretrained(tmp_path / "base")
-    lm = PackedLM(load_causal(str(tmp_path / "base"), None, "float32", "cpu", False, None), "documents").eval()
+    lm = PackedLM(load_causal(str(tmp_path / "base"), None, "float32", "cpu", None, None), "documents").eval()
     assert type(lm.causal) is type(before)
     with torch.no_grad():
         for parameter in lm.causal.get_decoder().parameters():

@@ -58,7 +58,7 @@ def write(directory: Path, tensors: dict[str, Tensor], quantization: dict[str, A
 
 def logits(directory: str, quantization: Any = None, dtype: str = "float32") -> Tensor:
     with torch.no_grad():
-        return load_causal(directory, None, dtype, "cpu", False, quantization).eval()(IDS).logits.float()
+        return load_causal(directory, None, dtype, "cpu", None, quantization).eval()(IDS).logits.float()
 
 
 def expected(directory: Path, weights: dict[str, Tensor]) -> Tensor:
@@ -174,7 +174,7 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     wanted = expected(tmp_path, meant)
     name = write(tmp_path, released, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
     assert_same(logits(name), wanted)
-    in_16_bit = load_causal(name, None, "bfloat16", "cpu", False, None).model.layers[0].mlp.experts.down_proj
+    in_16_bit = load_causal(name, None, "bfloat16", "cpu", None, None).model.layers[0].mlp.experts.down_proj
     key = "model.layers.0.mlp.experts.down_proj"
     assert torch.equal(in_16_bit, meant[key].bfloat16()) and in_16_bit.dtype == torch.bfloat16
 
@@ -190,13 +190,13 @@ def test_bnb_4bit_is_used_as_it_is(kind: str, tmp_path: Path) -> None:
     keep_as_quantized(made)
     with torch.no_grad():
         wanted = made(IDS).logits
-    model = load_causal(str(tmp_path / "made"), None, "float32", "cpu", False, None)
+    model = load_causal(str(tmp_path / "made"), None, "float32", "cpu", None, None)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert_same(model(IDS).logits, wanted)
-    plain = load_causal(str(tmp_path / "made"), None, "float32", "cpu", False, "dequantize")
+    plain = load_causal(str(tmp_path / "made"), None, "float32", "cpu", None, "dequantize")
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert_same(plain(IDS).logits, wanted)
-    again = load_causal(str(tmp_path / "made"), None, "float32", "cpu", False, nf4(True, "float32", "cpu"))
+    again = load_causal(str(tmp_path / "made"), None, "float32", "cpu", None, nf4(True, "float32", "cpu"))
     assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     if kind == "nf4":
         assert_same(again(IDS).logits, wanted)
@@ -207,14 +207,14 @@ def test_bnb_8bit_is_used_as_it_is(tmp_path: Path) -> None:
     config = BitsAndBytesConfig(load_in_8bit=True)
     made: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
     made.save_pretrained(tmp_path / "made")
-    model = load_causal(str(tmp_path / "made"), None, "float32", "cpu", False, None)
+    model = load_causal(str(tmp_path / "made"), None, "float32", "cpu", None, None)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     with torch.no_grad():
         assert_same(model(IDS).logits, made(IDS).logits)
     made = load_file(tmp_path / "made" / "model.safetensors")
     stem = "model.layers.0.mlp.up_proj"
     meant = made[f"{stem}.weight"].float() * (made[f"{stem}.SCB"] / 127)[:, None]
-    plain = load_causal(str(tmp_path / "made"), None, "float32", "cpu", False, "dequantize")
+    plain = load_causal(str(tmp_path / "made"), None, "float32", "cpu", None, "dequantize")
     torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, meant, rtol=0, atol=1e-7)
 
 
@@ -226,7 +226,7 @@ def test_another_format_is_quantized_again(tmp_path: Path) -> None:
         released[name], released[f"{name}_scale_inv"], meant[name] = fp8(tensors[name], (32, 32))
     expected(tmp_path, meant)
     name = write(tmp_path, released, {"quant_method": "fp8", "weight_block_size": [32, 32]})
-    model = load_causal(name, None, "float32", "cpu", False, nf4(True, "float32", "cpu"))
+    model = load_causal(name, None, "float32", "cpu", None, nf4(True, "float32", "cpu"))
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert_same(model(IDS).logits, logits(str(tmp_path / "plain"), nf4(True, "float32", "cpu")))
 
@@ -354,7 +354,7 @@ def mixed_experts(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def test_held_experts_train_as_dequantized_ones_to_the_last_bit(kind: str, dtype: str, tmp_path: Path) -> None:
     released, settings = (gpt_oss(tmp_path)[0], {"quant_method": "mxfp4"}) if kind == "gpt-oss" else mixed_experts(tmp_path)
     name = write(tmp_path, released, settings)
-    as_it_is, once = (load_causal(name, None, dtype, "cpu", False, way) for way in (None, "dequantize"))
+    as_it_is, once = (load_causal(name, None, dtype, "cpu", None, way) for way in (None, "dequantize"))
     packed = held(as_it_is)
     assert len([full for full in packed if full.endswith(EXPERTS)]) == 2 * as_it_is.config.num_hidden_layers
     assert not held(once) and count_parameters(as_it_is)[1] == count_parameters(once)[1]
@@ -383,7 +383,7 @@ def test_what_waits_for_the_backward_is_no_weight(tmp_path: Path) -> None:
     for name in filter(is_linear, list(tensors)):
         tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
     model = load_causal(
-        write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]}), None, "float32", "cpu", False, None
+        write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]}), None, "float32", "cpu", None, None
     )
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 64, requires_grad=True)
     kept: list[Tensor] = []

@@ -254,8 +254,8 @@ def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
 
     directory = tmp_path / "base"
     build("Llama", pad_token_id=5, tie_word_embeddings=False).save_pretrained(directory)
-    load_tokenizer("tiny", None, False, None).save_pretrained(directory)
-    model = load_causal(str(directory), None, "float32", "cpu", False, None)
+    load_tokenizer("tiny", None, None, None).save_pretrained(directory)
+    model = load_causal(str(directory), None, "float32", "cpu", None, None)
     PackedLM(model, "documents")(batch_of([[5, 6, 7]], [])[0]).sum().backward()
     embeddings: Any = model.get_input_embeddings()
     assert float(embeddings.weight.grad[5].abs().sum()) > 0

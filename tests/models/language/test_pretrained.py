@@ -32,7 +32,7 @@ def llama(directory: Path, change: Callable[[dict[str, Tensor]], Any] = lambda t
 
 
 def load(name: str, **options: Any) -> Any:
-    return load_causal(name, None, "float32", "cpu", False, None, **options)
+    return load_causal(name, None, "float32", "cpu", None, None, **options)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
@@ -102,11 +102,11 @@ def test_the_headers_alone_tell_what_is_missing(tmp_path: Path) -> None:
     """Before any data is read."""
     name = llama(tmp_path, lambda tensors: tensors.pop(UP))
     with pytest.raises(UserError, match=rf"lacks 1 tensor, .*\({UP}\)"):
-        check_whole(tmp_path, name, False, "refuse")
+        check_whole(tmp_path, name, None, "refuse")
     name = llama(tmp_path, lambda tensors: tensors.update({UP: torch.zeros(10, 8)}))
     with pytest.raises(UserError, match=rf"\({UP} is 10x8, not 12x8\)"):
-        check_whole(tmp_path, name, False, "refuse")
+        check_whole(tmp_path, name, None, "refuse")
 
 
 def test_headers_of_a_whole_checkpoint_are_taken(tmp_path: Path) -> None:
-    check_whole(tmp_path, llama(tmp_path), False, "refuse")
+    check_whole(tmp_path, llama(tmp_path), None, "refuse")

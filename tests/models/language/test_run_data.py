@@ -37,7 +37,7 @@ def run(folder: Path, words: list[str], template: dict[str, str] | None, chat_te
     (folder / "model").mkdir()
     for name in ("config.json", "generation_config.json"):
         shutil.copy(builtin_directory("tiny")[0] / name, folder / "model")
-    tokenizer: Any = load_tokenizer("tiny", None, False, None)
+    tokenizer: Any = load_tokenizer("tiny", None, None, None)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder / "model")
     return folder
@@ -45,7 +45,7 @@ def run(folder: Path, words: list[str], template: dict[str, str] | None, chat_te
 
 def live(folder: Path, *words: str) -> LoadedModel:
     _, _, of_data = runs_and_settings(words)
-    return LoadedModel(open_artifact(folder, "run"), None, load_tokenizer(str(folder / "model"), None, False, None), of_data)
+    return LoadedModel(open_artifact(folder, "run"), None, load_tokenizer(str(folder / "model"), None, None, None), of_data)
 
 
 def prompt(found: LoadedModel, text: str = "Hi") -> str:

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model=tiny with such a template, and rows beside it."""
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(resolve("tiny", None).directory, folder / "base")
-    tokenizer: Any = load_tokenizer("tiny", None, False, None)
+    tokenizer: Any = load_tokenizer("tiny", None, None, None)
     stops = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, "<|im_start|>"])
     (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     (folder / "open.jinja").write_text(OPEN_ENDED)
@@ -50,7 +50,7 @@ def run(model: Path) -> Path:
 
 
 def test_the_end_of_a_turn_is_trained_though_no_token_closes_it(model: Path) -> None:
-    tokenizer: Any = load_tokenizer(f"{model}/base", None, False, f"{model}/open.jinja")
+    tokenizer: Any = load_tokenizer(f"{model}/base", None, None, f"{model}/open.jinja")
     with pytest.raises(UserError, match="the chat template never ends an assistant turn"):
         Encoder(tokenizer).encode_conversation(ROWS[0]["messages"])
     found = make_encoder(tokenizer, f"{model}/base", None).encode_conversation(ROWS[0]["messages"])

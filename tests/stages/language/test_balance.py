@@ -101,7 +101,7 @@ def test_a_model_without_routers_and_ppo_are_refused_before_the_data(tmp_path: P
     [("sft", ["data.max_rows=12", "train.router_aux_loss=0.01"]), pytest.param("dpo", [], marks=pytest.mark.slow)],
 )
 def test_a_run_logs_the_balance(stage: str, more: list[str], tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("tiny", None, False, None)
+    tokenizer = load_tokenizer("tiny", None, None, None)
     tiny("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     if stage == "dpo":

@@ -31,7 +31,7 @@ def config(kind: str, size: int, end: Any) -> Any:
 
 def base(kind: str, directory: Path) -> str:
     torch.manual_seed(0)
-    tokenizer = load_tokenizer("tiny", None, False, None)
+    tokenizer = load_tokenizer("tiny", None, None, None)
     model: Any = transformers.AutoModelForCausalLM.from_config(config(kind, len(tokenizer), tokenizer.eos_token_id))
     for parameter in model.parameters():
         parameter.data *= 3

@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model=tiny whose eos is <|endoftext|>, while its template ends turns with <|im_end|>; and one row beside it."""
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(resolve("tiny", None).directory, folder / "base")
-    tokenizer: Any = load_tokenizer("tiny", None, False, None)
+    tokenizer: Any = load_tokenizer("tiny", None, None, None)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder / "base")
     kept = {"eos_token_id": tokenizer.eos_token_id, "repetition_penalty": 1.0, "renormalize_logits": True}
@@ -87,7 +87,7 @@ def test_chat_stops_at_the_same_token(runs: dict[str, Path]) -> None:
 
 def test_what_is_saved_reads_rows_as_its_base_does(runs: dict[str, Path], base: Path) -> None:
     """So that a reward model of the base goes with a policy of the run."""
-    encoders = [make_encoder(load_tokenizer(str(f), None, False, None), str(f), None) for f in (base / "base", runs["merged"])]
+    encoders = [make_encoder(load_tokenizer(str(f), None, None, None), str(f), None) for f in (base / "base", runs["merged"])]
     assert encoders[0].identity == encoders[1].identity
     assert encoders[0].end_tokens() == encoders[1].end_tokens()
 

@@ -41,7 +41,7 @@ def general(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def tiny() -> PackedLM:
     directory, _ = builtin_directory("tiny")
-    return PackedLM(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
+    return PackedLM(load_causal(str(directory), None, "float32", "cpu", None, None), "documents")
 
 
 def test_fisher_is_per_sample(tiny: PackedLM) -> None:

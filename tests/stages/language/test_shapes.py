@@ -25,7 +25,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 def directory(config: Any, at: Path, weights: bool = False) -> str:
-    tokenizer = load_tokenizer("tiny", None, False, None)
+    tokenizer = load_tokenizer("tiny", None, None, None)
     config.vocab_size = len(tokenizer)
     if weights:
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(at)

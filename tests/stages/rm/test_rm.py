@@ -86,7 +86,7 @@ def test_a_shared_prompt_changes_no_score_and_no_gradient() -> None:
     data, _ = examples()
     directory, _ = builtin_directory("tiny")
     torch.manual_seed(0)
-    packed = PackedScorer(load_causal(str(directory), None, "float32", "cpu", False, None), "documents")
+    packed = PackedScorer(load_causal(str(directory), None, "float32", "cpu", None, None), "documents")
     torch.nn.init.normal_(packed.score.weight)  # a head of zeros gives every score and every gradient as zero
     alone: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
     alone.score.weight.data.copy_(packed.score.weight)

@@ -24,6 +24,7 @@ from posttrain.data.sources.source import is_local
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.use import use_of
 from posttrain.models.hub import resolve
+from posttrain.models.trust import pin_of
 from posttrain.stages.language.init import InitSource, find_base, resolve_start
 from posttrain.stages.spec import StageSpec, spec_of
 from posttrain.stages.steps import Context
@@ -56,13 +57,13 @@ def _plan(stage: str, words: list[str], capacity: int) -> dict[str, Any]:
 
 
 def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
-    from transformers import AutoConfig
+    from posttrain.models.language.architecture import config_of
 
     data = _data(cfg, spec)
     shards = cfg.train.processes if cfg.train.fsdp else 1
     tokens = min(cfg.train.batch_size * data.longest, data.largest_batch)
     directory = resolve(data.start.source, cfg.model.revision, weights=False).directory
-    model = AutoConfig.from_pretrained(directory, trust_remote_code=cfg.model.trust_remote_code)
+    model = config_of(directory, pin_of(cfg.model))
     use = use_of(directory, cfg.quant, cfg.base_dtype)
     held = cfg.model_copy(update={"quant": use.layers})  # a checkpoint's own format takes what its layers take
     found = count(held, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start), use.held())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Any, Literal, cast
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict
 from posttrain.config.paths import root
 from posttrain.errors import did_you_mean
 from posttrain.registry import Registry
+from posttrain.runs.yaml_files import read_yaml
 
 DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format")
 
@@ -19,7 +19,7 @@ DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data
 @lru_cache
 def data_defaults() -> dict[str, Any]:
     """What a source, or a run of an earlier version, leaves unsaid is as configs/data/file.yaml has it."""
-    return yaml.safe_load((root("configs") / "data" / "file.yaml").read_text())
+    return read_yaml(root("configs") / "data" / "file.yaml")
 
 
 JOINT = " + "  # between the sources of a list, as one text

@@ -11,6 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config.choices import Kernels
 from posttrain.config.fields import Strict
 from posttrain.config.interfaces import METHODS, QUANTIZERS, Method, Quantizer
+from posttrain.runs.files import code_digest
+
+PINS = r"[0-9a-f]{40}|[0-9a-f]{64}"  # a commit, or the digest of a directory's code
 
 
 class ModelConfig(Strict):
@@ -33,10 +36,12 @@ class LanguageModel(ModelConfig):
 
     @model_validator(mode="after")
     def _code_is_pinned(self) -> LanguageModel:
-        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") or Path(self.name).expanduser().is_dir()
-        if self.trust_remote_code and not pinned:
-            raise ValueError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
-        return self
+        if not self.trust_remote_code or re.fullmatch(PINS, self.revision or ""):
+            return self
+        if (directory := Path(self.name).expanduser()).is_dir():
+            found = f"model.revision={code_digest(directory)}"
+            raise ValueError(f"model.trust_remote_code: read the *.py files of {self.name} and pin them by their digest, {found}")
+        raise ValueError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
 
     @field_validator("add_tokens")
     @classmethod

@@ -19,12 +19,14 @@ from transformers import (
 
 from posttrain.errors import UserError
 from posttrain.models.language.decoder import decoder_of
+from posttrain.models.trust import may_run_code
 
 
-def config_of(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a checkpoint's directory. Raises UserError for one that transformers does not know."""
+def config_of(directory: Path, code: str | None) -> PretrainedConfig:
+    """The config of a checkpoint's directory. code: as `may_run_code` takes it. Raises UserError for one that transformers does
+    not know."""
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=may_run_code(directory, code))
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"model.name: the config in {directory} cannot be read ({reason})") from error

@@ -75,7 +75,7 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     if not same_base(digest(source.directory), base.digest):
         raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
     config = quantization(artifact.quantization, device) if quantized else "dequantize"
-    return load_causal(base.path, base.revision, dtype, device, False, config, "say")
+    return load_causal(base.path, base.revision, dtype, device, None, config, "say")
 
 
 def load_model(
@@ -96,9 +96,9 @@ def load_model(
     data_of(artifact, words or {})
     artifact.verified()
     precision = dtype or (artifact.manifest.dtype if artifact.manifest else "bfloat16")
-    tokenizer = load_tokenizer(artifact.tokenizer, None, False, None)
+    tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
     if artifact.kind == "model":
-        model = load_causal(artifact.source, None, precision, device, False, None, "say")
+        model = load_causal(artifact.source, None, precision, device, None, None, "say")
     else:
         model = load_adapter(load_base(artifact, device, precision, quantized), artifact.weights)
     return LoadedModel(artifact, model.eval(), tokenizer, words or {})

@@ -115,14 +115,14 @@ def trained_tokens(model: Any) -> list[int]:
     return getattr(model, "trained_tokens", [])
 
 
-def embedding_rows(config: Any, wanted: int | None, trust_remote_code: bool = False) -> int:
+def embedding_rows(config: Any, wanted: int | None, code: str | None = None) -> int:
     """Rows of the embedding of a model with this config of transformers', which may be more than its vocabulary. wanted: with so
     many there is no need to look closer; None: it is to have more, and UserError where it cannot."""
     said = getattr(config.get_text_config(), "vocab_size", None) or 0
     if wanted is not None and said >= wanted:
         return said
     with torch.device("meta"):
-        model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = model_class(config).from_config(config, trust_remote_code=code is not None)
     if wanted is None:
         check_embeddings(model)
     return model.get_input_embeddings().weight.shape[0]

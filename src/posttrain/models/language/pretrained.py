@@ -13,9 +13,10 @@ from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.held import loading_held, settle_held
+from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
-from posttrain.models.language.tokenizer import first_line, trusted
+from posttrain.models.language.tokenizer import first_line
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.artifact import is_classifier
 
@@ -26,16 +27,17 @@ Unexpected = Literal["refuse", "say"]
 
 
 def load_causal(
-    name: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool, quantization: Loading,
+    name: str, revision: str | None, dtype: str, device: str, code: str | None, quantization: Loading,
     unexpected: Unexpected = "refuse",
 ) -> PreTrainedModel:  # fmt: skip
     """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded, and where
     not all weights are in the files.
 
-    dtype: float32 | bfloat16 | float16. unexpected: what becomes of tensors that the model has no place for.
+    dtype: float32 | bfloat16 | float16. code: as `may_run_code` takes it. unexpected: what becomes of tensors that the
+    model has no place for.
     """
-    source = trusted(name, revision, trust_remote_code, weights=True)
-    model, info = _load(source.directory, name, getattr(torch, dtype), device, trust_remote_code, quantization)
+    source = resolve(name, revision)
+    model, info = _load(source.directory, name, getattr(torch, dtype), device, code, quantization)
     Gaps.of(model, info, is_classifier(source.directory)).check(name, unexpected)
     keep_as_quantized(model)
     # a pad token that is also an end token would otherwise get no gradient in the embedding
@@ -45,10 +47,10 @@ def load_causal(
     return model
 
 
-def check_whole(directory: Path, name: str, trust_remote_code: bool, unexpected: Unexpected) -> None:
+def check_whole(directory: Path, name: str, code: str | None, unexpected: Unexpected) -> None:
     """As `load_causal`, where weights are missing or have another shape, without reading one: by the files' headers alone."""
     try:
-        model, info = _load(directory, name, torch.float32, "meta", trust_remote_code, None)
+        model, info = _load(directory, name, torch.float32, "meta", code, None)
     except NotImplementedError:  # a class of others may compute at its making, which needs numbers: it is told at the load
         return
     Gaps.of(model, info, is_classifier(directory)).check(name, unexpected)
@@ -57,13 +59,13 @@ def check_whole(directory: Path, name: str, trust_remote_code: bool, unexpected:
 def without_values(directory: Path) -> PreTrainedModel | None:
     """The model on the meta device, which knows by what names its weights lie in its files; None where it cannot be had so."""
     try:
-        return _load(directory, str(directory), torch.float32, "meta", False, None)[0]
+        return _load(directory, str(directory), torch.float32, "meta", None, None)[0]
     except (NotImplementedError, UserError):
         return None
 
 
 def _load(
-    directory: Path, name: str, dtype: torch.dtype, device: str, trust_remote_code: bool, quantization: Loading
+    directory: Path, name: str, dtype: torch.dtype, device: str, code: str | None, quantization: Loading
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of keys. Raises UserError."""
     before = logging.get_verbosity()
@@ -73,22 +75,22 @@ def _load(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         checkpoint = Checkpoint(directory)
-        config = config_of(directory, trust_remote_code)
+        config = config_of(directory, code)
         kept = device != "meta" and checkpoint.format is not None and checkpoint.format.keeps(_quant(quantization))
         if kept and checkpoint.format and checkpoint.format.by_numbers:
-            return _held(directory, config, trust_remote_code, options | {"state_dict": checkpoint.state(None)})
+            return _held(directory, config, code, options | {"state_dict": checkpoint.state(None)})
         if kept and checkpoint.format:
             compute = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
             settings = {**checkpoint.format.settings, "bnb_4bit_compute_dtype": str(compute).removeprefix("torch.")}
             config.quantization_config = settings
-            return _of_files(directory, config, trust_remote_code, options)
+            return _of_files(directory, config, code, options)
         if isinstance(quantization, BitsAndBytesConfig):
             options["quantization_config"] = quantization
         if checkpoint.format is None and device != "meta":
-            return _of_files(directory, config, trust_remote_code, options)
+            return _of_files(directory, config, code, options)
         _forget_format(config)
         state = checkpoint.shapes() if device == "meta" else checkpoint.state(dtype)
-        return _of_state(directory, config, trust_remote_code, options | {"state_dict": state})
+        return _of_state(directory, config, code, options | {"state_dict": state})
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
     except RuntimeError as error:
@@ -106,16 +108,16 @@ def _quant(quantization: Loading) -> str:
     return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else "int8"
 
 
-def _of_files(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+def _of_files(directory: Path, config: Any, code: str | None, options: dict[str, Any]) -> Any:
     return model_class(config).from_pretrained(
-        directory, config=config, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+        directory, config=config, trust_remote_code=code is not None, use_safetensors=True, **options
     )
 
 
-def _of_state(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+def _of_state(directory: Path, config: Any, code: str | None, options: dict[str, Any]) -> Any:
     """From tensors in place of files, of the class that transformers would take for the directory."""
     with torch.device("meta"):
-        kind = type(model_class(config).from_config(config, trust_remote_code=trust_remote_code))
+        kind = type(model_class(config).from_config(config, trust_remote_code=code is not None))
     found: Any = kind.from_pretrained(None, config=config, **options)
     model, info = found
     model.name_or_path = str(directory)
@@ -124,11 +126,11 @@ def _of_state(directory: Path, config: Any, trust_remote_code: bool, options: di
     return model, info
 
 
-def _held(directory: Path, config: Any, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+def _held(directory: Path, config: Any, code: str | None, options: dict[str, Any]) -> Any:
     """With its quantized weights as they are."""
     _forget_format(config)
     with loading_held(config):
-        model, info = _of_state(directory, config, trust_remote_code, options)
+        model, info = _of_state(directory, config, code, options)
     if dequantized := settle_held(model):
         some = ", ".join(dequantized[:2]) + (", ..." if len(dequantized) > 2 else "")
         say(f"{len(dequantized)} quantized weights are dequantized at load, for they cannot be held as they are: {some}")

@@ -55,12 +55,12 @@ class Replay:
         found = [first, *known, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return next(token for token in found if token is not None)
 
-    def write(self, cache: Path, dtype: str, device: torch.device, trusted: bool, check: Callable[[], None]) -> Path:
+    def write(self, cache: Path, dtype: str, device: torch.device, code: str | None, check: Callable[[], None]) -> Path:
         """The file, written if it is not there yet: once for all runs from these weights. check may raise to leave."""
         path, options = self.path(cache), self.options
         if path.exists():
             return path
-        model = load_causal(self.source, self.revision, dtype, str(device), trusted, None, "say")
+        model = load_causal(self.source, self.revision, dtype, str(device), code, None, "say")
         lm = PackedLM(model, kernels=self.kernels)
         sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, 0, options.batch_size)
         ends = sorted({*self.ends, self._opening})

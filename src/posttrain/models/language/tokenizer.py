@@ -14,6 +14,7 @@ from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template as template_text
 from posttrain.errors import UserError
 from posttrain.models.hub import ResolvedModel, resolve
+from posttrain.models.trust import may_run_code
 from posttrain.runs.files import write_json
 
 if TYPE_CHECKING:
@@ -22,19 +23,17 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 
 
-def load_tokenizer(
-    name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None, code: str | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of `name`, its vocabulary as it is. chat_template: in place of its own, a built-in one's name (chatml) or a
-    Jinja file.
+    Jinja file. code: as `may_run_code` takes it.
 
     name: as for `load_causal`, or a directory with a tokenizer alone (a run's adapter).
     """
     template = template_text(chat_template) if chat_template else None
     directory = Path(name).expanduser()
     if (directory / "tokenizer_config.json").is_file():
-        return _tokenizer(ResolvedModel(name, directory, None, "a directory"), trust_remote_code, template)
-    return _tokenizer(trusted(name, revision, trust_remote_code, weights=False), trust_remote_code, template)
+        return _tokenizer(ResolvedModel(name, directory, None, "a directory"), code, template)
+    return _tokenizer(resolve(name, revision, weights=False), code, template)
 
 
 def make_encoder(
@@ -90,17 +89,9 @@ def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerB
     return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
 
 
-def trusted(name: str, revision: str | None, trust_remote_code: bool, weights: bool) -> ResolvedModel:
-    """The model of `name`, resolved. Raises UserError where code of the hub would be run from a moving revision."""
-    source = resolve(name, revision, weights)
-    if trust_remote_code and source.revision != revision and source.origin == "the hub":
-        raise UserError("model.trust_remote_code: code from the hub needs model.revision=, a commit of 40 hex digits")
-    return source
-
-
-def _tokenizer(source: ResolvedModel, trust_remote_code: bool, chat_template: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(source: ResolvedModel, code: str | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=may_run_code(source.directory, code))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.name: no tokenizer can be loaded from {source.path} ({first_line(error)})") from error
     if chat_template is not None:

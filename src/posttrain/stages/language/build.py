@@ -18,6 +18,7 @@ from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.models.peft.tokens import inherit
+from posttrain.models.trust import pin_of
 from posttrain.stages.language.init import InitSource
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
@@ -55,7 +56,7 @@ def build_model(
     # FSDP moves a layer at a time to its device, and never holds all of them there
     place = "cpu" if cfg.train.fsdp else str(device)
     extra = "say" if cfg.model.ignore_unexpected else "refuse"
-    model: Any = load_causal(start.source, base.revision, dtype, place, cfg.model.trust_remote_code, config, extra)
+    model: Any = load_causal(start.source, base.revision, dtype, place, pin_of(cfg.model), config, extra)
     if not cfg.train.base_dropout:
         switch_off_dropout(model)
     if start.adapter:

@@ -6,6 +6,7 @@ from posttrain.config.schema import LanguageStage
 from posttrain.models.checkpoints.use import Use, use_of
 from posttrain.models.hub import BaseInfo, resolve
 from posttrain.models.language.pretrained import check_whole
+from posttrain.models.trust import pin_of
 from posttrain.stages.language.init import InitSource
 
 
@@ -23,4 +24,4 @@ def check_checkpoint(cfg: LanguageStage, start: InitSource, base: BaseInfo, weig
     use.check(cfg.peft, cfg.train.fsdp)
     if weights:
         unexpected = "say" if cfg.model.ignore_unexpected else "refuse"
-        check_whole(use.checkpoint.directory, start.name, cfg.model.trust_remote_code, unexpected)
+        check_whole(use.checkpoint.directory, start.name, pin_of(cfg.model), unexpected)

@@ -27,6 +27,7 @@ from posttrain.models.language.new_tokens import NewToken, add_tokens, embedding
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.tokens import size_of
+from posttrain.models.trust import pin_of
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
 from posttrain.runs.files import write_text
@@ -81,11 +82,11 @@ def open_language(cfg: LanguageStage, weights: bool = True) -> Opened:
     """weights: whether those of the base will be wanted, and are fetched, hashed and checked. Raises UserError."""
     start, model = resolve_start(cfg, weights), cfg.model
     base = find_base(start, model.revision, weights)
-    tokenizer = load_tokenizer(start.tokenizer, base.revision, model.trust_remote_code, model.chat_template)
-    config = config_of(resolve(start.source, model.revision, weights=False).directory, model.trust_remote_code)
+    tokenizer = load_tokenizer(start.tokenizer, base.revision, pin_of(model), model.chat_template)
+    config = config_of(resolve(start.source, model.revision, weights=False).directory, pin_of(model))
     inherited = size_of(start.adapter) if start.adapter else 0
     wanted = None if model.add_tokens else max(inherited, *tokenizer.get_vocab().values()) + 1
-    rows = max(inherited, embedding_rows(config, wanted, model.trust_remote_code))
+    rows = max(inherited, embedding_rows(config, wanted, pin_of(model)))
     tokens = add_tokens(tokenizer, model.add_tokens or (), rows)
     how = weighing_of(cfg), options_of(cfg.data), start.template
     encoder = make_encoder(tokenizer, start.source, model.revision, *how)
@@ -191,8 +192,7 @@ def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
         cfg.data.replay,
         cfg.model.kernels,
     )
-    trusted = cfg.model.trust_remote_code
-    written = replay.write(cache_root(), frozen_dtype(cfg), context.device, trusted, context.check)
+    written = replay.write(cache_root(), frozen_dtype(cfg), context.device, pin_of(cfg.model), context.check)
     _copy(written, own)
     return replayed(cfg.data, str(own)), str(own)
 

@@ -12,12 +12,13 @@ from posttrain.models.language.activations import model_of_shapes
 from posttrain.models.language.architecture import config_of, require_causal
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.routers import router_coefficient
+from posttrain.models.trust import pin_of
 
 
 def check_shapes(cfg: LanguageStage, directory: Path) -> None:
     """Raises UserError for a base that is not causal, for targets that match nothing, and for a way of attention or packing or
     a loss of routers that is asked for and cannot be had. directory: the base's."""
-    config = config_of(directory, cfg.model.trust_remote_code)
+    config = config_of(directory, pin_of(cfg.model))
     require_causal(config, cfg.model.name)
     try:
         model = model_of_shapes(config, getattr(torch, cfg.base_dtype), cfg.peft)

@@ -15,6 +15,7 @@ from posttrain.losses.reward import reward_loss
 from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import classifier_of, config_of
 from posttrain.models.language.objectives import answer_lengths
+from posttrain.models.trust import pin_of
 from posttrain.runs.artifact import HEAD_FILE, open_artifact
 from posttrain.stages.language.init import resolve_start
 from posttrain.stages.language.prepare import PreparedData, with_parents
@@ -60,7 +61,7 @@ class RewardSteps(LanguageSteps):
         cfg: Rm = context.cfg
         if context.weights:
             directory = resolve(resolve_start(cfg, weights=False).source, cfg.model.revision, weights=False).directory
-            if line := head_beside(config_of(directory, cfg.model.trust_remote_code)):
+            if line := head_beside(config_of(directory, pin_of(cfg.model))):
                 say(line)
         return super().prepare(context)
 

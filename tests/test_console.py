@@ -1,0 +1,62 @@
+"""What reaches the terminal: nothing from data steers it."""
+
+import io
+
+import pytest
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from posttrain.commands.chat import _Streamer
+from posttrain.console import console, printable, say
+from posttrain.errors import UserError
+from posttrain.launch.exit_codes import guarded
+from posttrain.models.language.tokenizer import load_tokenizer
+
+EVIL = "\x1b]0;title\x07\x1b[2Jx\x9b31m\r\x08\u202egnp.exe"
+
+
+def test_controls_are_written_out_and_text_stays() -> None:
+    assert printable(EVIL) == "\\x1b]0;title\\x07\\x1b[2Jx\\x9b31m\\x0d\\x08\\u202egnp.exe"
+    plain = "tab\there\nnew line, äöü, 漢字, 👍🏽, [red]no style[/red], שלום"
+    assert printable(plain) == plain
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """The console on a terminal with colours."""
+    out = io.StringIO()
+    for name, value in (("_file", out), ("_force_terminal", True), ("_color_system", None), ("_width", 200)):
+        monkeypatch.setattr(console, name, value)
+    return out
+
+
+def test_every_way_of_the_console_neutralises(terminal: io.StringIO) -> None:
+    """Lines, tables and texts; the bar's own controls stay."""
+    say(f"data {EVIL}")
+    table = Table("name")
+    table.add_row(f"[link=http://evil]{EVIL}[/link]")
+    console.print(table)
+    console.print(Text(EVIL, style="bold"))
+    console.rule(EVIL)
+    said = terminal.getvalue()
+    assert said.count("\\x1b[2Jx\\x9b31m") == 4 and "[link=http://evil]" in said
+    assert not [c for c in said if c in "\x1b\x07\x9b\r\x08\u202e"]
+    with Progress(console=console) as bar:
+        bar.add_task(EVIL)
+    assert "\x1b[?25l" in terminal.getvalue() and "\x1b]0;" not in terminal.getvalue()
+
+
+def test_errors_and_answers_are_neutral_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise UserError(f"data.path: {EVIL}")
+
+    assert guarded(fails) == 2
+    tokenizer = load_tokenizer("tiny", None, None, None)
+    streamer = _Streamer(tokenizer, skip_special_tokens=True)
+    for token in tokenizer(EVIL)["input_ids"]:
+        streamer.put(__import__("torch").tensor([token]))
+    streamer.end()
+    said = capsys.readouterr()
+    assert "\\x1b]0;title\\x07" in said.err and "\\x1b]0;title\\x07" in said.out
+    assert not [c for c in said.out + said.err if c in "\x1b\x07\x9b\u202e"]
