@@ -16,12 +16,15 @@ CanonicalRow = dict[str, Any]
 
 
 def prompt_of(row: CanonicalRow) -> list[Message]:
-    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left."""
+    """A canonical row's conversation without the answer that it ends with. Raises UserError where nothing is left, and where the
+    prompt ends with the answer's beginning."""
     prompt = row.get("messages", row.get("prompt"))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    answer: list[Message] = list(row["chosen"]) if isinstance(row.get("chosen"), list) else []
     while messages and messages[-1]["role"] == "assistant":
-        if begun := messages.pop().get("prefill"):
-            raise UserError(f"its prompt ends with {begun} letters of the answer, from where no answer can be written; drop them")
+        answer.append(messages.pop())
+    if begun := next((message["prefill"] for message in answer if message.get("prefill")), 0):
+        raise UserError(f"its prompt ends with {begun} letters of the answer, from where no answer can be written; drop them")
     if not messages:
         raise UserError("nothing stands before the answer, so there is no prompt")
     return messages

@@ -15,7 +15,7 @@ from posttrain.commands.preview.page import preview_page, show_preview
 from posttrain.commands.preview.preview import Preview, histogram, make_preview, weights_of
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.collate import pack, pack_pairs
-from posttrain.data.examples import build
+from posttrain.data.examples import build, by_row
 from posttrain.data.mixture import read_mixture
 from posttrain.errors import UserError
 from posttrain.runs.artifact import open_artifact
@@ -87,6 +87,13 @@ def test_each_turn_is_looked_at_as_it_is_trained(tmp_path: Path) -> None:
     assert findings(found) == {} and found.sources[0].stats.rows == 1
     shown = {"".join(token.text for token in segment.tokens if token.weight) for unit in found.units for segment in unit}
     assert shown == {"hm. It is 0.<|im_end|>", "hm. It is 1.<|im_end|>"}
+    assert [segment.row for segment in found.units[0]] == [1, 1]  # what both begin with is laid once
+
+
+def test_a_part_that_is_marked_needs_no_end(tmp_path: Path) -> None:
+    marks = [{"begin_offset": 0, "end_offset": 1, "train": True}]
+    rows = [{"messages": [*row["messages"][:1], {**row["messages"][1], "train_detail": marks}]} for row in GOOD[:3]]
+    assert findings(preview(tmp_path, rows, "model.chat_template=chatml")) == {}
 
 
 def test_held_out_rows_that_are_trained_on_too(tmp_path: Path) -> None:
@@ -208,6 +215,8 @@ def test_weights_are_those_of_the_batch() -> None:
     assert weights_of(pack_pairs(weighed, [0])).tolist() == [0, 0, 3, 3, 3, 0, 3]
     documents = build([([5, 6, 7], [1, 1, 0.5], 1), ([8, 9], [1, 3], 2)])
     assert weights_of(pack(documents, [0, 1])).tolist() == [0, 1, 0.5, 0, 3]  # nothing predicts a first token
+    turns = by_row(build([([1, 2, 8], [0, 0, 0.5], 1), ([1, 2, 3, 4], [0, 0, 0, 2], 1)]), 9)
+    assert weights_of(pack(turns, [0])).tolist() == [0, 0, 0, 2, 0.5]  # 8 comes behind 1 and 2, which are laid once
 
 
 def test_a_pairs_weight_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

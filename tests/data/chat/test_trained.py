@@ -286,5 +286,7 @@ def test_ppo_and_its_like_write_no_answer_from_a_prefill():
     from posttrain.data.rows import prompt_of, reference_of
 
     assert reference_of(row) == " and" and json.dumps(row)
-    with pytest.raises(UserError, match="its prompt ends with 7 letters of the answer"):
-        prompt_of(row)
+    pair = canonical({"prompt": [CHAT[1], BEGUN], "chosen": " and", "rejected": " fox"}, "pairs")
+    for each in (row, pair):
+        with pytest.raises(UserError, match="its prompt ends with 7 letters of the answer"):
+            prompt_of(each)

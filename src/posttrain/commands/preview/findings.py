@@ -120,11 +120,20 @@ def of_tokens(
             if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
                 unknown.add(place)
             last = max((k for k, weight in enumerate(weights) if weight), default=None)
-            if last is not None and tokens[last] not in ends and len(tokens) <= max_length and "text" not in row:
+            if last is not None and tokens[last] not in ends and len(tokens) <= max_length and _should_end(row, encoder):
                 endless.add(place)
         if difference := _prompt_difference(encoder, tokenizer, row):
             other.add(f"{place} ({difference})")
     return [doubled, endless, unknown, plain, special, other]
+
+
+def _should_end(row: dict[str, Any], encoder: Encoder) -> bool:
+    """Is it an answer that is learnt to its end, or only a part that somebody has marked, or what others say?"""
+    messages = [
+        message for name in ("messages", "chosen", "rejected") if isinstance(row.get(name), list) for message in row[name]
+    ]
+    whole = "assistant" in encoder.options.roles and not any("trained" in message for message in messages)
+    return whole and "text" not in row
 
 
 def _encoded(encoder: Encoder, rows: list[Canonical]) -> dict[int, list[tuple[list[int], list[float]]]]:
