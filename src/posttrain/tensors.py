@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -10,3 +12,16 @@ def whole(tensor: Tensor) -> Tensor:
     """A copy on the CPU; of a tensor that FSDP has sharded, every process must ask for it."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().to("cpu", copy=True).contiguous()
+
+
+def all_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Each of them whole and on the CPU, by name, a tied one once; none where not `keep`. What FSDP has sharded is gathered a
+    tensor at a time, for which every process must call it; what lies whole on the CPU is not copied."""
+    found: dict[str, Tensor] = {}
+    known: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in known:
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            known[id(tensor)] = value.detach().cpu() if keep else value.new_empty(0)
+        found[name] = known[id(tensor)]
+    return found if keep else {}

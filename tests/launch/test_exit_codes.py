@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from posttrain.errors import RunError, Stopped, UserError, of_all
 from posttrain.launch.exit_codes import guarded
-from posttrain.launch.worker import as_launched
+from posttrain.launch.worker import as_launched, check_devices
 from posttrain.training.processes import Processes, is_lost_process
 
 
@@ -53,6 +53,15 @@ def test_accelerates_launcher_that_starts_one_process_is_found_out(monkeypatch: 
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(UserError, match=r"accelerate launch starts one process on a CPU.*train.processes=2"):
         as_launched({"train": {"processes": 1}})
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_devices(64)  # of a CPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_devices(2)
+    with pytest.raises(UserError, match=r"train.processes: 3 on a machine with 2 GPUs; say train.processes=2"):
+        check_devices(3)
 
 
 def test_one_process_tells_itself() -> None:

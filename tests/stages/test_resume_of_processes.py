@@ -52,9 +52,13 @@ def left(run: Path, steps: int = 4) -> dict[str, Any]:
     return {p.name: sha256(p) for p in files} | {"figures": figures}
 
 
-@pytest.mark.parametrize("stage", ["cpt", "sft", "rm", "dpo", "dreambooth"])
-def test_stopped_and_started_again(nursery: Nursery, stage: str, tmp_path: Path) -> None:
-    asked, straight, stopped = config(stage, tmp_path), tmp_path / "straight", tmp_path / "stopped"
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("cpt", []), ("sft", []), ("sft", ["train.fsdp=true"]), ("rm", []), ("dpo", []), ("dreambooth", [])],
+    ids=["cpt", "sft", "sft-sharded", "rm", "dpo", "dreambooth"],
+)
+def test_stopped_and_started_again(nursery: Nursery, stage: str, words: list[str], tmp_path: Path) -> None:
+    asked, straight, stopped = config(stage, tmp_path, *words), tmp_path / "straight", tmp_path / "stopped"
     assert nursery.run(asked, straight, 2).codes == [0, 0]
     assert nursery.run(stopping(asked, 1), stopped, 2).codes == [75, 75]
     ended = nursery.run(asked, stopped, 2)

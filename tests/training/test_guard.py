@@ -17,10 +17,15 @@ from posttrain.batch import ImageBatch, ImagePart, LossOutput, PackedBatch
 from posttrain.data.collate import Group, pack, pack_answers, pack_pairs
 from posttrain.data.examples import build
 from posttrain.errors import RunError, Stopped
-from posttrain.training.checkpoint import gather_weights, newest_checkpoint
+from posttrain.training.checkpoint import newest_checkpoint, trainable
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, spike_limit
 from posttrain.training.loop import Loop
 from posttrain.training.state import TrainState
+
+
+def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+    """As they are now."""
+    return {name: p.detach().clone() for name, p in trainable(module).items()}
 
 
 def spoil(loop: Loop, wrong: Callable[[int, LossOutput], LossOutput]) -> list[int]:

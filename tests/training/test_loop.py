@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import LossOutput, PackedBatch
@@ -20,7 +21,7 @@ from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
-from posttrain.training.checkpoint import gather_weights, newest_checkpoint, restore
+from posttrain.training.checkpoint import newest_checkpoint, restore, trainable
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
@@ -29,6 +30,11 @@ from posttrain.training.state import TrainState
 from posttrain.training.tracking import Tracker
 
 STEPS = 6
+
+
+def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+    """As they are now."""
+    return {name: p.detach().clone() for name, p in trainable(module).items()}
 
 
 def make_examples() -> Examples:

@@ -120,6 +120,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    check_devices(config["train"]["processes"])
     run = open_run(config)  # refuses what can be refused before anything starts
     config = {**config, "run": {**config["run"], "dir": str(run.dir)}}
     if run.lock:
@@ -148,6 +149,15 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
         except ChildFailedError as e:
             raise _meaning(e.get_first_failure()[1].exitcode, count) from None
     return read_manifest(run.dir).to_dict()
+
+
+def check_devices(count: int) -> None:
+    """Raises UserError where processes would have to share a GPU, which NCCL refuses late and in other words."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else count
+    if count > found:
+        raise UserError(f"train.processes: {count} on a machine with {found} GPUs; say train.processes={found}")
 
 
 def _meaning(code: int, count: int) -> BaseException:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType
 
 from posttrain.config.schema import Stage
-from posttrain.errors import UserError
+from posttrain.errors import UserError, of_all
 from posttrain.runs.directory import Run
 
 
 def make_accelerator(cfg: Stage, run: Run) -> Accelerator:
-    """With FSDP2 where the config, or accelerate's own, asks for it. UserError for a tracker that is not installed."""
+    """Raises UserError for a tracker that is not installed, and for sharding that would be none."""
     if cfg.tracker != "none" and find_spec(cfg.tracker) is None:
         raise UserError(f"tracker: {cfg.tracker} is not installed; pip install 'posttrain[{cfg.tracker}]'")
-    fsdp = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap") if cfg.train.fsdp else None
     log_with = None if cfg.tracker == "none" else cfg.tracker
-    accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir, fsdp_plugin=fsdp)
+    accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir)
     if accelerator.distributed_type == DistributedType.FSDP:
-        plugin: Any = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise UserError("train.fsdp: accelerate's config asks for FSDP version 1; set fsdp_version: 2 there")
-        if not cfg.train.fsdp:
-            raise UserError("train.fsdp: accelerate's config asks for FSDP; say train.fsdp=true too")
-        plugin.cpu_ram_efficient_loading = False  # every process has read the weights
+        raise of_all(UserError("train.fsdp: accelerate's config asks for FSDP; leave that out there, and say train.fsdp=true"))
+    if cfg.train.fsdp and accelerator.num_processes == 1:
+        raise UserError("train.fsdp: there is one process, and nothing to shard over; say train.processes=2, or train.fsdp=false")
     return accelerator
 
 

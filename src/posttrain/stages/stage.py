@@ -33,6 +33,7 @@ from posttrain.training.guard import GuardConfig
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.processes import Processes, is_lost_process
+from posttrain.training.sharding import shard
 from posttrain.training.signals import StopSignal
 from posttrain.training.tracking import Tracker
 
@@ -86,11 +87,13 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
 
 
 def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Accelerator) -> tuple[nn.Module, Any]:
-    """The module and its optimizer, wrapped by accelerate."""
-    optim = cfg.optim
+    """The module and its optimizer, wrapped by accelerate; sharded before the optimizer sees it."""
+    optim, module = cfg.optim, built.module
+    if cfg.train.fsdp:
+        module = shard(module, built.module.units, accelerator.device, accelerator.mixed_precision == "bf16")  # pyright: ignore
     optimizer, note = make_optimizer(
         optim.name,
-        built.module,
+        module,
         cfg.peft.rate_of,
         lr=optim.lr,
         betas=optim.betas,
@@ -99,8 +102,10 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
     )
     if note:
         say(note)
-    Processes.of(accelerator).told(lambda: check_room(run.checkpoints, built.module, optim.name))
-    return accelerator.prepare(built.module, optimizer)
+    Processes.of(accelerator).told(lambda: check_room(run.checkpoints, module, optim.name))
+    # as it is for evaluation: in its precision, and not in DistributedDataParallel
+    wrapped = accelerator.prepare_model(module, evaluation_mode=cfg.train.fsdp)
+    return wrapped, accelerator.prepare_optimizer(optimizer)
 
 
 def _loop(

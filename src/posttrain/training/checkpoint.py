@@ -26,11 +26,11 @@ from torch.optim import Optimizer
 from posttrain.errors import RunError, UserError, of_all
 from posttrain.runs.earlier import current_parameter
 from posttrain.runs.files import flush, free_bytes, sha256
-from posttrain.tensors import whole
+from posttrain.tensors import all_whole
 from posttrain.training.processes import Processes
 
 RECORD = "checkpoint.json"
-FILES = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
+FILES: tuple[str, ...] = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 ALONE = Processes()
 _NAME = re.compile(r"step-(\d{6,})")
@@ -69,9 +69,8 @@ def save_checkpoint(
 
     Raises RunError for values that are not finite, and when the disk refuses. The older checkpoints are then untouched.
     """
-    parts: dict[str, dict[str, Tensor]] = dict(
-        zip(FILES, (gather_weights(module), _gather_optimizer(module, optimizer), method), strict=True)
-    )
+    weights = all_whole(trainable(module), processes.main)
+    parts = dict(zip(FILES, (weights, all_whole(_slots(module, optimizer), processes.main), method), strict=True))
     processes.told(lambda: _save(directory, step, parts, state, keep, spare))
 
 
@@ -234,17 +233,13 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All trainable tensors, whole and on the CPU. Under FSDP every process must call it."""
-    return {name: whole(p.detach()) for name, p in trainable(module).items()}
-
-
-def _gather_optimizer(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    slots = {}
+def _slots(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, by parameter and slot."""
+    found = {}
     for name, p in trainable(module).items():
         for slot, value in optimizer.state.get(p, {}).items():
-            slots[f"{name}|{slot}"] = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
-    return slots
+            found[f"{name}|{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return found
 
 
 def _like(value: Tensor | None, shape: torch.Size, dtype: torch.dtype, p: Tensor, processes: Processes) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from posttrain.config.choices import Schedule
@@ -28,8 +29,10 @@ def make_optimizer(
     groups = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in grouped.items()]
     params = [p for group in grouped.values() for p in group]
     on_cuda = params[0].device.type == "cuda"
-    if name == "adamw" or not on_cuda:
-        note = None if name == "adamw" else f"optim={name} needs CUDA; plain AdamW takes its place here"
+    sharded = any(isinstance(p, DTensor) for p in params)
+    if name == "adamw" or sharded or not on_cuda:
+        why = "does not shard (train.fsdp)" if sharded else "needs CUDA"
+        note = None if name == "adamw" else f"optim={name} {why}; plain AdamW takes its place here"
         fused = on_cuda or all(p.dtype == torch.float32 for p in params)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused), note
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit

@@ -23,7 +23,7 @@ from posttrain.models.language.decoder import decoder_of
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
-from posttrain.tensors import whole
+from posttrain.tensors import all_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,15 +92,15 @@ class PackedLM(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # pyright: ignore
 
     @property
-    def _no_split_modules(self) -> list[str]:
-        """The layers that FSDP keeps whole, by the name under which accelerate asks for them."""
-        return list(self.causal._no_split_modules or [])
+    def units(self) -> list[nn.Module]:
+        """The layers that FSDP gathers one at a time."""
+        names = set(self.causal._no_split_modules or [])
+        return [module for module in self.causal.modules() if type(module).__name__ in names] or list(self.layers)
 
     def save(self, out_dir: Path, is_writer: bool) -> None:
-        """Write the model as `save_pretrained` does. Every process must call it; one of them writes."""
-        copies: dict[int, Tensor] = {}  # a tied weight stays one
+        """Write the model as `save_pretrained` does. Every process must call it; one of them writes, and holds the weights."""
         causal = self.causal
-        state = {n: copies.setdefault(id(p), whole(p)) for n, p in causal.state_dict(keep_vars=True).items()}
+        state = all_whole(causal.state_dict(keep_vars=True), keep=is_writer)
         if is_writer:
             causal.save_pretrained(out_dir, state_dict=state)
 

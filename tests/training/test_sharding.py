@@ -1,0 +1,76 @@
+"""What is called sharded is: every parameter in parts, and a part of it in each process."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from posttrain.config.compose import compose_run
+from posttrain.errors import RunError, UserError
+from posttrain.stages.accelerator import make_accelerator
+from posttrain.training.checkpoint import _fill, trainable
+from posttrain.training.optimizer import make_optimizer
+from posttrain.training.sharding import shard
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two() -> Iterator[None]:
+    """The first of two processes, of which the other is not there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(10, 4), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), nn.Linear(4, 10, bias=False))
+
+
+def test_every_parameter_is_in_parts(two: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = model()
+    shard(found, list(found[1].children()), CPU, bf16=False)
+    assert len(list(found.parameters())) == 6
+    for p in found.parameters():
+        assert isinstance(p, DTensor) and p.placements == (Shard(0),) and p.to_local().numel() == p.numel() // 2
+    assert "sharded over 2 processes: 69 of 138 parameters in each" in capsys.readouterr().out  # 40 + 30 + 28 + 40
+    assert set(trainable(found)) == set(trainable(model()))
+
+
+def test_what_stays_whole_is_refused(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.training.sharding.fully_shard", lambda module, **_: module)
+    with pytest.raises(RunError, match=r"train.fsdp: 0.weight \(and 5 more\) is not sharded"):
+        shard(model(), [], CPU, bf16=False)
+
+
+def test_an_optimizer_that_does_not_shard_is_said(two: None) -> None:
+    found = shard(model(), [], CPU, bf16=False)
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    optimizer, note = make_optimizer("paged_adamw_8bit", found, lambda name: 1.0, **options)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert note == "optim=paged_adamw_8bit does not shard (train.fsdp); plain AdamW takes its place here"
+
+
+def test_one_process_has_nothing_to_shard_over() -> None:
+    train = SimpleNamespace(fsdp=True, precision="none")
+    cfg: Any = SimpleNamespace(tracker="none", train=train)
+    with pytest.raises(UserError, match=r"train.fsdp: there is one process"):
+        make_accelerator(cfg, SimpleNamespace(dir="."))  # pyright: ignore[reportArgumentType]
+
+
+def test_what_does_not_shard_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(UserError, match=r"train.fsdp does not shard a base in nf4"):
+        compose_run("sft", ["model=tiny", "+peft=qlora", "train.fsdp=true"])
+
+
+def test_a_fused_optimizer_counts_its_steps_where_its_parameters_are() -> None:
+    """Else its first step after a resume on a GPU fails (pytorch#104767)."""
+    slots: dict[str, Any] = {}
+    _fill(slots, "step", torch.tensor(3.0, device="meta"), {"fused": True})
+    assert slots["step"].device.type == "meta"
