@@ -105,7 +105,7 @@ def set_metrics(
         named |= {f"{each.name}/{name}": value for name, value in found.items()}
         if each.name == ANSWER:
             counted = float((each.examples.weights[:] != 0).sum())
-            named[f"{ANSWER}/logp"] = -found["loss"] * counted / len(each.examples)  # of a whole answer
+            named[f"{ANSWER}/logp"] = -found["loss"] * counted / len(each.examples.rows)  # of a whole answer
         if each.kind == "text":
             named[f"{each.name}/perplexity"] = math.exp(found["loss"])
     return named

@@ -177,6 +177,8 @@ def test_every_option_is_in_the_caches_key_and_each_turn_is_an_example(make_toke
     assert found.train.rows.tolist() == [1] and found.stats.lost == {}
     found = prepared(tmp_path, tokenizer, rows, "data.turns=each")
     assert found.train.rows.tolist() == [1, 1] and found.stats.rows == 1
+    asked = len(Encoder(tokenizer).encode_prompt({"messages": THOUGHTFUL[:2]}))
+    assert found.train.units.tolist() == [0, 2] and found.train.shared.tolist() == [asked, 0], "as it lies in the cache"
 
 
 def test_prompts_and_names_of_ones_own_are_looked_at_too(plain):

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from posttrain.data.chat.calls import leaves_replaced
-from posttrain.data.chat.marks import Span
+from posttrain.data.chat.marks import MARKED, Span
 from posttrain.data.rows import REASONING, Message
 from posttrain.errors import UserError
 
@@ -201,7 +201,9 @@ def skeleton(
 
     bones: list[Message] = []
     for i, message in enumerate(messages):
-        role, bone = message["role"], {name: value for name, value in message.items() if name not in ("trained", "prefill")}
+        role, bone = message["role"], dict(message)
+        for mark in MARKED:  # which rows of one shape have at other places
+            bone.pop(mark, None)
         counts = i >= first and message.get("weight") != 0
         own = i in learnt and counts
         # Beside tool calls, a template may leave out an empty content with all that is around it; nothing to find then.

@@ -18,7 +18,7 @@ def trained_of(
     spans, written = list[Span](), [each.place for each in said]
     for turn in sorted(turns, key=lambda turn: turn.span):
         message = messages[turn.message] if turn.message >= 0 else {}
-        spans += _parts(turn, message, [each for each in said if each.message == turn.message], text)
+        spans += _parts(turn, message, said, text)
         names = [
             call["function"]["name"] for call in message.get("tool_calls", [])
         ]  # of calls without arguments all that is said
@@ -34,7 +34,7 @@ def _parts(turn: Turn, message: Message, said: Sequence[Said], text: str) -> lis
     spans = marked_spans(message)
     if spans is None:
         return [turn.span]
-    places = _places(content_of(message), turn.span, said, text)
+    places = _places(content_of(message), turn.span, [each for each in said if each.message == turn.message], text)
     if any(a[1] >= b[1] for a, b in pairwise(places)):
         raise UserError(f"the chat template moves parts of message {turn.message + 1}, so that marks in it have no place")
     chosen = [any(start <= k < stop for start, stop in spans) for k, _ in places]
