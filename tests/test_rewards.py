@@ -62,3 +62,40 @@ def test_the_modules_earlier_name_still_works(capsys: pytest.CaptureFixture[str]
     assert load_function("posttrain.rules:brevity", "reward.function")(["p"], [""], [""]).tolist() == [1.0]
     said = capsys.readouterr()
     assert "posttrain.rewards" in said.out + said.err
+
+
+FORMS = """
+def by_name(completions, prompts, **kw): return [float(c == p + s) for c, p, s in zip(completions, prompts, kw["solution"])]
+def column(responses, solution, tests=None): return [float(r == s) + (tests is None) for r, s in zip(responses, solution)]
+def placed(xs, ys, solution): return [float(x + y == s) for x, y, s in zip(xs, ys, solution)]
+def all_of_them(**kw): return [float(len(kw))] * len(kw["completions"])
+def unknown(prompts, answers, soluton): return []
+class Kept:
+    def __init__(self): self.calls = 0
+    def __call__(self, answers, references, *, solution): self.calls += 1; return [float(self.calls)] * len(answers)
+kept = Kept()
+"""
+
+
+def test_a_function_gets_by_name_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`def f(completions, prompts, **kw)` got the prompts as answers; columns of the rows were out of reach."""
+    monkeypatch.chdir(tmp_path)
+    Path("named_rewards.py").write_text(FORMS)
+    columns = {"solution": ["pa", "x"], "id": [1, None]}
+
+    def called(name: str) -> list[float]:
+        function = load_function(f"named_rewards:{name}", "reward.function")
+        function.check(columns, "reward.function")
+        return function(["p", "q"], ["pa", "x"], ["r", "r"], columns).tolist()
+
+    assert called("by_name") == [0.0, 0.0] and called("column") == [2.0, 2.0]
+    assert called("placed") == [0.0, 0.0] and called("all_of_them") == [5.0, 5.0] and called("kept") == [1.0, 1.0]
+    by_name = load_function("named_rewards:by_name", "reward.function")
+    assert by_name(["p", "q"], ["pa", "x"], ["r", "r"], {"solution": ["a", "x"]}).tolist() == [1.0, 0.0]
+    assert by_name(["p", "q"], ["pa", "qx"], ["r", "r"], {"solution": ["a", "x"]}).tolist() == [1.0, 1.0]
+    with pytest.raises(UserError) as caught:
+        load_function("named_rewards:unknown", "reward.function").check(columns, "reward.function")
+    assert str(caught.value) == (
+        "reward.function: named_rewards:unknown asks for 'soluton', which is no column of the rows - did you mean 'solution'?; "
+        "their columns are id, solution"
+    )

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,26 +22,33 @@ from torch import Tensor
 
 from posttrain.config.schema import RewardConfig
 from posttrain.console import say
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, UserError, did_you_mean
 from posttrain.losses.policy import whiten
 from posttrain.runs.earlier import current_function
 
 _WORD = re.compile(r"\w+")
 
 
+# what a function may call the list of answers
+ANSWERS = ("answers", "completions", "responses")
+Columns = Mapping[str, Sequence[Any]]  # of the rows, by name: a value for each answer, None where its row has none
+
+
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function of the user's: lists of prompts and answers as text in, as many numbers out."""
+    """A function of the user's: lists of prompts and answers as text in, as many numbers out.
+
+    It gets by name what it names: prompts, answers (or completions, responses), references, and any column of the rows; all of
+    them with **kwargs. Two arguments of other names at its beginning are prompts and answers.
+    """
 
     name: str
     call: Callable[..., Any]
-    takes_references: bool
 
-    def __call__(self, prompts: list[str], answers: list[str], references: list[str]) -> Tensor:
+    def __call__(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns | None = None) -> Tensor:
         """float32 [A]. Raises RunError where the function raises, or gives something else than a finite number for each."""
-        extra = {"references": references} if self.takes_references else {}
         try:
-            found = [float(value) for value in self.call(prompts, answers, **extra)]
+            found = [float(value) for value in self._called(prompts, answers, references, columns or {})]
         except Exception as error:
             raise RunError(
                 f"reward function {self.name} raised {type(error).__name__}: {error}; the last checkpoint is kept"
@@ -57,6 +64,46 @@ class RewardFunction:
             )
         return torch.tensor(found)
 
+    def _called(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns) -> Any:
+        more = {"prompts": prompts, "completions": answers, "references": references, **columns}
+        known = more | {"prompts": prompts, "references": references} | dict.fromkeys(ANSWERS, answers)
+        placed = [prompts, answers] if self._is_placed else []
+        wanted = set(self._names[len(placed) :])
+        if any(p.kind is p.VAR_KEYWORD for p in self._parameters):
+            wanted |= {name for name in more if name not in self._names[: len(placed)]}
+        return self.call(*placed, **{name: known[name] for name in wanted if name in known})
+
+    def check(self, columns: Collection[str], field: str) -> None:
+        """Raises UserError, about `field`, for an argument that is no column of the rows."""
+        known = {*columns, "prompts", *ANSWERS, "references"}
+        needed = [
+            p.name for p in self._parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        for name in needed[2 * self._is_placed :]:
+            if name not in known:
+                have = ", ".join(sorted(columns)) or "none"
+                raise UserError(
+                    f"{field}: {self.name} asks for '{name}', which is no column of the rows{did_you_mean(name, sorted(known))}; "
+                    f"their columns are {have}"
+                )
+
+    @property
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.call).parameters.values())
+
+    @property
+    def _names(self) -> list[str]:
+        """Of arguments that are not gathered in * or **."""
+        return [p.name for p in self._parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+    @property
+    def _is_placed(self) -> bool:
+        """Are its first two arguments prompts and answers by their places?"""
+        first = self._parameters[:2]
+        given = all(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first)
+        known = {"prompts", *ANSWERS, "references"}
+        return len(first) == 2 and given and not {p.name for p in first} & known
+
 
 def load_function(name: str, field: str) -> RewardFunction:
     """`module:name`, looked for where Python looks and in the current directory. Raises UserError, about `field`."""
@@ -70,10 +117,10 @@ def load_function(name: str, field: str) -> RewardFunction:
         sys.path.append(here)  # last: it shadows no module
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-        parameters = inspect.signature(found).parameters
+        inspect.signature(found)
     except Exception as error:  # whatever the user's module raises
         raise UserError(f"{field}: '{name}' cannot be had ({type(error).__name__}: {error})") from error
-    return RewardFunction(name, found, "references" in parameters)
+    return RewardFunction(name, found)
 
 
 def combined(scores: Sequence[Tensor], ended: Tensor, cfg: RewardConfig) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.template_text import CHATML
-from posttrain.data.examples import Examples
+from posttrain.data.examples import Examples, join
 from posttrain.data.prepare import PreparedSource, prepare
 from posttrain.errors import UserError
 from posttrain.stages.spec import row_uses
@@ -231,3 +231,15 @@ def test_tools_are_rendered_in_pairs(make_tokenizer: Any, tmp_path: Path) -> Non
     assert encoder._tokenizer.decode(tokens.tolist()).startswith(
         '[{"type": "function", "function": {"name": "add"}}]<|im_start|>user\nq<|im_end|>'
     )
+
+
+def test_the_columns_of_a_prompts_row_stay_with_it(encoder: Encoder, tmp_path: Path) -> None:
+    """Also through the cache, and where rows are left out before it; those that make up the prompt too."""
+    rows = [{"prompt": f"p{k} " + "long " * (200 if k == 1 else 0), "solution": k, "tests": ["ä", {"k": None}]} for k in range(4)]
+    for _ in range(2):
+        found = prepared(tmp_path, encoder, rows, "ppo", 64).train
+        assert found.rows.tolist() == [1, 3, 4]
+        assert [found.columns_of(i) for i in range(3)] == [rows[k] for k in (0, 2, 3)]
+        both = join([found, found])
+        assert [both.columns_of(i) for i in range(6)] == 2 * [rows[k] for k in (0, 2, 3)]
+    assert prepared(tmp_path, encoder, [{"text": "a", "id": 1}], "cpt", 64).train.columns_of(0) == {}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.marks import is_learnt
-from posttrain.data.examples import Examples, build, by_row, group
+from posttrain.data.examples import Examples, build, by_row, group, with_columns
 from posttrain.data.likeness import key_of
 from posttrain.data.overlaps import rows_of
 from posttrain.data.row_use import RowUse
@@ -54,6 +54,8 @@ class RowEncoder:
                 raise
             found, counted = self._encoded([row for row in sound if self._encodes(row, stats)])
         stats.add(counted)
+        if self.use.examples == "prompts":
+            found = with_columns(found, {number: row for number, row in rows if isinstance(row, dict)})
         return found, stats, rows_of([(number, key_of(row)) for number, row in sound])
 
     def _encoded(self, rows: list[Canonical]) -> tuple[Examples, SourceStats]:

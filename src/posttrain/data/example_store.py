@@ -28,8 +28,11 @@ _DTYPES = {
     "margins": np.float32,
     "pair_weights": np.float32,
     "shared": np.int64,
+    "columns": np.uint8,
+    "column_ends": np.int64,
     "read": np.int64,
 }
+_RARE = ("shared", "columns", "column_ends")  # which most data has nothing of; then they are no part of its content
 _ROWS = (".rows", ".read")  # of files that say where tokens are from, not what they are
 
 
@@ -66,19 +69,21 @@ class Store:
 
     def add(self, part: str, piece: Examples, read: NDArray[np.int64]) -> None:
         """To the end of `part` (train, held_out). read: see `Stored`."""
-        counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0})
+        counts = self._counts.setdefault(part, {"tokens": 0, "rows": 0, "units": 0, "columns": 0})
         shifted = {"offsets": piece.offsets[1:] + counts["tokens"], "units": piece.units[1:] + counts["rows"]}
+        shifted["column_ends"] = piece.column_ends + counts["columns"]
         for name, dtype in _DTYPES.items():
             value = read if name == "read" else np.asarray(shifted.get(name, getattr(piece, name, None)), dtype=dtype)
             file_name = f"{part}.{name}"
             with (self._temporary / file_name).open("ab") as file:
                 value.tofile(file)
             self._sums[file_name] = zlib.crc32(value.tobytes(), self._sums.get(file_name, 0))
-            if value.size or name != "shared":  # which most data has nothing of
+            if value.size or name not in _RARE:
                 self._hashes.setdefault(file_name, hashlib.sha256()).update(value.tobytes())
         counts["tokens"] += piece.num_tokens
         counts["rows"] += len(piece.rows)
         counts["units"] += len(piece)
+        counts["columns"] += len(piece.columns)
 
     def close(self, report: dict[str, object]) -> None:
         """Put the directory in its place; report: what JSON can hold."""
@@ -103,7 +108,7 @@ def load(path: Path) -> Stored:
             raise ValueError(f"{path / name} is not as it was written")
     parts, read = {}, {}
     for part in found["counts"]:
-        arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights")) for name in _DTYPES}
+        arrays = {name: _mapped(path / f"{part}.{name}", name in ("tokens", "weights", "columns")) for name in _DTYPES}
         for name in ("offsets", "units"):
             arrays[name] = np.concatenate([[0], arrays[name]]).astype(np.int64)
         arrays["splits"] = arrays["splits"].reshape(-1, 2)

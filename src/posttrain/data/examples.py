@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +36,8 @@ class Examples:
     documents as many as fit max_length. shared, int64 [sequences] or empty: so many of its first tokens are those of its unit's
     last sequence as well, and none of them counts; a pack has them once. For pairs only, splits int64 [n, 2]: length of the
     prompt, and of prompt and chosen; margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say;
-    pair_weights float32 [n]: how much the pair counts.
+    pair_weights float32 [n]: how much the pair counts. For prompts only, columns uint8 [bytes]: of each sequence the columns of
+    its row as JSON, up to column_ends int64 [n].
     """
 
     tokens: NDArray[np.int32] | Joined
@@ -46,6 +49,8 @@ class Examples:
     margins: NDArray[np.float32]
     pair_weights: NDArray[np.float32]
     shared: NDArray[np.int64]
+    columns: NDArray[np.uint8] | Joined = field(default_factory=lambda: np.zeros(0, np.uint8))
+    column_ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.units) - 1
@@ -59,6 +64,13 @@ class Examples:
         """Tokens and weights of sequence i."""
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return self.tokens[span], self.weights[span]
+
+    def columns_of(self, i: int) -> dict[str, Any]:
+        """The columns of the row that sequence i is from; none where they are not kept."""
+        if not len(self.column_ends):
+            return {}
+        start = int(self.column_ends[i - 1]) if i else 0
+        return json.loads(self.columns[start : int(self.column_ends[i])].tobytes())
 
     def sequences(self, unit: int) -> range:
         """The numbers of the sequences of a unit."""
@@ -104,6 +116,13 @@ def build(
         pair_weights=np.asarray(pair_weights or [1.0] * len(splits or []), dtype=np.float32),
         shared=np.zeros(0, np.int64),
     )
+
+
+def with_columns(examples: Examples, rows: dict[int, Any]) -> Examples:
+    """The same, with the columns of the row of each sequence. rows: by number."""
+    texts = [json.dumps(rows[number], default=str).encode() for number in examples.rows.tolist()]
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    return replace(examples, columns=np.frombuffer(b"".join(texts), np.uint8), column_ends=ends)
 
 
 def group(examples: Examples, max_length: int) -> Examples:
@@ -165,6 +184,7 @@ def join(parts: list[Examples]) -> Examples:
         return parts[0]
     tokens = np.cumsum([0, *(part.num_tokens for part in parts)])
     sequences = np.cumsum([0, *(len(part.rows) for part in parts)])
+    columns = np.cumsum([0, *(len(part.columns) for part in parts)])
     return Examples(
         tokens=Joined([np.asarray(part.tokens) for part in parts]),
         weights=Joined([np.asarray(part.weights) for part in parts]),
@@ -175,6 +195,8 @@ def join(parts: list[Examples]) -> Examples:
         margins=np.concatenate([part.margins for part in parts]),
         pair_weights=np.concatenate([part.pair_weights for part in parts]),
         shared=_padded(parts),
+        columns=Joined([np.asarray(part.columns) for part in parts]),
+        column_ends=np.concatenate([part.column_ends + start for part, start in zip(parts, columns, strict=False)]),
     )
 
 

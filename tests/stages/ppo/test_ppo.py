@@ -341,4 +341,4 @@ def test_a_reward_function_that_fails_is_named(name: str, said: str) -> None:
 
 
 def test_a_function_is_found_in_the_current_directory() -> None:
-    assert load_function("ppo_rules:same", "reward.function").takes_references
+    assert load_function("ppo_rules:same", "reward.function").name == "ppo_rules:same"

@@ -46,15 +46,17 @@ def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any) -> list[str
     lines: list[str] = []
     for part in data.parts:
         held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
-        how = cfg.data.dedupe != "none", cfg.data.on_error == "skip"
+        reward: Any = getattr(cfg, "reward", None)
+        how = cfg.data.dedupe != "none", cfg.data.on_error == "skip", bool(reward and reward.function)
         lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, *how)
         lines += example_of(part, tokenizer, letters)
     return lines
 
 
 def lines_of_source(
-    stats: SourceStats, max_length: int, section: str = "", held_out: str = "", dedupes: bool = False, skips: bool = True
-) -> list[str]:
+    stats: SourceStats, max_length: int, section: str = "", held_out: str = "", dedupes: bool = False, skips: bool = True,
+    keeps: bool = False,
+) -> list[str]:  # fmt: skip
     """What became of the rows of a source.
 
     Args:
@@ -62,6 +64,7 @@ def lines_of_source(
         held_out: what is said of held-out rows.
         dedupes: rows that stand elsewhere are left out.
         skips: rows with a mistake are; else a preview has gone on where a run would not.
+        keeps: columns are kept for reward functions, which may ask for them.
     """
     samples = stats.trained_tokens == 0  # the rows are prompts, the stage writes what it trains on
     counted = "" if samples else f", {stats.tokens:,} tokens, {stats.trained_tokens:,} trained"
@@ -88,7 +91,7 @@ def lines_of_source(
     for part, count in stats.lost.items():
         lines.append(f"  {part}: not rendered by the chat template in {count:,} rows, the first: {stats.places[part][0]}")
     if stats.unused:
-        lines.append(f"  columns not used: {', '.join(stats.unused)}")
+        lines.append(f"  columns {'kept for the reward functions' if keeps else 'not used'}: {', '.join(stats.unused)}")
     return lines
 
 

@@ -102,8 +102,9 @@ class Roller:
         ended = self._packed(examples, micro, border, answers, self.ends[:1]) if self.scorers else []
         scored = {role: self._scores(ended, role) for role in self.scorers}
         scores = [scored["reward"]] if "reward" in scored else []
-        scores += [function(asked, texts, known) for function in self.functions]
-        gold = self.gold(asked, texts, known) if self.gold else scored.get("gold")
+        columns = _columns(examples, [unit for unit in units for _ in range(samples)]) if self.functions or self.gold else {}
+        scores += [function(asked, texts, known, columns) for function in self.functions]
+        gold = self.gold(asked, texts, known, columns) if self.gold else scored.get("gold")
         old, reference = (self._logps(packs, mask, role) for role in ("policy", "reference"))
         return Rollout(asked, flat, texts, packs, mask, old, reference, scores, gold)
 
@@ -122,6 +123,12 @@ class Roller:
 
     def _scores(self, packs: list[PackedBatch], role: Role) -> Tensor:
         return torch.cat([self.roles(pack, role).float().cpu() for pack in packs])
+
+
+def _columns(examples: Examples, units: list[int]) -> dict[str, list[Any]]:
+    """By name, the value in the row of each of the units; None where it has none."""
+    rows = [examples.columns_of(unit) for unit in units]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def _group(examples: Examples, unit: int, border: int, answers: list[Answer], end: list[int]) -> Group:

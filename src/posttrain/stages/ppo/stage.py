@@ -72,6 +72,11 @@ class PpoSteps:
             raise UserError("rollout.engine: vllm takes no rows of the embedding beside an adapter; say rollout.engine=model")
         functions = [load_function(name, "reward.function") for name in cfg.reward.function]
         gold = load_function(cfg.reward.gold, "reward.gold") if cfg.reward.gold and ":" in cfg.reward.gold else None
+        columns = {name for part in language.data.data.parts for name in (*part.stats.unused, *part.train.columns_of(0))}
+        for function in functions:
+            function.check(columns, "reward.function")
+        if gold:
+            gold.check(columns, "reward.gold")
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)

@@ -68,7 +68,8 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
             for (row, tokens), answers in zip(some, drawn, strict=True):
                 texts = [live.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
                 prompts = [live.tokenizer.decode(tokens)] * len(texts)
-                scores = rule(prompts, texts, [reference_of(row)] * len(texts))
+                columns = {name: [value] * len(texts) for name, value in row.get("columns", {}).items()}
+                scores = rule(prompts, texts, [reference_of(row)] * len(texts), columns)
                 best, worst = int(torch.argmax(scores)), int(torch.argmin(scores))
                 if scores[best] > scores[worst]:
                     pair = {"prompt": prompt_of(row), "chosen": texts[best], "rejected": texts[worst]}
