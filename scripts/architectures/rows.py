@@ -84,12 +84,14 @@ def plain_chosen(model: Any) -> float:
 @torch.no_grad()
 def plain_score(model: Any, head: Tensor) -> float:
     """Mean over the chosen answers of head times the last hidden state at the end of turn."""
-    found = []
+    found, read = [], list[Tensor]()
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
     for pair in pairs():
         row = tokens([*pair["prompt"], *pair["chosen"]])
         end = int((row.ids[0] == token_ids()[END]).nonzero()[-1])
-        hidden = model(input_ids=row.ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
-        found.append(float(head.double() @ hidden[0, end].double()))
+        model(input_ids=row.ids, use_cache=False)
+        found.append(float(head.double() @ read.pop()[0, end].double()))
+    hook.remove()
     return sum(found) / len(found)
 
 

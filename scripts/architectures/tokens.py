@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 BEGIN, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
+ADDED = "<|endoftext|>"  # which transformers adds to a tokenizer of Qwen2's where it is not there
 SPARE = [f"<|spare_{number}|>" for number in range(24)]  # ids for a picture, a sound, the end of one: never in a text
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
@@ -24,7 +25,7 @@ def make_tokenizer() -> Any:
     found = Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
-    special = [BEGIN, END, PAD, *SPARE]
+    special = [BEGIN, END, PAD, ADDED, *SPARE]
     trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     found.train_from_iterator((" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, pad_token=PAD)

@@ -47,7 +47,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     """All that an adapter can go on, but for the output head, by its name in the model without adapters."""
     modules = {name.replace(".base_layer", ""): module for name, module in _plain_modules(model)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
-    experts = {name: int(module.num_experts) for name, module in modules.items() if is_fused(module)}  # pyright: ignore
+    experts = {name: _counts(module) for name, module in modules.items() if is_fused(module)}
     text, mixers, width = language_prefix(model), _state_mixers(modules), _width(model)
     skipped = {id(parameter) for parameter in outside_text(model).values()}
     found: dict[str, Layer] = {}
@@ -66,12 +66,14 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
-def _kind(name: str, shape: tuple[int, int], text: str, experts: dict[str, int], mixers: set[str], width: int | None) -> Kind:
+def _kind(
+    name: str, shape: tuple[int, int], text: str, experts: dict[str, set[int]], mixers: set[str], width: int | None
+) -> Kind:
     if not name.startswith(text):
         return Kind.TOWER
     if "experts" in name.split(".")[:-1]:
         return Kind.EXPERTS
-    if any(name.startswith(e.rpartition(".")[0] + ".") and shape[1] == count for e, count in experts.items()):
+    if any(name.startswith(e.rpartition(".")[0] + ".") and shape[1] in counts for e, counts in experts.items()):
         return Kind.ROUTER
     if name.rpartition(".")[0] in mixers and shape[0] != width:
         return Kind.STATE
@@ -126,8 +128,13 @@ def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_fused(module: nn.Module) -> bool:
     """Does it own parameters that hold one matrix for each of its experts?"""
-    count = getattr(module, "num_experts", None)
-    return isinstance(count, int) and any(len(shape) == 3 and shape[0] == count for shape in own_shapes(module).values())
+    counts = _counts(module)
+    return bool(counts) and any(len(shape) == 3 and shape[0] in counts for shape in own_shapes(module).values())
+
+
+def _counts(module: nn.Module) -> set[int]:
+    """What it says of the number of its experts: of all, or of those that have weights."""
+    return {value for name, value in vars(module).items() if "experts" in name and type(value) is int}
 
 
 def _is_bare_router(module: nn.Module, shape: tuple[int, ...]) -> bool:

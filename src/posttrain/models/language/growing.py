@@ -17,6 +17,9 @@ from posttrain.models.language.kv_cache import roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
 
+LONGEST_TRIED = 4096  # tokens of a prompt with which a cache is tried
+
+
 class Growing(Protocol):
     """hidden: last hidden states [n, H] of the prompts, one for each answer."""
 
@@ -120,11 +123,15 @@ def _cache_keyword(lm: PackedLM) -> str:
 
 
 def _serves(lm: PackedLM, name: str) -> bool:
-    """Do three answers, one of which is then dropped, grow with it as without it?"""
+    """Do three answers, one of which is then dropped, grow with it as without it?
+
+    The prompts are longer than what the cache keeps: some classes cut it to a window that they do not have.
+    """
     head: Any = lm.causal.get_output_embeddings()
-    vocabulary = lm.causal.config.get_text_config().vocab_size
-    drawn = torch.randint(vocabulary, (3, 8), generator=torch.Generator().manual_seed(1)).to(lm.causal.device)
-    prompts, first, second = drawn[:, :6], drawn[:, 6:7], drawn[1:, 7:8]
+    text = lm.causal.config.get_text_config()
+    length = max([6, *(window + 2 for window in _windows(DynamicCache(config=text)) if window <= LONGEST_TRIED)])
+    drawn = torch.randint(text.vocab_size, (3, length + 2), generator=torch.Generator().manual_seed(1)).to(lm.causal.device)
+    prompts, first, second = drawn[:, :length], drawn[:, length:-1], drawn[1:, -1:]
     found = []
     try:
         for growing in (_WithOwnCache(lm, prompts, 1, name), _WithoutCache(lm, prompts, 1)):
@@ -135,6 +142,12 @@ def _serves(lm: PackedLM, name: str) -> bool:
         return False
     kl = float((found[1].exp() * (found[1] - found[0])).sum(-1).mean())
     return kl <= (1e-5 if lm.causal.dtype == torch.float32 else 2e-2)
+
+
+def _windows(cache: Cache) -> list[int]:
+    """How many tokens the layers of a cache keep, where that is not all."""
+    found = (getattr(layer, "sliding_window", None) for layer in cache.layers)
+    return [window for window in found if isinstance(window, int)]
 
 
 def _read_prompts(lm: PackedLM, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:

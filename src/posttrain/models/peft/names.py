@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from posttrain.models.layers import own_shapes
@@ -67,6 +68,22 @@ def renamed(model: Any, names: Iterable[str]) -> set[str]:
 
     found = {last: is_renamed(last) for last in {name.rpartition(".")[2] for name in names}}
     return {name for name in names if found[name.rpartition(".")[2]]}
+
+
+def misread(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those linear layers whose keys in a LoRA's file plain peft renames, when it reads them, to what the model has not.
+
+    It reads a file as transformers reads a checkpoint of an older version, whose rules may take a name of today for an old one.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    names, config, value = list(names), LoraConfig(target_modules=["any"]), torch.zeros(1, 1)
+    alike = {re.sub(r"\.\d+\.", ".0.", name): name for name in names}  # of the layers of one kind, one
+    keys = {kind: f"base_model.model.{name}.lora_A.weight" for kind, name in alike.items()}
+    read = {kind: convert_peft_adapter_state_dict_for_transformers(model, config, {key: value}) for kind, key in keys.items()}  # pyright: ignore
+    wrong = {kind for kind, found in read.items() if set(found) != {keys[kind]}}
+    return {name for name in names if re.sub(r"\.\d+\.", ".0.", name) in wrong}
 
 
 def file_targets(base: nn.Module, layers: Iterable[str], parameters: Iterable[str]) -> dict[str, list[str]]:

@@ -92,7 +92,7 @@ class _Reasons:
         if layer.module is None and not limits.on_parameters:
             return f"peft={limits.method} cannot be put on them"
         if layer.name in self.renamed:
-            return f"plain peft takes their names for those of experts, and would not load peft={limits.method} on them"
+            return f"plain peft takes their names for others, and would not load peft={limits.method} on them"
         return f"narrower than rank {limits.rank}" if min(layer.shape) < limits.rank else ""
 
 

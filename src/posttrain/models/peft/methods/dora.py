@@ -64,9 +64,9 @@ class Dora(Targeted):
         check_same("alpha", found.lora_alpha, self.alpha)
 
     def not_found_again(self, model: Any) -> Any:
-        from posttrain.models.peft.names import renamed
+        from posttrain.models.peft.names import misread, renamed
 
-        return lambda names: renamed(model, names)
+        return lambda names: renamed(model, names) | misread(model, names)
 
     def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
         shapes_alone = has_no_weights(model)
