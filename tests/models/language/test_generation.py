@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 import torch
 from tests.models.kernels.test_fused import SHAPE
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MoshiConfig,
+    MoshiForCausalLM,
+    Qwen3Config,
+)
 
 from posttrain.models.language.generation import Sampling, sample
+from posttrain.models.language.growing import _serves
 from posttrain.models.language.packed_lm import PackedLM
 
 FAMILIES = {
@@ -67,3 +77,16 @@ def test_greedy_answers_are_those_of_generate() -> None:
             input_ids=torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=11, pad_token_id=0
         )
         assert answer.tokens == theirs[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cut_to_a_window_which_the_attention_has_not_does_not_serve() -> None:
+    """Moshi's config names a window of 12 tokens, by which the cache goes, and its layers see all."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64}
+    torch.manual_seed(0)
+    model: Any = MoshiForCausalLM(
+        MoshiConfig(**sizes, vocab_size=50, audio_vocab_size=8, sliding_window=12, num_codebooks=1)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    assert not _serves(PackedLM(model), "past_key_values")

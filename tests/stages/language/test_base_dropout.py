@@ -58,6 +58,31 @@ def test_the_first_margin_is_zero(kind: str, tmp_path: Path) -> None:
     assert abs(first_line(tmp_path / "on")["train/loss"] - math.log(2)) > 1e-4
 
 
+def test_routers_draw_nothing() -> None:
+    """PhiMoE's are drawn from in training, beside the noise on what they read."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.PhimoeForCausalLM(
+        transformers.PhimoeConfig(
+            **sizes,
+            num_key_value_heads=2,
+            vocab_size=50,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
+            num_local_experts=4,
+            input_jitter_noise=0.1,
+            router_jitter_noise=0.1,
+        )
+    )
+    tokens = torch.arange(12)[None]
+    drawn = [model.train()(input_ids=tokens).logits for _ in range(2)]
+    assert not torch.equal(*drawn)
+    switch_off_dropout(model)
+    assert torch.equal(model.train()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+    assert model.train().model.layers[0].mlp.experts.training
+
+
 def test_what_is_switched_off_and_what_is_kept() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config("opt", 50, 1))
     switch_off_dropout(model)

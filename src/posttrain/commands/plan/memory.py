@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posttrain.errors import UserError
 from posttrain.models.checkpoints.use import NONE_HELD, Held
 from posttrain.models.kernels.logprobs import chunk_logits
-from posttrain.models.language.activations import activations, model_of_shapes
-from posttrain.models.language.tokenizer import first_line
+from posttrain.models.language.activations import Activations, activations, llama_like, model_of_shapes
 from posttrain.models.layers import fused_experts
 from posttrain.models.peft.targets import linears
 
@@ -46,12 +44,7 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     experts = [module._parameters[own] for _, module, own in fused_experts(base)] if cfg.quant.packs_experts else []
     found = tally(cfg, model, base, [*(_base(module).weight for module in linears(base).values()), *experts])
-    try:
-        kept = activations(model, tokens, sequences, cfg.model.kernels)
-    except RuntimeError as error:
-        raise UserError(
-            f"model.name: {type(base).__name__} asks for values, so nothing can be planned ({first_line(error)})"
-        ) from error
+    kept = _activations(cfg, model, tokens, sequences, type(base).__name__)
     found.parts["weights"] -= held.numbers * DTYPES[cfg.base_dtype].itemsize
     found.parts["quantized weights"] += held.codes
     found.parts["quantization constants"] += held.constants
@@ -60,6 +53,18 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)
         parts["dense copies"] = 4.0 * found.parts["quantized weights"] * share  # of half a byte
     return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops, kept.reading)
+
+
+def _activations(cfg: Any, model: Any, tokens: int, sequences: int, kind: str) -> Activations:
+    """Of the model; where its class asks for values, which there are none of here, of a Llama of the same sizes."""
+    try:
+        return activations(model, tokens, sequences, cfg.model.kernels)
+    except (RuntimeError, NotImplementedError):
+        stand_in = model_of_shapes(llama_like(model.config), DTYPES[cfg.base_dtype], cfg.peft)
+        found = activations(stand_in, tokens, sequences, cfg.model.kernels)
+        return found._replace(
+            reading=f"activations and operations are those of a Llama of the same sizes: {kind} asks for values"
+        )
 
 
 class Tally(NamedTuple):

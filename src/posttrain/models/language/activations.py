@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from posttrain.batch import Segment
 from posttrain.config.choices import Kernels
@@ -35,6 +35,31 @@ def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method
         model = model_class(config).from_config(copy.deepcopy(config), dtype=dtype)
         use_shapes(model)
         return add_method(model, method, 1000)
+
+
+def llama_like(config: PretrainedConfig) -> LlamaConfig:
+    """A Llama as wide and deep as another model, whose MLP is as wide as the experts that a token goes through."""
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    return LlamaConfig(
+        vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads, num_key_value_heads=_number(text, "num_key_value_heads") or heads,
+        head_dim=_number(text, "head_dim") or text.hidden_size // heads, intermediate_size=_width_of_mlp(text),
+    )  # fmt: skip
+
+
+def _width_of_mlp(text: Any) -> int:
+    dense = next((n for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") if (n := _number(text, name))), 0)
+    expert = _number(text, "moe_intermediate_size") or _number(text, "expert_ffn_hidden_size") or dense
+    taken = next(
+        (n for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts") if (n := _number(text, name))), 0
+    )
+    return max(dense, expert * taken) or 4 * text.hidden_size
+
+
+def _number(text: Any, name: str) -> int:
+    found = getattr(text, name, None)
+    return max(found, default=0) if isinstance(found, list) else found if isinstance(found, int) else 0
 
 
 class Cost(NamedTuple):

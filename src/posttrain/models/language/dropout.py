@@ -21,7 +21,7 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def _always_in_evaluation(module: nn.Module) -> None:
-    """The module itself, not what is in it: some routers draw at random in training, and 0 for their noise may mean another one."""
+    """The module itself, not what is in it. Some routers draw at random in training, and with 0 for their noise are others."""
 
     def train(mode: bool = True) -> nn.Module:
         for child in module.children():

@@ -16,7 +16,6 @@ from posttrain.models.language.decoder import decoder_of
 from posttrain.models.language.kv_cache import roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
-
 LONGEST_TRIED = 4096  # tokens of a prompt with which a cache is tried
 
 
