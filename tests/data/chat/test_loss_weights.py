@@ -12,6 +12,7 @@ import pytest
 from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoded, Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
+from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import CHATML
 from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
@@ -198,3 +199,19 @@ def test_a_damaged_cache_is_named_and_made_again(
     (again,) = prepare(data, row_uses()["sft"], encoder_of(PLAIN), 64, tmp_path / "cache")
     assert np.array_equal(again.train.tokens[:], tokens) and again.stats == first.stats
     assert "it is made again" in capsys.readouterr().out
+
+
+def test_weights_of_answers_are_of_no_other_role(encoder_of: Any) -> None:
+    """Of users' words, which are learnt too, a message's own weight alone counts."""
+    weighing = replace(COT, earlier_turns=0.5, gamma=1.0, l_max=1000)
+    encoder = encoder_of(weighing).reading_as(ChatOptions(train_on="all"))
+    messages = turns("a #### b", "c #### d")
+    messages[2] = {"role": "user", "content": "So?", "weight": 3}
+    found = texts_by_weight(encoder, encoder.encode({"messages": messages}))
+    assert {weight: text.replace(" ", "") for weight, text in found.items() if weight} == {
+        1.0: "Goon.<|im_end|>b<|im_end|>",  # 1, and 2 of an answer halved
+        3.0: "So?<|im_end|>",
+        0.125: "a####",
+        0.25: "c####",
+        2.0: "d<|im_end|>",
+    }
