@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.models.peft.moe import CLASSES, FAST, logits, tiny
 from tests.models.peft.test_experts import finished, load, lora
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration, GPT2Config
 
 from posttrain.errors import RunError
+from posttrain.models.peft.disk import OnDisk
 from posttrain.models.peft.merge import Adapter, write_merged
 
 EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES if name not in FAST)]
@@ -79,3 +80,24 @@ def test_dequantized_experts_take_the_place_of_those_on_disk(tmp_path: Path) -> 
     change = adapter.factors(experts + "down_proj").change()
     torch.testing.assert_close(found[experts + "down_proj"], 2 * state[experts + "down_proj"] + change)
     torch.testing.assert_close(found["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_weights_that_are_converted_together_are_had_one_by_one() -> None:
+    """ERNIE's experts for text and for pictures lie in one list; transformers splits both of a layer at once, or none."""
+    text: dict[str, Any] = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "moe_intermediate_size": [16, 16], "moe_k": 2, "moe_num_experts": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}, "bos_token_id": 1,
+        "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"], "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    config = Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        disk = OnDisk(Ernie4_5_VLMoeForConditionalGeneration(config), ())
+    name = "model.language_model.layers.1.mlp.text_moe.experts.down_proj"
+    weight = torch.randn(4, 32, 16)
+    assert disk.renamed(name) is None
+    found = disk.pieces({name: weight})
+    assert {key.rpartition("layers.")[2]: value.tolist() for key, value in found.items()} == {
+        f"1.mlp.experts.{expert}.down_proj.weight": weight[expert].tolist() for expert in range(4)
+    }

@@ -15,6 +15,7 @@ from posttrain.models.language.new_tokens import make_room
 from posttrain.models.peft.kinds import kind_of
 from posttrain.models.peft.names import in_memory, todays_names, with_layers
 from posttrain.models.peft.quantized import read_packed
+from posttrain.models.peft.shared import check_shared, silence_followers
 from posttrain.models.peft.tokens import size_of, without_rows
 
 if TYPE_CHECKING:
@@ -115,5 +116,8 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
 
 def merge_into(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     """W0 + (alpha/r) B A in place of W0."""
-    merged: Any = load_adapter(model, adapter_dir).merge_and_unload()  # pyright: ignore
+    loaded: Any = load_adapter(model, adapter_dir)
+    check_shared(loaded, NEW)
+    silence_followers(loaded)
+    merged = loaded.merge_and_unload()
     return merged.requires_grad_(True)  # peft has frozen the base

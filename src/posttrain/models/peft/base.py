@@ -56,9 +56,11 @@ class Adapted(Method):
 
     def continue_from(self, model: Any, adapter_dir: Path) -> Any:
         from posttrain.models.peft.attach import NEW, load_adapter
+        from posttrain.models.peft.shared import check_shared
 
         asked = self.places(model)
         made = load_adapter(model, adapter_dir, is_trainable=True)
+        check_shared(made, NEW)
         self.check_continued(made.peft_config[NEW])
         check_places_continued(self.placed_by, asked, adapted_names(made))
         return self._ready(made)
@@ -121,7 +123,7 @@ class Targeted(Adapted):
         from posttrain.models.peft.targets import Limits, targets_of
 
         limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
-        return targets_of(model, self.targets, limits)
+        return targets_of(model, self.targets, limits._replace(writes_base=self.writes_base))
 
     def record(self, model: Any) -> dict[str, Any]:
         left = self._found_in(model.get_base_model()).left
@@ -150,7 +152,9 @@ class Targeted(Adapted):
         from torch import nn
 
         from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.shared import share
 
+        share(model, NEW)
         for module in model.modules():
             for kind in ("lora_dropout", "vera_dropout"):
                 if NEW in getattr(module, kind, {}) and not hasattr(module, "parameter_name"):

@@ -59,6 +59,11 @@ class Adapter:
         """The change of a layer as b a, in float32, where it is a sum."""
         return self.kind.factors(self, module)
 
+    def is_same(self, module: str, other: str) -> bool:
+        """Is a layer's change another's?"""
+        own, its = ({n.removeprefix(m): t for n, t in self.tensors.items() if n.startswith(f"{m}.")} for m in (module, other))
+        return module == other or (own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in own))
+
     def applied(self, module: str, weight: Tensor, transposed: bool | None = None) -> Tensor:
         """The layer's weight with the change in it, float32 [out, in]. transposed: the base keeps it as [in, out]; None: as the
         adapter's files say it."""
@@ -108,7 +113,7 @@ class _Change:
         model = without_values(source.directory)
         self.disk = OnDisk(model, names) if model is not None else Plain(names)
         self.adapter, self.dequantized = adapter, dequantized or (lambda name: None)
-        self.layers = {self.disk.parameter(layer): layer for layer in adapter.modules}
+        self.layers = self._layers()
         self.left = set(self.layers)
         self.group, self.now = "-", (dict[str, Tensor](), dict[str, Tensor]())
         wanted = self.layers if dequantized is None else (getattr(self.disk, "state", None) or self.layers)
@@ -116,6 +121,15 @@ class _Change:
         self.groups: dict[str, list[str]] = {}
         for name in set(wanted) - set(self.alone.values()):
             self.groups.setdefault(group_of(name), []).append(name)
+
+    def _layers(self) -> dict[str, str]:
+        """The adapter's layers by what they change. Raises RunError for a weight that it changes in two ways."""
+        found: dict[str, str] = {}
+        for layer in self.adapter.modules:
+            first = found.setdefault(self.disk.parameter(layer), layer)
+            if not self.adapter.is_same(first, layer):
+                raise RunError(f"{first} and {layer} share one weight, and the adapter changes it in each otherwise")
+        return found
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor that takes the place of the one of this name."""

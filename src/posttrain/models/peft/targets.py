@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from posttrain.errors import UserError
 from posttrain.models.layers import Kind, Layer, layers_of
+from posttrain.models.peft.shared import shared_weights
 
 
 class Targets(NamedTuple):
@@ -24,7 +25,7 @@ class Targets(NamedTuple):
 
 class Limits(NamedTuple):
     """What a method can be put on. rank: what a layer must be as wide as. renamed: which of some linear layers plain peft would
-    not find again by name."""
+    not find again by name. writes_base: does it take a part out of a layer's weight?"""
 
     method: str
     rank: int = 1
@@ -32,13 +33,15 @@ class Limits(NamedTuple):
     router: bool = False
     on_parameters: bool = False
     renamed: Callable[[Iterable[str]], set[str]] = lambda names: set()
+    writes_base: bool = False
 
 
 def targets_of(model: nn.Module, targets: str | list[str], limits: Limits) -> Targets:
     """What `targets` (all-linear, names, or a regular expression over full names) means. UserError where nothing is left."""
     there = layers_of(model)
     found = _asked(there, targets)
-    reasons = _Reasons(limits, set(targets) if isinstance(targets, list) else set(), limits.renamed(found))
+    shared = shared_weights(there.values()) if limits.writes_base else set()
+    reasons = _Reasons(limits, set(targets) if isinstance(targets, list) else set(), limits.renamed(found), shared)
     why = {name: reasons.of(layer) for name, layer in found.items()}
     kept = {name: layer for name, layer in found.items() if not why[name]}
     left = _lines(found, why)
@@ -76,8 +79,8 @@ def _named(layer: Layer, target: str) -> bool:
 class _Reasons:
     """Why an adapter is not put on a layer; '' where it is."""
 
-    def __init__(self, limits: Limits, names: set[str], renamed: set[str]) -> None:
-        self.limits, self.names, self.renamed = limits, names, renamed
+    def __init__(self, limits: Limits, names: set[str], renamed: set[str], shared: set[str]) -> None:
+        self.limits, self.names, self.renamed, self.shared = limits, names, renamed, shared
 
     def of(self, layer: Layer) -> str:
         limits = self.limits
@@ -93,6 +96,8 @@ class _Reasons:
             return f"peft={limits.method} cannot be put on them"
         if layer.name in self.renamed:
             return f"plain peft takes their names for others, and would not load peft={limits.method} on them"
+        if layer.name in self.shared:
+            return f"peft={limits.method} would write into a weight that other layers share"
         return f"narrower than rank {limits.rank}" if min(layer.shape) < limits.rank else ""
 
 

@@ -81,8 +81,10 @@ class Dora(Targeted):
 
         from posttrain.models.peft.attach import NEW
 
+        seen = set[int]()
         for module in list(model.modules()):
-            if NEW in getattr(module, "lora_B", {}):
+            if NEW in getattr(module, "lora_B", {}) and id(module.lora_B[NEW]) not in seen:
+                seen.add(id(module.lora_B[NEW]))
                 size, dtype = module.lora_B[NEW].out_features, getattr(torch, self.dtype)
                 module.register_parameter("magnitude", torch.nn.Parameter(torch.empty(size, dtype=dtype, device="meta")))
 
