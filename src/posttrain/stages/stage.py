@@ -103,8 +103,8 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
     if note:
         say(note)
     Processes.of(accelerator).told(lambda: check_room(run.checkpoints, module, optim.name))
-    # as it is for evaluation: in its precision, and not in DistributedDataParallel
-    wrapped = accelerator.prepare_model(module, evaluation_mode=cfg.train.fsdp)
+    # as it is for evaluation: in its precision, and not in DistributedDataParallel, which wants one backward for all
+    wrapped = accelerator.prepare_model(module, evaluation_mode=cfg.train.fsdp or built.takes_turns)
     return wrapped, accelerator.prepare_optimizer(optimizer)
 
 

@@ -82,6 +82,7 @@ class Trainable(Generic[M]):
         model: what the run leaves.
         trained, total: counts of parameters.
         as_given: within it the model is what the stage was given, before any training.
+        takes_turns: parts of it are asked one after another, so that no single backward reaches all that is trained.
     """
 
     module: nn.Module
@@ -89,6 +90,7 @@ class Trainable(Generic[M]):
     trained: int
     total: int
     as_given: Callable[[], AbstractContextManager[None]] = nullcontext
+    takes_turns: bool = False
 
 
 @dataclass(frozen=True)

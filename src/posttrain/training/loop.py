@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
@@ -157,6 +160,8 @@ class Loop(Generic[B]):
         count, tokens, rows = self._totals(batches)
         self._remember(rows)
         loss, metrics, parts = self._gradients(step, parts, batches, count)
+        if self.processes.count > 1 and not isinstance(self.module, DistributedDataParallel | FSDPModule):
+            self._share_gradients()
         if self.callback:
             penalty = self.callback.penalty()
             self.window.add({"penalty": (penalty, 1.0)})
@@ -173,7 +178,7 @@ class Loop(Generic[B]):
             if self.callback:
                 self.callback.after_step(step + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        return _Updated(norm, tokens, parts, UpdateOutcome([each for each, _ in metrics]))
+        return _Updated(norm, tokens, parts, UpdateOutcome([each for each, share in metrics if share]))
 
     def _gradients(
         self, step: int, parts: int, batches: list[B], count: float
@@ -211,6 +216,14 @@ class Loop(Generic[B]):
             total += output.total.detach() * (share / count)
             metrics.append((output.metrics, share))
         return total, metrics, parts + len(batches)
+
+    def _share_gradients(self) -> None:
+        """The mean over the processes, as DistributedDataParallel and FSDP leave it. All have a gradient of the same parameters:
+        they have micro-batches of the same parts."""
+        for p in self.module.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= self.processes.count
 
     def _read(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
         """The only place of a step where the host waits for the device. loss: this process's part of it."""

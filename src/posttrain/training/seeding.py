@@ -8,6 +8,11 @@ import numpy as np
 import torch
 
 
+def row_seed(seed: int, step: int, part: int, place: int) -> int:
+    """Below 2**62, for one row of a step: the same whichever process the row falls to, and whatever is computed beside it."""
+    return int(np.random.SeedSequence((seed, step, part, place)).generate_state(1, np.uint64)[0] >> 2)
+
+
 def seed_step(seed: int, step: int, part: int) -> None:
     """Seed torch, Python and numpy for one part of a step: a micro-batch, a rollout, an evaluation."""
     number = (seed * 1_000_003 + step) * 8191 + part

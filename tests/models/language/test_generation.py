@@ -90,3 +90,18 @@ def test_a_cache_that_is_cut_to_a_window_which_the_attention_has_not_does_not_se
     for parameter in model.parameters():
         parameter.data *= 3
     assert not _serves(PackedLM(model), "past_key_values")
+
+
+def test_a_seed_for_each_prompt_makes_answers_that_others_do_not_change() -> None:
+    """Whatever is answered beside it, in whichever order, and however many at a time."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    for parameter in model.parameters():
+        parameter.data *= 3
+    lm, prompts, seeds, ends = PackedLM(model, "documents"), [[1, 5, 9, 4], [7, 3], [8, 8, 2, 6, 5]], [11, 12, 13], [11]
+    together = sample(lm, prompts, 2, Sampling(9, 1.0, 1.0, 0, 6), ends, seeds)
+    for prompt, seed, answers in zip(reversed(prompts), reversed(seeds), reversed(together), strict=True):
+        torch.rand(3)  # torch's own numbers are not asked
+        (alone,) = sample(lm, [prompt], 2, Sampling(9, 1.0, 1.0, 0, 1), ends, [seed])
+        assert [answer.tokens for answer in alone] == [answer.tokens for answer in answers]
+        assert alone[0].tokens != alone[1].tokens

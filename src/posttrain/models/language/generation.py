@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
@@ -46,27 +47,39 @@ class Sampling:
         return cut(None, logps).exp()
 
 
-def draw(chances: Tensor) -> Tensor:
-    """float32 [n, V], rows that need not add up to 1 -> int64 [n, 1], with one of torch's global random numbers for each row.
+def draw(chances: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """float32 [n, V], rows that need not add up to 1 -> int64 [n, 1], with a random number for each row: those of `numbers`,
+    float64 [n, 1] in [0, 1), or torch's global ones.
 
     The number drawn is above 0 and at most the row's sum; the token is the first one at which the cumulative sum reaches it. So a
     token of probability 0 is never drawn.
     """
     sums = chances.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand_like(sums[:, :1])))
+    numbers = torch.rand_like(sums[:, :1]) if numbers is None else numbers.to(sums)
+    return torch.searchsorted(sums, sums[:, -1:] * (1 - numbers))
 
 
 @torch.no_grad()
 def sample(
-    lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int, sampling: Sampling, ends: Sequence[int]
+    lm: PackedLM,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    sampling: Sampling,
+    ends: Sequence[int],
+    seeds: Sequence[int] | None = None,
 ) -> list[list[Answer]]:
-    """`samples` answers to each prompt, by torch's global random numbers. Prompts of like length are read together, each once."""
+    """`samples` answers to each prompt, by torch's global random numbers; with `seeds`, one for each prompt, by such as do not
+    depend on the other prompts. Prompts of like length are read together, each once."""
     lm.eval()
+    shape = (samples, sampling.max_new_tokens)
+    numbers = None if seeds is None else torch.stack([torch.from_numpy(np.random.default_rng(s).random(shape)) for s in seeds])
     found: dict[int, list[Answer]] = {}
     with for_inference(lm, lm.report.kernels):
         for chosen in _groups(prompts, max(1, sampling.at_once // samples), alike=not reads_prompts_packed(lm)):
             growing = growing_answers(lm, [prompts[i] for i in chosen], samples)
-            answers = _draw_all(lm, growing, sampling, torch.tensor(ends))
+            answers = _draw_all(
+                lm, growing, sampling, torch.tensor(ends), None if numbers is None else numbers[chosen].flatten(0, 1)
+            )
             found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
     return [found[i] for i in range(len(prompts))]
 
@@ -79,7 +92,8 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, alike: bool) -> Iterato
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
-def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor) -> list[Answer]:
+def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, numbers: Tensor | None) -> list[Answer]:
+    """numbers: float64 [n, max_new_tokens], of each answer."""
     output: Any = lm.causal.get_output_embeddings()
     head, hidden = lm.head.at(sampling.temperature), growing.hidden
     number = torch.arange(len(hidden))  # which answer each row of the batch is
@@ -87,7 +101,7 @@ def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor) 
     drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
     for step in range(sampling.max_new_tokens):
         logps = head.shaped(output(hidden).float()).log_softmax(-1)
-        choice = draw(sampling.allowed(logps))
+        choice = draw(sampling.allowed(logps), None if numbers is None else numbers[number, step, None])
         figures = torch.cat([choice, logps.gather(1, choice), -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
         for row in alive.nonzero()[:, 0].tolist():
             token, logp, entropy = figures[row].tolist()

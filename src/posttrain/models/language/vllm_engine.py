@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from posttrain.models.language.generation import Answer, Sampling
 
 if TYPE_CHECKING:
@@ -31,7 +29,13 @@ class Engine:
         self.rollouts = 0
 
     def sample(
-        self, lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int, sampling: Sampling, ends: Sequence[int]
+        self,
+        lm: PackedLM,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        sampling: Sampling,
+        ends: Sequence[int],
+        seeds: Sequence[int],
     ) -> list[list[Answer]]:
         """As `sampling.sample`, but for two figures: log-probs are of what top-k and top-p leave, and an answer's entropy is
         the mean of -log p over its tokens, which is the entropy in expectation."""
@@ -39,7 +43,6 @@ class Engine:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self.rollouts += 1
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # from the step's own random numbers
         wanted = [
             SamplingParams(
                 n=samples, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,

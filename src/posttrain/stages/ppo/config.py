@@ -47,8 +47,10 @@ class Ppo(LanguageStage):
                 f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "
                 f"train.max_length={self.train.max_length}; raise train.max_length"
             )
-        if self.train.processes > 1 or self.train.fsdp:
-            raise ValueError("train.processes: ppo runs in one process; say train.processes=1 train.fsdp=false")
+        if self.train.fsdp:
+            raise ValueError("train.fsdp: ppo does not shard its roles; say train.fsdp=false")
+        if self.train.processes > 1 and self.rollout.engine == "vllm":
+            raise ValueError("train.processes: with vllm ppo runs in one process; say train.processes=1, or rollout.engine=model")
         if not self.peft.for_ppo:
             raise ValueError(f"peft: ppo cannot train {self.peft.name}; use +peft=lora, another adapter, or full training")
         if self.train.router_aux_loss not in ("auto", 0):

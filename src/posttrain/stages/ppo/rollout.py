@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,31 +13,37 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from posttrain.batch import PackedBatch
-from posttrain.data.collate import Group, pack_answers
+from posttrain.data.collate import Group, pack_answers, zero_weight
 from posttrain.data.examples import Examples
 from posttrain.evaluation.calibration import correlation
 from posttrain.models.language.actor_critic import ActorCritic, Role
 from posttrain.models.language.generation import Answer, Sampling
 from posttrain.rewards import RewardFunction
+from posttrain.training.processes import Processes
 
-Write = Callable[..., list[list[Answer]]]  # model, prompts, answers to each, sampling, end tokens -> answers by prompt
+# model, prompts, answers to each, sampling, end tokens, a seed for each prompt -> answers by prompt
+Write = Callable[..., list[list[Answer]]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Answers to prompts, and what each of their tokens was to policy and reference.
+    """Answers to prompts, and what each of their tokens was to policy and reference: of all processes, and the same in each.
 
-    packs: the answers in turn, as they are trained on. mask: bool [A, T], the places that an answer fills. old, reference:
-    log-probs [A, T], zero past an answer's end. scores: [A] each, the reward model's and then the functions'; gold: [A].
+    packs: the answers in turn, as this process trains on them; own: their rows in the tables. mask: bool [A, T], the places that
+    an answer fills. old, reference, values (where they are wanted): [A, T], zero past an answer's end. scores: [A] each, the
+    reward model's and then the functions'; gold: [A].
     """
 
     prompts: list[str]
     answers: list[Answer]
     texts: list[str]
     packs: list[PackedBatch]
+    own: list[int]
     mask: Tensor
     old: Tensor
     reference: Tensor
+    values: Tensor | None
     scores: list[Tensor]
     gold: Tensor | None
 
@@ -56,8 +63,36 @@ class Rollout:
         return (self.old - self.reference).sum(1)
 
     def split(self, table: Tensor) -> tuple[Tensor, ...]:
-        """[A, T] -> what belongs to the targets of each pack."""
-        return table[self.mask].split([len(pack.target) for pack in self.packs])
+        """[A, T] -> what belongs to the targets of each of this process's packs."""
+        return table[self.own][self.mask[self.own]].split([len(pack.target) for pack in self.packs])
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Micro-batches dealt to the processes in turn. units: of each micro-batch; of some, at the end, there may be none."""
+
+    units: list[list[int]]
+    processes: Processes
+
+    @property
+    def mine(self) -> list[int]:
+        """This process's micro-batches, by their numbers; as many as every process has."""
+        most = -(-len(self.units) // self.processes.count)
+        return [i * self.processes.count + self.processes.rank for i in range(most)]
+
+    def of(self, number: int) -> list[int]:
+        """The units of a micro-batch."""
+        return self.units[number] if number < len(self.units) else []
+
+    def place(self, number: int) -> int:
+        """How many units come before a micro-batch."""
+        return sum(len(units) for units in self.units[:number])
+
+    def together(self, found: list[T]) -> list[T]:
+        """What each process has found, for each of its micro-batches that has units, in the order of the micro-batches."""
+        known = dict(zip([number for number in self.mine if self.of(number)], found, strict=True))
+        everyones = {number: value for each in self.processes.gathered(known) for number, value in each.items()}
+        return [everyones[number] for number in sorted(everyones)]
 
 
 @dataclass(frozen=True)
@@ -80,49 +115,86 @@ class Roller:
     accelerator: Accelerator
 
     @torch.no_grad()
-    def roll(self, examples: Examples, micro: list[list[int]], samples: int) -> Rollout:
-        """Answer the prompts of these units `samples` times each. Random numbers are torch's global ones."""
+    def roll(
+        self, examples: Examples, micro: list[list[int]], samples: int, seed: Callable[[int], int], with_values: bool = False
+    ) -> Rollout:
+        """Answer the prompts of these units `samples` times each, every process those of its micro-batches. seed: of the prompt
+        at a place among all."""
         self.roles.eval()
-        units = [unit for units in micro for unit in units]
-        whole = {unit: examples.sequence(unit)[0].tolist() for unit in units}
-        border = {unit: int(examples.splits[unit, 0]) for unit in units}
-        with self.accelerator.autocast():
-            self.roles.set_role("policy")
-            prompts = [whole[unit][: border[unit]] for unit in units]
-            answers = self.write(self.roles.policy, prompts, samples, self.sampling, self.ends)
-        packs = self._packed(examples, micro, border, answers, [])
-        flat = [answer for some in answers for answer in some]
+        shares = Shares(micro, Processes.of(self.accelerator))
+        answers = self._written(examples, shares, samples, seed)
+        flat = [answer for some in answers for group in some for answer in group]
         lengths = torch.tensor([len(answer.tokens) for answer in flat])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        decode = self.tokenizer.decode
-        asked = [decode(whole[unit][: border[unit]]) for unit in units for _ in range(samples)]
-        known = [decode(whole[unit][border[unit] :]) for unit in units for _ in range(samples)]
-        texts = [decode(answer.tokens, skip_special_tokens=True) for answer in flat]
+        packs = self._packed(examples, shares, answers, [])
+        with_units = [pack for pack, number in zip(packs, shares.mine, strict=True) if shares.of(number)]
+        read = partial(self._table, shares, with_units, mask)
         # scored as if it had ended: a reward model has learnt nothing about any other place
-        ended = self._packed(examples, micro, border, answers, self.ends[:1]) if self.scorers else []
-        scored = {role: self._scores(ended, role) for role in self.scorers}
-        scores = [scored["reward"]] if "reward" in scored else []
-        columns = _columns(examples, [unit for unit in units for _ in range(samples)]) if self.functions or self.gold else {}
-        scores += [function(asked, texts, known, columns) for function in self.functions]
-        gold = self.gold(asked, texts, known, columns) if self.gold else scored.get("gold")
-        old, reference = (self._logps(packs, mask, role) for role in ("policy", "reference"))
-        return Rollout(asked, flat, texts, packs, mask, old, reference, scores, gold)
+        ended = self._packed(examples, shares, answers, self.ends[:1]) if self.scorers else []
+        scored = {role: torch.cat(shares.together(self._read(ended[: len(with_units)], role))) for role in self.scorers}
+        texts = [self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in flat]
+        units = [unit for some in micro for unit in some for _ in range(samples)]
+        prompts, known = self._texts(examples, units)
+        columns = _columns(examples, units) if self.functions or self.gold else {}
+        judged = partial(_judged, shares.processes, prompts, texts, known, columns)
+        scores = ([scored["reward"]] if "reward" in scored else []) + [judged(function) for function in self.functions]
+        gold = judged(self.gold) if self.gold else scored.get("gold")
+        own = [row for number in shares.mine for row in _rows(shares, number, samples)]
+        values = read("value") if with_values else None
+        return Rollout(prompts, flat, texts, packs, own, mask, read("policy"), read("reference"), values, scores, gold)
 
-    def _packed(
-        self, examples: Examples, micro: list[list[int]], border: dict[int, int], answers: list[list[Answer]], end: list[int]
-    ) -> list[PackedBatch]:
-        """A pack for each micro-batch. end: what is put after answers that did not end."""
-        in_turn = iter(answers)  # a small data set's unit can be drawn twice in a step
-        groups = [[_group(examples, unit, border[unit], next(in_turn), end) for unit in some] for some in micro]
-        return [pack_answers(some).to(self.accelerator.device) for some in groups]
+    def _written(self, examples: Examples, shares: Shares, samples: int, seed: Callable[[int], int]) -> list[list[list[Answer]]]:
+        """By micro-batch and prompt, of all processes."""
+        mine = [(shares.place(number) + i, unit) for number in shares.mine for i, unit in enumerate(shares.of(number))]
+        prompts = [examples.sequence(unit)[0][: int(examples.splits[unit, 0])].tolist() for _, unit in mine]
+        seeds = [seed(place) for place, _ in mine]
+        with self.accelerator.autocast():
+            self.roles.set_role("policy")
+            found = iter(self.write(self.roles.policy, prompts, samples, self.sampling, self.ends, seeds) if prompts else [])
+        return shares.together([[next(found) for _ in shares.of(number)] for number in shares.mine if shares.of(number)])
 
-    def _logps(self, packs: list[PackedBatch], mask: Tensor, role: Role) -> Tensor:
+    def _texts(self, examples: Examples, units: list[int]) -> tuple[list[str], list[str]]:
+        """Of each unit its prompt, and the answer that the data has."""
+        cut = [(examples.sequence(unit)[0].tolist(), int(examples.splits[unit, 0])) for unit in units]
+        decode = self.tokenizer.decode
+        return [decode(tokens[:border]) for tokens, border in cut], [decode(tokens[border:]) for tokens, border in cut]
+
+    def _packed(self, examples: Examples, shares: Shares, answers: list[list[list[Answer]]], end: list[int]) -> list[PackedBatch]:
+        """A pack for each of this process's micro-batches; one without units goes along with the first, and counts for nothing.
+        end: what is put after answers that did not end."""
+        packs = []
+        for number in shares.mine:
+            units, some = (shares.of(number), answers[number]) if shares.of(number) else (shares.of(0), answers[0])
+            groups = [
+                _group(examples, unit, int(examples.splits[unit, 0]), each, end) for unit, each in zip(units, some, strict=True)
+            ]
+            pack = pack_answers(groups).to(self.accelerator.device)
+            packs.append(pack if shares.of(number) else zero_weight(pack))
+        return packs
+
+    def _table(self, shares: Shares, packs: list[PackedBatch], mask: Tensor, role: Role) -> Tensor:
+        """float32 [A, T]: what a role says of each token of all answers."""
         table = torch.zeros(mask.shape)
-        table[mask] = torch.cat([self.roles(pack, role, self.sampling.temperature).float().cpu() for pack in packs])
+        table[mask] = torch.cat(shares.together(self._read(packs, role)))
         return table
 
-    def _scores(self, packs: list[PackedBatch], role: Role) -> Tensor:
-        return torch.cat([self.roles(pack, role).float().cpu() for pack in packs])
+    def _read(self, packs: list[PackedBatch], role: Role) -> list[Tensor]:
+        options = {"temperature": self.sampling.temperature} if role in ("policy", "reference") else {}
+        return [self.roles(pack, role, **options).float().cpu() for pack in packs]
+
+
+def _judged(processes: Processes, *asked: Any) -> Tensor:
+    """Rank 0 asks the function for all answers at once: it sees what it would see of one process. asked: its arguments, then the
+    function."""
+    *given, function = asked
+    return processes.told(lambda: function(*given))
+
+
+def _rows(shares: Shares, number: int, samples: int) -> range:
+    """Of the tables, those that a micro-batch's answers fill; of one without units the first's."""
+    number = number if shares.of(number) else 0
+    start = shares.place(number) * samples
+    return range(start, start + len(shares.of(number)) * samples)
 
 
 def _columns(examples: Examples, units: list[int]) -> dict[str, list[Any]]:

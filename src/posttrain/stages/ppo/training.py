@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from posttrain.stages.ppo.rollout import Roller, Rollout, figures_of
 from posttrain.stages.ppo.updates import ppo_batches, ppo_loss
 from posttrain.stages.steps import Context, Measured, Session
 from posttrain.training.objective import Update, UpdateOutcome
-from posttrain.training.seeding import seed_step
+from posttrain.training.processes import Processes
+from posttrain.training.seeding import row_seed, seed_step
 
 ROLLOUT = 8000  # the part of a step's random numbers that sampling uses; training takes those from 0
 SHOWN = 8  # held-out prompts whose answers are kept for the page
@@ -63,24 +65,27 @@ class PpoTraining:
         cfg = self.cfg.ppo
         began, clipped = time.monotonic(), _Ratio()
         seed_step(self.cfg.train.seed, step, ROLLOUT)
-        rollout = self.roller.roll(self.data.data.train, self.data.order.micro(step, 0), cfg.samples)
-        parts, figures = ppo_batches(self.cfg, self.session.module, rollout, self.state.kl_coef)
+        order, processes = self.data.order, self.session.processes
+        everyones = zip(*(order.micro(step, rank) for rank in range(order.world_size)), strict=True)
+        micro = [units for together in everyones for units in together if units]
+        seed = partial(row_seed, self.cfg.train.seed, step, ROLLOUT)
+        rollout = self.roller.roll(self.data.data.train, micro, cfg.samples, seed, with_values=cfg.advantage == "gae")
+        parts, figures = ppo_batches(self.cfg, rollout, self.state.kl_coef)
         figures["rollout_tokens_per_second"] = float(rollout.mask.sum()) / (time.monotonic() - began)
         began, tokens, updates = time.monotonic(), 0, 0
         for minibatch in self._minibatches(step, parts):
             outcome = yield Update(minibatch)
             tokens, updates = tokens + sum(batch.size for batch in minibatch), updates + 1
             clipped.add(outcome)
-            # both sums stay on the device until here: one wait an update
-            approx_kl, count = outcome.total("update_kl")
-            if cfg.stop_kl is not None and float(approx_kl) > cfg.stop_kl * float(count):
+            # the sums stay on the device until here: one wait an update
+            if cfg.stop_kl is not None and _kl_of(processes, outcome) > cfg.stop_kl:
                 break
-        figures["update_tokens_per_second"] = tokens / (time.monotonic() - began)
+        figures["update_tokens_per_second"] = sum(processes.gathered(tokens)) / (time.monotonic() - began)
         figures["updates"] = float(updates)
         if cfg.target_kl:
             self.state.kl_coef = adapted(self.state.kl_coef, figures["kl"], cfg.target_kl, cfg.kl_rate)
         yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
-        self._watch(step + 1, figures, clipped.share, len(rollout.answers))
+        self._watch(step + 1, figures, clipped.share(processes), len(rollout.answers))
 
     def _minibatches(self, step: int, parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
         """The rollout's packs dealt into minibatches, shuffled anew for each epoch."""
@@ -101,7 +106,7 @@ class PpoTraining:
             return Measured()
         seed_step(self.cfg.train.seed, 0, ROLLOUT + 1)
         micro = [list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)]
-        rollout = self.roller.roll(examples, micro, 1)
+        rollout = self.roller.roll(examples, micro, 1, partial(row_seed, self.cfg.train.seed, 0, ROLLOUT + 1))
         check()
         reward, _ = combined(rollout.scores, rollout.ended, self.cfg.reward)
         rows = {"reward": reward.tolist(), "kl": rollout.kl.tolist(), "length": rollout.lengths.tolist()}
@@ -148,6 +153,17 @@ class _Ratio:
         _, count = outcome.total("update_kl")
         self.clipped, self.count = self.clipped + clipped, self.count + count
 
-    @property
-    def share(self) -> float:
-        return float(self.clipped) / max(float(self.count), 1.0)
+    def share(self, processes: Processes) -> float:
+        clipped, count = _added_up(processes, self.clipped, self.count)
+        return clipped / max(count, 1.0)
+
+
+def _kl_of(processes: Processes, outcome: UpdateOutcome) -> float:
+    """Nats a token by which an update's policy is away from the one that sampled, over all processes."""
+    total, count = _added_up(processes, *outcome.total("update_kl"))
+    return total / count if count else 0.0
+
+
+def _added_up(processes: Processes, total: float | Tensor, count: float | Tensor) -> tuple[float, float]:
+    found = processes.gathered((float(total), float(count)))
+    return sum(each[0] for each in found), sum(each[1] for each in found)

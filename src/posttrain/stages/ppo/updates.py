@@ -16,7 +16,7 @@ from posttrain.stages.ppo.rollout import Rollout, figures_of, sampling_gap
 Figures = dict[str, float]
 
 
-def ppo_batches(cfg: Ppo, module: nn.Module, rollout: Rollout, kl_coef: float) -> tuple[list[list[PackedBatch]], Figures]:
+def ppo_batches(cfg: Ppo, rollout: Rollout, kl_coef: float) -> tuple[list[list[PackedBatch]], Figures]:
     """For each pack the policy's part and (with gae) the value model's; and the figures of the step."""
     ppo, mask = cfg.ppo, rollout.mask
     reward, shaped_reward = combined(rollout.scores, rollout.ended, cfg.reward)
@@ -24,8 +24,7 @@ def ppo_batches(cfg: Ppo, module: nn.Module, rollout: Rollout, kl_coef: float) -
     figures = figures_of(rollout, reward) | {"kl_coef": kl_coef}
     figures["shaped_reward"] = float((shaped_reward - kl_coef * kl.sum(1)).mean())
     figures["sampling_gap"] = sampling_gap(rollout)
-    if ppo.advantage == "gae":
-        values = _values(module, rollout)
+    if (values := rollout.values) is not None:
         rewards = -kl_coef * kl
         rewards[torch.arange(len(mask)), rollout.lengths - 1] += shaped_reward
         advantages, returns = losses.gae(rewards, values, mask, ppo.gamma, ppo.lam)
@@ -34,6 +33,7 @@ def ppo_batches(cfg: Ppo, module: nn.Module, rollout: Rollout, kl_coef: float) -
             advantages[mask] = losses.whiten(advantages[mask])
         learning = {"values": rollout.split(values), "returns": rollout.split(returns)}
     else:
+        assert ppo.advantage != "gae"
         whole = losses.group_advantages(shaped_reward - kl_coef * kl.sum(1), ppo.samples, ppo.advantage)
         advantages, learning = whole[:, None] * mask, {}
     acting = {"old": rollout.split(rollout.old), "advantages": rollout.split(advantages)}
@@ -45,14 +45,6 @@ def _parts(pack: PackedBatch, number: int, extras: list[dict[str, tuple[Tensor, 
     share = pack.loss_denominator / len(extras)
     named = [{name: values[number] for name, values in extra.items()} for extra in extras]
     return [replace(pack, loss_denominator=share, extra=extra) for extra in named]
-
-
-@torch.no_grad()
-def _values(module: nn.Module, rollout: Rollout) -> Tensor:
-    """float32 [A, T]: the value model's, of the state before each token."""
-    values = torch.zeros(rollout.mask.shape)
-    values[rollout.mask] = torch.cat([module(pack, "value").float().cpu() for pack in rollout.packs])
-    return values
 
 
 def ppo_loss(cfg: Ppo, module: nn.Module, batch: PackedBatch) -> LossOutput:
