@@ -2,7 +2,7 @@
 
     python scripts/models_matrix.py                            # all of them, into docs/models.md
     python scripts/models_matrix.py --only llama mamba2        # some, as lines
-    python scripts/models_matrix.py --json FILE                # the records too
+    python scripts/models_matrix.py --json FILE                # the records too; those that are in it are not made again
     python scripts/models_matrix.py --from FILE                # the page alone, from records
 
 The classes come from transformers' own mappings, so what it adds later is seen. Exit code 1 where anything came out wrong.
@@ -11,13 +11,10 @@ The classes come from transformers' own mappings, so what it adds later is seen.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,16 +46,13 @@ def _run(asked: argparse.Namespace) -> int:
     from architectures.page import counts, page
     from architectures.records import read_records
     from architectures.tiny import architectures
-    from architectures.workers import run_all
 
     began = time.monotonic()
     chosen = [each for each in architectures() if not asked.only or each.name in asked.only]
     if unknown := set(asked.only) - {each.name for each in chosen}:
         print(f"there is no {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    records = read_records(asked.source) if asked.source else _told(run_all(chosen, asked.jobs, asked.limit))
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(record) for record in records], indent=1))
+    records = read_records(asked.source) if asked.source else _made(chosen, asked)
     if not asked.only:
         asked.out.write_text(page(records, transformers.__version__))
     found = counts(records)
@@ -66,11 +60,16 @@ def _run(asked: argparse.Namespace) -> int:
     return 1 if "wrong" in found or "not causal, trained" in found else 0
 
 
-def _told(records: Iterable) -> list:
-    """The records, each printed when it is there."""
-    found = []
-    for record in records:
-        found.append(record)
+def _made(chosen: list, asked: argparse.Namespace) -> list:
+    """The records, in order; each is printed, and kept, when it is there."""
+    from architectures.records import read_records, write_records
+    from architectures.workers import run_all
+
+    found = {record.name: record for record in read_records(asked.json)} if asked.json else {}
+    for record in run_all([each for each in chosen if each.name not in found], asked.jobs, asked.limit):
+        found[record.name] = record
+        if asked.json:
+            write_records(asked.json, [found[each.name] for each in chosen if each.name in found])
         cells = " ".join(f"{name}={cell.state}" for name, cell in record.cells.items())
         print(f"{record.name:<24}{record.seconds:6.1f} s  {record.made or record.reading}  {cells}", flush=True)
         said = dict[str, list[str]]()
@@ -79,7 +78,7 @@ def _told(records: Iterable) -> list:
         for line, names in said.items():
             if line:
                 print(f"    {' '.join(names)}: {line}", flush=True)
-    return found
+    return [found[each.name] for each in chosen]
 
 
 if __name__ == "__main__":

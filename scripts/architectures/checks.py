@@ -153,7 +153,16 @@ def experts(trial: Trial) -> Cell:
         with safe_open(ran.directory / "adapter" / "adapter_model.safetensors", "pt") as file:
             found[method] = any(".experts." in name for name in file.keys())  # noqa: SIM118
     missed = [method for method, reached in found.items() if not reached]
+    said = {line for method in missed for line in _left_out(trial.ran[method]) if "experts" in line}
+    if said:
+        return Cell("refused", "; ".join(sorted(said)))
     return Cell("wrong", f"the experts stay frozen under {' and '.join(missed)}") if missed else Cell("ok")
+
+
+def _left_out(ran: Ran) -> list[str]:
+    """What the manifest says of layers without an adapter."""
+    manifest = json.loads((ran.directory / "manifest.json").read_text())
+    return next((found["left_out"] for found in manifest.values() if isinstance(found, dict) and "left_out" in found), [])
 
 
 def plan(trial: Trial) -> Cell:

@@ -96,6 +96,7 @@ NOT_MADE: dict[str, str] = {
     "instructblip": _PICTURE,
     "instructblipvideo": _PICTURE,
     "kosmos-2": _PICTURE,
+    "shieldgemma2": "a classifier of pictures",
     "musicgen": "reads and writes codes of sound, four at a time",
     "musicgen_melody": "reads and writes codes of sound, four at a time",
     "perception_lm": "its tower needs the package timm",

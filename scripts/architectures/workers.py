@@ -14,6 +14,7 @@ from typing import Any
 from architectures.tiny import Architecture
 from architectures.trial import CELLS, Cell, Record, Trial, cleared
 
+READY = "ready"
 STARTING = 120  # seconds for a process to import everything
 
 
@@ -33,7 +34,10 @@ class Worker:
         """None: not done after `limit` seconds, or the process died; the worker is of no more use then."""
         self.connection.send(architecture)
         try:
-            return self.connection.recv() if self.connection.poll(limit) else None
+            found = self.connection.recv() if self.connection.poll(limit) else None
+            if found == READY:  # it was started on a busy machine, and is only now there
+                found = self.connection.recv() if self.connection.poll(limit) else None
+            return found
         except (EOFError, ConnectionError):
             return None
 
@@ -82,7 +86,7 @@ def _work(connection: Connection) -> None:
     without_pages: Any = lambda directory: directory / "report.html"  # noqa: E731  (drawing takes longer than the run)
     stage.run_page = without_pages
     with tempfile.TemporaryDirectory() as directory:
-        connection.send("ready")
+        connection.send(READY)
         while True:
             architecture = connection.recv()
             connection.send(Trial(architecture, cleared(Path(directory) / "trial")).run())

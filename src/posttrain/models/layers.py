@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.models.language.architecture import outside_text
+from posttrain.models.language.decoder import before_head, decoder_of
 from posttrain.models.quantization.packed import packed_of, stored
 
 
@@ -18,6 +19,7 @@ class Kind(Enum):
 
     LINEAR = "linear layers"
     EXPERTS = "experts"
+    BELOW = "experts one below another"  # all in one matrix, of which their users take parts (DBRX)
     ROUTER = "routers"
     STATE = "state projections"
     TOWER = "linear layers outside the language model"
@@ -60,7 +62,9 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
             continue
         for parameter, shape in own_shapes(module).items():
             full, kind = f"{name}.{parameter}", Kind.EXPERTS if len(shape) == 3 else Kind.ROUTER
-            if (name in experts and len(shape) == 3) or _is_bare_router(module, shape):
+            below = name not in experts and "experts" in name.split(".") and len(shape) == 2
+            if (name in experts and len(shape) == 3) or below or _is_bare_router(module, shape):
+                kind = Kind.BELOW if below else kind
                 kind = kind if full.startswith(text) else Kind.TOWER
                 found[full] = Layer(full, kind, None, (shape[-1], shape[-2]))
     return found
@@ -109,7 +113,9 @@ def language_prefix(model: Any) -> str:
     """What the names of the language model's layers begin with: text runs through nothing else."""
     if not hasattr(model, "get_decoder"):
         return ""
-    decoder = model.get_decoder()
+    if before_head(model):
+        return ""
+    decoder = decoder_of(model)
     name = next((name for name, module in model.named_modules() if module is decoder), "")
     inside = any(isinstance(module, (nn.Linear, Conv1D)) for module in decoder.modules()) if decoder is not None else False
     return f"{name}." if name and inside else ""

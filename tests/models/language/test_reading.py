@@ -18,6 +18,7 @@ from posttrain.models.kernels.logprobs import head_of
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reading import in_float32, lengths_border
+from posttrain.models.layers import Kind, layers_of
 
 CPU = torch.device("cpu")
 PLAIN = {k: SMALL[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")}
@@ -269,3 +270,37 @@ def test_a_head_that_leaves_out_what_its_config_says_is_found_out() -> None:
 def test_a_head_is_what_its_config_calls_it(said: dict[str, float], scale: float, softcap: float | None) -> None:
     head = head_of(torch.nn.Linear(2, 3), SimpleNamespace(**said))  # pyright: ignore[reportArgumentType]
     assert (head.scale, head.softcap) == (scale, softcap)
+
+
+def test_what_stands_between_the_last_layer_and_the_head_is_gone_through() -> None:
+    """ModernBERT's decoder has a dense layer and a norm there: values and gradients of a pack are those of each alone."""
+    torch.manual_seed(0)
+    config = transformers.ModernBertDecoderConfig(**(SMALL | {"pad_token_id": 0}), cls_token_id=1, sep_token_id=1)
+    model: Any = transformers.ModernBertDecoderForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    lm, (batch, sequences) = PackedLM(model), batch_of([[3, 7, 5, 9, 2], [8, 4, 6, 1, 3, 2]], [(3, 2, 4)])
+    assert lm.reading.way == "packed" and {layer.kind for layer in layers_of(model).values()} == {Kind.LINEAR}
+    torch.testing.assert_close(lm(batch), alone(model.eval(), batch, sequences), rtol=0, atol=1e-5)
+    lm(batch).sum().backward()
+    assert float(model.lm_head.dense.weight.grad.abs().max()) > 0
+
+
+def test_reversible_layers_are_refused() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 32}
+    config = transformers.ReformerConfig(
+        **sizes, attn_layers=["local", "local"], is_decoder=True, vocab_size=V, axial_pos_embds=False, local_attn_chunk_length=4
+    )
+    with pytest.raises(UserError, match=r"ReformerModelWithLMHead are 64 wide, not 32: its layers are reversible"):
+        PackedLM(transformers.ReformerModelWithLMHead(config))
+
+
+def test_experts_in_one_matrix_are_seen_and_left_as_they_are() -> None:
+    """DBRX's: in the meta device's shapes, [4 experts x 8, 32]."""
+    config = transformers.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=1, vocab_size=V, attn_config={"kv_n_heads": 4, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 1},
+    )  # fmt: skip
+    with torch.device("meta"):
+        found = layers_of(transformers.DbrxForCausalLM(config))
+    assert [layer.short for layer in found.values() if layer.kind is Kind.BELOW] == ["mlp.w1", "mlp.v1", "mlp.w2"]

@@ -59,7 +59,7 @@ def _activations(cfg: Any, model: Any, tokens: int, sequences: int, kind: str) -
     """Of the model; where its class asks for values, which there are none of here, of a Llama of the same sizes."""
     try:
         return activations(model, tokens, sequences, cfg.model.kernels)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):
         stand_in = model_of_shapes(llama_like(model.config), DTYPES[cfg.base_dtype], cfg.peft)
         found = activations(stand_in, tokens, sequences, cfg.model.kernels)
         return found._replace(

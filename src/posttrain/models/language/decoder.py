@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -17,3 +17,23 @@ def decoder_of(causal: PreTrainedModel) -> nn.Module:
     # some classes do not say: then the part that has the input embeddings
     embeddings = causal.get_input_embeddings()
     return next((child for child in causal.children() if any(m is embeddings for m in child.modules())), causal)
+
+
+def last_hidden(causal: PreTrainedModel, output: Any) -> Tensor:
+    """What the head reads of a decoder's output, [..., H]."""
+    hidden = output.last_hidden_state
+    for part in before_head(causal):
+        hidden = part(hidden)
+    return hidden
+
+
+def before_head(causal: PreTrainedModel) -> list[Any]:
+    """What a model of text alone has between its decoder and its head, which few have (ModernBERT's decoder)."""
+    if causal.config.get_text_config() is not causal.config:  # towers, and what joins them to the text
+        return []
+    decoder, ends = decoder_of(causal), [causal.get_output_embeddings(), causal.get_input_embeddings()]
+    return [
+        child for child in causal.children()
+        if child is not decoder and not any(part in (decoder, *ends) for part in child.modules())
+        and any(True for _ in child.parameters())
+    ]  # fmt: skip

@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.decoder import decoder_of
+from posttrain.models.language.decoder import decoder_of, last_hidden
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
@@ -131,9 +131,9 @@ class PackedLM(nn.Module):
     def _run(self, **inputs: Any) -> tuple[Tensor, ...]:
         """Hidden states [tokens, H] of all rows, then the logits [tokens, experts] of each router that is listened to."""
         if self.routers is None:
-            return (decoder_of(self.causal)(**inputs).last_hidden_state.flatten(0, 1),)
+            return (last_hidden(self.causal, decoder_of(self.causal)(**inputs)).flatten(0, 1),)
         output = decoder_of(self.causal)(**inputs, output_router_logits=True)
-        return output.last_hidden_state.flatten(0, 1), *(logits.flatten(0, -2) for logits in output.router_logits)
+        return last_hidden(self.causal, output).flatten(0, 1), *(logits.flatten(0, -2) for logits in output.router_logits)
 
     def _packed(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it

@@ -192,6 +192,11 @@ def _difference(lm: Reads) -> str:
     finally:
         causal.set_attn_implementation(implementation)
         lm.train(was_training)
+    if hidden.shape[-1] not in (widths := {config.hidden_size, causal.get_input_embeddings().weight.shape[-1]}):  # Reformer
+        raise UserError(
+            f"model.name: the last hidden states of {kind} are {hidden.shape[-1]} wide, not {max(widths)}: its layers are "
+            "reversible, which is not trained here; give another model"
+        )
     if lm.reading.way not in OWN and not pack.mask.windows:
         return "its attention is of its own kind, which knows no borders of documents"
     if lm.reading.way not in OWN and pack.mask.windows != attention_windows(config):

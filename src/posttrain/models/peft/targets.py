@@ -88,6 +88,8 @@ class _Reasons:
             return "text does not run through them"
         if layer.kind is Kind.STATE:
             return "kernels of state-space layers read their weights past any adapter, or a low rank would break the state"
+        if layer.kind is Kind.BELOW:
+            return "they are read past any adapter of peft's"
         if layer.kind is Kind.EXPERTS and not limits.experts:
             return "peft.experts=false"
         if layer.kind is Kind.ROUTER and not limits.router and not any(_named(layer, name) for name in self.names):
