@@ -331,3 +331,13 @@ def test_the_settings_choices_are_the_registry() -> None:
     with pytest.raises(UserError, match=r"data\.shape: input should be one of 'auto', 'alpaca', .* - did you mean 'sharegpt'\?"):
         compose_run("sft", ["model=tiny", "data.shape=sharegtp"])
     assert SourceConfig.model_json_schema()["properties"]["shape"]["enum"] == ["auto", *FORMATS.names()]
+
+
+def test_functions_are_tools() -> None:
+    """OpenAI's earlier name; it was kept as a column that nobody reads."""
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for given in ([tool], json.dumps([tool])):
+        assert to_canonical({"messages": talk, "functions": given}, "messages", "row 1") == {"messages": talk, "tools": [tool]}
+    both = to_canonical({"messages": talk, "functions": [tool], "tools": [{"name": "sub"}]}, "messages", "row 1")
+    assert both["tools"] == [{"name": "sub"}]

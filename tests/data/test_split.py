@@ -11,7 +11,8 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.held_out import HeldOut
 from posttrain.data.prepare import prepare
 from posttrain.data.sources.source import place
-from posttrain.data.split import Split, read_source
+from posttrain.data.split import Split, read_source, sound_rows
+from posttrain.data.stats import SourceStats
 from posttrain.models.builtin import tiny_tokenizer
 from posttrain.stages.spec import row_uses
 
@@ -122,3 +123,16 @@ def test_a_column_has_one_name(tmp_path: Path) -> None:
     ]
     (found,) = prepare(data, row_uses()["sft"], Encoder(tiny_tokenizer()), 64, tmp_path / "cache")
     assert found.stats.rows == 1 and found.stats.unused == {"left_out": 1}
+
+
+def test_a_row_of_another_format_says_the_way_out(tmp_path: Path) -> None:
+    """Two files in a list, of which the first decides the format."""
+    rows: list[Any] = [(1, {"prompt": "a", "completion": "b"}), (2, {"text": "c"}), (3, {"prompt": 1, "completion": "b"})]
+    (tmp_path / "rows.jsonl").touch()
+    stats = SourceStats(str(tmp_path / "rows.jsonl"), "prompt_completion", "")
+    assert [number for number, _ in sound_rows(rows, "prompt_completion", stats, skips=True)] == [1]
+    assert stats.places["skipped"][0].endswith(
+        "row 2: has no prompt; its columns are text; it is of shape text among rows of shape prompt_completion: "
+        "mix them by data=mix, a source for each"
+    )
+    assert stats.places["skipped"][1].endswith("row 3: prompt is int where text is needed")

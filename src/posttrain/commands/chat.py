@@ -81,7 +81,7 @@ class Conversation:
 
 def _greeting(live: LoadedModel) -> str:
     """What to say where the model is not spoken with as people expect; empty where it is."""
-    if live.is_chat:
+    if live.is_chat or live.words.get("data.template") == "none":
         return ""
     if not live.tokenizer.chat_template:
         return "this model has no chat template: it goes on with your text"

@@ -112,9 +112,21 @@ def sound_rows(rows: Iterable[NumberedRow], shape: str, stats: SourceStats, skip
                 raise row
             yield number, to_canonical(row, shape, where=stats.where(number))
         except UserError as error:
+            said = f"{error}{_other_shape(row, shape)}"
             if not skips:
-                raise
-            stats.note("skipped", str(error))
+                raise UserError(said) from error
+            stats.note("skipped", said)
+
+
+def _other_shape(row: Row | UserError, shape: str) -> str:
+    """What to say of a row that could be read if it were not among rows of another format."""
+    try:
+        other = shape if isinstance(row, UserError) else recognise(row)
+    except UserError:
+        return ""
+    return (
+        "" if other == shape else f"; it is of shape {other} among rows of shape {shape}: mix them by data=mix, a source for each"
+    )
 
 
 def _until_sound(rows: Iterator[NumberedRow], skips: bool) -> Iterator[NumberedRow]:

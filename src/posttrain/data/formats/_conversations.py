@@ -38,13 +38,15 @@ def conversation(row: Row) -> CanonicalRow:
 
 
 def tools_of(row: Row) -> CanonicalRow:
-    """{"tools": ...} of a row with a column of that name, also as a text of JSON; nothing where it is empty."""
-    tools = row.get("tools")
+    """{"tools": ...} of a row with a column of that name, or `functions` (OpenAI's earlier one), also as a text of JSON; nothing
+    where it is empty."""
+    name = "functions" if row.get("tools") in (None, "", []) and row.get("functions") else "tools"
+    tools = row.get(name)
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise UserError(f"tools is not valid JSON ({error})") from error
+            raise UserError(f"{name} is not valid JSON ({error})") from error
     return {"tools": tools} if tools else {}
 
 
