@@ -27,6 +27,7 @@ from posttrain.runs.artifact import open_artifact
 from posttrain.runs.cache import cache_root
 from posttrain.stages.language.prepare import eval_sets, rows_of
 from posttrain.stages.language.summary import lines_of_source
+from posttrain.stages.rm.policy_pairs import PAIRS, data_of_pairs
 from posttrain.stages.spec import spec_of
 
 KEYS = ("rows", "max_length", "tasks", "limit")
@@ -115,6 +116,8 @@ def _scored(run: str, settings: dict[str, str], of_data: dict[str, str]) -> dict
     rows, length = _size(settings)
     of_one = "data.path" in of_data
     data = of_file(live.data, live.data.path or "", rows) if of_one else live.data
+    if not of_one and (config.get("rm") or {}).get("policy"):  # its rows were the policy's prompts
+        data = data_of_pairs(data, (live.artifact.directory or Path()) / PAIRS)
     spec = spec_of(config["stage"])
     assert spec.rows
     prepared = prepare(data, spec.rows, live.encoder, length, cache_root())[0]

@@ -10,6 +10,7 @@ import torch
 
 import posttrain
 from posttrain.commands.compose import compose_runs
+from posttrain.commands.evaluate import evaluate_runs
 from posttrain.commands.merge import merge_run
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
@@ -31,13 +32,17 @@ def test_rules_by_hand() -> None:
 def test_a_reward_model_learns_from_the_policys_own_answers(tmp_path: Path) -> None:
     posttrain.run("sft", *SMALL, f"run.dir={tmp_path / 'sft'}")
     words = ["rm", *SMALL, f"init={tmp_path / 'sft'}", f"rm.policy={tmp_path / 'sft'}", "rm.rule=posttrain.rewards:brevity"]
-    found = posttrain.run(*words, "rm.max_new_tokens=16", f"run.dir={tmp_path / 'rm'}")
+    found = posttrain.run(*words, "rm.max_new_tokens=16", "data.eval_share=0.4", f"run.dir={tmp_path / 'rm'}")
     pairs = [json.loads(line) for line in (tmp_path / "rm" / "pairs.jsonl").read_text().splitlines()]
     assert 0 < len(pairs) <= 12
     for pair in pairs:
         chosen, rejected = brevity(["", ""], [pair["chosen"], pair["rejected"]])
         assert chosen > rejected and pair["prompt"][-1]["role"] == "user"
     assert {parent["role"] for parent in found["parents"]} == {"init", "policy"} and "pairs.jsonl" in found["files"]
+    measured = evaluate_runs([str(tmp_path / "rm")])["rm"]  # on the pairs that were written, not on the prompts
+    assert (
+        measured == pytest.approx({name: found["metrics"][name] for name in measured}, abs=1e-5) and "eval/accuracy" in measured
+    )
 
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()

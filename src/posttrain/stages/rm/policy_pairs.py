@@ -30,6 +30,7 @@ PROMPTS = RowUse(
     examples="prompts",
     needs="prompts: prompt alone, messages, instruction and output, prompt and completion, or prompt, chosen and rejected",
 )
+PAIRS = "pairs.jsonl"  # in the run's directory
 AT_ONCE = 32  # answers that are written at a time
 
 
@@ -37,17 +38,22 @@ def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
     """Data of pairs.jsonl in the run's directory, which is written first if it is not there: `rm.samples` answers of `rm.policy`
     to each prompt of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
     assert cfg.rm.policy and cfg.rm.rule
-    rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / "pairs.jsonl"
+    rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / PAIRS
     directory = Path(cfg.rm.policy).expanduser()
     policy = open_artifact(cfg.rm.policy, "rm.policy")
     if not policy.is_run or policy.reward_head:
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
     if not path.exists():
         write_text(path, "".join(json.dumps(pair) + "\n" for pair in _pairs(cfg, directory, rule)))
-    return cfg.data.model_copy(
+    return data_of_pairs(cfg.data, path)
+
+
+def data_of_pairs(data: DataConfig, path: Path) -> DataConfig:
+    """`data` of a stage whose pairs a policy has written to `path`."""
+    return data.model_copy(
         update={"path": str(path), "shape": "pairs", "columns": None, "quality": None}
         | {"eval_path": None, "skip_rows": 0, "max_rows": None}
-        | ({} if cfg.data.eval_share else {"eval_share": 0.1})
+        | ({} if data.eval_share else {"eval_share": 0.1})
     )
 
 
