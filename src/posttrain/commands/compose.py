@@ -199,6 +199,8 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
             say(f"{', '.join(found)} of {part.run} was another than that of {first.run}, as which the sum is spoken with")
     with torch.device("meta"):
         skeleton = _skeleton(base)
+    for part in parts:
+        part.adapter.name_by(skeleton)
     transposed = bool(first.adapter.config.get("fan_in_fan_out"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:

@@ -58,7 +58,9 @@ def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
         model.add_adapter(name, _fitting(config, model))
     read_packed(model)
     torch.set_rng_state(before)  # peft initialises at random what is then loaded
-    set_peft_model_state_dict(model, in_memory(model, saved, weights), adapter_name=name)
+    tensors = in_memory(model, saved, weights)
+    with todays_names():
+        set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
@@ -110,7 +112,8 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
         made: Any = get_peft_model(model, with_layers(config, model), adapter_name=NEW)
     read_packed(made)
     tensors = in_memory(made, saved, load_peft_weights(str(adapter_dir), device="cpu"))
-    set_peft_model_state_dict(made, tensors, adapter_name=NEW)
+    with todays_names():
+        set_peft_model_state_dict(made, tensors, adapter_name=NEW)
     return made if is_trainable else made.eval()
 
 

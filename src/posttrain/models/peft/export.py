@@ -15,6 +15,7 @@ from posttrain.config.interfaces import Method
 from posttrain.models.peft.attach import NEW, TASK
 from posttrain.models.peft.factors import Factors
 from posttrain.models.peft.names import file_targets, key_of, parameter_names, renamed
+from posttrain.models.peft.places import PREFIX, places_written
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,8 +57,10 @@ def write_lora(
     lower = {patterns[name]: factors.rank for name, factors in layers.items() if factors.rank != r}
     out_dir.mkdir(parents=True, exist_ok=True)
     every, tensors = parameter_names(base), {}
+    places = {n: key_of(parameters[n], parameters.values(), every) if n in parameters else n for n in layers}
+    written = places_written(base, places.values())
     for name, factors in layers.items():
-        key = f"base_model.model.{key_of(parameters[name], parameters.values(), every) if name in parameters else name}"
+        key = f"{PREFIX}{written[places[name]]}"
         tensors |= {f"{key}.lora_A.weight": factors.a.contiguous(), f"{key}.lora_B.weight": factors.b.contiguous()}
     save_file(tensors, out_dir / WEIGHTS, metadata={"format": "pt"})
     targets: dict[str, Any] = file_targets(base, linear, parameters.values())

@@ -25,6 +25,7 @@ from posttrain.models.peft.export import CONFIG, WEIGHTS
 from posttrain.models.peft.factors import Factors
 from posttrain.models.peft.kinds import require_kind
 from posttrain.models.peft.names import by_parameter
+from posttrain.models.peft.places import PREFIX, as_read
 from posttrain.models.peft.tokens import Rows, merge_rows
 from posttrain.runs.cache import cache_root
 
@@ -42,12 +43,19 @@ class Adapter:
             tensors = load_file(directory / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{field}: {directory} holds no whole adapter ({error}); finish its run again") from None
-        plain = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
-        self.tensors = by_parameter(self.config, plain)
         self.kind = require_kind(self.config, field)
-        self.modules = self.kind.layers(self.tensors)
+        self._take({name.removeprefix(PREFIX): value for name, value in tensors.items()})
         if self.modules and self.kind.is_zero(self):
             raise UserError(f"{field}: the adapter in {directory} is all zero: its run has learned nothing")
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self._of_file = tensors
+        self.tensors = by_parameter(self.config, tensors)
+        self.modules = self.kind.layers(self.tensors)
+
+    def name_by(self, model: Any) -> None:
+        """Take the names of a base's layers, with or without weights, where a file has others for the sake of plain peft."""
+        self._take(as_read(model, self._of_file))
 
     def require_mergeable(self, field: str, instead: str) -> None:
         """Raises UserError, about `field`, where it cannot be merged. instead: what to do then."""
@@ -112,6 +120,8 @@ class _Change:
         names = [entry.name for entry in source.entries]
         model = without_values(source.directory)
         self.disk = OnDisk(model, names) if model is not None else Plain(names)
+        if model is not None:
+            adapter.name_by(model)
         self.adapter, self.dequantized = adapter, dequantized or (lambda name: None)
         self.layers = self._layers()
         self.left = set(self.layers)

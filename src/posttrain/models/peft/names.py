@@ -11,18 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from posttrain.models.layers import own_shapes
+from posttrain.models.peft.places import BASE, PREFIX, as_read, places_read, places_written
 from posttrain.models.peft.targets import module_names, suffixes
-
-BASE = ".base_layer"
 
 
 @contextmanager
 def todays_names() -> Iterator[None]:
-    """Inside, peft takes names for the model's own, and full ones of parameters.
+    """Inside, peft takes names for the model's own, a file's too, and full ones of parameters.
 
     It takes some (gate_proj, up_proj, down_proj in a model with experts) for those of transformers 4 and puts LoRA on other
     parameters; and it finds no parameter of a quantized module that has an adapter already.
@@ -31,12 +29,19 @@ def todays_names() -> Iterator[None]:
     from peft.utils import transformers_weight_conversion as conversion
 
     kept = conversion.convert_peft_config_for_transformers, BaseTuner._inject_parameters
+    reads = conversion.convert_peft_adapter_state_dict_for_transformers
     conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    conversion.convert_peft_adapter_state_dict_for_transformers = _as_they_are
     BaseTuner._inject_parameters = _inject  # pyright: ignore
     try:
         yield
     finally:
         conversion.convert_peft_config_for_transformers, BaseTuner._inject_parameters = kept
+        conversion.convert_peft_adapter_state_dict_for_transformers = reads
+
+
+def _as_they_are(model: Any, peft_config: Any, adapter_state_dict: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+    return adapter_state_dict
 
 
 def _inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, **_: Any) -> list[str]:
@@ -71,19 +76,16 @@ def renamed(model: Any, names: Iterable[str]) -> set[str]:
 
 
 def misread(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those linear layers whose keys in a LoRA's file plain peft renames, when it reads them, to what the model has not.
+    """Those layers that plain peft, when it reads a LoRA's file, takes for others by what they are called in the model."""
+    return {name for name, read in places_read(model, names).items() if read != name}
 
-    It reads a file as transformers reads a checkpoint of an older version, whose rules may take a name of today for an old one.
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    names, config, value = list(names), LoraConfig(target_modules=["any"]), torch.zeros(1, 1)
-    alike = {re.sub(r"\.\d+\.", ".0.", name): name for name in names}  # of the layers of one kind, one
-    keys = {kind: f"base_model.model.{name}.lora_A.weight" for kind, name in alike.items()}
-    read = {kind: convert_peft_adapter_state_dict_for_transformers(model, config, {key: value}) for kind, key in keys.items()}  # pyright: ignore
-    wrong = {kind for kind, found in read.items() if set(found) != {keys[kind]}}
-    return {name for name in names if re.sub(r"\.\d+\.", ".0.", name) in wrong}
+def unwritable(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those layers, or parameters by full name, that plain peft finds by no name in a LoRA's file."""
+    modules = dict(model.named_modules())
+    places = {name: name if name in modules else name.rpartition(".")[0] for name in names}
+    written = places_written(model, places.values())
+    return {name for name, place in places.items() if written[place] is None}
 
 
 def file_targets(base: nn.Module, layers: Iterable[str], parameters: Iterable[str]) -> dict[str, list[str]]:
@@ -156,16 +158,17 @@ def with_layers(config: Any, model: nn.Module) -> Any:
 
 def in_memory(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors under the names that they have, without the adapter's own, on a model with such an adapter on it."""
+    base = model.get_base_model()
+    found = {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
+    own = as_read(base, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key not in found})
     if not config.get("target_parameters"):
-        return tensors
-    prefix = "base_model.model."
-    found = {}
-    modules = dict(model.get_base_model().named_modules())
-    for key, tensor in by_parameter(config, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}).items():
+        return found | {f"{PREFIX}{key}": tensor for key, tensor in own.items()}
+    modules = dict(base.named_modules())
+    for key, tensor in by_parameter(config, own).items():
         name, mark, tail = key.partition(".lora_")
         module, _, parameter = name.rpartition(".")
         place = module + _depth(modules[module], parameter) if mark and name not in modules else name
-        found[f"{prefix}{place}{mark}{tail}"] = tensor
+        found[f"{PREFIX}{place}{mark}{tail}"] = tensor
     return found
 
 

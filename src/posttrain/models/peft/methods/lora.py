@@ -91,6 +91,11 @@ class SavedAsLora(Targeted):
     for_images = True
     alpha: Rate
 
+    def not_found_again(self, model: Any) -> Any:
+        from posttrain.models.peft.names import unwritable
+
+        return lambda names: unwritable(model, names)
+
     def export(self, model: PeftModel, out_dir: Path, base_path: str, is_writer: bool) -> None:
         """A frozen adapter and the new one become one of their summed rank, exactly: B A = [B_init B_new] [A_init; A_new]."""
         from posttrain.models.peft.attach import NEW
