@@ -21,6 +21,7 @@ from posttrain.data.chat.alignment import (
     tested_strings,
 )
 from posttrain.data.chat.calls import CALL_FORMS, CallForm, in_form, numbers_in
+from posttrain.data.chat.sandbox import TooMuch, limit_templates
 from posttrain.data.rows import Message
 from posttrain.errors import UserError
 
@@ -83,6 +84,8 @@ class Renderer:
         messages = [{"role": role, "content": sentinel(n)} for n, role in enumerate(roles)]
         try:
             text, _ = self.render(messages, Given())
+        except TooMuch:
+            raise
         except UserError:
             return None
         found = list(SENTINEL.finditer(text))
@@ -110,6 +113,8 @@ class Renderer:
         for several in (messages, messages[:2]):
             try:
                 text, _ = self._write(several, given, False, form)
+            except TooMuch:
+                raise
             except UserError:
                 continue
             before, found, _ = text.partition(sentinel(1))
@@ -119,6 +124,7 @@ class Renderer:
     def _write(self, messages: list[Message], given: Given, prompt: bool, form: CallForm) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        limit_templates()
         messages = [in_form(message, form) for message in messages]
         if self._content_as_list:
             messages = [message | {"content": [{"type": "text", "text": content_of(message)}]} for message in messages]
@@ -131,6 +137,8 @@ class Renderer:
                 add_generation_prompt=prompt,
                 **(self._variables | dict(given.variables)),
             )
+        except TooMuch:
+            raise
         except Exception as error:  # a template is a program of its author's: it may fail in any way
             has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
             hint = f" ({INLINE})" if has_calls else ""
