@@ -27,7 +27,7 @@ from posttrain.models.layers import fused_experts
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact
-from posttrain.runs.files import write_json
+from posttrain.runs.files import by_umask, write_json
 
 FIGURES = "merge.json"
 # what --as may be -> how it is written: plain, without a format of the base's checkpoint; same, in it
@@ -71,6 +71,7 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
         figures = {"run": str(run.resolve()), "kept": best, "max_kl": max_kl}
         figures |= {"candidates": {name: asdict(found) for name, found in candidates.items()}}
         write_json(Path(scratch) / best / FIGURES, figures)
+        by_umask(Path(scratch) / best)
         shutil.rmtree(out, ignore_errors=True)
         (Path(scratch) / best).rename(out)
     say(f"merged model {out}")

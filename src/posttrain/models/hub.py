@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
 from posttrain.models.fingerprint import FORM, function_files, function_of
 from posttrain.runs.cache import cache_root, cached_json
-from posttrain.runs.files import sha256
+from posttrain.runs.files import copy_own, sha256
 
 
 class BaseInfo(NamedTuple):
@@ -61,8 +60,7 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
 
 def copy_processors(base: Path, out: Path) -> None:
     """What makes a picture or a sound into a base's input, for a model that is made of it: unchanged, as training on text is."""
-    for file in base.glob("*processor_config.json"):
-        shutil.copy(file, out / file.name)
+    copy_own(base.glob("*processor_config.json"), base, out)
 
 
 def context_length(name: str, revision: str | None) -> int | None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
 from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
-from posttrain.runs.files import file_hashes, write_json, write_text
+from posttrain.runs.files import by_umask, file_hashes, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
 from posttrain.runs.yaml_files import read_yaml
@@ -60,6 +60,7 @@ class Run:
     def finish(self, said: dict[str, Any]) -> Manifest:
         """Write manifest.json, last and atomically: from here on the run is complete. said: its fields but for those that every
         run has."""
+        by_umask(self.dir)
         record = {"schema": SCHEMA, **said, "config_digest": digest(self.config), "code": code_state()}
         record |= {"versions": library_versions(), "files": file_hashes(self.dir)}
         manifest = Manifest.model_validate(record)

@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from posttrain.secrets import redact
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of files that can run code when they are read
 
 
@@ -34,9 +37,34 @@ def code_digest(directory: Path) -> str:
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of every file of the result; checkpoints have records of their own."""
     skip = {"checkpoints", ".lock", "manifest.json"}
-    files = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file() and stays_inside(p, directory))
     wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
     return {str(p.relative_to(directory)): sha256(p) for p in wanted}
+
+
+def stays_inside(path: Path, directory: Path) -> bool:
+    """Does it lie in `directory`, all links followed? In a snapshot of the hub's cache the repository's blobs count as within."""
+    root = directory.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    return path.resolve().is_relative_to(root)
+
+
+def copy_own(files: Iterable[Path], directory: Path, out: Path, listed: Collection[str] | None = None) -> list[str]:
+    """Copy files of `directory` to `out`, but for links that lead out of it and what is not `listed`; returns the names of those."""
+    left: list[str] = []
+    for file in sorted(files):
+        if stays_inside(file, directory) and file.is_file() and (listed is None or file.name in listed):
+            shutil.copyfile(file, out / file.name)
+        else:
+            left.append(file.name)
+    return left
+
+
+def by_umask(path: Path) -> None:
+    """Give a file, or all below a directory, the permissions that the user's umask says: safetensors makes files for one alone."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~_UMASK)
 
 
 def flush(path: Path) -> None:
@@ -67,6 +95,7 @@ def replacing(path: Path) -> Generator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        by_umask(temporary)
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)

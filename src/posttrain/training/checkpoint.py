@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from posttrain.errors import RunError, UserError, of_all
 from posttrain.runs.earlier import current_parameter
-from posttrain.runs.files import flush, free_bytes, sha256
+from posttrain.runs.files import by_umask, flush, free_bytes, sha256
 from posttrain.tensors import all_whole
 from posttrain.training.processes import Processes
 
@@ -90,6 +90,7 @@ def _save(
         _check_space(directory, sum(value.nbytes for part in parts.values() for value in part.values()))
         temporary.mkdir()
         _write(temporary, step, parts, state)
+        by_umask(temporary)
         shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one of the same step
         os.rename(temporary, final)
         flush(directory)

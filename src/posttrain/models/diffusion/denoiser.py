@@ -18,6 +18,7 @@ from posttrain.models.diffusion.families import FAMILIES, bare, text_encoders
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.export import write_as_peft
 from posttrain.models.peft.factors import Factors
+from posttrain.runs.files import stays_inside
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 ATTENTION = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
@@ -109,7 +110,12 @@ def load_adapter(pipe: Any, adapter: Path, name: str) -> None:
 
 
 def save_pipeline(base_dir: Path, parts: dict[str, Any], out: Path) -> None:
-    """Write the base's files, with `parts` in place of the base's parts of the same names."""
-    shutil.copytree(base_dir, out, ignore=lambda folder, names: [n for n in names if n in parts or n == "source.json"])
+    """Write the base's files, with `parts` in place of the base's parts of the same names. Links out of the base are left out."""
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        foreign = [name for name in names if not stays_inside(Path(folder) / name, base_dir)]
+        return [*foreign, *(name for name in names if name in parts or name == "source.json")]
+
+    shutil.copytree(base_dir, out, ignore=left_out, copy_function=shutil.copyfile)
     for name, module in parts.items():
         bare(module).save_pretrained(out / name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.models.checkpoints.files import Checkpoint, settle
 from posttrain.models.hub import FILES, BaseInfo, resolve
@@ -28,6 +28,8 @@ from posttrain.models.peft.names import by_parameter
 from posttrain.models.peft.places import PREFIX, as_read
 from posttrain.models.peft.tokens import Rows, merge_rows
 from posttrain.runs.cache import cache_root
+from posttrain.runs.files import copy_own
+from posttrain.runs.manifest import is_finished, read_manifest
 
 
 class Adapter:
@@ -105,10 +107,8 @@ def write_merged(
             raise RunError(f"{out / file.name} does not hold what was written at {wrong[0]}; is the disk sound?")
     if change.left:
         raise RunError(f"the base's files have no weight for {sorted(change.left)[0]} (and {len(change.left) - 1} more)")
-    for pattern in FILES:
-        for file in base_dir.glob(pattern):
-            if file.suffix != ".safetensors" and file.name != "source.json":
-                shutil.copy(file, out / file.name)
+    files = {file for pattern in FILES for file in base_dir.glob(pattern)}
+    _say_left(base_dir, copy_own((f for f in files if f.suffix != ".safetensors" and f.name != "source.json"), base_dir, out))
     merge_rows(out, Rows.of(adapter.config, adapter.tensors))
     settle(out, source.format is not None and form != "same", None if form in ("plain", "same") else form)
 
@@ -202,7 +202,14 @@ def merged_directory(base: BaseInfo, adapter_dir: Path, identity: str) -> Path:
 
 
 def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
-    """The run's tokenizer, with its chat template, in place of the base's."""
-    for file in adapter_dir.iterdir():
-        if not file.name.startswith("adapter_") and file.suffix in (".json", ".jinja", ".model", ".txt"):
-            shutil.copy(file, out / file.name)
+    """The run's tokenizer, with its chat template, in place of the base's: of a run, the files that its manifest lists."""
+    of_run = is_finished(adapter_dir.parent)
+    listed = {Path(name).name for name in read_manifest(adapter_dir.parent).files} if of_run else None
+    kinds = (".json", ".jinja", ".model", ".txt")
+    files = (file for file in adapter_dir.iterdir() if not file.name.startswith("adapter_") and file.suffix in kinds)
+    _say_left(adapter_dir, copy_own(files, adapter_dir, out, listed))
+
+
+def _say_left(directory: Path, names: list[str]) -> None:
+    if names:
+        say(f"{directory}: {', '.join(names)} left out: links to elsewhere, or files that its manifest does not list")
