@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain.data.example_store import Store
+from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import builtin_directory
 from posttrain.runs import cache
 from posttrain.runs.cache import cached_json, cached_tensors, write_cached_json, write_tensors
@@ -213,3 +215,70 @@ def test_processes_whose_caches_are_not_one(tmp_path: Path) -> None:
         losses += [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses[0] == losses[1]
     assert len(list((tmp_path / "cache-0" / "reference").iterdir())) == 1 and not (tmp_path / "cache-1" / "reference").exists()
+
+
+def filled(directory: Path, times: list[int] | None = None, error: OSError | None = None) -> tuple[Path, str]:
+    """A cached directory of two files, one of them below."""
+
+    def make(out: Path) -> str:
+        if error:
+            raise error
+        (out / "deep").mkdir(parents=True)
+        (out / "a.bin").write_bytes(b"\0" * 1000)
+        (out / "deep" / "b.json").write_text("{}")
+        if times is not None:
+            times.append(1)
+        return "made here"
+
+    return cache.cached_directory(directory, make)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "a.bin").write_bytes(b"\0" * 999 + b"\1"),  # a flipped bit
+        lambda d: (d / "a.bin").write_bytes(b"\0" * 10),
+        lambda d: (d / "deep" / "b.json").unlink(),
+        lambda d: (d / "source.json").write_text("{"),
+        lambda d: (d / "source.json").write_text("[]"),
+    ],
+)
+def test_a_damaged_directory_is_named_and_made_again(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A built-in model, a merged base, a pipeline."""
+    times = list[int]()
+    assert filled(tmp_path / "m", times) == filled(tmp_path / "m", times) == (tmp_path / "m", "made here")
+    assert len(times) == 1 and capsys.readouterr().out == ""
+    damage(tmp_path / "m")
+    cache._checked.cache_clear()  # as in another process
+    assert filled(tmp_path / "m", times)[1] == "made here" and len(times) == 2
+    assert (tmp_path / "m" / "a.bin").read_bytes() == b"\0" * 1000
+    assert f"cache: {tmp_path / 'm'} is damaged" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.lock"]
+
+
+def test_a_cache_for_reading_alone_will_do_when_it_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written and nothing locked; a cold one is named, with the way out."""
+    filled(tmp_path / "m")
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(cache, "FileLock", refuses)
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    assert filled(tmp_path / "m")[1] == "made here"
+    with pytest.raises(UserError, match=rf"^cache: {tmp_path / 'n'} cannot be written \(Permission denied\); .*POSTTRAIN_CACHE"):
+        filled(tmp_path / "n")
+
+
+def test_a_full_disk_of_the_cache_is_named_by_its_own_path(tmp_path: Path) -> None:
+    full = OSError(28, "No space left on device", str(tmp_path / ".m.x" / "m" / "a"))
+    with pytest.raises(RunError, match=rf"^cache: {tmp_path / 'm'} cannot be written \(No space left on device\)"):
+        filled(tmp_path / "m", error=full)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.lock"]
+    elsewhere = OSError(28, "No space left on device", "/elsewhere/x")
+    with pytest.raises(OSError, match="No space left on device: '/elsewhere/x'"):
+        filled(tmp_path / "m", error=elsewhere)
+    store = Store(tmp_path / "data" / "k")
+    store._temporary = Path("/dev/full")  # below which nothing can be written
+    with pytest.raises((RunError, UserError), match=rf"^cache: {tmp_path / 'data' / 'k'} cannot be written"):
+        store.close({})

@@ -24,7 +24,8 @@ def secret(tmp_path: Path) -> Path:
 def test_links_that_lead_out_are_left_out(secret: Path, tmp_path: Path) -> None:
     """A link within the directory, and one to a blob of the hub's cache, are files like others."""
     run, out = tmp_path / "run", tmp_path / "out"
-    run.mkdir(), out.mkdir()
+    run.mkdir()
+    out.mkdir()
     (run / "own.json").write_text("1")
     (run / "inside.json").symlink_to(run / "own.json")
     (run / "outside.json").symlink_to(secret)
@@ -34,7 +35,8 @@ def test_links_that_lead_out_are_left_out(secret: Path, tmp_path: Path) -> None:
     assert copy_own(run.iterdir(), run, out, ["own.json", "outside.json"]) == ["gone.json", "inside.json", "outside.json"]
     assert sorted(file_hashes(run)) == ["inside.json", "own.json"]
     snapshot, blobs = tmp_path / "models--o--m" / "snapshots" / "a1", tmp_path / "models--o--m" / "blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     (blobs / "b").write_text("2")
     (snapshot / "config.json").symlink_to("../../blobs/b")
     (snapshot / "evil.json").symlink_to(secret)
@@ -45,7 +47,8 @@ def test_a_merge_takes_the_tokenizer_files_that_the_manifest_lists(
     secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, out = tmp_path / "run" / "adapter", tmp_path / "out"
-    adapter.mkdir(parents=True), out.mkdir()
+    adapter.mkdir(parents=True)
+    out.mkdir()
     for name in ("tokenizer.json", "unlisted.json", "adapter_config.json"):
         (adapter / name).write_text("{}")
     (adapter / "special_tokens_map.json").symlink_to(secret)
@@ -64,7 +67,10 @@ def test_a_saved_pipeline_follows_no_link_out_of_its_base(secret: Path, tmp_path
     (base / "scheduler" / "x.json").symlink_to(secret)
     (base / "home").symlink_to(tmp_path)
     save_pipeline(base, {}, tmp_path / "out")
-    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")) == ["model_index.json", "scheduler"]
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")) == [
+        "model_index.json",
+        "scheduler",
+    ]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.examples import Examples
+from posttrain.runs.cache import refused
 from posttrain.runs.earlier import OF_CONTENT
 
 BLOCK = 1 << 22  # bytes that are read at a time
@@ -56,7 +58,8 @@ class Store:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        with self._in_cache():
+            self._temporary.mkdir(parents=True)
         self._counts: dict[str, dict[str, int]] = {}
         self._sums: dict[str, int] = {}  # CRC-32 of each file
         self._hashes: dict[str, hashlib._Hash] = {}
@@ -75,8 +78,8 @@ class Store:
         for name, dtype in _DTYPES.items():
             value = read if name == "read" else np.asarray(shifted.get(name, getattr(piece, name, None)), dtype=dtype)
             file_name = f"{part}.{name}"
-            with (self._temporary / file_name).open("ab") as file:
-                value.tofile(file)
+            with self._in_cache(), (self._temporary / file_name).open("ab") as file:
+                file.write(value.tobytes())
             self._sums[file_name] = zlib.crc32(value.tobytes(), self._sums.get(file_name, 0))
             if value.size or name not in _RARE:
                 self._hashes.setdefault(file_name, hashlib.sha256()).update(value.tobytes())
@@ -85,12 +88,21 @@ class Store:
         counts["units"] += len(piece)
         counts["columns"] += len(piece.columns)
 
+    @contextmanager
+    def _in_cache(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise refused(self._path, error) from None
+
     def close(self, report: dict[str, object]) -> None:
         """Put the directory in its place; report: what JSON can hold."""
         hashes = {name: each.hexdigest() for name, each in sorted(self._hashes.items()) if not name.endswith(_ROWS)}
         content = OF_CONTENT + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:32]
         found = {"report": report, "counts": self._counts, "crc32": self._sums, "content": content}
-        (self._temporary / "report.json").write_text(json.dumps({"content": found, "crc32": _crc32_of(found)}))
+        with self._in_cache():
+            text = json.dumps({"content": found, "crc32": _crc32_of(found)})
+            (self._temporary / "report.json").write_text(text, encoding="utf-8")
         if not self._path.exists():
             with suppress(OSError):  # another process was quicker, with the same content
                 self._temporary.rename(self._path)
@@ -99,7 +111,7 @@ class Store:
 def load(path: Path) -> Stored:
     """Read what a Store wrote: tokens and weights stay on the disk until they are looked at. Raises ValueError for what is not as
     it was written."""
-    whole = json.loads((path / "report.json").read_text())
+    whole = json.loads((path / "report.json").read_text(encoding="utf-8"))
     found = whole["content"]
     if _crc32_of(found) != whole["crc32"]:
         raise ValueError(f"{path / 'report.json'} is not as it was written")

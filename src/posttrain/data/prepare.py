@@ -125,7 +125,7 @@ def _loaded(path: Path, make: Callable[[], None]) -> store.Stored:
         return store.load(path)
     except (ValueError, KeyError, OSError) as error:
         say(f"cache: {error}; it is made again")
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         make()
         return store.load(path)
 

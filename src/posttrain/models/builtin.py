@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from filelock import FileLock
 from huggingface_hub import constants
 
 from posttrain.console import say
 from posttrain.errors import UserError
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, cached_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,22 +55,7 @@ ally ness
 
 def builtin_directory(name: str) -> tuple[Path, str]:
     """The directory of a built-in model and where it came from."""
-    return made_once(cache_root() / "models" / f"{name}-v1", BUILTIN[name])
-
-
-def made_once(directory: Path, make: Callable[[Path], str]) -> tuple[Path, str]:
-    """`directory`, which `make` fills at the first call, whole or not at all, and what it said of the content's origin."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    note = directory / "source.json"
-    with FileLock(str(directory) + ".lock"):
-        if not note.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-                made = Path(scratch) / directory.name
-                origin = make(made)
-                (made / note.name).write_text(json.dumps({"origin": origin}), encoding="utf-8")
-                made.rename(directory)
-    return directory, json.loads(note.read_text(encoding="utf-8"))["origin"]
+    return cached_directory(cache_root() / "models" / f"{name}-v1", BUILTIN[name])
 
 
 def _make_tiny(out: Path) -> str:

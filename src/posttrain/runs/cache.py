@@ -5,21 +5,30 @@ A file in it is whole or not there, knows its own checksum, and may be asked for
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from filelock import FileLock
+
 from posttrain.console import say
-from posttrain.runs.files import replacing
+from posttrain.errors import RunError, UserError
+from posttrain.runs.files import by_umask, file_hashes, replacing, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+NOTE = "source.json"  # in a directory: where its content is from, and its files
+READ_WHOLE = 2**30  # bytes of a directory's file; of a larger one the size is compared
 CHECKSUM = "sha256"  # the key of a file's metadata that holds it
 
 
@@ -59,6 +68,69 @@ def cached_tensors(
 def cached_json(path: Path, make: Callable[[], T], *, writes: bool = True, agree: Callable[[bool], bool] = alone) -> T:
     """The same for a value that JSON can hold, and returns as it was."""
     return _cached(path, _read_json, make, write_cached_json, writes, agree)
+
+
+def cached_directory(directory: Path, make: Callable[[Path], str]) -> tuple[Path, str]:
+    """`directory`, filled by `make` where it is not there or damaged, and what `make` said of the content's origin.
+
+    make: gets a path that is not there yet. Only who makes it writes and locks, so that a cache for reading alone will do. Raises
+    UserError or RunError, about the directory, where it cannot be written.
+    """
+    if (origin := _origin(directory)) is not None:
+        return directory, origin
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock", mode=0o666):  # of all users
+            if (origin := _origin(directory)) is None:  # nobody else has made it meanwhile
+                origin = _fill(directory, make)
+    except OSError as error:
+        if error.errno is None or (error.filename and not Path(str(error.filename)).is_relative_to(directory.parent)):
+            raise  # of something else that `make` does
+        raise refused(directory, error) from None
+    except Exception as error:
+        if "os error 28" in str(error):  # of safetensors
+            raise refused(directory, OSError(errno.ENOSPC, "the disk is full")) from None
+        raise
+    return directory, origin
+
+
+def refused(path: Path, error: OSError) -> UserError | RunError:
+    """What to raise where what a run needs cannot be put into the cache: UserError for who may not write there."""
+    kind = UserError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else RunError
+    said = error.strerror or str(error)
+    return kind(f"cache: {path} cannot be written ({said}); free some space there, or set POSTTRAIN_CACHE to another directory")
+
+
+def _fill(directory: Path, make: Callable[[Path], str]) -> str:
+    shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        made = Path(scratch) / directory.name
+        origin = make(made)
+        by_umask(made)
+        files = {name: {"bytes": (made / name).stat().st_size, "sha256": value} for name, value in file_hashes(made).items()}
+        (made / NOTE).write_text(json.dumps({"origin": origin, "files": files}), encoding="utf-8")
+        made.rename(directory)
+    return origin
+
+
+@lru_cache
+def _checked(note: Path, changed: int) -> str:
+    """Origin of a directory whose files are as its note says. Raises ValueError or OSError. changed: time of the note."""
+    told = json.loads(note.read_text(encoding="utf-8"))
+    for name, each in told.get("files", {}).items():  # version 0.1 has none
+        size = (note.parent / name).stat().st_size
+        if size != each["bytes"] or (size <= READ_WHOLE and sha256(note.parent / name) != each["sha256"]):
+            raise ValueError(f"{name} is not as it was written")
+    return told["origin"]
+
+
+def _origin(directory: Path) -> str | None:
+    note = directory / NOTE
+    try:
+        return _checked(note, note.stat().st_mtime_ns) if note.exists() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        say(f"cache: {directory} is damaged ({error}); it is made again")
+        return None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -50,7 +50,7 @@ def stays_inside(path: Path, directory: Path) -> bool:
 
 
 def copy_own(files: Iterable[Path], directory: Path, out: Path, listed: Collection[str] | None = None) -> list[str]:
-    """Copy files of `directory` to `out`, but for links that lead out of it and what is not `listed`; returns the names of those."""
+    """Copy files of `directory` to `out`, but for links that lead out of it and what is not `listed`; returns those' names."""
     left: list[str] = []
     for file in sorted(files):
         if stays_inside(file, directory) and file.is_file() and (listed is None or file.name in listed):
@@ -61,7 +61,7 @@ def copy_own(files: Iterable[Path], directory: Path, out: Path, listed: Collecti
 
 
 def by_umask(path: Path) -> None:
-    """Give a file, or all below a directory, the permissions that the user's umask says: safetensors makes files for one alone."""
+    """Give a file, or all below a directory, the permissions that the umask says: safetensors makes files for one user."""
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
             file.chmod(0o666 & ~_UMASK)

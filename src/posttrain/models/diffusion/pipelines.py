@@ -11,11 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 
 from posttrain.errors import UserError, did_you_mean
-from posttrain.models.builtin import made_once
 from posttrain.models.diffusion.families import FAMILIES, diffusers, quiet
 from posttrain.models.diffusion.tiny import TINY, make_tiny
 from posttrain.models.hub import BaseInfo, digest
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, cached_directory
 
 INDEX = "model_index.json"
 FILES = [INDEX, *(f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model"))]
@@ -63,7 +62,7 @@ def pipeline_directory(base: BaseInfo) -> Path:
 
 def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str, str | None]:
     if name in TINY:
-        made, _ = made_once(cache_root() / "pipelines" / f"{name}-v1", partial(make_tiny, name))
+        made, _ = cached_directory(cache_root() / "pipelines" / f"{name}-v1", partial(make_tiny, name))
         return made, str(made), None
     directory = Path(name).expanduser()
     if directory.is_dir():

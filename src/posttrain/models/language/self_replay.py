@@ -18,7 +18,7 @@ from posttrain.errors import UserError
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
-from posttrain.runs.files import replacing
+from posttrain.runs.cache import cached_json
 
 OPENINGS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>")  # what pre-training puts before a document
 
@@ -42,8 +42,8 @@ class Replay:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
     def path(self, cache: Path) -> Path:
-        """Where the texts are kept, as JSONL: the same for every run from the same weights."""
-        return cache / "replay" / f"{self.name}.jsonl"
+        """Where the texts are kept: the same for every run from the same weights."""
+        return cache / "replay" / f"{self.name}.json"
 
     @property
     def _opening(self) -> int:
@@ -55,11 +55,12 @@ class Replay:
         found = [first, *known, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return next(token for token in found if token is not None)
 
-    def write(self, cache: Path, dtype: str, device: torch.device, code: str | None, check: Callable[[], None]) -> Path:
-        """The file, written if it is not there yet: once for all runs from these weights. check may raise to leave."""
-        path, options = self.path(cache), self.options
-        if path.exists():
-            return path
+    def texts(self, cache: Path, dtype: str, device: torch.device, code: str | None, check: Callable[[], None]) -> list[str]:
+        """The texts, drawn if they are not there yet: once for all runs from these weights. check may raise to leave."""
+        return cached_json(self.path(cache), lambda: self._draw(dtype, device, code, check))
+
+    def _draw(self, dtype: str, device: torch.device, code: str | None, check: Callable[[], None]) -> list[str]:
+        options = self.options
         model = load_causal(self.source, self.revision, dtype, str(device), code, None, "say")
         lm = PackedLM(model, kernels=self.kernels)
         sampling = Sampling(options.max_new_tokens, options.temperature, 1.0, 0, options.batch_size)
@@ -77,7 +78,4 @@ class Replay:
                 check()
                 if rounds > 4 and not texts:
                     raise UserError("data.general.path: the base model writes nothing; give a general corpus")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        return path
+        return texts

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +25,7 @@ from posttrain.models.peft.kinds import require_kind
 from posttrain.models.peft.names import by_parameter
 from posttrain.models.peft.places import PREFIX, as_read
 from posttrain.models.peft.tokens import Rows, merge_rows
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, cached_directory
 from posttrain.runs.files import copy_own
 from posttrain.runs.manifest import is_finished, read_manifest
 
@@ -187,18 +185,15 @@ def merged_directory(base: BaseInfo, adapter_dir: Path, identity: str) -> Path:
     identity: names the adapter's content, as `base.digest` names the base's.
     """
     name = hashlib.sha256(f"{base.digest} {identity}".encode()).hexdigest()[:32]
-    directory = cache_root() / "models" / f"merged-{name}"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(directory) + ".lock"):
-        if not directory.exists():
-            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-                made = Path(scratch) / "merged"
-                adapter = Adapter(adapter_dir, "init")
-                adapter.require_mergeable("init", "give a run whose adapter can be")
-                write_merged(resolve(base.path, base.revision).directory, adapter, made)
-                copy_tokenizer(adapter_dir, made)
-                made.rename(directory)
-    return directory
+
+    def make(out: Path) -> str:
+        adapter = Adapter(adapter_dir, "init")
+        adapter.require_mergeable("init", "give a run whose adapter can be")
+        write_merged(resolve(base.path, base.revision).directory, adapter, out)
+        copy_tokenizer(adapter_dir, out)
+        return f"{base.name} with {adapter_dir}"
+
+    return cached_directory(cache_root() / "models" / f"merged-{name}", make)[0]
 
 
 def copy_tokenizer(adapter_dir: Path, out: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from PIL import Image
 
 from posttrain.console import Meter, say
 from posttrain.models.diffusion.families import encode_texts, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache import cache_root, refused
 from posttrain.runs.files import replacing, write_json
 from posttrain.runs.identity import content_hash
 
@@ -26,16 +27,35 @@ def class_images(
     """
     recipe = {"model": identity, "prompt": prompt, "seed": seed, **how._replace(batch_size=0)._asdict()}
     folder = cache_root() / "class_images" / content_hash(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        files = [folder / f"{i:05d}.png" for i in range(count)]
-        missing = [i for i, file in enumerate(files) if not file.exists()]
-        if missing:
-            already = count - len(missing)
-            write_json(folder / "recipe.json", recipe)
-            say(f"{name}: drawing {len(missing)} pictures of '{prompt}'" + (f", {already} are there already" if already else ""))
-            _fill(pipe, prompt, missing, files, seed, how, check, name)
+    files = [folder / f"{i:05d}.png" for i in range(count)]
+    if all(map(_is_whole, files)):  # then a cache for reading alone will do
+        return files
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", mode=0o666):  # of all users
+            if missing := [i for i, file in enumerate(files) if not _is_whole(file)]:
+                already = count - len(missing)
+                write_json(folder / "recipe.json", recipe)
+                there = f", {already} are there already" if already else ""
+                say(f"{name}: drawing {len(missing)} pictures of '{prompt}'{there}")
+                _fill(pipe, prompt, missing, files, seed, how, check, name)
+    except OSError as error:
+        raise refused(folder, error) from None
     return files
+
+
+def _is_whole(file: Path) -> bool:
+    """PNG knows its own checksums. What is damaged is named, and drawn again."""
+    if not file.exists():
+        return False
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        say(f"cache: {file} is damaged ({error}); it is made again")
+        file.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _fill(

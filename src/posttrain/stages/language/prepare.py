@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -192,8 +193,8 @@ def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
         cfg.data.replay,
         cfg.model.kernels,
     )
-    written = replay.write(cache_root(), frozen_dtype(cfg), context.device, pin_of(cfg.model), context.check)
-    _copy(written, own)
+    texts = replay.texts(cache_root(), frozen_dtype(cfg), context.device, pin_of(cfg.model), context.check)
+    _write(texts, own)
     return replayed(cfg.data, str(own)), str(own)
 
 
@@ -211,10 +212,10 @@ def _ewc_text(cfg: LanguageStage, encoder: Encoder, own: str) -> Examples | None
     return found.examples
 
 
-def _copy(file: Path, to: Path) -> None:
-    """Once; the run's own, so that its manifest lists it."""
+def _write(texts: list[str], to: Path) -> None:
+    """Once, as JSONL; the run's own, so that its manifest lists it."""
     if not to.exists():
-        write_text(to, file.read_text())
+        write_text(to, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def with_order(data: PreparedData, order: BatchSampler) -> PreparedData:
