@@ -275,7 +275,8 @@ def test_a_head_is_what_its_config_calls_it(said: dict[str, float], scale: float
 def test_what_stands_between_the_last_layer_and_the_head_is_gone_through() -> None:
     """ModernBERT's decoder has a dense layer and a norm there: values and gradients of a pack are those of each alone."""
     torch.manual_seed(0)
-    config = transformers.ModernBertDecoderConfig(**(SMALL | {"pad_token_id": 0}), cls_token_id=1, sep_token_id=1)
+    sizes: dict[str, Any] = {**SMALL, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 1}
+    config = transformers.ModernBertDecoderConfig(**sizes)
     model: Any = transformers.ModernBertDecoderForCausalLM(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

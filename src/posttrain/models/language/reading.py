@@ -170,6 +170,7 @@ def _difference(lm: Reads) -> str:
     Raises UserError for a model that is not causal.
     """
     causal, was_training, kind = lm.causal, lm.training, type(lm.causal).__name__
+    words: Any = causal.get_input_embeddings()
     config, implementation = causal.config.get_text_config(), str(causal.config._attn_implementation)
     pack, on_meta = _try(config.vocab_size, causal.device), causal.device.type == "meta"
     lm.train(False)
@@ -192,7 +193,7 @@ def _difference(lm: Reads) -> str:
     finally:
         causal.set_attn_implementation(implementation)
         lm.train(was_training)
-    if hidden.shape[-1] not in (widths := {config.hidden_size, causal.get_input_embeddings().weight.shape[-1]}):  # Reformer
+    if hidden.shape[-1] not in (widths := {config.hidden_size, words.weight.shape[-1]}):  # Reformer
         raise UserError(
             f"model.name: the last hidden states of {kind} are {hidden.shape[-1]} wide, not {max(widths)}: its layers are "
             "reversible, which is not trained here; give another model"
