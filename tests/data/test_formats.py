@@ -237,7 +237,7 @@ def test_unknown_columns() -> None:
         recognise({"foo": 1, "bar": 2})
     assert all(shape in str(error.value) for shape in FORMATS.names())
     with pytest.raises(UserError, match=r"make no known shape - did you mean 'prompt'\?; rename them to"):
-        recognise({"promt": "a", "completoin": "b"})
+        recognise({"completion": "b", "promt": "a"})
 
 
 def test_what_fits_which_stage() -> None:

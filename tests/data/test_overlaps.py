@@ -157,6 +157,16 @@ def test_nearest_before_by_hand() -> None:
     assert nearest_before(signatures, 3)[:3].tolist() == [-1, -1, -1]
 
 
+def test_texts_and_messages_say_the_same() -> None:
+    asked, told = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+    other = [{"role": "assistant", "content": "b"}]
+    assert key_of({"prompt": "q", "completion": "a"}) == key_of({"messages": [*asked, *told]}) != key_of({"messages": asked})
+    as_texts = key_of({"prompt": "q", "chosen": "a", "rejected": "b"})
+    assert as_texts == key_of({"prompt": asked, "chosen": told, "rejected": other})
+    assert as_texts != key_of({"prompt": asked, "chosen": other, "rejected": told})
+    assert key_of({"prompt": "q"}) == key_of({"prompt": asked}) != key_of({"text": "q"})
+
+
 def test_keys_and_words() -> None:
     assert key_of({"text": "a", "weight": 2, "columns": {"id": 3}}) == key_of({"text": "a"}) != key_of({"text": "A"})
     assert key_of({"prompt": "a", "completion": "b", "label": False}) != key_of({"prompt": "a", "completion": "b", "label": True})

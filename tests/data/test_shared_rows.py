@@ -11,6 +11,7 @@ from posttrain.config.compose import compose_run, validate
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.left_out import LeftOut
 from posttrain.data.mixture import Mixture, read_mixture
+from posttrain.errors import UserError
 from posttrain.stages.language.summary import lines_of_data
 from posttrain.stages.spec import row_uses
 
@@ -126,3 +127,8 @@ def test_only_the_sources_before_are_looked_at(tmp_path: Path) -> None:
     words = [f"data.sources.{name}.{key}" for name in ("a", "b") for key in (f"path={tmp_path}/{name}.jsonl", "share=0.5")]
     cfg = validate(compose_run("cpt", ["data=mix", *words, "data.dedupe=exact", "data.eval_share=0"]))
     assert LeftOut(cfg.data, row_uses()["cpt"]).of("a").repeated == [3]  # there is no b.jsonl
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path, make_tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"all 3 rows of .*b.jsonl are left out by data.dedupe .*; leave the source out"):
+        mixed(tmp_path, make_tokenizer(None), {"a": ["1", "2"], "b": ["2", "1", "2"]}, "data.dedupe=exact")

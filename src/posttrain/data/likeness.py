@@ -21,6 +21,7 @@ ALIKE = 0.8  # the share of runs that near duplicates have in common (of all tha
 
 _APART = ("weight", "margin", "columns", "first")  # of a canonical row: what it says is in none of these
 _UNSAID = (*_APART, "label", "chat_template_kwargs", "role", "tools")  # nor in these, of what is compared word by word
+_TURNS = (("prompt", "user"), ("completion", "assistant"), ("chosen", "assistant"), ("rejected", "assistant"))
 _SAID = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _random = np.random.default_rng(20)
@@ -29,8 +30,15 @@ _ADDENDS = _random.integers(0, 2**63, NUMBERS, dtype=np.uint64)
 
 
 def key_of(row: CanonicalRow) -> int:
-    """64 bits of a hash of what a row says; the same for rows that differ in weight, margin or columns of no use."""
-    said = _SAID.encode({name: value for name, value in row.items() if name not in _APART})
+    """64 bits of a hash of what a row says; the same for rows that differ in weight, margin or columns of no use, and for texts
+    and the messages that they can be rendered as."""
+    found = {name: value for name, value in row.items() if name not in _APART}
+    for name, role in _TURNS:
+        if isinstance(found.get(name), str):
+            found[name] = [{"role": role, "content": found[name]}]
+    if "completion" in found:
+        found["messages"] = [*found.pop("prompt"), *found.pop("completion")]
+    said = _SAID.encode(found)
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
 
 

@@ -206,6 +206,9 @@ def refusal(stats: SourceStats, allowed: float) -> str:
     """Why a run refuses these rows, empty where it does not. allowed: share of rows without a token to train on."""
     if stats.rows and stats.disliked == stats.rows:
         return f"data.path: the label of all {stats.rows} rows of {stats.source} is false, so there is nothing to learn"
+    if not stats.rows and stats.elsewhere:
+        which = f"all {stats.elsewhere} rows of {stats.source} are left out by data.dedupe or data.decontaminate"
+        return f"data.path: {which}, for they stand elsewhere; leave the source out"
     gone = stats.untrained + stats.alike + stats.endless
     if gone < stats.rows - stats.disliked and gone <= allowed * stats.rows:
         return ""

@@ -64,6 +64,12 @@ class SourceStats:
         places = {what: [there(place) for place in found] for what, found in self.places.items()}
         return replace(self, source=source, places=places)
 
+    @property
+    def elsewhere(self) -> int:
+        """Rows that stand elsewhere too, if no row does in two ways."""
+        by_name = (self.shared, self.shared_near, self.known)
+        return self.repeated + self.also_held + self.near + sum(sum(found.values()) for found in by_name)
+
     def note(self, what: str, place: str) -> None:
         """Count a row as truncated, untrained or skipped."""
         setattr(self, what, getattr(self, what) + 1)

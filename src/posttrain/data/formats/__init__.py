@@ -73,7 +73,8 @@ def recognise(row: Row) -> str:
     columns = ", ".join(map(str, row)) or "(none)"
     if not fitting:
         known = "; ".join(f"{name} ({each.columns})" for name, each in formats.items())
-        near = next(filter(None, (did_you_mean(name, _names(formats)) for name in map(str, row))), "")
+        names = _names(formats)
+        near = next(filter(None, (did_you_mean(name, names) for name in map(str, row) if name not in names)), "")
         raise UserError(f"data.shape: the columns {columns} make no known shape{near}; rename them to one of: {known}")
     rivals = [name for name in fitting if formats[name].precedence == formats[fitting[0]].precedence]
     if len(rivals) > 1:

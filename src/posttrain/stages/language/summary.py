@@ -96,11 +96,11 @@ def lines_of_source(
 
 
 def example_of(part: PreparedSource, tokenizer: Any, letters: int) -> list[str]:
-    """The first row as the model sees it, of a pair with the chosen answer: so many letters of it."""
+    """The first row as the model sees it: of a pair with the chosen answer, of a prompt without the known one."""
     train, shown = part.train, ""
     if len(train.rows):
         first = int(np.argmin(train.rows))  # packed documents lie in another order
-        stop = int(train.splits[first, 1]) if len(train.splits) else None
+        stop = int(train.splits[first, int(part.stats.trained_tokens > 0)]) if len(train.splits) else None
         found, counts = train.sequence(first)
         pairs = zip(found[:stop].tolist(), counts[:stop].tolist(), strict=True)
         for trained, run in groupby(pairs, key=lambda token: bool(token[1])):
