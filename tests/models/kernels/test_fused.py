@@ -196,3 +196,18 @@ def test_a_model_may_write_into_a_layers_output() -> None:
         found.append((x.grad, layer.lora_A["a0"].weight.grad, layer.lora_B["a0"].weight.grad))
     for plain, lean in zip(*found, strict=True):
         torch.testing.assert_close(lean, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_what_goes_in_may_lie_in_memory_in_any_order() -> None:
+    """As Griffin's recurrent layers give it, a transposed one."""
+    found = []
+    for kernels in ("reference", "auto"):
+        model = with_lora(FAMILIES["llama"])
+        use_kernels(model, kernels)
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        x = torch.randn(64, 5, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x.transpose(0, 2))
+        y.transpose(0, 1).square().sum().backward()
+        found.append((y, x.grad, layer.lora_A["a0"].weight.grad, layer.lora_B["a0"].weight.grad))
+    for plain, lean in zip(*found, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-4, atol=1e-4)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Gemma2Config, LagunaConfig, PreTrainedConfig, RecurrentGemmaConfig, xLSTMConfig
 
-from posttrain.models.kernels.logprobs import Head, plain_logprobs, token_entropies, token_logprobs
+from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_entropies, token_logprobs
 
 N, H, V = 11, 6, 17
 
@@ -121,3 +122,18 @@ def test_a_temperature_divides_the_logits(softcap: float | None) -> None:
     entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(token_entropies(hidden, head.at(0.7)), entropies, rtol=0, atol=1e-6)
     assert (want - token_logprobs(hidden, target, head, 4, 5)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("config", "softcap"),
+    [
+        (RecurrentGemmaConfig(logits_soft_cap=7.0), 7.0),
+        (Gemma2Config(final_logit_softcapping=5.0, attn_logit_softcapping=3.0), 5.0),
+        (Gemma2Config(final_logit_softcapping=None, attn_logit_softcapping=3.0), None),
+        (xLSTMConfig(output_logit_soft_cap=9.0, gate_soft_cap=3.0), 9.0),
+        (LagunaConfig(moe_router_logit_softcapping=3.0), None),
+    ],
+)
+def test_a_heads_cap_is_known_by_every_name_for_it(config: PreTrainedConfig, softcap: float | None) -> None:
+    """And caps of attention's scores, gates and routers are none."""
+    assert head_of(nn.Linear(2, 3), config).softcap == softcap

@@ -133,7 +133,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, gated: Tensor | None, weight: Tensor, bias: Tensor | None,
         quantized: Any, scales: tuple[float, ...], dropout: float, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        flat = (x if gated is None else silu(x) * gated).view(-1, x.shape[-1])
+        flat = (x if gated is None else silu(x) * gated).reshape(-1, x.shape[-1])
         down, up = _joined(factors, scales, x.dtype)
         heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         inner = heard @ down.T
@@ -155,12 +155,12 @@ class _LoraLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[:2]):
             of_x = grad @ dense_weight(weight, ctx.quantized, grad.dtype)
             of_x = of_x.addmm_(behind, down) if mask is None else of_x.add_(_heard(behind @ down, mask, ctx.heard))
-            of_x = of_x.view(ctx.shape)
+            of_x = of_x.reshape(ctx.shape)
         if gated is not None:
             assert of_x is not None
             active, of_x, of_gated = _through_silu(of_x, x, gated)
             x = active.mul_(gated)
-        heard: Any = x if x is None or mask is None else _heard(x.view(mask.shape), mask, ctx.heard)
+        heard: Any = x if x is None or mask is None else _heard(x.reshape(mask.shape), mask, ctx.heard)
         return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
 
 
@@ -186,7 +186,7 @@ def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor
         rows = slice(at, at + rank)
         at = rows.stop
         if ctx.needs_input_grad[OTHERS + 2 * i]:
-            found[2 * i] = (behind[:, rows].T @ x.view(-1, x.shape[-1])).to(dtype)
+            found[2 * i] = (behind[:, rows].T @ x.reshape(-1, x.shape[-1])).to(dtype)
         if ctx.needs_input_grad[OTHERS + 2 * i + 1]:
             found[2 * i + 1] = (grad.T @ inner[:, rows]).to(dtype_up).mul_(scale)
     return found

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-# of a config: what logits are multiplied by (Cohere, Muse), divided by (Granite, Inkling), and capped at (Gemma, xLSTM)
+# of a config: what logits are multiplied by (Cohere, Muse), divided by (Granite, Inkling), and capped at (Gemma, xLSTM, Griffin)
 SCALES, DIVISORS = ("logit_scale", "output_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+SOFTCAP = re.compile(r"(final_|output_)?logits?_soft_?cap(ping)?")  # others are of attention's scores, gates and routers
 WIDENED = 2**13  # words whose weights are in float32 at a time, for a comparison
 
 
@@ -79,7 +80,7 @@ def head_of(output: nn.Linear, config: PretrainedConfig) -> Head:
     """A causal model's head as its config describes it, under the names that model families have for it."""
     scale = math.prod(getattr(config, name, None) or 1.0 for name in SCALES)
     scale /= math.prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
-    softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None)), None)
+    softcap = next((value for name, value in vars(config).items() if SOFTCAP.fullmatch(name) and value), None)
     return Head(output.weight, getattr(output, "bias", None), float(scale), softcap)
 
 
