@@ -119,6 +119,7 @@ def _fork(job: dict[str, Any], rank: int, count: int, port: int) -> int:
             os.environ.update({name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "localhost"})
         os.environ.update(job["env"])
         faulthandler.enable()
+        os.chdir(job["env"].get("RANKS_FOLDER", "."))
         from posttrain.launch.exit_codes import guarded
         from posttrain.launch.worker import run_config
 

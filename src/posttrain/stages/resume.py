@@ -11,6 +11,7 @@ import torch
 
 from posttrain.console import say
 from posttrain.data.collate import BatchSampler
+from posttrain.errors import UserError, of_all
 from posttrain.runs.directory import Run
 from posttrain.runs.earlier import as_of_today, current_state
 from posttrain.runs.identity import allowed, code_state, compare, identity_of, library_versions
@@ -72,6 +73,14 @@ def open_history(cfg: Any, run: Run, prepared: Prepared[Any], processes: Process
     if checkpoint is None and cfg.run.reproduces:
         _say_what_differs(state, Path(cfg.run.reproduces))
     return history
+
+
+def agree_on(processes: Processes, identity: dict[str, Any]) -> None:
+    """Raises UserError where another process has read something else: another machine has its own files and caches."""
+    for rank, other in enumerate(processes.gathered(identity)):
+        if wrong := next((key for key in sorted(identity | other) if other.get(key) != identity.get(key)), None):
+            said = f"{wrong} is {identity.get(wrong)} in rank {processes.rank} and {other.get(wrong)} in rank {rank}"
+            raise of_all(UserError(f"{said}; give every machine the same files"))
 
 
 def order_hash(order: BatchSampler) -> str:

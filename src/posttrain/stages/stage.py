@@ -26,7 +26,7 @@ from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.stages.accelerator import make_accelerator
 from posttrain.stages.manifest import common_record, show_outcome
-from posttrain.stages.resume import History, open_history
+from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
 from posttrain.training.checkpoint import check_room
 from posttrain.training.guard import GuardConfig
@@ -57,6 +57,7 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
     alone = processes.count == 1
     with stop.at_once(alone):  # nothing is lost by leaving before the first step
         prepared = processes.in_turn(lambda: steps.prepare(context))
+        agree_on(processes, prepared.identity | {"data.order": order_hash(prepared.order)})
         history = open_history(cfg, run, prepared, processes)
         for line in prepared.lines:
             say(line)
@@ -173,11 +174,11 @@ def _measure(training: Training[Any], done: int, stop: StopSignal, after: bool) 
 
 
 def _finish(run: Run, record: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    manifest: dict[str, Any] = {}
-    if accelerator.is_main_process:
+    def finish() -> dict[str, Any]:
         finished = run.finish(record)
         show_outcome(run, finished, run_page(run.dir))
-        manifest = finished.to_dict()
-    accelerator.wait_for_everyone()
+        return finished.to_dict()
+
+    manifest = Processes.of(accelerator).told(finish)
     accelerator.end_training()
     return manifest

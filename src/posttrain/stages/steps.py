@@ -16,6 +16,7 @@ from posttrain.batch import Batch
 from posttrain.data.collate import BatchSampler
 from posttrain.runs.cache import cache_root, cached_tensors
 from posttrain.runs.directory import Run
+from posttrain.runs.identity import content_hash
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.objective import LossFunction, UpdateSource
 from posttrain.training.processes import Processes
@@ -47,6 +48,16 @@ class Context:
     device: torch.device
     check: Callable[[], None]
     weights: bool = True
+
+    def own(self, name: str, *made_from: Any) -> Path:
+        """Where a file of the run's directory is for this process: there, or in the cache of a machine that does not see it, and
+        makes it again."""
+        shared = self.directory / name
+        if self.main or shared.exists():
+            return shared
+        place = cache_root() / "runs" / content_hash(*made_from) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
 
 
 @dataclass(frozen=True)

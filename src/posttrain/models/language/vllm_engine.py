@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from posttrain.models.language.generation import Answer, Sampling
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Engine:
         samples: int,
         sampling: Sampling,
         ends: Sequence[int],
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
     ) -> list[list[Answer]]:
         """As `sampling.sample`, but for two figures: log-probs are of what top-k and top-p leave, and an answer's entropy is
         the mean of -log p over its tokens, which is the entropy in expectation."""
@@ -43,6 +45,7 @@ class Engine:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self.rollouts += 1
+        seeds = torch.randint(2**31, (len(prompts),)).tolist() if seeds is None else seeds
         wanted = [
             SamplingParams(
                 n=samples, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,

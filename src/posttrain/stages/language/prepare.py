@@ -194,6 +194,7 @@ def _with_replay(context: Context, opened: Opened) -> tuple[DataConfig, str]:
         cfg.model.kernels,
     )
     texts = replay.texts(cache_root(), frozen_dtype(cfg), context.device, pin_of(cfg.model), context.check)
+    own = context.own("self_replay.jsonl", texts)
     _write(texts, own)
     return replayed(cfg.data, str(own)), str(own)
 

@@ -22,6 +22,7 @@ from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.result import write_result
 from posttrain.stages.steps import Context, Outcome
+from posttrain.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ def _write(context: Context, data: PreparedData, model: TrainableModel, accelera
                 write_ends(folder, data.ends, base if kind == "adapter" else None)
 
     final = write_result(context.directory, kind, accelerator, write)
-    if kind == "adapter":
-        return Result(kind, data.base.digest, sha256(final / "adapter_model.safetensors"))
-    return Result(kind, digest(final), "")
+
+    def named() -> Result:
+        if kind == "adapter":
+            return Result(kind, data.base.digest, sha256(final / "adapter_model.safetensors"))
+        return Result(kind, digest(final), "")
+
+    return Processes.of(accelerator).told(named)
 
 
 def _classifier(model: TrainableModel) -> str | None:

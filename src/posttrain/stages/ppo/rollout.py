@@ -21,7 +21,8 @@ from posttrain.models.language.generation import Answer, Sampling
 from posttrain.rewards import RewardFunction
 from posttrain.training.processes import Processes
 
-# model, prompts, answers to each, sampling, end tokens, a seed for each prompt -> answers by prompt
+Seed = Callable[[int], int]  # of a prompt, by its place among all of a step
+# model, prompts, answers to each, sampling, end tokens, a seed for each prompt or None -> answers by prompt
 Write = Callable[..., list[list[Answer]]]
 T = TypeVar("T")
 
@@ -116,10 +117,10 @@ class Roller:
 
     @torch.no_grad()
     def roll(
-        self, examples: Examples, micro: list[list[int]], samples: int, seed: Callable[[int], int], with_values: bool = False
+        self, examples: Examples, micro: list[list[int]], samples: int, seed: Seed | None, with_values: bool = False
     ) -> Rollout:
-        """Answer the prompts of these units `samples` times each, every process those of its micro-batches. seed: of the prompt
-        at a place among all."""
+        """Answer the prompts of these units `samples` times each, every process those of its micro-batches. seed: None:
+        torch's global random numbers."""
         self.roles.eval()
         shares = Shares(micro, Processes.of(self.accelerator))
         answers = self._written(examples, shares, samples, seed)
@@ -143,11 +144,11 @@ class Roller:
         values = read("value") if with_values else None
         return Rollout(prompts, flat, texts, packs, own, mask, read("policy"), read("reference"), values, scores, gold)
 
-    def _written(self, examples: Examples, shares: Shares, samples: int, seed: Callable[[int], int]) -> list[list[list[Answer]]]:
+    def _written(self, examples: Examples, shares: Shares, samples: int, seed: Seed | None) -> list[list[list[Answer]]]:
         """By micro-batch and prompt, of all processes."""
         mine = [(shares.place(number) + i, unit) for number in shares.mine for i, unit in enumerate(shares.of(number))]
         prompts = [examples.sequence(unit)[0][: int(examples.splits[unit, 0])].tolist() for _, unit in mine]
-        seeds = [seed(place) for place, _ in mine]
+        seeds = [seed(place) for place, _ in mine] if seed else None
         with self.accelerator.autocast():
             self.roles.set_role("policy")
             found = iter(self.write(self.roles.policy, prompts, samples, self.sampling, self.ends, seeds) if prompts else [])

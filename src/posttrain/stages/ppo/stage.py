@@ -100,7 +100,7 @@ class PpoSteps:
         """Rollouts, the updates that each feeds, and what is measured."""
         cfg, data, rollout = context.cfg, prepared.data, context.cfg.rollout
         state = session.state
-        state.stage = PpoState(**state.stage) if state.stage else PpoState(cfg.ppo.kl_coef)
+        state.stage = PpoState(**state.stage) if state.stage else PpoState(cfg.ppo.kl_coef, row_seeds=True)
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
         roller = Roller(
             session.module,  # pyright: ignore[reportArgumentType]

@@ -33,12 +33,15 @@ SHOWN = 8  # held-out prompts whose answers are kept for the page
 
 @dataclass
 class PpoState:
-    """What a checkpoint keeps of this stage. first: figures of the first step. ringing: alarms that were said and hold on."""
+    """What a checkpoint keeps of this stage. first: figures of the first step. ringing: alarms that were said and hold on.
+    row_seeds: has every prompt random numbers of its own? A run that version 0.2 or an earlier one began has not, and ends as it
+    would have."""
 
     kl_coef: float
     first: dict[str, float] | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
     ringing: list[str] = field(default_factory=list)
+    row_seeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class PpoTraining:
         order, processes = self.data.order, self.session.processes
         everyones = zip(*(order.micro(step, rank) for rank in range(order.world_size)), strict=True)
         micro = [units for together in everyones for units in together if units]
-        seed = partial(row_seed, self.cfg.train.seed, step, ROLLOUT)
-        rollout = self.roller.roll(self.data.data.train, micro, cfg.samples, seed, with_values=cfg.advantage == "gae")
+        rollout = self.roller.roll(
+            self.data.data.train, micro, cfg.samples, self._seeds(step, ROLLOUT), with_values=cfg.advantage == "gae"
+        )
         parts, figures = ppo_batches(self.cfg, rollout, self.state.kl_coef)
         figures["rollout_tokens_per_second"] = float(rollout.mask.sum()) / (time.monotonic() - began)
         began, tokens, updates = time.monotonic(), 0, 0
@@ -86,6 +90,11 @@ class PpoTraining:
             self.state.kl_coef = adapted(self.state.kl_coef, figures["kl"], cfg.target_kl, cfg.kl_rate)
         yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
         self._watch(step + 1, figures, clipped.share(processes), len(rollout.answers))
+
+    def _seeds(self, step: int, part: int) -> Callable[[int], int] | None:
+        """Of the prompt at each place; None: torch's global numbers, which only one process can draw from."""
+        own = self.state.row_seeds or self.session.processes.count > 1
+        return partial(row_seed, self.cfg.train.seed, step, part) if own else None
 
     def _minibatches(self, step: int, parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
         """The rollout's packs dealt into minibatches, shuffled anew for each epoch."""
@@ -106,7 +115,7 @@ class PpoTraining:
             return Measured()
         seed_step(self.cfg.train.seed, 0, ROLLOUT + 1)
         micro = [list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)]
-        rollout = self.roller.roll(examples, micro, 1, partial(row_seed, self.cfg.train.seed, 0, ROLLOUT + 1))
+        rollout = self.roller.roll(examples, micro, 1, self._seeds(0, ROLLOUT + 1))
         check()
         reward, _ = combined(rollout.scores, rollout.ended, self.cfg.reward)
         rows = {"reward": reward.tolist(), "kl": rollout.kl.tolist(), "length": rollout.lengths.tolist()}

@@ -34,11 +34,11 @@ PAIRS = "pairs.jsonl"  # in the run's directory
 AT_ONCE = 32  # answers that are written at a time
 
 
-def own_pairs(cfg: Rm, run_dir: Path) -> DataConfig:
-    """Data of pairs.jsonl in the run's directory, which is written first if it is not there: `rm.samples` answers of `rm.policy`
-    to each prompt of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
+def own_pairs(cfg: Rm, path: Path) -> DataConfig:
+    """Data of the file at `path`, which is written first if it is not there: `rm.samples` answers of `rm.policy` to each prompt
+    of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
     assert cfg.rm.policy and cfg.rm.rule
-    rule, path = load_function(cfg.rm.rule, "rm.rule"), run_dir / PAIRS
+    rule = load_function(cfg.rm.rule, "rm.rule")
     directory = Path(cfg.rm.policy).expanduser()
     policy = open_artifact(cfg.rm.policy, "rm.policy")
     if not policy.is_run or policy.reward_head:

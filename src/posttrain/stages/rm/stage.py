@@ -21,7 +21,7 @@ from posttrain.stages.language.init import resolve_start
 from posttrain.stages.language.prepare import PreparedData, with_parents
 from posttrain.stages.language.stage import LanguageSteps
 from posttrain.stages.rm.config import Rm
-from posttrain.stages.rm.policy_pairs import own_pairs
+from posttrain.stages.rm.policy_pairs import PAIRS, own_pairs
 from posttrain.stages.steps import Context, Prepared
 from posttrain.training.objective import Objective
 
@@ -75,6 +75,7 @@ class PolicyPairSteps(RewardSteps):
         cfg: Rm = context.cfg
         if not context.weights:  # a plan has the policy write nothing
             return super().prepare(context)
-        written = cfg.model_copy(update={"data": own_pairs(cfg, context.directory)})
         policy = open_artifact(str(cfg.rm.policy), "rm.policy").parents("policy")
+        place = context.own(PAIRS, cfg.model_dump(), [parent.digest for parent in policy])
+        written = cfg.model_copy(update={"data": own_pairs(cfg, place)})
         return with_parents(super().prepare(replace(context, cfg=written)), policy)
