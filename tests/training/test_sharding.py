@@ -1,6 +1,9 @@
 """What is called sharded is: every parameter in parts, and a part of it in each process."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.config.compose import compose_run
 from posttrain.errors import RunError, UserError
@@ -74,3 +78,40 @@ def test_a_fused_optimizer_counts_its_steps_where_its_parameters_are() -> None:
     slots: dict[str, Any] = {}
     _fill(slots, "step", torch.tensor(3.0, device="meta"), {"fused": True})
     assert slots["step"].device.type == "meta"
+
+
+MEMORY = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.pretrained import load_causal
+from posttrain.training.sharding import shard
+
+def own():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+found = [own()]
+model = load_causal(sys.argv[1], None, "bfloat16", "cpu", None, None, "say")
+found.append(own())
+lm = PackedLM(model)
+shard(lm, lm.units, torch.device("cpu"), False)
+print(*found, own())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much of a process's memory is its own")
+def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
+    """Weights that are loaded as they are stored are pages of their file, which the processes of a machine share."""
+    sizes = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
+    model.save_pretrained(tmp_path)
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
+    ended = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    before, loaded, sharded = (float(word) for word in ended.stdout.split()[-3:])
+    assert weights > 250 and loaded - before < 0.2 * weights
+    assert sharded - before < 0.75 * weights  # a quarter of them, and what the first pass has left in the allocator
