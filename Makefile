@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOLDEN ?= runs/golden.json
 
-.PHONY: help setup demo demo-dreambooth check test slow docs golden mutate house torture load models bench bench-gpu clean
+.PHONY: audit help setup demo demo-dreambooth check test slow docs golden mutate house torture load models bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,6 +41,10 @@ docs: setup ## docs/configuration.md and docs/api, from the configs' comments, t
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
 	mkdir -p $(dir $(GOLDEN))
 	$(BIN)/python scripts/golden.py $(if $(wildcard $(GOLDEN)),compare,record) $(GOLDEN)
+
+audit: setup ## known holes of the installed packages, asked of the package index: needs a network
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 mutate: setup ## put named faults into the code, one at a time: which does no test see?
 	$(BIN)/python scripts/mutate.py

@@ -60,3 +60,20 @@ def test_errors_and_answers_are_neutral_too(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr()
     assert "\\x1b]0;title\\x07" in said.err and "\\x1b]0;title\\x07" in said.out
     assert not [c for c in said.out + said.err if c in "\x1b\x07\x9b\u202e"]
+
+
+def test_a_run_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head`, a closed terminal, a full disk below standard output: no exception, no exit, no further line."""
+    for error in (BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), OSError(28, "No space left")):
+        silenced = list[int]()
+
+        class Gone(io.StringIO):
+            def write(self, text: str, error: OSError = error) -> int:
+                raise error
+
+        monkeypatch.setattr(console, "_file", Gone())
+        monkeypatch.setattr(console, "quiet", False)
+        monkeypatch.setattr("posttrain.console.silence", lambda mine=silenced: mine.append(1))
+        say("one")
+        say("two")
+        assert silenced == [1] and console.quiet

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from posttrain.models.language.loading import load_model
 from posttrain.reports.run_page import compare_page
 from posttrain.runs.files import write_json
 from posttrain.runs.manifest import read_manifest
-from posttrain.secrets import HIDDEN, redact
+from posttrain.secrets import _SHAPES, HIDDEN, redact
 
+CHECKOUT = Path(__file__).parents[1]
 TINY = ["model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "data.max_rows=30", "eval.rows=1", "data.eval_rows=2"]
 
 
@@ -251,3 +253,19 @@ def test_a_secret_in_a_sweep_or_recipe_is_refused_before_anything_is_written(
         with pytest.raises(UserError, match=r"data.path: holds a token or password"):
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHECKOUT / ".git").exists(), reason="runs from a checkout only")
+def test_no_secret_lies_in_the_repository() -> None:
+    """Every text file that git has, but for this one, which is full of what looks like some."""
+    listed = subprocess.run(["git", "-C", str(CHECKOUT), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    names = [
+        name for name in listed.split("\0") if name and (CHECKOUT / name).is_file() and Path(name).name != "test_security.py"
+    ]
+    found = []
+    for name in names:
+        raw = (CHECKOUT / name).read_bytes()
+        if b"\0" not in raw[:1024] and (shape := _SHAPES.search(raw.decode("utf-8", "replace"))):
+            found.append(f"{name}: {shape[0][:12]}")
+    assert len(names) > 300 and not found

@@ -24,6 +24,15 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
 
 
+def silence() -> None:
+    """Send standard output to nowhere, and errors too where they went to the same place."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    out, errors = (os.fstat(number) for number in (1, 2))
+    for number in (1, 2) if (out.st_dev, out.st_ino) == (errors.st_dev, errors.st_ino) else (1,):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 class _Terminal(Console):
     """A console on which only styles and bars of our own steer the terminal, whatever is in tables and texts."""
 
@@ -31,6 +40,17 @@ class _Terminal(Console):
         """As the base's: all that is printed comes through here."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a terminal that is closed, a full disk
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more (`| head`, a closed terminal): the run goes on without a word."""
+        self.quiet = True
+        silence()
 
 
 console = _Terminal(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,6 +1,9 @@
 """What is copied into a result, and who may read what is written."""
 
+import ast
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import posttrain
 from posttrain.models.diffusion.denoiser import save_pipeline
 from posttrain.models.peft import merge
 from posttrain.models.peft.merge import copy_tokenizer
 from posttrain.runs import files
-from posttrain.runs.files import by_umask, copy_own, file_hashes, replacing, stays_inside
+from posttrain.runs.files import by_umask, copy_own, file_hashes, replacing, scratch_beside, stays_inside, temporary_beside
 
 
 @pytest.fixture
@@ -87,3 +91,41 @@ def test_permissions_are_the_umasks(umask: int, mode: int, tmp_path: Path, monke
         new.touch(0o600)
         new.write_text(json.dumps(1))
     assert [p.stat().st_mode & 0o777 for p in (weights, tmp_path / "new.json", other)] == [mode, mode, 0o640]
+
+
+def test_left_overs_of_processes_that_are_gone_are_swept(tmp_path: Path) -> None:
+    """Files and directories; not those of a process that is at work, of another machine, or of other names."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine = temporary_beside(tmp_path / "config.yaml")
+    theirs = mine.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-")
+    elsewhere = theirs.replace(files._HOST, "another")
+    for name in (mine.name, theirs, elsewhere, "config.yaml", ".x.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / theirs.replace("config.yaml", "out")).mkdir()
+    (tmp_path / theirs.replace("config.yaml", "out") / "weights").write_text("x")
+    with scratch_beside(tmp_path / "out") as scratch:
+        assert scratch.parent == tmp_path and scratch.is_dir()
+        found = {p.name for p in tmp_path.iterdir()} - {scratch.name}
+    assert found == {mine.name, elsewhere, "config.yaml", ".x.tmp"} and not scratch.exists()
+
+
+def test_every_text_file_is_read_and_written_as_utf_8() -> None:
+    """Whatever the locale says: under LC_ALL=C an ä was a damaged file."""
+    wrong, seen = list[str](), 0
+    for path in Path(posttrain.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or _name(node.func) not in ("read_text", "write_text", "open", "fdopen"):
+                continue
+            words = [*(a.value for a in node.args if isinstance(a, ast.Constant)), *(k.arg for k in node.keywords)]
+            is_ours = isinstance(node.func, ast.Name) and node.func.id == "write_text"
+            modes = [a for a in words if isinstance(a, str) and a and set(a) <= set("rwabxt+")]
+            opens_text = _name(node.func) in ("read_text", "write_text") or any("b" not in mode for mode in modes)
+            if opens_text and not is_ours:
+                seen += 1
+                wrong += [] if {"encoding", "utf-8"} & set(words) else [f"{path.name}:{node.lineno}"]
+    assert not wrong and seen > 40
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))

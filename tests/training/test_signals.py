@@ -11,6 +11,7 @@ import pytest
 import posttrain
 from posttrain.errors import Stopped
 from posttrain.runs.files import sha256
+from posttrain.training.signals import SIGNALS, caught
 
 SIZE = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=3", "train.batch_size=2", "data.max_rows=30", "eval.rows=1")
 STAGES = {
@@ -51,9 +52,9 @@ PHASES = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_is_obeyed_and_the_run_goes_on(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, place, time, words = PHASES[phase]
-    number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[len(phase) % 3]
+    number = SIGNALS[len(phase) % 5]
     settings = [stage, *SIZE, *STAGES[stage]]
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    before = {each: signal.getsignal(each) for each in SIGNALS}
     with monkeypatch.context() as patch:
         strike(patch, place, time, number)
         with pytest.raises(Stopped, match=words):
@@ -63,3 +64,13 @@ def test_a_signal_is_obeyed_and_the_run_goes_on(phase: str, tmp_path: Path, monk
     posttrain.run(*settings, f"run.dir={tmp_path / 'straight'}")
     files = [tmp_path / run / "adapter" / "adapter_model.safetensors" for run in ("stopped", "straight")]
     assert sha256(files[0]) == sha256(files[1])
+
+
+def test_which_signals_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed terminal and submitit's own are among them; what is ignored from the start, as by nohup, stays ignored."""
+    assert [each.name for each in caught()] == ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in caught()
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from posttrain.models.peft.merge import Adapter, copy_tokenizer
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import same_base
-from posttrain.runs.files import write_json, write_text
+from posttrain.runs.files import scratch_beside, write_json, write_text
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import Base
 
@@ -202,9 +201,8 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
     for part in parts:
         part.adapter.name_by(skeleton)
     transposed = bool(first.adapter.config.get("fan_in_fan_out"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / "run"
+    with scratch_beside(out) as scratch:
+        made = scratch / "run"
         made.mkdir()
         write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base.path, skeleton, transposed)
         copy_tokenizer(first.artifact.weights, made / "adapter")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from posttrain.models.layers import fused_experts
 from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact
-from posttrain.runs.files import by_umask, write_json
+from posttrain.runs.files import by_umask, scratch_beside, write_json
 
 FIGURES = "merge.json"
 # what --as may be -> how it is written: plain, without a format of the base's checkpoint; same, in it
@@ -56,9 +55,8 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
     adapter.require_mergeable("run", "load it beside its base")
     base_dir = resolve(artifact.source, artifact.base.revision).directory
     _say_form(Checkpoint(base_dir).format, form)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        candidates = _build(artifact, adapter, base_dir, Path(scratch), FORMS[form])
+    with scratch_beside(out) as scratch:
+        candidates = _build(artifact, adapter, base_dir, scratch, FORMS[form])
         if onto not in ("auto", *candidates):
             raise UserError(f"--onto: there is no '{onto}' here (there are: auto, {', '.join(candidates)})")
         best = min(candidates, key=lambda name: candidates[name].kl) if onto == "auto" else onto
@@ -70,10 +68,10 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
             )
         figures = {"run": str(run.resolve()), "kept": best, "max_kl": max_kl}
         figures |= {"candidates": {name: asdict(found) for name, found in candidates.items()}}
-        write_json(Path(scratch) / best / FIGURES, figures)
-        by_umask(Path(scratch) / best)
+        write_json(scratch / best / FIGURES, figures)
+        by_umask(scratch / best)
         shutil.rmtree(out, ignore_errors=True)
-        (Path(scratch) / best).rename(out)
+        (scratch / best).rename(out)
     say(f"merged model {out}")
     return figures
 

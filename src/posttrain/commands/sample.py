@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from posttrain.models.peft.kinds import require_kind
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import same_base
-from posttrain.runs.files import write_json, write_text
+from posttrain.runs.files import scratch_beside, write_json, write_text
 from posttrain.runs.identity import digest
 
 LEVELS = (50, 350, 650, 950)  # of 1000, at which a merged pipeline is compared
@@ -129,9 +128,8 @@ def merge_pipeline(run: Path, out: Path) -> dict[str, Any]:
     names = sorted(manifest.trained_parts)
     parts = _merged_parts(pipe, names, (result.weights / LORA_FILE).is_file())
     base_dir = pipeline_directory(result.base)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / "merged"
+    with scratch_beside(out) as scratch:
+        made = scratch / "merged"
         save_pipeline(base_dir, {name: part.to(_dtype_on_disk(base_dir / name)) for name, part in parts.items()}, made)
         merged = _predictions(load_pipeline(find_pipeline(str(made), None), torch.float32), prompts)
         apart = float((merged - live).norm() / live.norm())
@@ -210,9 +208,8 @@ def compose_pipelines(runs: list[Path], weights: list[float], out: Path) -> dict
     tensors: dict[str, Tensor] = {}
     for part, layers in found.items():
         tensors |= lora_tensors(part, {name: joined(parts) for name, parts in layers.items()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        made = Path(scratch) / "run"
+    with scratch_beside(out) as scratch:
+        made = scratch / "run"
         write_tensors(tensors, made / "adapter")
         config = read_config(runs[0])
         write_text(made / CONFIG, yaml.safe_dump(config, sort_keys=False))

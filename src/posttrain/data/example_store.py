@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from posttrain.data.examples import Examples
 from posttrain.runs.cache import refused
 from posttrain.runs.earlier import OF_CONTENT
+from posttrain.runs.files import sweep_leftovers, temporary_beside
 
 BLOCK = 1 << 22  # bytes that are read at a time
 _DTYPES = {
@@ -56,9 +56,9 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary = temporary_beside(path)
         with self._in_cache():
+            sweep_leftovers(path.parent)
             self._temporary.mkdir(parents=True)
         self._counts: dict[str, dict[str, int]] = {}
         self._sums: dict[str, int] = {}  # CRC-32 of each file

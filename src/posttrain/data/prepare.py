@@ -227,6 +227,6 @@ def _cut_pairs(stats: SourceStats) -> str:
 def _key(marks: list[str], options: dict[str, Any], use: RowUse, encoder: Encoder, max_length: int) -> str:
     """Content, options, tokenizer, and the code of this room and of formats from elsewhere: whatever could change a token or a
     weight."""
-    code = [p.read_text() for p in [*sorted(Path(__file__).parent.rglob("*.py")), *guest_files()]]
+    code = [p.read_text(encoding="utf-8") for p in [*sorted(Path(__file__).parent.rglob("*.py")), *guest_files()]]
     parts = [marks, options, asdict(use), encoder.identity, asdict(encoder.weighing), asdict(encoder.options), max_length, code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

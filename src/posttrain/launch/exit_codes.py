@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from posttrain.errors import RunError, Stopped, UserError
@@ -49,7 +50,8 @@ def _tell(line: str, told_by: int | None = None) -> None:
     # before they have met they read the same command, each machine its own files
     speaks = rank == told_by if told_by is not None else _have_met() or os.environ.get("LOCAL_RANK", "0") == "0"
     if line and speaks:
-        print(printable(redact(f"rank {rank}: {line}" if rank else line)), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be there to read it
+            print(printable(redact(f"rank {rank}: {line}" if rank else line)), file=sys.stderr, flush=True)
 
 
 def _have_met() -> bool:

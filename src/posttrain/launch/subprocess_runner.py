@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from posttrain.errors import Stopped
-from posttrain.training.signals import forward_to
+from posttrain.errors import Stopped, UserError
+from posttrain.training.signals import PARENT, forward_to
 
 PYTHON = (sys.executable, "-P")  # without the working directory on its path: a random.py beside the data is no module
 
@@ -22,12 +23,18 @@ def worker_command(config_file: str) -> list[str]:
 
 def run_child(config: dict[str, Any], what: str) -> int:
     """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as f:
-        yaml.safe_dump(config, f, sort_keys=False)
-        f.flush()
-        child = subprocess.Popen(worker_command(f.name))
+    place = Path(config["run"]["dir"])
+    file = place.with_name(f".{place.name}.yaml")  # the next start of the same writes it anew
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        child = subprocess.Popen(worker_command(str(file)), env={**os.environ, PARENT: str(os.getpid())})
         with forward_to(child) as stop:
             code = child.wait()
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {file.parent}: {error.strerror or error}; give another run.dir") from None
+    finally:
+        file.unlink(missing_ok=True)
     if stop.requested and code in (Stopped.exit_code, *range(-64, 1)):
         raise Stopped(f"in {what}; the same command goes on")
     return code

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from posttrain.launch.subprocess_runner import worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
-from posttrain.training.signals import forward_to
+from posttrain.training.signals import PARENT, forward_to, leave_with_parent, leaving_at_once
 
+PATIENCE = 120.0  # seconds for a worker of an earlier start
 JOBS = "jobs.json"  # in the sweep's directory: what each job is, by its number
 _stopped = False  # a signal came: the jobs that Hydra still launches return at once
 
@@ -41,12 +43,20 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
     jobs = [_job(sweep_dir, number, each, sets, config) for number, (each, config) in enumerate(zip(sets, configs, strict=True))]
     write_json(sweep_dir / JOBS, jobs)
     say(f"sweep of {len(jobs)} jobs -> {sweep_dir}")
-    composing.launch(stage, overrides, config_dir, job, sweep_dir)
-    rows = [_row(each) for each in jobs]
+    stopped = False
+    try:
+        with _as_parent(), leaving_at_once():
+            composing.launch(stage, overrides, config_dir, job, sweep_dir)
+    except Stopped:  # jobs beside each other hear of it by their parents' end
+        stopped = True
+    stopped = stopped or _stopped
+    rows = [_row(each, stopped) for each in jobs]
     write_json(sweep_dir / "sweep.json", rows)
-    _show(rows, sweep_dir)
-    if _stopped:
+    if stopped:
         raise Stopped("the sweep was stopped by a signal; the same command with this run.dir goes on: " + str(sweep_dir))
+    _show(rows, sweep_dir)
+    if waiting := [row for row in rows if row["status"] == "stopped"]:
+        raise Stopped(f"{len(waiting)} of {len(rows)} jobs were stopped; the same command goes on with run.dir={sweep_dir}")
     if failed := [row for row in rows if row["status"] == "failed"]:
         raise RunError(f"{len(failed)} of {len(rows)} jobs failed; see {Path(failed[0]['dir']) / 'job.log'}")
     return rows
@@ -55,6 +65,7 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
 def job(config: Any) -> None:
     """One job, called by a Hydra launcher, perhaps in another process: runs the worker on the config that was written for it."""
     global _stopped
+    leave_with_parent(is_sure=False)  # where a launcher on this machine has put it into a process of its own
     from hydra.core.hydra_config import HydraConfig
 
     sweep_dir = Path(config.run.dir)
@@ -70,7 +81,9 @@ def job(config: Any) -> None:
     began = time.monotonic()
     say(f"{label}: started")
     with one_gpu() as environment:
-        code, _stopped = _work(directory, label, environment)
+        code, _stopped = _work(directory, label, environment | _share_of_cores(HydraConfig.get().launcher, len(jobs)))
+    if code == Stopped.exit_code and not _stopped:
+        _requeue()
     outcome = _loss(_row(mine)) if code == 0 else f"failed (exit {code}): {_last_line(directory / 'job.log')}"
     say(f"{label}: {outcome}, {time.monotonic() - began:.0f} s")
 
@@ -78,9 +91,11 @@ def job(config: Any) -> None:
 def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int, bool]:
     """Exit code of the worker, and whether a signal came; its words go to job.log, its progress is shown too."""
     directory.mkdir(parents=True, exist_ok=True)
+    _wait_for(directory, label)
+    mine = environment | {PARENT: str(os.getpid())}
     command = worker_command(str(directory.with_suffix(".yaml")))
     with (directory / "job.log").open("a", encoding="utf-8") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=mine)
         with _forwarding(child) as requested:
             assert child.stdout
             for raw in child.stdout:
@@ -90,6 +105,42 @@ def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int
                 if "  eta " in line:
                     say(f"{label}: {line.strip()}")
             return child.wait(), requested()
+
+
+def _wait_for(directory: Path, label: str) -> None:
+    """A worker that an earlier start has left behind is saving; it is gone in a moment."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"{label}: waits for the process that is still at work in {directory}")
+        with suppress(Timeout):  # then the worker says so
+            lock.acquire(timeout=PATIENCE)
+    lock.release()
+
+
+def _share_of_cores(launcher: Any, jobs: int) -> dict[str, str]:
+    """Jobs beside each other on one machine have a share of its threads each, unless the user has said how many."""
+    beside = int(launcher.get("n_jobs") or 1)
+    cores = os.cpu_count() or 1
+    beside = min(jobs, beside if beside > 0 else cores)
+    return {} if beside < 2 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // beside))}
+
+
+def _requeue() -> None:
+    """Slurm gives a job that was stopped before its end another turn, in which it goes on."""
+    if (number := os.environ.get("SLURM_JOB_ID")) and shutil.which("scontrol"):
+        subprocess.run(["scontrol", "requeue", number], check=False)
+
+
+@contextmanager
+def _as_parent() -> Generator[None]:
+    """Processes that a launcher starts inside know that they are not to outlive this one."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT, None)
 
 
 @contextmanager
@@ -110,15 +161,22 @@ def one_gpu() -> Generator[dict[str, str]]:
     with ExitStack() as held:
         while gpus:
             for gpu in gpus:
-                lock = FileLock(Path(os.environ.get("TMPDIR", "/tmp")) / f"posttrain-gpu-{gpu}.lock", blocking=False)
                 try:
-                    held.enter_context(lock)
+                    held.enter_context(_gpu_lock(gpu))
                 except Timeout:
                     continue
                 yield {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 return
             time.sleep(1.0)
         yield dict(os.environ)
+
+
+def _gpu_lock(gpu: str) -> FileLock:
+    """Of all users of this machine; where another's may not be opened (a sticky directory), of this user's own jobs."""
+    folder = Path(tempfile.gettempdir())
+    shared = folder / f"posttrain-gpu-{gpu}.lock"
+    is_mine = not shared.exists() or (os.access(shared, os.W_OK) and shared.stat().st_uid == os.getuid())
+    return FileLock(shared if is_mine else folder / f"posttrain-gpu-{gpu}-{os.getuid()}.lock", blocking=False, mode=0o666)
 
 
 def _gpus() -> list[str]:
@@ -157,13 +215,16 @@ def _safe(label: str) -> str:
     return "".join(c if c.isalnum() or c in "=._- " else "_" for c in label)[:80]
 
 
-def _row(job: dict[str, Any]) -> dict[str, Any]:
+def _row(job: dict[str, Any], stopped: bool = False) -> dict[str, Any]:
+    """stopped: the sweep was, so that a job has failed only where it says so."""
     directory = Path(job["dir"])
     row = {"overrides": job["overrides"], "dir": job["dir"]}
     if is_finished(directory):
         manifest = read_manifest(directory)
         return row | {"status": "done", "metrics": manifest.metrics, "seconds": manifest.seconds}
-    return row | {"status": "failed", "metrics": {}, "error": _last_line(directory / "job.log")}
+    last = _last_line(directory / "job.log")
+    failed = last.startswith(("failed:", "error:")) if stopped else not last.startswith("stopped:")
+    return row | {"status": "failed" if failed else "stopped", "metrics": {}, "error": last}
 
 
 def _loss(row: dict[str, Any]) -> str:

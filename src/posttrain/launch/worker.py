@@ -26,7 +26,7 @@ from posttrain.runs.directory import Run, open_run
 from posttrain.runs.manifest import read_manifest
 from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import spec_of
-from posttrain.training.signals import leaving_at_once
+from posttrain.training.signals import caught, leave_with_parent, leaving_at_once
 
 PATIENCE = timedelta(hours=6)  # rank 0 may read, tokenise, and write for long; a process that ends is noticed at once
 
@@ -140,7 +140,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
-            signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+            signals_to_handle=",".join(number.name for number in caught()),
         )
         try:
             elastic_launch(launch, sys.executable)(*worker_command(f.name)[1:])
@@ -172,6 +172,7 @@ def _meaning(code: int, count: int) -> BaseException:
 
 def main(path: str) -> int:
     """Exit code of the run that the file at `path` describes."""
+    leave_with_parent()
     return guarded(lambda: run_config(read_yaml(Path(path))))
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from filelock import FileLock
 
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
-from posttrain.runs.files import by_umask, file_hashes, replacing, sha256
+from posttrain.runs.files import by_umask, file_hashes, replacing, scratch_beside, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +102,8 @@ def refused(path: Path, error: OSError) -> UserError | RunError:
 
 def _fill(directory: Path, make: Callable[[Path], str]) -> str:
     shutil.rmtree(directory, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        made = Path(scratch) / directory.name
+    with scratch_beside(directory) as scratch:
+        made = scratch / directory.name
         origin = make(made)
         by_umask(made)
         files = {name: {"bytes": (made / name).stat().st_size, "sha256": value} for name, value in file_hashes(made).items()}

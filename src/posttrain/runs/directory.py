@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
 from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
-from posttrain.runs.files import by_umask, file_hashes, write_json, write_text
+from posttrain.runs.files import by_umask, file_hashes, sweep_leftovers, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
 from posttrain.runs.yaml_files import read_yaml
@@ -79,6 +79,7 @@ def open_run(config: dict[str, Any]) -> Run:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock", blocking=False)
         lock.acquire()
+        sweep_leftovers(directory)
         run = Run(directory, config, lock)
         if (directory / CONFIG).exists():
             if not _is_as_written(run) and not run.finished:

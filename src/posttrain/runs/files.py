@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import stat
 import uuid
@@ -17,6 +19,7 @@ from posttrain.secrets import redact
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it
+_HOST = re.sub(r"\W", "_", platform.node()) or "here"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of files that can run code when they are read
 
 
@@ -86,13 +89,49 @@ def is_inside(name: Any) -> bool:
     return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
+def temporary_beside(path: Path) -> Path:
+    """A hidden name that no other process uses, and that says whose it is: of this machine and process."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def sweep_leftovers(directory: Path) -> None:
+    """Take away what processes of this machine that are gone have left in a directory under names of `temporary_beside`."""
+    for path in directory.glob(f".*.{_HOST}-*-*.tmp"):
+        found = re.fullmatch(rf".*\.{_HOST}-(\d+)-[0-9a-f]{{8}}\.tmp", path.name)
+        if found and not _is_alive(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Generator[Path]:
+    """A new directory beside `path`, for what is to take its place; what earlier ones have left there is swept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(path.parent)
+    scratch = temporary_beside(path)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
     """A new file beside `path`, under a name that no other process uses; it takes `path`'s place when the block ends well.
 
     Whoever reads `path` sees the old content or the new one, never a part, and so does the disk after a power cut.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         by_umask(temporary)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,7 +14,28 @@ from types import FrameType
 
 from posttrain.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before its time limit
+# Slurm sends USR1 before its time limit, submitit USR2, a terminal that is closed HUP
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+PARENT = "POSTTRAIN_PARENT"  # in a child's environment: the process that it is not to outlive
+
+
+def caught() -> list[signal.Signals]:
+    """`SIGNALS`, but for what is ignored from the start: nohup means a run to outlive its terminal."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def leave_with_parent(is_sure: bool = True) -> None:
+    """Have this process stopped (SIGTERM) when the one that started it is gone, however that ends: on Linux, where `PARENT`
+    names it. is_sure: that one has started it directly, so that another parent means that it is gone already."""
+    parent = int(os.environ.get(PARENT) or 0)
+    if parent in (0, os.getpid()) or not sys.platform.startswith("linux"):
+        return
+    del os.environ[PARENT]  # of this process, not of its children
+    if os.getppid() == parent:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if is_sure and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignal:
@@ -25,7 +48,7 @@ class StopSignal:
         self.requested = False
         self.since = 0.0
         self.leaves = False
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._note) for number in caught()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and time.monotonic() - self.since > 1.0:
@@ -77,7 +100,7 @@ def forward_to(child: subprocess.Popen[bytes]) -> Generator[StopSignal]:
         stop.requested = True
         child.send_signal(number)
 
-    for number in SIGNALS:
+    for number in stop.before:
         signal.signal(number, forward)
     try:
         yield stop

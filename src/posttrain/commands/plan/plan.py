@@ -177,7 +177,7 @@ def capacity_here() -> tuple[int, str]:
         properties = torch.cuda.get_device_properties(0)
         return properties.total_memory, properties.name
     try:
-        text = Path("/proc/meminfo").read_text()
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
         free = re.search(r"MemAvailable:\s+(\d+) kB", text)
         return int(free[1] if free else 0) * 1024, "this machine's memory"
     except OSError:

@@ -38,7 +38,8 @@ class Checkpoint:
         """Those with weights."""
         index = self.directory / INDEX
         if index.is_file():
-            return [self.directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [self.directory / name for name in sorted(names)]
         return sorted(file for file in self.directory.glob("*.safetensors") if file.name != HEAD_FILE)
 
     @cached_property

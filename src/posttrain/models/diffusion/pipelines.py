@@ -34,7 +34,7 @@ def find_pipeline(name: str, revision: str | None, weights: bool = True) -> Base
         what = "a model, but no diffusion pipeline" if (directory / "config.json").is_file() else "no diffusion pipeline"
         raise UserError(f"model.name: '{name}' is {what} (it has no {INDEX}); give one such as sd15, sdxl, sd3, flux or tiny")
     try:
-        found = json.loads(index.read_text())
+        found = json.loads(index.read_text(encoding="utf-8"))
         kind, custom = str(found.get("_class_name")), _custom_part(found)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"model.name: {index} cannot be read ({error}); give a pipeline made by save_pretrained") from error
@@ -79,10 +79,10 @@ def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path
 
 def native_size(directory: Path) -> tuple[int, int]:
     """Pixels a side that a pipeline was made for, and what every side must be a multiple of."""
-    index = json.loads((directory / INDEX).read_text())
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     denoiser = FAMILIES[index["_class_name"]].denoiser
-    config = json.loads((directory / denoiser / "config.json").read_text())
-    vae = json.loads((directory / "vae" / "config.json").read_text())
+    config = json.loads((directory / denoiser / "config.json").read_text(encoding="utf-8"))
+    vae = json.loads((directory / "vae" / "config.json").read_text(encoding="utf-8"))
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     halvings = len(config["block_out_channels"]) - 1 if denoiser == "unet" else 1
     side = config.get("sample_size") or vae["sample_size"] // scale  # Flux's transformer was made for no size of its own
@@ -94,7 +94,7 @@ def load_pipeline(base: BaseInfo, dtype: torch.dtype) -> Any:
     least."""
     quiet()
     directory = pipeline_directory(base)
-    index = json.loads((directory / INDEX).read_text())
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     absent = {name: None for name in LEFT_OUT if name in index} | {"requires_safety_checker": False}
     absent = {name: value for name, value in absent.items() if name in index}
     pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -112,7 +112,7 @@ def shapes_of_pipeline(directory: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     quiet()
-    index = json.loads((directory / INDEX).read_text())
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     parts: dict[str, Any] = {}
     for name, (library, kind) in ((n, v) for n, v in index.items() if isinstance(v, list)):
         if library is None or name in LEFT_OUT:

@@ -120,10 +120,10 @@ def _write_head(directory: Path, weight: Tensor) -> None:
 def _add_head(directory: Path, weight: Tensor, language_head: str) -> None:
     """language_head: the layer that a classifier has not."""
     file = directory / "adapter_config.json"
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
     kind = kind_of(config)
     prefix = "base_model." if kind and kind.virtual else "base_model.model."
     config, tensors = drop_layer(language_head, config, load_file(directory / WEIGHTS))
-    file.write_text(json.dumps(config, indent=2))
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(tensors | {f"{prefix}{HEAD}.weight": weight}, directory / WEIGHTS, metadata={"format": "pt"})

@@ -85,7 +85,7 @@ def write_ends(folder: Path, ends: list[int], base: Path | None = None) -> None:
 def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
     file = resolve(name, revision, weights=False).directory / GENERATION
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
 
 

@@ -81,7 +81,7 @@ def _fitting(config: Any, model: PeftModel) -> Any:
 
 
 def _saved(adapter_dir: Path) -> dict[str, Any]:
-    return json.loads((adapter_dir / "adapter_config.json").read_text())
+    return json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def _config_of(adapter_dir: Path) -> Any:

@@ -91,9 +91,9 @@ def _sorted_out(layers: dict[str, Factors], base: nn.Module) -> tuple[list[str],
 def _sort_targets(out_dir: Path) -> None:
     """peft writes its sets of names in an order that changes from process to process; equal runs are to have equal files."""
     file = out_dir / CONFIG
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config |= {key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), list)}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

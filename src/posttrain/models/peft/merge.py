@@ -39,7 +39,7 @@ class Adapter:
 
     def __init__(self, directory: Path, field: str) -> None:
         try:
-            self.config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+            self.config: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(directory / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{field}: {directory} holds no whole adapter ({error}); finish its run again") from None

@@ -37,13 +37,13 @@ class Rows(dict[str, tuple[list[int], Tensor]]):
 
 def size_of(adapter_dir: Path) -> int:
     """Rows that an embedding must have for a saved adapter; 0 where it asks for none."""
-    layers = json.loads((adapter_dir / CONFIG).read_text()).get(KEY) or {}
+    layers = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8")).get(KEY) or {}
     return max((max(ids) + 1 for ids in layers.values()), default=0)
 
 
 def rows_of(adapter_dir: Path) -> Rows:
     """Those of a saved adapter; none for most."""
-    config = json.loads((adapter_dir / CONFIG).read_text())
+    config = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
     return Rows.of(config, load_file(adapter_dir / WEIGHTS)) if config.get(KEY) else Rows()
 
 
@@ -132,11 +132,11 @@ def _tensors(file: Path, wanted: Callable[[str, list[int]], bool]) -> dict[str, 
 
 def _grow(file: Path, rows: int, size: int) -> None:
     """A model's config.json with a vocabulary of `size`, where it was smaller."""
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config")):
         if part and part.get("vocab_size", size) < size > rows:
             part["vocab_size"] = size
-    file.write_text(json.dumps(config, indent=2))
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def without_rows(model: Any, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,4 +149,5 @@ def without_rows(model: Any, config: Any, tensors: dict[str, Tensor]) -> dict[st
 
 def _change(out_dir: Path, settings: dict[str, Any]) -> None:
     file = out_dir / CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings, indent=2, sort_keys=True))
+    changed = json.loads(file.read_text(encoding="utf-8")) | settings
+    file.write_text(json.dumps(changed, indent=2, sort_keys=True), encoding="utf-8")

@@ -139,7 +139,7 @@ class PpoTraining:
         if not self.context.main:
             return
         path = self.context.directory / "samples.json"
-        kept = json.loads(path.read_text()) if path.exists() else []
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         label = {0: "before", self.data.order.num_steps: "after"}.get(done, f"step {done}")
         for i in range(min(SHOWN, len(rollout.texts))):
             if i == len(kept):
