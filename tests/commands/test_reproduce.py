@@ -92,8 +92,8 @@ def test_a_resume_that_is_not_exact_is_found(tmp_path: Path, monkeypatch: pytest
 
     restore = loop.restore
 
-    def forgets(checkpoint: Any, module: Any, optimizer: Any) -> None:
-        restore(checkpoint, module, optimizer)
+    def forgets(checkpoint: Any, module: Any, optimizer: Any, *more: Any) -> None:
+        restore(checkpoint, module, optimizer, *more)
         next(iter(optimizer.state.values()))["exp_avg"].zero_()
 
     monkeypatch.setattr(loop, "restore", forgets)
