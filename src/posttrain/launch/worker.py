@@ -126,7 +126,8 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
     if run.lock:
         run.lock.release()
     count = config["train"]["processes"]
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in [each for each in logging.root.manager.loggerDict if each.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as f:
