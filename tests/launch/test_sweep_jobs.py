@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from posttrain.errors import Stopped
 from posttrain.launch import sweep
 from posttrain.launch.subprocess_runner import PYTHON
 from posttrain.launch.sweep import _gpu_lock, _requeue, _row, _share_of_cores, _wait_for
@@ -100,3 +101,19 @@ def _until(file: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"{file} did not come")
+
+
+def test_a_signal_goes_on_to_every_job_at_work_and_no_further_one_begins(tmp_path: Path) -> None:
+    folder = tmp_path / ".at_work"
+    with sweep._passing_on(folder) as stop:
+        with sweep._at_work(folder):
+            (folder / "another_machine~1").touch()
+            (folder / sweep.STOPPED).unlink(missing_ok=True)
+            waits = subprocess.Popen([*PYTHON, "-c", "import time; time.sleep(60)"])
+            (folder / f"{os.uname().nodename}~{waits.pid}").touch()
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert waits.wait(10) == -signal.SIGTERM and stop.requested and (folder / sweep.STOPPED).exists()
+        (folder / f"{os.uname().nodename}~{waits.pid}").unlink()
+        with pytest.raises(Stopped, match="between jobs"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not folder.exists()

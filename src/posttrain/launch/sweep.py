@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -23,8 +26,9 @@ from posttrain.launch.subprocess_runner import worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
-from posttrain.training.signals import PARENT, forward_to, leave_with_parent, leaving_at_once
+from posttrain.training.signals import PARENT, StopSignal, forward_to, leave_with_parent
 
+AT_WORK, STOPPED = ".at_work", "stopped"  # in the sweep's directory: who works on a job, and that no further one begins
 PATIENCE = 120.0  # seconds for a worker of an earlier start
 JOBS = "jobs.json"  # in the sweep's directory: what each job is, by its number
 _stopped = False  # a signal came: the jobs that Hydra still launches return at once
@@ -43,13 +47,12 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
     jobs = [_job(sweep_dir, number, each, sets, config) for number, (each, config) in enumerate(zip(sets, configs, strict=True))]
     write_json(sweep_dir / JOBS, jobs)
     say(f"sweep of {len(jobs)} jobs -> {sweep_dir}")
-    stopped = False
     try:
-        with _as_parent(), leaving_at_once():
+        with _as_parent(), _passing_on(sweep_dir / AT_WORK) as stop:
             composing.launch(stage, overrides, config_dir, job, sweep_dir)
-    except Stopped:  # jobs beside each other hear of it by their parents' end
+            stopped = stop.requested or _stopped
+    except Stopped:  # no job of this machine is at work
         stopped = True
-    stopped = stopped or _stopped
     rows = [_row(each, stopped) for each in jobs]
     write_json(sweep_dir / "sweep.json", rows)
     if stopped:
@@ -73,18 +76,19 @@ def job(config: Any) -> None:
     number = HydraConfig.get().job.num
     mine = jobs[number]
     directory, label = Path(mine["dir"]), f"[{number + 1}/{len(jobs)}] {mine['label']}"
-    if _stopped:
+    if _stopped or (sweep_dir / AT_WORK / STOPPED).exists():
         return
     if is_finished(directory) and mine["digest"] == read_manifest(directory).config_digest:
         say(f"{label}: done already")
         return
     began = time.monotonic()
     say(f"{label}: started")
-    with one_gpu() as environment:
+    with _at_work(sweep_dir / AT_WORK), one_gpu() as environment:
         code, _stopped = _work(directory, label, environment | _share_of_cores(HydraConfig.get().launcher, len(jobs)))
     if code == Stopped.exit_code and not _stopped:
         _requeue()
-    outcome = _loss(_row(mine)) if code == 0 else f"failed (exit {code}): {_last_line(directory / 'job.log')}"
+    said = "" if code in (0, Stopped.exit_code) else f"failed (exit {code}): "
+    outcome = _loss(_row(mine)) if code == 0 else said + _last_line(directory / "job.log")
     say(f"{label}: {outcome}, {time.monotonic() - began:.0f} s")
 
 
@@ -141,6 +145,48 @@ def _as_parent() -> Generator[None]:
         yield
     finally:
         os.environ.pop(PARENT, None)
+
+
+@contextmanager
+def _at_work(folder: Path) -> Generator[None]:
+    """Inside, the sweep's own process knows of this one, and has it stopped."""
+    mine = folder / f"{platform.node()}~{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    mine.touch()
+    try:
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+@contextmanager
+def _passing_on(folder: Path) -> Generator[StopSignal]:
+    """Inside, a signal goes on to all jobs that are at work on this machine, which save and leave; no further one begins.
+
+    Where none is (they wait, or are other machines' own), it raises Stopped.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    stop = StopSignal()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        (folder / STOPPED).touch()
+        others = [int(each.name.rpartition("~")[2]) for each in folder.glob(f"{platform.node()}~*")]
+        others = [process for process in others if process != os.getpid()]
+        for process in others:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        if not others:
+            raise Stopped("between jobs")
+
+    for number in stop.before:
+        signal.signal(number, pass_on)
+    try:
+        yield stop
+    finally:
+        stop.restore()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
