@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ STAGES = {
     "ppo": ("data.eval_rows=2", "rollout.max_new_tokens=4", "reward.function=posttrain.rewards:brevity", "train.grad_accum=2",
             "ppo.minibatches=1"),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored, and this may be one."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def strike(monkeypatch: pytest.MonkeyPatch, place: str, time: int, number: signal.Signals) -> None:
