@@ -106,7 +106,13 @@ print(*found, own())
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much of a process's memory is its own")
 def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
     """Weights that are loaded as they are stored are pages of their file, which the processes of a machine share."""
-    sizes: dict[str, Any] = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 8000,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
     model.save_pretrained(tmp_path)
     weights = sum(p.nbytes for p in model.parameters()) / 2**20
