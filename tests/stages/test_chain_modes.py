@@ -70,7 +70,7 @@ def logp_chosen(model: Any, run_dir: Path, words: tuple[str, ...]) -> float:
     return sum(found) / len(found)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["stack", "merge", "continue"])
 def test_three_stages_by_plain_peft(mode: str, method: str, tmp_path: Path) -> None:
     words, quantized = (*TINY, *METHODS[method]), method == "qlora"

@@ -58,7 +58,9 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=pytest.mark.slow) if p in ("a rollout", "reading") else p for p in PHASES]
+)
 def test_a_signal_is_obeyed_and_the_run_goes_on(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, place, time, words = PHASES[phase]
     number = SIGNALS[len(phase) % 5]

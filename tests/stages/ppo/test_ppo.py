@@ -152,7 +152,10 @@ def test_without_a_value_model(advantage: str, tmp_path: Path) -> None:
     assert "train/value_loss" not in lines(tmp_path / "ppo")[1]
 
 
-@pytest.mark.parametrize("method", ["none", "head", "partial", "dora", "vera", "adapter", "pissa", "rslora", "qlora"])
+FAST, SLOW = ("none", "adapter", "qlora"), ("head", "partial", "dora", "vera", "pissa", "rslora")
+
+
+@pytest.mark.parametrize("method", [*FAST, *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)])
 def test_every_method(method: str, runs: Path, tmp_path: Path) -> None:
     words = [] if method == "none" else [f"+peft={method}"]
     found = posttrain.run(
