@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from architectures.tokens import END, WORDS, make_tokenizer, token_ids
+from posttrain.models.language.decoder import decoder_of, last_hidden
 
 ROWS, STEPS, LR = 8, 2, 1e-2
 EPSILON = 1e-3  # of Adam: so large that rounding in a gradient near 0 does not become a step
@@ -84,14 +85,12 @@ def plain_chosen(model: Any) -> float:
 @torch.no_grad()
 def plain_score(model: Any, head: Tensor) -> float:
     """Mean over the chosen answers of head times the last hidden state at the end of turn."""
-    found, read = [], list[Tensor]()
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    found, causal = [], model.get_base_model() if hasattr(model, "get_base_model") else model
     for pair in pairs():
         row = tokens([*pair["prompt"], *pair["chosen"]])
         end = int((row.ids[0] == token_ids()[END]).nonzero()[-1])
-        model(input_ids=row.ids, use_cache=False)
-        found.append(float(head.double() @ read.pop()[0, end].double()))
-    hook.remove()
+        hidden = last_hidden(causal, decoder_of(causal)(input_ids=row.ids, use_cache=False))
+        found.append(float(head.double() @ hidden[0, end].double()))
     return sum(found) / len(found)
 
 
