@@ -20,12 +20,14 @@ from transformers import (
     LlamaConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    ModernBertConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
+    T5Config,
 )
 
-from posttrain.models.language.architecture import model_class, outside_text, towers
+from posttrain.models.language.architecture import classifier_of, model_class, outside_text, towers
 from posttrain.models.language.decoder import decoder_of
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
@@ -136,3 +138,8 @@ def test_a_reward_model_of_images_and_text_is_a_class_of_transformers(tmp_path: 
     with torch.no_grad():
         score = scorer.score(scorer.causal.get_decoder()(IDS).last_hidden_state[0, -1])
         assert plain(input_ids=IDS).logits.item() == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_what_writes_no_text_has_no_class_for_a_reward_model() -> None:
+    """It is refused as what it is, a little later, where the same line stands for every stage."""
+    assert classifier_of(T5Config()) is None and classifier_of(ModernBertConfig(pad_token_id=0)) is None

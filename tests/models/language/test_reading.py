@@ -305,3 +305,10 @@ def test_experts_in_one_matrix_are_seen_and_left_as_they_are() -> None:
     with torch.device("meta"):
         found = layers_of(transformers.DbrxForCausalLM(config))
     assert [layer.short for layer in found.values() if layer.kind is Kind.BELOW] == ["mlp.w1", "mlp.v1", "mlp.w2"]
+
+
+def test_a_model_that_does_not_say_where_its_head_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    with pytest.raises(UserError, match=r"model\.name: LlamaForCausalLM does not say where its head is"):
+        PackedLM(model)

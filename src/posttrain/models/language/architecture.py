@@ -54,9 +54,11 @@ def outside_text(model: Any) -> dict[str, nn.Parameter]:
         return {}
     decoder = decoder_of(model)
     blocks: Any = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), nn.ModuleList())
-    of_pictures = {id(p) for i in getattr(config, "cross_attention_layers", None) or () for p in blocks[i].parameters()}
+    of_pictures = {
+        id(p) for i in getattr(config, "cross_attention_layers", None) or () if i < len(blocks) for p in blocks[i].parameters()
+    }
     parts = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
-    of_text = {id(p) for part in parts for p in part.parameters()} - of_pictures
+    of_text = {id(p) for part in parts if part is not None for p in part.parameters()} - of_pictures
     return {name: p for name, p in model.named_parameters() if id(p) not in of_text}
 
 
@@ -93,7 +95,8 @@ def require_causal(config: PretrainedConfig, name: str) -> None:
 def classifier_of(config: PretrainedConfig) -> Any:
     """transformers' class for sequence classification, where a reward model can be saved as it: its weights are those of the
     language model and one `score`. Without weights, on the meta device; None where there is no such class."""
-    if type(config) not in _known(AutoModelForSequenceClassification):
+    ours = any(type(config) in _known(auto) for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM))
+    if not ours or type(config) not in _known(AutoModelForSequenceClassification):
         return None
     config = copy.deepcopy(config)
     config.num_labels = 1

@@ -39,6 +39,10 @@ class PackedLM(nn.Module):
     def __init__(self, model: nn.Module, attention: str = "auto", kernels: Kernels = "auto", packing: Packing = "auto") -> None:
         super().__init__()
         self.model = model
+        if self.causal.get_output_embeddings() is None:
+            raise UserError(
+                f"model.name: {type(self.causal).__name__} does not say where its head is; give its language model alone"
+            )
         self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
         self.own_attention = str(self.causal.config._attn_implementation)
