@@ -308,7 +308,8 @@ def test_experts_in_one_matrix_are_seen_and_left_as_they_are() -> None:
 
 
 def test_a_model_that_does_not_say_where_its_head_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    sizes: dict[str, Any] = SMALL
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     with pytest.raises(UserError, match=r"model\.name: LlamaForCausalLM does not say where its head is"):
         PackedLM(model)
