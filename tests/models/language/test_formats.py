@@ -377,6 +377,34 @@ def test_scales_are_kept_once_each(order: bool) -> None:
     assert found.pack(codes).shape == (8, 3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_held_layer_with_a_bias_gives_the_bits_of_a_plain_one(dtype: str, tmp_path: Path) -> None:
+    """Qwen2's queries have one: it is added before the product is rounded, as torch does it."""
+    tensors = llama(tmp_path, attention_bias=True)
+    for name in filter(is_linear, list(tensors)):
+        if name.endswith("weight"):
+            tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
+        else:
+            tensors[name].uniform_()
+    name = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    kept, once = (load_causal(name, None, dtype, "cpu", False, way) for way in (None, "dequantize"))
+    assert held(kept) and torch.equal(kept(IDS).logits, once(IDS).logits)
+
+
+def test_what_cannot_be_held_is_dequantized_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A head's weight is asked for by itself."""
+    tensors = llama(tmp_path)
+    for name in [*filter(is_linear, tensors), "lm_head.weight"]:
+        tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
+    name = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    model = load_causal(name, None, "bfloat16", "cpu", False, None)
+    assert (
+        "1 quantized weights are dequantized at load, for they cannot be held as they are: lm_head.weight"
+        in capsys.readouterr().out
+    )
+    assert type(model.lm_head) is torch.nn.Linear and "lm_head.weight" not in held(model)
+
+
 def test_what_waits_for_the_backward_is_no_weight(tmp_path: Path) -> None:
     """A held linear layer keeps nothing of the size of its weight: it is made again."""
     tensors = llama(tmp_path)

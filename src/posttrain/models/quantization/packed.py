@@ -60,22 +60,24 @@ def stored(module: nn.Module, name: str) -> nn.Parameter:
 
 
 class _Product(torch.autograd.Function):
-    """x W' of a frozen W, which is made anew for the gradient of x."""
+    """x W' + b of a frozen W, which is made anew for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, held: Tensor) -> Tensor:
-        ctx.packed, ctx.held, ctx.dtype = packed, held, packed.compute_dtype
-        return linear(x, packed.decode(held))
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed, held: Tensor) -> Tensor:
+        ctx.packed, ctx.held = packed, held
+        return linear(x, packed.decode(held), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        return gradients[0] @ ctx.packed.decode(ctx.held).to(gradients[0].dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad, (needs_x, needs_bias, *_) = gradients[0], ctx.needs_input_grad
+        of_x = grad @ ctx.packed.decode(ctx.held).to(grad.dtype) if needs_x else None
+        return of_x, grad.flatten(0, -2).sum(0) if needs_bias else None, None, None
 
 
 def _by_products(module: Any) -> Any:
     def forward(x: Tensor) -> Tensor:
-        y: Any = _Product.apply(x, packed_of(module, "weight"), stored(module, "weight"))
-        return y if module.bias is None else y + module.bias
+        found: Any = _Product.apply(x, module.bias, packed_of(module, "weight"), stored(module, "weight"))
+        return found
 
     return forward
 
