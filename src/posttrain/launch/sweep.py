@@ -13,7 +13,6 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -26,7 +25,7 @@ from posttrain.launch.subprocess_runner import worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
-from posttrain.training.signals import PARENT, StopSignal, forward_to, leave_with_parent
+from posttrain.training.signals import PARENT, StopSignal, forward_to, leave_with_parent, passing_on
 
 AT_WORK, STOPPED = ".at_work", "stopped"  # in the sweep's directory: who works on a job, and that no further one begins
 PATIENCE = 120.0  # seconds for a worker of an earlier start
@@ -167,10 +166,8 @@ def _passing_on(folder: Path) -> Generator[StopSignal]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    stop = StopSignal()
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
+    def stop_all(_: int) -> None:
         (folder / STOPPED).touch()
         others = [int(each.name.rpartition("~")[2]) for each in folder.glob(f"{platform.node()}~*")]
         others = [process for process in others if process != os.getpid()]
@@ -180,12 +177,10 @@ def _passing_on(folder: Path) -> Generator[StopSignal]:
         if not others:
             raise Stopped("between jobs")
 
-    for number in stop.before:
-        signal.signal(number, pass_on)
     try:
-        yield stop
+        with passing_on(stop_all) as stop:
+            yield stop
     finally:
-        stop.restore()
         shutil.rmtree(folder, ignore_errors=True)
 
 

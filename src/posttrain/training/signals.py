@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from posttrain.errors import Stopped
@@ -92,17 +92,22 @@ def leaving_at_once() -> Generator[None]:
 
 
 @contextmanager
-def forward_to(child: subprocess.Popen[bytes]) -> Generator[StopSignal]:
-    """While inside, signals go on to `child` (which saves and leaves); the yielded object says whether one came."""
+def passing_on(to: Callable[[int], None]) -> Generator[StopSignal]:
+    """While inside, `to` is called with each signal; the yielded object says whether one came."""
     stop = StopSignal()
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        child.send_signal(number)
+        to(number)
 
     for number in stop.before:
-        signal.signal(number, forward)
+        signal.signal(number, pass_on)
     try:
         yield stop
     finally:
         stop.restore()
+
+
+def forward_to(child: subprocess.Popen[bytes]) -> AbstractContextManager[StopSignal]:
+    """While inside, signals go on to `child`, which saves and leaves."""
+    return passing_on(child.send_signal)
