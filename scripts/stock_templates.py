@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 _TRL = importlib.util.find_spec("trl")
 IS_THERE = bool(_TRL and _TRL.submodule_search_locations)
@@ -58,3 +61,14 @@ def allowed(content: str) -> set[str]:
     forms |= {f"\n<think>hm so</think>\n{answer.strip()}"} if THINK in content else set()
     trimmed = {f for form in forms for f in (form, form.strip(), form.lstrip("\n"), form.rstrip())}
     return trimmed | {" " + form for form in trimmed}  # " ": the header of "Assistant: yes" has no space of its own
+
+
+def trained_runs(tokens: Sequence[int], weights: Sequence[float]) -> list[list[int]]:
+    """The stretches of trained tokens."""
+    grouped = groupby(zip(tokens, weights, strict=True), lambda pair: bool(pair[1]))
+    return [[token for token, _ in run] for is_trained, run in grouped if is_trained]
+
+
+def trained_texts(tokenizer: Any, encoded: Any) -> list[str]:
+    """`trained_runs` of an encoded row, decoded."""
+    return [str(tokenizer.decode(run)) for run in trained_runs(encoded.tokens, encoded.weights)]

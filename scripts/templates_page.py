@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.options import ChatOptions
 from posttrain.errors import UserError
-from stock_templates import FOLDER, SPECIAL, end_of_turn
+from stock_templates import FOLDER, SPECIAL, end_of_turn, trained_texts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "templates.md"
 STOPS = {"glm4moe": ("<|user|>", "<|observation|>"), "gptoss": ("<|return|>", "<|call|>")}
@@ -77,13 +77,7 @@ def trained(
     """The decoded stretches of trained tokens, white space and a lone end of text aside."""
     row = {"messages": messages, "tools": tools, "first": first}
     (found,) = encoder.encode_many([(1, row)], "row {}".format)
-    runs: list[list[int]] = [[]]
-    for token, weight in zip(found.tokens, found.weights, strict=True):
-        if weight:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    texts = [str(tokenizer.decode(run)).strip() for run in runs if run]
+    texts = [text.strip() for text in trained_texts(tokenizer, found)]
     return [text for text in texts if text not in ("", "</s>")]
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.options import ChatOptions
-from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, WRITTEN_LEAD, allowed, end_of_turn, leads_of
+from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, WRITTEN_LEAD, allowed, end_of_turn, leads_of, trained_runs
 
 if not IS_THERE:
     pytest.skip("trl, which ships the stock templates, is not installed", allow_module_level=True)
@@ -116,16 +116,6 @@ def _as_decoded(text: str) -> str:
 
 def bare(text: str) -> str:
     return "".join(_as_decoded(text).split())
-
-
-def trained_runs(tokens: list[int], weights: list[float]) -> list[list[int]]:
-    found: list[list[int]] = [[]]
-    for token, weight in zip(tokens, weights, strict=True):
-        if weight:
-            found[-1].append(token)
-        elif found[-1]:
-            found.append([])
-    return [run for run in found if run]
 
 
 def stock(text: str, name: str, **options: Any) -> tuple[Any, Encoder]:

@@ -12,7 +12,7 @@ from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template
 from posttrain.data.formats import to_canonical
 from posttrain.errors import UserError
-from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK
+from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, trained_texts
 
 if not IS_THERE:
     pytest.skip("trl, which ships the stock templates, is not installed", allow_module_level=True)
@@ -72,23 +72,13 @@ def encoder(tokenizer, name: str, **options) -> Encoder:
     return Encoder(tokenizer, stops, options=ChatOptions(**options))
 
 
-def spans(tokenizer, encoded) -> list[str]:
-    found: list[list[int]] = [[]]
-    for token, weight in zip(encoded.tokens, encoded.weights, strict=True):
-        if weight:
-            found[-1].append(token)
-        elif found[-1]:
-            found.append([])
-    return [tokenizer.decode(run) for run in found if run]
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SPANS)
 def test_a_call_is_rendered_as_its_template_wants_it(make_tokenizer, name, form):
     tokenizer = stock(make_tokenizer, name)
     encoded = encoder(tokenizer, name).encode_conversation(chat(form), TOOLS)
-    assert spans(tokenizer, encoded)[0] == SPANS[name]
-    assert len(spans(tokenizer, encoded)) == 2
+    assert trained_texts(tokenizer, encoded)[0] == SPANS[name]
+    assert len(trained_texts(tokenizer, encoded)) == 2
     assert [part.name for part in encoded.lost] == (["tools"] if name == "deepseekv3" else [])
 
 
@@ -113,8 +103,8 @@ def test_calls_agree_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
     twin.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     messages = [user("Hi"), {"role": "assistant", "content": "Hello."}, *chat("object")]
     theirs = twin.apply_chat_template(messages, tools=TOOLS, return_assistant_tokens_mask=True)
-    wanted = spans(twin, Encoded(theirs["input_ids"], theirs["assistant_masks"], 0, 0))
-    found = spans(tokenizer, encoder(tokenizer, name).encode_conversation(messages, TOOLS))
+    wanted = trained_texts(twin, Encoded(theirs["input_ids"], theirs["assistant_masks"], 0, 0))
+    found = trained_texts(tokenizer, encoder(tokenizer, name).encode_conversation(messages, TOOLS))
     assert len(found) == len(wanted) == 3
     for ours, their in zip(found, wanted, strict=True):
         assert their.rstrip() in {lead + ours for lead in TWIN_LEADS}
@@ -140,7 +130,7 @@ def test_any_arguments_are_trained_letter_by_letter(make_tokenizer, name):
         call = {"type": "function", "function": {"name": "price", "arguments": sent}}
         encoded = build.encode_conversation([user("a"), {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS)
         wanted = SPANS[name].replace(json.dumps(ARGUMENTS), json.dumps(arguments, ensure_ascii=False))
-        assert spans(tokenizer, encoded) == [wanted]
+        assert trained_texts(tokenizer, encoded) == [wanted]
         assert [part.name for part in encoded.lost if part.own] == []
 
 
@@ -149,10 +139,10 @@ def test_tools_may_be_flat_and_calls_empty_or_several(make_tokenizer):
     build = encoder(tokenizer, "qwen2_5")
     assert build.encode_conversation(chat("wire"), [FUNCTION]) == build.encode_conversation(chat("wire"), TOOLS)
     none = [user("Hi"), {"role": "assistant", "content": "Hello", "tool_calls": []}]
-    assert spans(tokenizer, build.encode_conversation(none)) == ["Hello<|im_end|>"]
-    assert spans(tokenizer, build.encode_conversation([none[0], none[1] | {"tool_calls": None}])) == ["Hello<|im_end|>"]
+    assert trained_texts(tokenizer, build.encode_conversation(none)) == ["Hello<|im_end|>"]
+    assert trained_texts(tokenizer, build.encode_conversation([none[0], none[1] | {"tool_calls": None}])) == ["Hello<|im_end|>"]
     two = calling("wire") | {"tool_calls": [WIRE, {"type": "function", "function": {"name": "now", "arguments": "{}"}}]}
-    ran = spans(tokenizer, build.encode_conversation([user("Hi"), two], TOOLS))
+    ran = trained_texts(tokenizer, build.encode_conversation([user("Hi"), two], TOOLS))
     assert ran == [
         f'<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call><|im_end|>'
     ]
@@ -192,7 +182,7 @@ def test_rows_with_function_call_and_its_result_are_read(make_tokenizer):
     row = {"messages": [user("How much?"), call, result, {"role": "assistant", "content": "4.50"}], "tools": json.dumps(TOOLS)}
     tokenizer = stock(make_tokenizer, "qwen3")
     (encoded,) = encoder(tokenizer, "qwen3").encode_many([(1, to_canonical(row, "messages", "row 1"))], str)
-    assert spans(tokenizer, encoded)[0] == SPANS["qwen3"] and encoded.lost == ()
+    assert trained_texts(tokenizer, encoded)[0] == SPANS["qwen3"] and encoded.lost == ()
 
 
 def test_a_call_without_its_arguments_is_refused(make_tokenizer):
@@ -210,7 +200,7 @@ def test_templates_without_tools_take_them_as_text(make_tokenizer, name):
     with pytest.raises(UserError, match=r"data\.tools=inline writes tools, calls and results into the contents"):
         encoder(tokenizer, name).encode_conversation(chat("wire"), TOOLS)
     encoded = encoder(tokenizer, name, tools="inline", on_loss="stop").encode_conversation(chat("wire"), TOOLS)
-    assert spans(tokenizer, encoded)[0].lstrip().startswith(f"<tool_call>\n{CALL}\n</tool_call><")
+    assert trained_texts(tokenizer, encoded)[0].lstrip().startswith(f"<tool_call>\n{CALL}\n</tool_call><")
     text = tokenizer.decode(encoded.tokens)
     assert json.dumps(TOOLS[0]) in text and '<tool_response>\n{"price": 4.5}\n</tool_response>' in text
 
@@ -220,4 +210,4 @@ def test_pairs_have_tools_and_calls(make_tokenizer):
     row = {"prompt": [user("How much?")], "chosen": [calling("wire")], "rejected": "No idea.", "tools": TOOLS}
     pair = encoder(tokenizer, "qwen3").encode_pair(row)
     assert json.dumps(TOOLS[0]) in tokenizer.decode(pair.prompt)
-    assert spans(tokenizer, pair.chosen) == ["<think>\n\n</think>\n\n" + SPANS["qwen3"]]
+    assert trained_texts(tokenizer, pair.chosen) == ["<think>\n\n</think>\n\n" + SPANS["qwen3"]]

@@ -13,7 +13,7 @@ from posttrain.data.chat.template_text import chat_template
 from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
 from posttrain.stages.spec import row_uses
-from stock_templates import FOLDER, IS_THERE, SPECIAL
+from stock_templates import FOLDER, IS_THERE, SPECIAL, trained_texts
 
 PLAIN = (  # knows contents alone, and no system
     "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -30,16 +30,6 @@ THOUGHTFUL = [
 @pytest.fixture
 def plain(make_tokenizer):
     return make_tokenizer(PLAIN, ("<|im_start|>", "<|im_end|>"))
-
-
-def spans(tokenizer, encoded) -> list[str]:
-    found: list[list[int]] = [[]]
-    for token, weight in zip(encoded.tokens, encoded.weights, strict=True):
-        if weight:
-            found[-1].append(token)
-        elif found[-1]:
-            found.append([])
-    return [tokenizer.decode(run) for run in found if run]
 
 
 def qwen3(make_tokenizer):
@@ -85,11 +75,11 @@ def test_reasoning_that_is_left_out_is_refused_with_the_ways_out(plain):
 
 def test_reasoning_inline_and_dropped(plain):
     inline = Encoder(plain, options=ChatOptions(reasoning="inline", on_loss="stop")).encode_conversation(THOUGHTFUL[:2])
-    assert spans(plain, inline) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+    assert trained_texts(plain, inline) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
     drop = Encoder(plain, options=ChatOptions(reasoning="drop", on_loss="stop"))
-    assert spans(plain, drop.encode_conversation(THOUGHTFUL)) == ["4<|im_end|>", "7<|im_end|>"]
+    assert trained_texts(plain, drop.encode_conversation(THOUGHTFUL)) == ["4<|im_end|>", "7<|im_end|>"]
     within = [THOUGHTFUL[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4"}]
-    assert spans(plain, drop.encode_conversation(within)) == ["4<|im_end|>"]
+    assert trained_texts(plain, drop.encode_conversation(within)) == ["4<|im_end|>"]
 
 
 def test_each_turn_is_learnt_as_it_was_generated(make_tokenizer, tmp_path):
@@ -97,13 +87,14 @@ def test_each_turn_is_learnt_as_it_was_generated(make_tokenizer, tmp_path):
     row = {"messages": THOUGHTFUL}
     first, last = ("<think>\ntwo and two\n</think>\n\n4<|im_end|>", "<think>\nfour and three\n</think>\n\n7<|im_end|>")
     whole = Encoder(tokenizer).encode_conversation(THOUGHTFUL)
-    assert spans(tokenizer, whole) == ["4<|im_end|>", last] and [part.name for part in whole.lost] == ["reasoning_content"]
+    assert trained_texts(tokenizer, whole) == ["4<|im_end|>", last]
+    assert [part.name for part in whole.lost] == ["reasoning_content"]
     each = Encoder(tokenizer, options=ChatOptions(turns="each", on_loss="stop"))
     rows = each.options.examples_of(row)
-    assert [spans(tokenizer, each.encode(one)) for one in rows] == [[first], [last]]
+    assert [trained_texts(tokenizer, each.encode(one)) for one in rows] == [[first], [last]]
     assert [row["first"] for row in rows] == [1, 3]
     only = Encoder(tokenizer, options=ChatOptions(train_on="last"))
-    assert [spans(tokenizer, only.encode(one)) for one in only.options.examples_of(row)] == [[last]]
+    assert [trained_texts(tokenizer, only.encode(one)) for one in only.options.examples_of(row)] == [[last]]
 
 
 def test_turns_of_weight_0_are_context(make_tokenizer):
@@ -135,7 +126,7 @@ def test_chatml_writes_reasoning(make_tokenizer):
     for name in ("reasoning_content", "thinking", "reasoning"):
         answer = {"role": "assistant", "content": "4", name: " two and two\n"}
         encoded = Encoder(tokenizer, options=ChatOptions(on_loss="stop")).encode_conversation([THOUGHTFUL[0], answer])
-        assert spans(tokenizer, encoded) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+        assert trained_texts(tokenizer, encoded) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
 
 
 def test_the_data_says_how_its_rows_are_read(plain, tmp_path):

@@ -5,7 +5,19 @@ from tokenizers import processors
 
 from posttrain.data.chat.encoder import Encoder
 from posttrain.errors import UserError
-from stock_templates import FOLDER, IS_THERE, SPECIAL, STOCK, THINK, WRITTEN_LEAD, allowed, end_of_turn, leads_of
+from stock_templates import (
+    FOLDER,
+    IS_THERE,
+    SPECIAL,
+    STOCK,
+    THINK,
+    WRITTEN_LEAD,
+    allowed,
+    end_of_turn,
+    leads_of,
+    trained_runs,
+    trained_texts,
+)
 
 if not IS_THERE:
     pytest.skip("trl, which ships the stock templates, is not installed", allow_module_level=True)
@@ -56,17 +68,6 @@ def encoder(tokenizer, name: str) -> Encoder:
     return Encoder(tokenizer, stops=("<|user|>", "<|observation|>") if name == "glm4moe" else ())
 
 
-def runs(tokenizer, tokens: list[int], weights: list[float]) -> list[str]:
-    """The decoded stretches of trained tokens."""
-    found: list[list[int]] = [[]]
-    for token, weight in zip(tokens, weights, strict=True):
-        if weight:
-            found[-1].append(token)
-        elif found[-1]:
-            found.append([])
-    return [tokenizer.decode(run) for run in found if run]
-
-
 @pytest.mark.parametrize("name", STOCK)
 def test_trains_each_answer_and_its_end_and_nothing_else(make_tokenizer, name):
     tokenizer = load(make_tokenizer, name)
@@ -78,7 +79,7 @@ def test_trains_each_answer_and_its_end_and_nothing_else(make_tokenizer, name):
             continue
         result = build.encode_conversation(messages)
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        found = runs(tokenizer, result.tokens, result.weights)
+        found = trained_texts(tokenizer, result)
         assert len(found) == len(answers) and result.borders == 0, (case, found)
         for k, (run, content) in enumerate(zip(found, answers, strict=True)):
             last = k == len(answers) - 1
@@ -120,9 +121,9 @@ def test_agrees_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
         ours = build.encode_conversation(messages)
         if stock.decode(ours.tokens) != twin.decode(reference["input_ids"]):
             continue
-        theirs = runs(twin, reference["input_ids"], reference["assistant_masks"])
+        theirs = [twin.decode(run) for run in trained_runs(reference["input_ids"], reference["assistant_masks"])]
         theirs = [run.removesuffix("\n</s>" if name.startswith("phi") else "").rstrip() for run in theirs]
-        found = runs(stock, ours.tokens, ours.weights)
+        found = trained_texts(stock, ours)
         assert len(found) == len(theirs), (case, found, theirs)
         assert all(run in {lead + own for lead in leads} for run, own in zip(theirs, found, strict=True)), (
             found,
@@ -136,7 +137,7 @@ def test_agrees_with_the_marked_twin_up_to_its_start(make_tokenizer, name):
 def test_marked_templates_end_with_the_end_of_turn(make_tokenizer, name):
     tokenizer = load(make_tokenizer, name)
     result = Encoder(tokenizer).encode_conversation(CONVERSATIONS["multi"])
-    found = [run for run in runs(tokenizer, result.tokens, result.weights) if run != "</s>"]
+    found = [run for run in trained_texts(tokenizer, result) if run != "</s>"]
     ends = ["<|end|>", "<|return|>"] if name.startswith("gptoss") else [end_of_turn(name)] * 2
     assert all(run.endswith(answer + end) for run, answer, end in zip(found, ["The dog.", "The fox."], ends, strict=True))
 

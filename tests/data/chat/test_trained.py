@@ -12,6 +12,7 @@ from posttrain.data.chat.options import ChatOptions, options_of
 from posttrain.data.chat.template_text import chat_template
 from posttrain.data.formats import to_canonical
 from posttrain.errors import UserError
+from stock_templates import trained_texts
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -39,19 +40,9 @@ def chatml(make_tokenizer):
     return make_tokenizer(chat_template("chatml"), TOKENS)
 
 
-def runs(tokenizer, encoded) -> list[str]:
-    found: list[list[int]] = [[]]
-    for token, weight in zip(encoded.tokens, encoded.weights, strict=True):
-        if weight:
-            found[-1].append(token)
-        elif found[-1]:
-            found.append([])
-    return [tokenizer.decode(run) for run in found if run]
-
-
 def learnt(tokenizer, row, **options) -> list[str]:
     encoder = Encoder(tokenizer, options=ChatOptions(**options))
-    return [run for each in encoder.options.examples_of(row) for run in runs(tokenizer, encoder.encode(each))]
+    return [run for each in encoder.options.examples_of(row) for run in trained_texts(tokenizer, encoder.encode(each))]
 
 
 def canonical(row, shape="messages"):
@@ -119,7 +110,7 @@ def test_a_call_without_arguments_is_an_answer(make_tokenizer):
     tokenizer = make_tokenizer(template, TOKENS)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
     encoded = Encoder(tokenizer).encode_conversation([CHAT[1], call])
-    assert runs(tokenizer, encoded) == ["<call>now<|im_end|>"] and encoded.first_word >= 0
+    assert trained_texts(tokenizer, encoded) == ["<call>now<|im_end|>"] and encoded.first_word >= 0
 
 
 def test_marks_of_messages_come_before_the_roles(tokenizer):
@@ -201,14 +192,14 @@ def test_an_answer_that_goes_on_behind_a_prefill_is_one_turn(tokenizer, answer):
         found = canonical(row, "prompt_completion")
         assert found["messages"][1:] == [{"role": "assistant", "content": "The dog and the fox.", "prefill": 7}]
         encoded = Encoder(tokenizer).encode_many([(1, found)], str)[0]
-        assert encoded.tokens == whole.tokens and runs(tokenizer, encoded) == [" and the fox.<|im_end|>"]
+        assert encoded.tokens == whole.tokens and trained_texts(tokenizer, encoded) == [" and the fox.<|im_end|>"]
 
 
 def test_a_pair_behind_a_prefill_begins_where_its_answers_do(tokenizer):
     row = {"prompt": [CHAT[1], BEGUN], "chosen": [{"role": "assistant", "content": " and"}], "rejected": " fox"}
     pair = Encoder(tokenizer).encode_pair(canonical(row, "pairs"))
     assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nThe dog"
-    assert [runs(tokenizer, each) for each in (pair.chosen, pair.rejected)] == [[" and<|im_end|>"], [" fox<|im_end|>"]]
+    assert [trained_texts(tokenizer, each) for each in (pair.chosen, pair.rejected)] == [[" and<|im_end|>"], [" fox<|im_end|>"]]
     transcripts = {
         "chosen": [CHAT[1], BEGUN | {"content": "The dog and"}],
         "rejected": [CHAT[1], BEGUN | {"content": "The dog fox"}],

@@ -181,13 +181,18 @@ def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
     assert difference(found["plain"], found["lean"]) < 1e-5
 
 
+def queries(kernels: Any) -> Any:
+    """A layer with LoRA, of a model that goes these ways."""
+    model = with_lora(FAMILIES["llama"])
+    use_kernels(model, kernels)
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
 def test_a_model_may_write_into_a_layers_output() -> None:
     """As Gemma 3n does: in place, and the backward is that of the plain path."""
     found = []
     for kernels in ("reference", "auto"):
-        model = with_lora(FAMILIES["llama"])
-        use_kernels(model, kernels)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        layer = queries(kernels)
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = layer(x)
         y[0] += 1.0
@@ -202,9 +207,7 @@ def test_what_goes_in_may_lie_in_memory_in_any_order() -> None:
     """As Griffin's recurrent layers give it, a transposed one."""
     found = []
     for kernels in ("reference", "auto"):
-        model = with_lora(FAMILIES["llama"])
-        use_kernels(model, kernels)
-        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        layer = queries(kernels)
         x = torch.randn(64, 5, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = layer(x.transpose(0, 2))
         y.transpose(0, 1).square().sum().backward()
