@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,29 @@ def worker_command(config_file: str) -> list[str]:
     return [*PYTHON, "-m", "posttrain.launch.worker", config_file]
 
 
-def run_child(config: dict[str, Any], what: str) -> int:
-    """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
+@contextmanager
+def config_file(config: dict[str, Any]) -> Generator[Path]:
+    """The config beside its run's directory, for as long as a worker may read it. Raises UserError where it cannot be written."""
     place = Path(config["run"]["dir"])
     file = place.with_name(f".{place.name}.yaml")  # the next start of the same writes it anew
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"run.dir: cannot write to {file.parent}: {reason}; give another run.dir") from None
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def run_child(config: dict[str, Any], what: str) -> int:
+    """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
+    with config_file(config) as file:
         child = subprocess.Popen(worker_command(str(file)), env={**os.environ, PARENT: str(os.getpid())})
         with forward_to(child) as stop:
             code = child.wait()
-    except OSError as error:
-        raise UserError(f"run.dir: cannot write to {file.parent}: {error.strerror or error}; give another run.dir") from None
-    finally:
-        file.unlink(missing_ok=True)
     if stop.requested and code in (Stopped.exit_code, *range(-64, 1)):
         raise Stopped(f"in {what}; the same command goes on")
     return code

@@ -8,20 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from posttrain.config.stages import typed_config
 from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
-from posttrain.launch.subprocess_runner import worker_command
+from posttrain.launch.subprocess_runner import config_file, worker_command
 from posttrain.runs.directory import Run, open_run
 from posttrain.runs.manifest import read_manifest
 from posttrain.runs.yaml_files import read_yaml
@@ -130,9 +127,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as f:
-        yaml.safe_dump(config, f)
-        f.flush()
+    with config_file(config) as file:
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -144,7 +139,7 @@ def _launch(config: dict[str, Any]) -> dict[str, Any]:
             signals_to_handle=",".join(number.name for number in caught()),
         )
         try:
-            elastic_launch(launch, sys.executable)(*worker_command(f.name)[1:])
+            elastic_launch(launch, sys.executable)(*worker_command(str(file))[1:])
         except SignalException:
             raise Stopped("stopped by a signal; the same command goes on") from None
         except ChildFailedError as e:
