@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from architectures.tokens import END, WORDS, make_tokenizer, token_ids
-from posttrain.models.language.decoder import decoder_of, last_hidden
+from posttrain.models.language.decoder import before_head, decoder_of, last_hidden
 
 ROWS, STEPS, LR = 8, 2, 1e-2
 EPSILON = 1e-3  # of Adam: so large that rounding in a gradient near 0 does not become a step
@@ -89,7 +89,7 @@ def plain_score(model: Any, head: Tensor) -> float:
     for pair in pairs():
         row = tokens([*pair["prompt"], *pair["chosen"]])
         end = int((row.ids[0] == token_ids()[END]).nonzero()[-1])
-        hidden = last_hidden(causal, decoder_of(causal)(input_ids=row.ids, use_cache=False))
+        hidden = last_hidden(decoder_of(causal)(input_ids=row.ids, use_cache=False), before_head(causal))
         found.append(float(head.double() @ hidden[0, end].double()))
     return sum(found) / len(found)
 

@@ -17,7 +17,8 @@ from posttrain.models.kernels.documents import documents, end_to_end, in_rows
 from posttrain.models.kernels.logprobs import head_of
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.reading import in_float32, lengths_border
+from posttrain.models.language.precision import in_float32
+from posttrain.models.language.reading import lengths_border
 from posttrain.models.layers import Kind, layers_of
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.checkpoints.use import NONE_HELD, Held
+from posttrain.models.checkpoints.use import NONE_HELD, HeldBytes
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import Activations, activations, llama_like, model_of_shapes
 from posttrain.models.layers import fused_experts
@@ -37,7 +37,7 @@ class Counted:
     reading: str
 
 
-def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float, held: Held = NONE_HELD) -> Counted:
+def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: float, held: HeldBytes = NONE_HELD) -> Counted:
     """tokens: of the largest micro-batch, in `sequences` documents. frozen_adapter: bytes of an adapter underneath. held: weights
     that stay in the checkpoint's own format."""
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)

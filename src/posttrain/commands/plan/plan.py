@@ -66,7 +66,7 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
     model = config_of(directory, pin_of(cfg.model))
     use = use_of(directory, cfg.quant, cfg.base_dtype)
     held = cfg.model_copy(update={"quant": use.layers})  # a checkpoint's own format takes what its layers take
-    found = count(held, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start), use.held())
+    found = count(held, model, tokens, cfg.train.batch_size, _frozen_bytes(data.start), use.held_bytes())
     sharded = ("weights", "adapters", "frozen adapter", "gradients", "optimizer")
     memory = {part: size / shards if part in sharded else size for part, size in found.parts.items()}
     extra = spec.plan_of().extra(cfg, data.units, found.parts, model, data.base)

@@ -37,7 +37,7 @@ class Elements(NamedTuple):
 
     def meant(self) -> Tensor:
         """The weight, in float32."""
-        value = looked_up(self.kind, self.codes)
+        value = TABLES[self.kind].to(self.codes.device)[self.codes.int()]
         if self.zero is not None:
             value = value - self.zero.float()
         return value * self.scale
@@ -47,11 +47,6 @@ class Elements(NamedTuple):
         """The same, of the transposed weight."""
         zero = self.zero if self.zero is None or self.zero.dim() < 2 else self.zero.mT
         return Elements(self.kind, self.codes.mT, self.scale.mT if self.scale.dim() > 1 else self.scale, zero)
-
-
-def looked_up(kind: str, codes: Tensor) -> Tensor:
-    """What codes stand for, in float32."""
-    return TABLES[kind].to(codes.device)[codes.int()]
 
 
 def exponents(scale: Tensor) -> Tensor:

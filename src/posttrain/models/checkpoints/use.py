@@ -15,7 +15,7 @@ from posttrain.models.quantization import quantizer_of
 GB = 1e9
 
 
-class Held(NamedTuple):
+class HeldBytes(NamedTuple):
     """Weights in a format of a checkpoint. codes, constants: in bytes."""
 
     numbers: int = 0
@@ -23,7 +23,7 @@ class Held(NamedTuple):
     constants: int = 0
 
 
-NONE_HELD = Held()
+NONE_HELD = HeldBytes()
 
 
 class Use(NamedTuple):
@@ -63,12 +63,12 @@ class Use(NamedTuple):
     def _by_numbers(self) -> bool:
         return self.kept and self.checkpoint.format is not None and self.checkpoint.format.by_numbers
 
-    def held(self) -> Held:
+    def held_bytes(self) -> HeldBytes:
         """Of weights that are kept as codes and scales, by the headers of the files; all 0 where there are none."""
         entries = [entry for entry in self.checkpoint.entries if entry.is_quantized] if self._by_numbers else []
         sizes = [entry.sizes() for entry in entries]
         numbers = sum(torch.Size(entry.shape).numel() for entry in entries)
-        return Held(numbers, sum(size["main"] for size in sizes), sum(sum(size.values()) - size["main"] for size in sizes))
+        return HeldBytes(numbers, sum(size["main"] for size in sizes), sum(sum(size.values()) - size["main"] for size in sizes))
 
     @property
     def _held(self) -> str:

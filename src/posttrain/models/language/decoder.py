@@ -19,10 +19,10 @@ def decoder_of(causal: PreTrainedModel) -> nn.Module:
     return next((child for child in causal.children() if any(m is embeddings for m in child.modules())), causal)
 
 
-def last_hidden(causal: PreTrainedModel, output: Any) -> Tensor:
-    """What the head reads of a decoder's output, [..., H]."""
+def last_hidden(output: Any, parts: list[Any]) -> Tensor:
+    """What the head reads of a decoder's output, [..., H]. parts: the model's `before_head`."""
     hidden = output.last_hidden_state
-    for part in before_head(causal):
+    for part in parts:
         hidden = part(hidden)
     return hidden
 

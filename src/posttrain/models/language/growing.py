@@ -52,7 +52,7 @@ class _FromPack:
 
     def __init__(self, lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> None:
         device = lm.causal.device
-        self.causal, self.decoder = lm.causal, cast(Any, decoder_of(lm.causal))
+        self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
         self.cache = roomy_cache(lm.causal.config)
         hidden = _read_prompts(lm, prompts, self.cache)
         self.cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
@@ -72,14 +72,14 @@ class _FromPack:
             use_cache=True,
         )  # fmt: skip
         self.positions = self.positions + 1
-        return last_hidden(self.causal, read)[:, -1]
+        return last_hidden(read, self.before_head)[:, -1]
 
 
 class _WithOwnCache:
     """Prompts of one length, int64 [n, L], with the cache that the model makes for itself: of keys and values, or of states."""
 
     def __init__(self, lm: PackedLM, tokens: Tensor, samples: int, name: str) -> None:
-        self.causal, self.decoder = lm.causal, cast(Any, decoder_of(lm.causal))
+        self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
         self.options: dict[str, Any] = {name: DynamicCache(config=lm.causal.config.get_text_config()), "use_cache": True}
         self.cache: Any = self.options[name]
         hidden = self.grow(tokens)
@@ -90,14 +90,14 @@ class _WithOwnCache:
         self.cache.reorder_cache(rows)
 
     def grow(self, tokens: Tensor) -> Tensor:
-        return last_hidden(self.causal, self.decoder(input_ids=tokens, **self.options))[:, -1]
+        return last_hidden(self.decoder(input_ids=tokens, **self.options), self.before_head)[:, -1]
 
 
 class _WithoutCache:
     """Prompts of one length, int64 [n, L], all of which is read again for every token: for models whose cache does not serve."""
 
     def __init__(self, lm: PackedLM, tokens: Tensor, samples: int) -> None:
-        self.causal, self.decoder = lm.causal, cast(Any, decoder_of(lm.causal))
+        self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
         self.tokens = tokens.repeat_interleave(samples, 0)
         self.hidden = self._read()
 
@@ -109,7 +109,7 @@ class _WithoutCache:
         return self._read()
 
     def _read(self) -> Tensor:
-        return last_hidden(self.causal, self.decoder(input_ids=self.tokens, use_cache=False))[:, -1]
+        return last_hidden(self.decoder(input_ids=self.tokens, use_cache=False), self.before_head)[:, -1]
 
 
 def _cache_keyword(lm: PackedLM) -> str:

@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.decoder import decoder_of, last_hidden
+from posttrain.models.language.decoder import before_head, decoder_of, last_hidden
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
@@ -43,6 +43,7 @@ class PackedLM(nn.Module):
             raise UserError(
                 f"model.name: {type(self.causal).__name__} does not say where its head is; give its language model alone"
             )
+        self.before_head = before_head(self.causal)
         self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
         self.own_attention = str(self.causal.config._attn_implementation)
@@ -135,9 +136,9 @@ class PackedLM(nn.Module):
     def _run(self, **inputs: Any) -> tuple[Tensor, ...]:
         """Hidden states [tokens, H] of all rows, then the logits [tokens, experts] of each router that is listened to."""
         if self.routers is None:
-            return (last_hidden(self.causal, decoder_of(self.causal)(**inputs)).flatten(0, 1),)
+            return (last_hidden(decoder_of(self.causal)(**inputs), self.before_head).flatten(0, 1),)
         output = decoder_of(self.causal)(**inputs, output_router_logits=True)
-        return last_hidden(self.causal, output).flatten(0, 1), *(logits.flatten(0, -2) for logits in output.router_logits)
+        return last_hidden(output, self.before_head).flatten(0, 1), *(logits.flatten(0, -2) for logits in output.router_logits)
 
     def _packed(self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
         # any 4-D mask keeps transformers from making one of its own; ours travels beside it
