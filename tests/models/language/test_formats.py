@@ -387,7 +387,7 @@ def test_a_held_layer_with_a_bias_gives_the_bits_of_a_plain_one(dtype: str, tmp_
         else:
             tensors[name].uniform_()
     name = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
-    kept, once = (load_causal(name, None, dtype, "cpu", False, way) for way in (None, "dequantize"))
+    kept, once = (load_causal(name, None, dtype, "cpu", None, way) for way in (None, "dequantize"))
     assert held(kept) and torch.equal(kept(IDS).logits, once(IDS).logits)
 
 
@@ -397,7 +397,7 @@ def test_what_cannot_be_held_is_dequantized_and_said(tmp_path: Path, capsys: pyt
     for name in [*filter(is_linear, tensors), "lm_head.weight"]:
         tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
     name = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
-    model = load_causal(name, None, "bfloat16", "cpu", False, None)
+    model = load_causal(name, None, "bfloat16", "cpu", None, None)
     assert (
         "1 quantized weights are dequantized at load, for they cannot be held as they are: lm_head.weight"
         in capsys.readouterr().out
