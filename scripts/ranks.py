@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -78,7 +77,10 @@ class Nursery:
         into.write(json.dumps(asked) + "\n")
         into.flush()
         codes = json.loads(out.readline())
-        return Ranks(codes, [Path(job["log"]).read_text() for job in jobs])
+        said = [Path(job["log"]).read_text() for job in jobs]
+        for rank, code in enumerate(codes):
+            print(f"--- rank {rank} ended with {code}\n{said[rank]}")  # pytest shows it where a test fails
+        return Ranks(codes, said)
 
 
 def _serve() -> None:
@@ -94,12 +96,12 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         asked = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        # As torchrun does: the launcher's own store, so that no other program can take the port in between.
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         count = len(asked["jobs"])
-        children = [_fork(job, rank, count, port) for rank, job in enumerate(asked["jobs"])]
+        children = [_fork(job, rank, count, store.port) for rank, job in enumerate(asked["jobs"])]
         codes = _watch(children, asked["kill"])
+        del store
         _import(Path(asked["jobs"][0]["log"] + ".modules"))
         print(json.dumps(codes), flush=True)
 
@@ -116,7 +118,8 @@ def _fork(job: dict[str, Any], rank: int, count: int, port: int) -> int:
         os.dup2(log, 2)
         if count > 1:
             launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "localhost"})
+            store = {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            os.environ.update({name: str(value) for name, value in launched.items()} | store)
         os.environ.update(job["env"])
         faulthandler.enable()
         os.chdir(job["env"].get("RANKS_FOLDER", "."))
