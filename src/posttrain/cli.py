@@ -310,6 +310,47 @@ def preview_run(
     _end(command)
 
 
+def _cache_words(incomplete: str) -> list[str]:
+    from posttrain.runs.cache_place import KINDS
+
+    return [word for word in ("clean", *KINDS) if word.startswith(incomplete)]
+
+
+@app.command("cache", rich_help_panel="Before a run")
+def cache(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[clean] [KIND...]", help="Which kinds of entries; none: all.", autocompletion=_cache_words),
+    ] = None,
+    older: Annotated[float | None, typer.Option("--older-than", metavar="DAYS", help="clean: what was not used so long.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="clean: all that the next run makes again by itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is kept for the next run, and how much room it takes; clean takes away what nobody is using."""
+
+    def command() -> None:
+        import json
+
+        from posttrain.commands.cache import CLEAN, clean_cache, list_cache, show_cache, show_cleaned
+        from posttrain.errors import UserError
+
+        given = words or []
+        if cleans := given[:1] == [CLEAN]:
+            found = clean_cache(given[1:], older, everything)
+        elif older is not None or everything:
+            raise UserError("--older-than and --all say what to clean: posttrain cache clean --older-than 30")
+        else:
+            found = list_cache(given)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        elif cleans:
+            show_cleaned(found)
+        else:
+            show_cache(found, each=bool(given))
+
+    _end(command)
+
+
 @app.command(rich_help_panel="Before a run")
 def doctor() -> None:
     """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""

@@ -47,3 +47,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" - did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; its class's name where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -112,11 +112,11 @@ def test_group_fills_units_without_cutting() -> None:
 
 def test_examples_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pairs = build([([1, 2, 3, 4], [0, 0, 1, 1], 8)], [(1, 3)], [0.5], [2.0])
-    with Store(tmp_path / "x") as store:
-        for piece in (CONVERSATIONS, CONVERSATIONS):
-            store.add("train", piece, rows_of([(1, -5), (2, 7)]))
-        store.add("held_out", pairs, rows_of([]))
-        store.close({"rows": 3})
+    store = Store(tmp_path / "x")
+    for piece in (CONVERSATIONS, CONVERSATIONS):
+        store.add("train", piece, rows_of([(1, -5), (2, 7)]))
+    store.add("held_out", pairs, rows_of([]))
+    store.close({"rows": 3})
     parts, read, report, _ = load(tmp_path / "x")
     assert read["train"].tolist() == 2 * [[1, -5], [2, 7]] and read["held_out"].tolist() == []
     assert report == {"rows": 3} and [p.name for p in tmp_path.iterdir()] == ["x"]

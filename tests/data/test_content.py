@@ -22,10 +22,10 @@ ROWS = [([1, 2, 3], [0.0, 1.0, 1.0], 1), ([4, 5], [0.0, 0.5], 2), ([6, 7, 8, 9],
 
 
 def content(directory: Path, *pieces: Examples) -> str:
-    with Store(directory) as out:
-        for piece in pieces:
-            out.add("train", piece, rows_of([]))
-        out.close({})
+    out = Store(directory)
+    for piece in pieces:
+        out.add("train", piece, rows_of([]))
+    out.close({})
     return load(directory).content
 
 

@@ -1,5 +1,6 @@
 """Files that can be made again: made once, whole or not there, found out when damaged, and safe for processes side by side."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from torch import Tensor
 from posttrain.data.example_store import Store
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import builtin_directory
-from posttrain.runs import cache
+from posttrain.runs import cache, cache_place
 from posttrain.runs.cache import cached_json, cached_tensors, write_cached_json, write_tensors
 from posttrain.runs.files import replacing, write_json
 
@@ -249,36 +250,164 @@ def test_a_damaged_directory_is_named_and_made_again(damage: Any, tmp_path: Path
     assert filled(tmp_path / "m", times) == filled(tmp_path / "m", times) == (tmp_path / "m", "made here")
     assert len(times) == 1 and capsys.readouterr().out == ""
     damage(tmp_path / "m")
-    cache._checked.cache_clear()  # as in another process
     assert filled(tmp_path / "m", times)[1] == "made here" and len(times) == 2
     assert (tmp_path / "m" / "a.bin").read_bytes() == b"\0" * 1000
     assert f"cache: {tmp_path / 'm'} is damaged" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.lock"]
+    assert [p.name for p in tmp_path.iterdir()] == ["m"], "no lock, no half, nothing of the damaged one is left"
 
 
 def test_a_cache_for_reading_alone_will_do_when_it_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written and nothing locked; a cold one is named, with the way out."""
+    """Nothing is written and nothing locked."""
     filled(tmp_path / "m")
 
     def refuses(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(cache, "FileLock", refuses)
-    monkeypatch.setattr(Path, "mkdir", refuses)
+    for name in ("locked", "place_of", "make_directory"):
+        monkeypatch.setattr(cache, name, refuses)
+    monkeypatch.setattr(os, "utime", refuses)
     assert filled(tmp_path / "m")[1] == "made here"
+
+
+def test_what_a_cache_for_reading_alone_lacks_is_made_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run goes on with a cold or damaged one, says so in one line, and makes each thing once."""
+    root, spare = tmp_path / "cache", tmp_path / "spare"
+    filled(root / "models" / "m")
+    (root / "models" / "m" / "a.bin").write_bytes(b"other")
+    spare.mkdir()
+    monkeypatch.setattr(cache_place, "_refusal", lambda directory: "Read-only" if directory.is_relative_to(root) else "")
+    monkeypatch.setattr(cache_place, "_detour", lambda: spare)
+    before = sorted(root.rglob("*"))
+    for kind, name in (("models", "m"), ("data", "n")):
+        times = list[int]()
+        places = [filled(root / kind / name, times)[0] for _ in range(2)]
+        assert places == [spare / kind / name] * 2 and len(times) == 1
+    made = [Maker({"loss": 1.0}), Maker(tensors())]
+    for _ in range(2):
+        assert cached_json(root / "measured" / "x.json", made[0]) == {"loss": 1.0}
+        assert same(cached_tensors(root / "reference" / "x.safetensors", made[1]), tensors())
+    assert [each.times for each in made] == [1, 1] and sorted(root.rglob("*")) == before
+    said = capsys.readouterr().out
+    assert said.count("may not be written") == 1
+    assert f"cache: {root} may not be written (Read-only); what it lacks is made in {spare}" in said
+    assert said.count("is damaged") == 2, "at each look, for there it stays"
+
+
+def test_where_there_is_no_other_place_a_cold_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_place, "_refusal", lambda directory: "Permission denied")
+    monkeypatch.setattr(cache_place, "_detour", lambda: None)
     with pytest.raises(UserError, match=rf"^cache: {tmp_path / 'n'} cannot be written \(Permission denied\); .*POSTTRAIN_CACHE"):
         filled(tmp_path / "n")
+    (tmp_path / "file").touch()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=rf"^cache: {tmp_path}/file/models/n cannot be written \("):
+        filled(tmp_path / "file" / "models" / "n")
 
 
 def test_a_full_disk_of_the_cache_is_named_by_its_own_path(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", str(tmp_path / ".m.x" / "m" / "a"))
     with pytest.raises(RunError, match=rf"^cache: {tmp_path / 'm'} cannot be written \(No space left on device\)"):
         filled(tmp_path / "m", error=full)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.lock"]
+    assert list(tmp_path.iterdir()) == []
     elsewhere = OSError(28, "No space left on device", "/elsewhere/x")
     with pytest.raises(OSError, match="No space left on device: '/elsewhere/x'"):
         filled(tmp_path / "m", error=elsewhere)
-    store = Store(tmp_path / "data" / "k")
-    store._temporary = Path("/dev/full")  # below which nothing can be written
-    with pytest.raises((RunError, UserError), match=rf"^cache: {tmp_path / 'data' / 'k'} cannot be written"):
+    with pytest.raises(OSError, match="Input/output error"):  # of a file that is read, as far as anyone knows
+        filled(tmp_path / "m", error=OSError(5, "Input/output error"))
+
+    def tokens(out: Path) -> str:
+        store = Store(out)
+        store._path = Path("/dev/full")  # below which nothing can be written
         store.close({})
+        return ""
+
+    with pytest.raises(NotADirectoryError, match="'/dev/full/report"):
+        cache.cached_directory(tmp_path / "data" / "k", tokens)
+
+
+def test_tokens_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not say which file it was; the store does."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def tokens(out: Path) -> str:
+        store = Store(out)
+        monkeypatch.setattr(Path, "write_text", full)
+        store.close({})
+        return ""
+
+    with pytest.raises(RunError, match=rf"^cache: {tmp_path / 'data' / 'k'} cannot be written \(No space left on device\)"):
+        cache.cached_directory(tmp_path / "data" / "k", tokens)
+
+
+def test_files_of_any_size_are_read_where_that_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "READ_WHOLE", 100)
+
+    def make(out: Path) -> str:
+        out.mkdir()
+        (out / "tokens").write_bytes(b"\0" * 200)
+        return "made"
+
+    for whole, left in ((False, b"\1"), (True, b"\0")):
+        cache.cached_directory(tmp_path / "m", make, whole=whole)
+        (tmp_path / "m" / "tokens").write_bytes(b"\0" * 199 + b"\1")
+        place, _ = cache.cached_directory(tmp_path / "m", make, whole=whole)
+        assert (place / "tokens").read_bytes()[-1:] == left
+
+
+def test_an_entry_is_as_old_as_its_last_use(tmp_path: Path) -> None:
+    for path, read in (
+        (tmp_path / "m", lambda: filled(tmp_path / "m")),
+        (tmp_path / "x.json", lambda: cached_json(tmp_path / "x.json", lambda: 1)),
+    ):
+        read()
+        os.utime(path, (1e9, 1e9))
+        read()
+        assert path.stat().st_mtime > 1.7e9
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
+def test_two_users_of_one_cache() -> None:
+    """In a directory that both may write, each finds what the other has made, and makes what the other keeps from him."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is for one user
+        root = Path(name)
+        root.chmod(0o755)
+        (root / "cache").mkdir()
+        (root / "cache").chmod(0o1777)
+        os.environ["TMPDIR"], before = name, os.environ.get("TMPDIR")
+        said = [_as_user(number, root) for number in (1234, 4321)]
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+    assert said == ["1 1 1", "0 0 1"]
+
+
+def _as_user(number: int, root: Path) -> str:
+    """How often this user has to make three things, the last of which its maker lets nobody else read."""
+    out = root / f"said-{number}"
+    out.touch()
+    out.chmod(0o666)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgid(number)
+            os.setuid(number)
+            os.umask(0o022)
+            cache_here = root / "cache"
+            times, one, two = list[int](), Maker({"loss": 1.0}), Maker({"loss": 2.0})
+            filled(cache_here / "models" / "m", times)
+            cached_json(cache_here / "measured" / "x.json", one)
+            cached_json(cache_here / "measured" / "y.json", two)
+            with contextlib.suppress(OSError):
+                (cache_here / "measured" / "y.json").chmod(0o600)
+            out.write_text(f"{len(times)} {one.times} {two.times}")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return out.read_text()

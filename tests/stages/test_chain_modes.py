@@ -22,7 +22,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.prepare import prepare
 from posttrain.errors import UserError
 from posttrain.models.quantization import keep_as_quantized
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.stages.spec import row_uses
 
 IDS = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0))

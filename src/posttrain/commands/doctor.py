@@ -15,7 +15,7 @@ from rich.table import Table
 
 from posttrain.console import console
 from posttrain.errors import UserError
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.identity import library_versions
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _places() -> list[tuple[str, str]]:
     cache = cache_root()
     return [
         ("disk here", f"{shutil.disk_usage(Path.cwd()).free / GIB:.0f} GiB free"),
-        ("cache", f"{cache}, {_size(cache) / GIB:.2f} GiB (POSTTRAIN_CACHE moves it)"),
+        ("cache", f"{cache}, {_size(cache) / GIB:.2f} GiB (posttrain cache lists it, POSTTRAIN_CACHE moves it)"),
         ("hub", "reachable" if _hub() else "not reachable: give models and data as directories and files"),
     ]
 

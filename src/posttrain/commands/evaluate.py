@@ -24,7 +24,7 @@ from posttrain.models.language.loading import LoadedModel, device_here, load_mod
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import of_file
 from posttrain.runs.artifact import open_artifact
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.stages.language.prepare import eval_sets, rows_of
 from posttrain.stages.language.summary import lines_of_source
 from posttrain.stages.rm.policy_pairs import PAIRS, data_of_pairs

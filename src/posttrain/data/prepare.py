@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.config.schema import DataConfig, SourceConfig
-from posttrain.console import Meter, say
+from posttrain.console import Meter
 from posttrain.data import example_store as store
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.options import options_of
@@ -33,6 +31,8 @@ from posttrain.data.sources.source import fingerprint
 from posttrain.data.split import Canonical, Split, plain, read_source, sound_rows
 from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
+from posttrain.runs.cache import cached_directory
+from posttrain.runs.cache_place import release
 
 # what an evaluation makes of rows; the names are the kinds of evaluation sets
 EVAL_USES = (
@@ -108,50 +108,40 @@ def _prepare_source(
     options = source.model_dump(include=set(SourceConfig.model_fields) - {"path"}) | {"first": first, "before": before}
     options |= data.model_dump(include={"eval_share", "eval_rows", "eval_rest", "dedupe", "max_untrained_share", "on_error"})
     key = _key(marks, options, use, encoder, max_length)
-    path = cache / "data" / key
-    make = partial(_tokenise, name, source, data, use, encoder, max_length, path, marks[0], left_out, first)
-    if not (path / "report.json").exists():
-        make()
-    parts, read, report, content = _loaded(path, make)
+    make = partial(_tokenise, name, source, data, use, encoder, max_length, marks[0], left_out, first)
+    place, _ = cached_directory(cache / "data" / key, make, whole=True)
+    parts, read, report, content = store.load(place)
+    release(place)  # its tokens are in reach now, whoever cleans the cache
     places = {"train": source.path, "held_out": eval_path or source.path}  # the cache may be of the same content elsewhere
     stats_of = {part: SourceStats(**fields).moved(places[part]) for part, fields in report.items()}
     told = stats_of["train"], stats_of["held_out"], read["train"], read["held_out"]
     return PreparedSource(name, parts["train"], parts["held_out"], *told, key, content)
 
 
-def _loaded(path: Path, make: Callable[[], None]) -> store.Stored:
-    """What lies in the cache; what is damaged there is made again."""
-    try:
-        return store.load(path)
-    except (ValueError, KeyError, OSError) as error:
-        say(f"cache: {error}; it is made again")
-        shutil.rmtree(path, ignore_errors=True)
-        make()
-        return store.load(path)
-
-
 def _tokenise(
-    name: str, source: SourceConfig, data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, path: Path, mark: str,
-    left_out: LeftOut, first: bool,
-) -> None:  # fmt: skip
+    name: str, source: SourceConfig, data: DataConfig, use: RowUse, encoder: Encoder, max_length: int, mark: str,
+    left_out: LeftOut, first: bool, path: Path,
+) -> str:  # fmt: skip
+    """Into the new directory `path`; what it is made from."""
     split = Split(source, data, use, first, left_out.of(name))
     shape, skips = split.shape, data.on_error == "skip"
     where = data.eval_path if first and data.eval_path else source.path
     stats, held_stats = SourceStats(source.path, shape, mark), SourceStats(where, shape, mark)
     work = RowEncoder(source.path, shape, use, encoder, max_length, skips)
-    with store.Store(path) as out:
-        with Meter(f"reading {name}", None) as meter:
-            for found, counted, read in in_order(work.read, pieces(split.train)):
-                out.add("train", found, read)
-                stats.add(counted)
-                meter.advance(f"{stats.tokens:,} tokens", by=counted.rows)
-        found, counted, read = RowEncoder(where, shape, use, encoder, max_length, skips).read(split.held_out())
-        out.add("held_out", found, read)
-        held_stats.add(counted)
-        note_split(stats, split, source, 0 if first else held_stats.rows)
-        if reason := refusal(stats, data.max_untrained_share):
-            raise UserError(reason)
-        out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
+    out = store.Store(path)
+    with Meter(f"reading {name}", None) as meter:
+        for found, counted, read in in_order(work.read, pieces(split.train)):
+            out.add("train", found, read)
+            stats.add(counted)
+            meter.advance(f"{stats.tokens:,} tokens", by=counted.rows)
+    found, counted, read = RowEncoder(where, shape, use, encoder, max_length, skips).read(split.held_out())
+    out.add("held_out", found, read)
+    held_stats.add(counted)
+    note_split(stats, split, source, 0 if first else held_stats.rows)
+    if reason := refusal(stats, data.max_untrained_share):
+        raise UserError(reason)
+    out.close({"train": asdict(stats), "held_out": asdict(held_stats)})
+    return f"{source.path}, for {use.name}"
 
 
 def note_split(stats: SourceStats, split: Split, source: SourceConfig, dropped: int) -> None:

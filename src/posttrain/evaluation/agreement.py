@@ -20,7 +20,7 @@ from posttrain.data.examples import Examples
 from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.language.loading import LoadedModel
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.directory import read_config
 
 ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary

@@ -19,7 +19,8 @@ from huggingface_hub import constants
 
 from posttrain.console import say
 from posttrain.errors import UserError
-from posttrain.runs.cache import cache_root, cached_directory
+from posttrain.runs.cache import cached_directory
+from posttrain.runs.cache_place import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

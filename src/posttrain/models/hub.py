@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from posttrain.errors import UserError, did_you_mean
 from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
 from posttrain.models.fingerprint import FORM, function_files, function_of
-from posttrain.runs.cache import cache_root, cached_json
+from posttrain.runs.cache import cached_json
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import copy_own, sha256
 
 
@@ -43,6 +44,8 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
         directory, origin = builtin_directory(name)
         return ResolvedModel(str(directory), directory, None, origin)
     directory = Path(name).expanduser()
+    if made := _again(directory):
+        return ResolvedModel(str(made), made, None, "made again in the cache")
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"model.name: the directory '{name}' has no config.json; give one made by save_pretrained")
@@ -56,6 +59,13 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
         raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
     # a snapshot's directory is named after its commit
     return ResolvedModel(name, directory, directory.name, "the hub")
+
+
+def _again(directory: Path) -> Path | None:
+    """A built-in model that a run names by its place in a cache, which was cleaned or has moved; None for all else."""
+    name = directory.name.removesuffix("-v1")
+    gone = directory.parent.name == "models" and name in BUILTIN and not directory.exists()
+    return builtin_directory(name)[0] if gone else None
 
 
 def copy_processors(base: Path, out: Path) -> None:

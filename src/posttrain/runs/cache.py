@@ -8,18 +8,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from filelock import FileLock
-
 from posttrain.console import say
-from posttrain.errors import RunError, UserError
+from posttrain.errors import first_line
+from posttrain.runs.cache_place import FORBIDS, detour_of, hold, locked, make_directory, place_of, refused, release, used
 from posttrain.runs.files import by_umask, file_hashes, replacing, scratch_beside, sha256
 
 if TYPE_CHECKING:
@@ -29,17 +25,6 @@ T = TypeVar("T")
 NOTE = "source.json"  # in a directory: where its content is from, and its files
 READ_WHOLE = 2**30  # bytes of a directory's file; of a larger one the size is compared
 CHECKSUM = "sha256"  # the key of a file's metadata that holds it
-
-
-def cache_root() -> Path:
-    """$POSTTRAIN_CACHE, or posttrain in the platform's cache directory."""
-    if chosen := os.environ.get("POSTTRAIN_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "posttrain"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "posttrain"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "posttrain"
 
 
 def alone(mine: bool) -> bool:
@@ -69,67 +54,91 @@ def cached_json(path: Path, make: Callable[[], T], *, writes: bool = True, agree
     return _cached(path, _read_json, make, write_cached_json, writes, agree)
 
 
-def cached_directory(directory: Path, make: Callable[[Path], str]) -> tuple[Path, str]:
+def cached_directory(directory: Path, make: Callable[[Path], str], *, whole: bool = False) -> tuple[Path, str]:
     """`directory`, filled by `make` where it is not there or damaged, and what `make` said of the content's origin.
 
-    make: gets a path that is not there yet. Only who makes it writes and locks, so that a cache for reading alone will do. Raises
-    UserError or RunError, about the directory, where it cannot be written.
+    It is made elsewhere where the cache may not be written (`place_of`), and returned as held: `release` it, once read.
+
+    Args:
+        make: gets a path that is not there yet. Only who makes it writes and locks, so that a cache for reading alone will do.
+        whole: whether files of any size are read and checked, not only those up to READ_WHOLE.
+
+    Raises UserError or RunError, about the directory, where it can be written nowhere.
     """
-    if (origin := _origin(directory)) is not None:
+    hold(directory)
+    if (origin := _origin(directory, whole)) is not None:
         return directory, origin
+    release(directory)
+    place = place_of(directory)
+    if place != directory:
+        return cached_directory(place, make, whole=whole)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock", mode=0o666):  # of all users
-            if (origin := _origin(directory)) is None:  # nobody else has made it meanwhile
+        make_directory(directory.parent)
+        with locked(directory):
+            if (origin := _origin(directory, whole, quietly=True)) is None:  # nobody else has made it meanwhile
                 origin = _fill(directory, make)
     except OSError as error:
-        if error.errno is None or (error.filename and not Path(str(error.filename)).is_relative_to(directory.parent)):
-            raise  # of something else that `make` does
+        if not _is_of(error, directory.parent):
+            raise
+        place = detour_of(directory, error.strerror or "") if error.errno in FORBIDS else directory
+        if place != directory:  # what another user has left there is not to be replaced
+            return cached_directory(place, make, whole=whole)
         raise refused(directory, error) from None
     except Exception as error:
         if "os error 28" in str(error):  # of safetensors
             raise refused(directory, OSError(errno.ENOSPC, "the disk is full")) from None
         raise
+    hold(directory)
     return directory, origin
 
 
-def refused(path: Path, error: OSError) -> UserError | RunError:
-    """What to raise where what a run needs cannot be put into the cache: UserError for who may not write there."""
-    kind = UserError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else RunError
-    said = error.strerror or str(error)
-    return kind(f"cache: {path} cannot be written ({said}); free some space there, or set POSTTRAIN_CACHE to another directory")
+def _is_of(error: OSError, directory: Path) -> bool:
+    """Is it about a file there, or on the way there? One without a name is, if only writing ends so."""
+    if error.filename:
+        file = Path(str(error.filename))
+        return file.is_relative_to(directory) or directory.is_relative_to(file)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _fill(directory: Path, make: Callable[[Path], str]) -> str:
-    shutil.rmtree(directory, ignore_errors=True)
     with scratch_beside(directory) as scratch:
         made = scratch / directory.name
         origin = make(made)
         by_umask(made)
         files = {name: {"bytes": (made / name).stat().st_size, "sha256": value} for name, value in file_hashes(made).items()}
         (made / NOTE).write_text(json.dumps({"origin": origin, "files": files}), encoding="utf-8")
+        if directory.exists():  # damaged
+            directory.rename(scratch / "damaged")
         made.rename(directory)
     return origin
 
 
 @lru_cache
-def _checked(note: Path, changed: int) -> str:
-    """Origin of a directory whose files are as its note says. Raises ValueError or OSError. changed: time of the note."""
-    told = json.loads(note.read_text(encoding="utf-8"))
-    for name, each in told.get("files", {}).items():  # version 0.1 has none
-        size = (note.parent / name).stat().st_size
-        if size != each["bytes"] or (size <= READ_WHOLE and sha256(note.parent / name) != each["sha256"]):
+def _check(note: Path, whole: bool, stats: tuple[tuple[str, int, int], ...]) -> None:
+    """Raises ValueError where a directory's files are not as its note says, and OSError. stats: name, size, time of each."""
+    files = json.loads(note.read_text(encoding="utf-8")).get("files", {})
+    for name, size, _ in stats:
+        each = files[name]
+        wanted = whole or size <= READ_WHOLE
+        if size != each["bytes"] or (wanted and sha256(note.parent / name) != each["sha256"]):
             raise ValueError(f"{name} is not as it was written")
-    return told["origin"]
 
 
-def _origin(directory: Path) -> str | None:
+def _origin(directory: Path, whole: bool, quietly: bool = False) -> str | None:
     note = directory / NOTE
     try:
-        return _checked(note, note.stat().st_mtime_ns) if note.exists() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        say(f"cache: {directory} is damaged ({error}); it is made again")
+        if not note.exists():
+            return None
+        told = json.loads(note.read_text(encoding="utf-8"))
+        stats = ((name, (directory / name).stat()) for name in told.get("files", {}))  # version 0.1 has none
+        _check(note, whole, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+        origin = told["origin"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not quietly:
+            say(f"cache: {directory} is damaged ({first_line(error)}); it is made again")
         return None
+    used(directory)
+    return origin
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -157,12 +166,16 @@ def write_cached_json(path: Path, value: Any) -> None:
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
     """What the disk refuses is said, and not raised: it can be made again, and the run goes on with what it has."""
+    place = place_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        make_directory(place.parent)
+        with replacing(place) as temporary:
             fill(temporary)
     except OSError as error:
-        say(f"cache: {path} could not be written ({error}); the next run has to make it again")
+        if error.errno in FORBIDS and (elsewhere := detour_of(path, error.strerror or "")) != place:
+            _write(elsewhere, fill)
+            return
+        say(f"cache: {place} could not be written ({error}); the next run has to make it again")
 
 
 def _cached(
@@ -174,6 +187,8 @@ def _cached(
     agree: Callable[[bool], bool],
 ) -> T:
     found = _read_or_none(path, read)
+    if found is None and (place := place_of(path)) != path:
+        found = _read_or_none(place, read)
     if agree(found is not None):
         assert found is not None
         return found
@@ -188,10 +203,12 @@ def _read_or_none(path: Path, read: Callable[[Path], T | None]) -> T | None:
     if not path.exists():
         return None
     try:
-        return read(path)
+        found = read(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        say(f"cache: {path} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}); it is made again")
+        say(f"cache: {path} is damaged ({first_line(error)}); it is made again")
         return None
+    used(path)
+    return found
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor] | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from posttrain.batch import Batch
 from posttrain.data.collate import BatchSampler
-from posttrain.runs.cache import cache_root, cached_tensors
+from posttrain.runs.cache import cached_tensors
+from posttrain.runs.cache_place import cache_root, hold, make_directory, place_of
 from posttrain.runs.directory import Run
 from posttrain.runs.identity import content_hash
 from posttrain.training.callbacks import StepCallback
@@ -55,9 +56,11 @@ class Context:
         shared = self.directory / name
         if self.main or shared.exists():
             return shared
-        place = cache_root() / "runs" / content_hash(*made_from) / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
+        folder = place_of(cache_root() / "runs" / content_hash(*made_from))
+        make_directory(folder.parent)
+        folder.mkdir(exist_ok=True)
+        hold(folder)
+        return folder / name
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from posttrain.errors import Stopped, UserError
 from posttrain.evaluation.image_similarity import Similarity
 from posttrain.models.diffusion.denoiser import LORA_FILE, read_factors
 from posttrain.models.diffusion.families import DiffusionModel
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import sha256
 
 QUIET = ("sample.images=0", "eval.images=0", "prior.inference_steps=2", "prior.images=3")

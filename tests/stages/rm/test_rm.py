@@ -25,7 +25,7 @@ from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.quantization import keep_as_quantized
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.stages.spec import row_uses
 
 TINY = ("model=tiny", "train.max_steps=3", "train.batch_size=2", "optim.lr=0.01", "data.max_rows=40", "data.eval_rows=8")

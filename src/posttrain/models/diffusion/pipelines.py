@@ -14,7 +14,8 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.models.diffusion.families import FAMILIES, diffusers, quiet
 from posttrain.models.diffusion.tiny import TINY, make_tiny
 from posttrain.models.hub import BaseInfo, digest
-from posttrain.runs.cache import cache_root, cached_directory
+from posttrain.runs.cache import cached_directory
+from posttrain.runs.cache_place import cache_root
 
 INDEX = "model_index.json"
 FILES = [INDEX, *(f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model"))]
@@ -61,10 +62,11 @@ def pipeline_directory(base: BaseInfo) -> Path:
 
 
 def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str, str | None]:
-    if name in TINY:
-        made, _ = cached_directory(cache_root() / "pipelines" / f"{name}-v1", partial(make_tiny, name))
-        return made, str(made), None
     directory = Path(name).expanduser()
+    builtin = _gone(directory) or name
+    if builtin in TINY:
+        made, _ = cached_directory(cache_root() / "pipelines" / f"{builtin}-v1", partial(make_tiny, builtin))
+        return made, str(made), None
     if directory.is_dir():
         return directory.resolve(), str(directory.resolve()), None
     try:
@@ -75,6 +77,12 @@ def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path
         hint = did_you_mean(name, sorted(TINY)) or f"; made by the tool: {', '.join(sorted(TINY))}"
         raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
     return directory, name, directory.name  # a snapshot's directory is named after its commit
+
+
+def _gone(directory: Path) -> str:
+    """Name of the built-in pipeline that a run names by its place in a cache, which was cleaned or has moved; '' for all else."""
+    gone = directory.parent.name == "pipelines" and not directory.exists()
+    return directory.name.removesuffix("-v1") if gone else ""
 
 
 def native_size(directory: Path) -> tuple[int, int]:

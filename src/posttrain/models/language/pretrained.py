@@ -10,13 +10,12 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from posttrain.console import say
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.held import loading_held, settle_held
 from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
-from posttrain.models.language.tokenizer import first_line
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.runs.artifact import is_classifier
 

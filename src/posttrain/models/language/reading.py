@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.batch import Segment
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.models.kernels.attention import ATTENTION, CannotCompute, attention_windows, carries_state, ways_of_attention
 from posttrain.models.kernels.logprobs import Head
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.precision import in_float32
-from posttrain.models.language.tokenizer import first_line
 
 Way = Literal["packed", "joined", "rows", "alone"]
 OWN: tuple[Way, ...] = ("rows", "alone")  # ways that keep the model's own attention

@@ -12,7 +12,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template as template_text
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.models.hub import ResolvedModel, resolve
 from posttrain.models.trust import may_run_code
 from posttrain.runs.files import write_json
@@ -97,8 +97,3 @@ def _tokenizer(source: ResolvedModel, code: str | None, chat_template: str | Non
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

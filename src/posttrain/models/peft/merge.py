@@ -25,7 +25,8 @@ from posttrain.models.peft.kinds import require_kind
 from posttrain.models.peft.names import by_parameter
 from posttrain.models.peft.places import PREFIX, as_read
 from posttrain.models.peft.tokens import Rows, merge_rows
-from posttrain.runs.cache import cache_root, cached_directory
+from posttrain.runs.cache import cached_directory
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import copy_own
 from posttrain.runs.manifest import is_finished, read_manifest
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from PIL import Image
 
 from posttrain.console import Meter, say
 from posttrain.models.diffusion.families import encode_texts, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing, draw
-from posttrain.runs.cache import cache_root, refused
+from posttrain.runs.cache_place import cache_root, hold, locked, make_directory, place_of, refused, used
 from posttrain.runs.files import replacing, write_json
 from posttrain.runs.identity import content_hash
 
@@ -26,13 +26,18 @@ def class_images(
     check: called between batches, where it may raise Stopped; what is there stays.
     """
     recipe = {"model": identity, "prompt": prompt, "seed": seed, **how._replace(batch_size=0)._asdict()}
-    folder = cache_root() / "class_images" / content_hash(recipe)
-    files = [folder / f"{i:05d}.png" for i in range(count)]
-    if all(map(_is_whole, files)):  # then a cache for reading alone will do
+    kept = cache_root() / "class_images" / content_hash(recipe)
+    if files := _all_of(kept, count):  # then a cache for reading alone will do
+        return files
+    folder = place_of(kept)
+    if folder != kept and (files := _all_of(folder, count)):
         return files
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", mode=0o666):  # of all users
+        make_directory(folder.parent)
+        with locked(folder):
+            folder.mkdir(exist_ok=True)
+            hold(folder)
+            files = [folder / f"{i:05d}.png" for i in range(count)]
             if missing := [i for i, file in enumerate(files) if not _is_whole(file)]:
                 already = count - len(missing)
                 write_json(folder / "recipe.json", recipe)
@@ -44,6 +49,16 @@ def class_images(
     return files
 
 
+def _all_of(folder: Path, count: int) -> list[Path]:
+    """The pictures there, held for this process; none where one is missing."""
+    hold(folder)
+    files = [folder / f"{i:05d}.png" for i in range(count)]
+    if all(map(_is_whole, files)):
+        used(folder)
+        return files
+    return []
+
+
 def _is_whole(file: Path) -> bool:
     """PNG knows its own checksums. What is damaged is named, and drawn again."""
     if not file.exists():
@@ -53,7 +68,8 @@ def _is_whole(file: Path) -> bool:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
         say(f"cache: {file} is damaged ({error}); it is made again")
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
         return False
     return True
 

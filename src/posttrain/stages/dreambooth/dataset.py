@@ -17,7 +17,7 @@ from posttrain.data.images.latents import Masks, Pictures, load_latents, load_ma
 from posttrain.models.diffusion.families import FAMILIES, Family, Texts, encode_pixels, encode_texts, latent_scale, negative_texts
 from posttrain.models.diffusion.image_generation import Drawing
 from posttrain.models.diffusion.pipelines import load_pipeline
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.identity import content_hash
 from posttrain.stages.dreambooth.class_images import class_images
 from posttrain.stages.dreambooth.config import Dreambooth

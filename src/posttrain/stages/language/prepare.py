@@ -30,7 +30,7 @@ from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.tokens import size_of
 from posttrain.models.trust import pin_of
 from posttrain.runs.artifact import open_artifact
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent, TemplateRecord

@@ -15,7 +15,7 @@ from posttrain.models.hub import copy_processors, digest, resolve
 from posttrain.models.language.architecture import classifier_of, towers
 from posttrain.models.language.reward_model import padding_apart
 from posttrain.models.language.tokenizer import write_ends
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import sha256, write_json
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.checkpoint import use_of_base

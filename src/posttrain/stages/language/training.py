@@ -19,7 +19,7 @@ from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.routers import router_coefficient
-from posttrain.runs.cache import cache_root
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.earlier import CURRICULUM
 from posttrain.runs.identity import content_hash
 from posttrain.stages.language.balance import with_balance
