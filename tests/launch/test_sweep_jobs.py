@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from posttrain.errors import Stopped
@@ -117,3 +118,12 @@ def test_a_signal_goes_on_to_every_job_at_work_and_no_further_one_begins(tmp_pat
         with pytest.raises(Stopped, match="between jobs"):
             os.kill(os.getpid(), signal.SIGTERM)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("given", "group"), [(None, "ranks"), ("mine", "mine")])
+def test_jobs_are_one_group_of_their_tracker(given: str | None, group: str, tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    config = {"run": {"dir": None}, "track": {"group": given, "name": None}, "peft": {"r": 4}}
+    mine = sweep._job(tmp_path / "ranks", 0, ["peft.r=4"], [["peft.r=4"], ["peft.r=8"]], config)
+    written = yaml.safe_load(Path(mine["dir"]).with_suffix(".yaml").read_text())
+    assert written["track"] == {"group": group, "name": None} and written["run"]["dir"] == mine["dir"]

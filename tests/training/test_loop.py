@@ -79,7 +79,7 @@ def make_loop(
     order = BatchSampler.shuffled(len(examples), batch_size, grad_accum, 1, seed=5, total_units=STEPS * batch_size * grad_accum)
     loop_config = LoopConfig(STEPS, 2, 1, None, save_steps, 2, 1e-3, "linear", 1.0, seed=5)
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(folder / "metrics.jsonl", accelerator, "none", {})
+    tracker = Tracker(folder / "metrics.jsonl", accelerator)
     return Loop(
         name="test",
         accelerator=accelerator,

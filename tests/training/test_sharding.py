@@ -65,7 +65,7 @@ def test_one_process_has_nothing_to_shard_over() -> None:
     train = SimpleNamespace(fsdp=True, precision="none")
     cfg: Any = SimpleNamespace(tracker="none", train=train)
     with pytest.raises(UserError, match=r"train.fsdp: there is one process"):
-        make_accelerator(cfg, SimpleNamespace(dir="."))  # pyright: ignore[reportArgumentType]
+        make_accelerator(cfg)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_does_not_shard_is_refused_before_anything_is_read() -> None:

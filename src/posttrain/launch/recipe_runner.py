@@ -13,7 +13,7 @@ from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.launch.step_status import StepStatus, made_from, status_of
-from posttrain.launch.subprocess_runner import run_child
+from posttrain.launch.subprocess_runner import in_group, run_child
 from posttrain.runs.files import write_json
 from posttrain.runs.manifest import is_finished
 from posttrain.stages.spec import INIT, spec_of
@@ -87,6 +87,7 @@ def _compose(recipe: Recipe) -> list[Planned]:
             config = compose(step.stage, words)
             config["init"] = step.init
             config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
+            config = in_group(config, recipe.dir.name)
             config |= {"init": str(parent.dir) if parent else step.init, "run": config["run"] | {"dir": str(directory)}}
             parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, {n: p.dir for n, p in found.items()})
             require_own_words(config, step.said)

@@ -23,6 +23,11 @@ def worker_command(config_file: str) -> list[str]:
     return [*PYTHON, "-m", "posttrain.launch.worker", config_file]
 
 
+def in_group(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Runs that one command starts belong together in their tracker, unless the user has grouped them."""
+    return {**config, "track": {**config["track"], "group": config["track"]["group"] or name}}
+
+
 @contextmanager
 def config_file(config: dict[str, Any]) -> Generator[Path]:
     """The config beside its run's directory, for as long as a worker may read it. Raises UserError where it cannot be written."""

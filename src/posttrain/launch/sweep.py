@@ -21,7 +21,7 @@ from rich.table import Table
 
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
-from posttrain.launch.subprocess_runner import worker_command
+from posttrain.launch.subprocess_runner import in_group, worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
@@ -246,7 +246,7 @@ def _job(sweep_dir: Path, number: int, mine: list[str], sets: list[list[str]], c
     swept = [line for i, line in enumerate(mine) if any(other[i] != line for other in sets)]
     label = " ".join(line.split("=")[0].rsplit(".", 1)[-1] + "=" + line.split("=", 1)[1] for line in swept)
     directory = sweep_dir / "-".join([f"{number:03d}", *_safe(label).split()])
-    config = {**config, "run": {**config["run"], "dir": str(directory)}}
+    config = in_group(config, sweep_dir.name) | {"run": {**config["run"], "dir": str(directory)}}
     directory.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     overrides = dict(line.lstrip("+").split("=", 1) for line in swept)
     return {"overrides": overrides, "label": label, "dir": str(directory), "digest": digest(config)}

@@ -20,6 +20,7 @@ from posttrain.secrets import redact
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it
 _HOST = re.sub(r"\W", "_", platform.node()) or "here"
+TRACKING = "tracking"  # in a run's directory: what belongs to its tracker, and is no part of the result
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of files that can run code when they are read
 
 
@@ -39,7 +40,7 @@ def code_digest(directory: Path) -> str:
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of every file of the result; checkpoints have records of their own."""
-    skip = {"checkpoints", ".lock", "manifest.json"}
+    skip = {"checkpoints", TRACKING, ".lock", "manifest.json"}
     files = (p for p in sorted(directory.rglob("*")) if p.is_file() and stays_inside(p, directory))
     wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
     return {str(p.relative_to(directory)): sha256(p) for p in wanted}

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from posttrain.errors import UserError
 from posttrain.runs.earlier import current_config
 
-NOT_PART_OF_A_RUN = ("run", "tracker", "resume")  # what may differ between two starts of the same run
+NOT_PART_OF_A_RUN = ("run", "tracker", "track", "resume")  # what may differ between two starts of the same run
 LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 

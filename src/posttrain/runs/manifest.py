@@ -124,6 +124,15 @@ class Ended(Record):
     back_to: int
 
 
+class TrackerRecord(Record):
+    """The run of a tracker, by which it is found there. lost: lines of metrics that it was not told."""
+
+    name: str
+    project: str
+    id: str | None = None
+    lost: int = 0
+
+
 class CodeState(Record):
     """Of the checkout that made the run; nulls for an installed package."""
 
@@ -162,6 +171,7 @@ class Manifest(Record):
     batches_left_out: tuple[dict[str, Any], ...] = ()
     halved: tuple[int, ...] = ()
     ended: Ended | None = None
+    tracker: TrackerRecord | None = None
     identity: dict[str, Any] = Field(default_factory=dict)  # see StageRun.identity
     made_with: dict[str, str] = Field(default_factory=dict)
     config_digest: str

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from accelerate import Accelerator, DistributedType
 
 from posttrain.config.schema import Stage
 from posttrain.errors import UserError, of_all
-from posttrain.runs.directory import Run
+from posttrain.training.trackers import require_installed
 
 
-def make_accelerator(cfg: Stage, run: Run) -> Accelerator:
+def make_accelerator(cfg: Stage) -> Accelerator:
     """Raises UserError for a tracker that is not installed, and for sharding that would be none."""
-    if cfg.tracker != "none" and find_spec(cfg.tracker) is None:
-        raise UserError(f"tracker: {cfg.tracker} is not installed; pip install 'posttrain[{cfg.tracker}]'")
-    log_with = None if cfg.tracker == "none" else cfg.tracker
-    accelerator = Accelerator(mixed_precision=_precision(cfg), log_with=log_with, project_dir=run.dir)
+    require_installed(cfg.tracker)
+    accelerator = Accelerator(mixed_precision=_precision(cfg))
     if accelerator.distributed_type == DistributedType.FSDP:
         raise of_all(UserError("train.fsdp: accelerate's config asks for FSDP; leave that out there, and say train.fsdp=true"))
     if cfg.train.fsdp and accelerator.num_processes == 1:

@@ -30,6 +30,11 @@ class History:
     checkpoint: Checkpoint | None
     state: TrainState
 
+    @property
+    def first_step(self) -> int:
+        """The first that will be logged anew."""
+        return self.checkpoint.step + 1 if self.checkpoint else 0
+
     def hold(self, name: str, now: dict[str, Any], quietly: bool = False) -> None:
         """Have checkpoints hold, as the state's field `name`, what makes the run itself. quietly: what a difference that was
         named before explains goes without saying.

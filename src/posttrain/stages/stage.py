@@ -24,6 +24,7 @@ from posttrain.errors import Stopped
 from posttrain.models.counting import in_words
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
+from posttrain.runs.manifest import MANIFEST
 from posttrain.stages.accelerator import make_accelerator
 from posttrain.stages.manifest import common_record, show_outcome
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
@@ -42,7 +43,9 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
     """Train to the end, or go on where a checkpoint left off; returns the manifest. Raises UserError, RunError or Stopped."""
     stop = StopSignal()
     try:
-        return _run(cfg, run, steps, make_accelerator(cfg, run), stop)
+        accelerator = make_accelerator(cfg)
+        with Tracker(run.metrics, accelerator) as tracker:
+            return _run(cfg, run, steps, accelerator, tracker, stop)
     except Exception as error:
         if stop.requested and is_lost_process(error):  # the signal has found the others between two steps
             raise Stopped("stopped by a signal; the same command goes on") from None
@@ -51,7 +54,9 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
         stop.restore()
 
 
-def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerator, stop: StopSignal) -> dict[str, Any]:
+def _run(
+    cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerator, tracker: Tracker, stop: StopSignal
+) -> dict[str, Any]:
     context = Context(cfg, run.dir, accelerator.num_processes, accelerator.is_main_process, accelerator.device, stop.check)
     processes = Processes.of(accelerator)
     alone = processes.count == 1
@@ -61,7 +66,7 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
         history = open_history(cfg, run, prepared, processes)
         for line in prepared.lines:
             say(line)
-        tracker = Tracker(run.metrics, accelerator, cfg.tracker, run.config)
+        tracker.begin(cfg.tracker, cfg.track, run.config, history.first_step)
         built = steps.build(context, prepared, accelerator)
         for line in in_words(built.module):
             say(line)
@@ -84,7 +89,7 @@ def _run(cfg: Any, run: Run, steps: Steps[Any, Any, Any], accelerator: Accelerat
     if training.data is not None:
         prepared = replace(prepared, data=training.data)
     record = steps.save(context, prepared, built, outcome, accelerator)
-    return _finish(run, record | common_record(cfg, outcome, accelerator), accelerator)
+    return _finish(cfg, run, record | common_record(cfg, outcome, accelerator), session)
 
 
 def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Accelerator) -> tuple[nn.Module, Any]:
@@ -173,12 +178,15 @@ def _measure(training: Training[Any], done: int, stop: StopSignal, after: bool) 
     return Measured(own.metrics | training.measure_around(after), own.rows)
 
 
-def _finish(run: Run, record: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+def _finish(cfg: Any, run: Run, record: dict[str, Any], session: Session) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
-        finished = run.finish(record)
-        show_outcome(run, finished, run_page(run.dir))
+        finished = run.finish(record | session.tracker.record())
+        page = run_page(run.dir)
+        show_outcome(run, finished, page)
+        if cfg.track.artifacts:
+            session.tracker.keep([*finished.files, MANIFEST, page.name])
         return finished.to_dict()
 
-    manifest = Processes.of(accelerator).told(finish)
-    accelerator.end_training()
+    manifest = session.processes.told(finish)
+    session.accelerator.end_training()
     return manifest

@@ -1,27 +1,54 @@
-"""Where a run's metrics go: always to metrics.jsonl, and to the tracker that the user named, through accelerate."""
+"""Where a run's metrics go: always to metrics.jsonl, and to the tracker that the user named."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
 
+from posttrain.config.schema import TrackConfig
+from posttrain.errors import RunError
 from posttrain.runs.files import write_text
-from posttrain.runs.identity import flatten
+from posttrain.training.processes import Processes
+from posttrain.training.trackers import TrackedRun, begin
 
 
 class Tracker:
     """Appends a line a logged step; after a resume the lines of steps that are run again are dropped first. lines: how many there
-    are, which a checkpoint remembers."""
+    are, which a checkpoint remembers. Inside of `with` the tracker's run is open; how the block ends is how that run ends."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, tracker: str, config: dict[str, Any]) -> None:
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator, self.lines = path, accelerator, 0
-        if tracker != "none":
-            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(config).items()}
-            accelerator.init_trackers("posttrain", config=plain)
+        self.told: TrackedRun | None = None  # in rank 0, where there is a tracker
+
+    def begin(self, kind: str, track: TrackConfig, config: dict[str, Any], step: int) -> None:
+        """Begin the tracker's run, or go on with it from `step`; every process must call it. Raises UserError."""
+
+        def begin_here() -> None:
+            self.told = begin(kind, track, self.path.parent, config, step)
+
+        if kind != "none":
+            Processes.of(self.accelerator).told(begin_here)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.told:
+            self.told.end(getattr(error, "exit_code", RunError.exit_code) if error else 0)
+
+    def keep(self, files: list[str]) -> None:
+        """Upload files of the run's directory, where there is a tracker."""
+        if self.told:
+            self.told.keep({name: self.path.parent / name for name in files})
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"tracker": self.told.record()} if self.told else {}
 
     def rewind(self, step: int, lines: int | None = None) -> None:
         """Keep the lines up to `step`, as far as they are whole, and of those the first `lines`: what was measured after the last
@@ -41,7 +68,8 @@ class Tracker:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
-        self.accelerator.log(values, step=step)
+        if self.told:
+            self.told.log(values, step)
 
 
 def _step_of(line: str) -> float:

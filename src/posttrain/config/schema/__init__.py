@@ -5,7 +5,7 @@ from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, 
 from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
 from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig
 from posttrain.config.schema.stages import Conversational, Guarded, LanguageStage, Stage
-from posttrain.config.schema.training import TrainConfig
+from posttrain.config.schema.training import TrackConfig, TrainConfig
 
 __all__ = [
     "Conversational",
@@ -28,5 +28,6 @@ __all__ = [
     "SourceConfig",
     "Stage",
     "Strict",
+    "TrackConfig",
     "TrainConfig",
 ]

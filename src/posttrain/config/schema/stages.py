@@ -11,7 +11,15 @@ from posttrain.config.interfaces import METHODS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
 from posttrain.config.schema.model import ChainConfig, LanguageModel, ModelConfig, PeftConfig, QuantConfig
-from posttrain.config.schema.training import EvalConfig, LanguageTrain, OptimConfig, ResumeConfig, RunConfig, TrainConfig
+from posttrain.config.schema.training import (
+    EvalConfig,
+    LanguageTrain,
+    OptimConfig,
+    ResumeConfig,
+    RunConfig,
+    TrackConfig,
+    TrainConfig,
+)
 
 
 class Stage(Strict):
@@ -27,11 +35,15 @@ class Stage(Strict):
     run: RunConfig
     resume: ResumeConfig
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
+    track: TrackConfig
     full_lr: Rate  # rate of full training; a PEFT method multiplies it by its lr_factor
 
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
         self.peft.check_base(self.quant)
+        for key in ("id", "artifacts") if self.tracker == "tensorboard" else ():
+            if getattr(self.track, key):
+                raise ValueError(f"track.{key}: tensorboard has none; leave it out, or say tracker=wandb, trackio or mlflow")
         if self.quant.is_quantized and self.train.fsdp:
             raise ValueError(f"train.fsdp does not shard a base in {self.quant.name}; say quant=none, or train.fsdp=false")
         if self.train.fsdp and not self.peft.for_fsdp:

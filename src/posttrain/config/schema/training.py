@@ -69,6 +69,17 @@ class RunConfig(Strict):
     reproduces: str | None
 
 
+class TrackConfig(Strict):
+    """`track`: what the tracker's run is called, and what the tracker is given."""
+
+    project: Annotated[str, Field(min_length=1)]
+    name: str | None
+    tags: Annotated[list[str], BeforeValidator(listed)]
+    group: str | None
+    id: str | None
+    artifacts: bool
+
+
 class ResumeConfig(Strict):
     """`resume`: what may change between two starts of a run."""
 
