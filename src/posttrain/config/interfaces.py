@@ -20,13 +20,15 @@ class Quantizer(Strict):
     """How a frozen base is kept: `quant=`.
 
     is_quantized: in fewer bits than it was given in. is_readable: a method may ask for the weights that are stood for.
-    for_images: the denoiser of a diffusion model can be kept so. packs_experts: fused experts are quantized too.
+    for_images: the denoiser of a diffusion model can be kept so. packs_experts: fused experts are quantized too. comes_and_goes:
+    layers kept so can leave memory and return (`train.offload=layers`).
     """
 
     is_quantized: ClassVar[bool] = True
     is_readable: ClassVar[bool] = False
     for_images: ClassVar[bool] = False
     packs_experts: ClassVar[bool] = False
+    comes_and_goes: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

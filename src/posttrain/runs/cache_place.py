@@ -43,6 +43,7 @@ KINDS = {
     for kind in (
         Kind("models", "models/*-v1", "the built-in models (tiny, smollm2)"),
         Kind("merged", "models/merged-*", "bases of runs with chain.mode=merge, needed as long as those are used", False),
+        Kind("layers", "layers/*", "the layers of bases that are not held in memory (train.offload=layers)"),
         Kind("pipelines", "pipelines/*", "the built-in diffusion pipelines"),
         Kind("data", "data/*", "rows as tokens"),
         Kind("digests", "digests/*", "sha256 of models' weights"),

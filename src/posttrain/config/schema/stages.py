@@ -79,6 +79,23 @@ class LanguageStage(Stage):
         return self
 
     @model_validator(mode="after")
+    def _layers_can_go(self) -> LanguageStage:
+        if self.train.offload != "layers":
+            return self
+        start = "train.offload: layers"
+        if self.peft.output == "model" or self.peft.writes_base:
+            raise ValueError(f"{start} of a frozen base come and go, and it is trained {self.peft.in_words}; use peft=lora")
+        if not self.quant.comes_and_goes:
+            raise ValueError(f"{start} in {self.quant.name} do not come and go; say quant=nf4, or train.offload=none")
+        if not (self.train.gradient_checkpointing == "auto" or self.train.gradient_checkpointing is True):  # 1 is one layer
+            raise ValueError(f"{start} that come and go are recomputed, all of them; say train.gradient_checkpointing=auto")
+        if self.quant.kept_dense not in ("auto", 0):
+            raise ValueError(f"{start} that go take their dense copies with them; say quant.dense_layers=0")
+        if self.train.processes > 1:
+            raise ValueError(f"{start} come and go in one process; say train.processes=1, or train.offload=none")
+        return self
+
+    @model_validator(mode="after")
     def _rows_are_trained(self) -> LanguageStage:
         if self.model.add_tokens and not self.peft.adds_tokens:
             able = ", ".join(name for name, method in METHODS.all().items() if method.adds_tokens)
@@ -99,6 +116,8 @@ class Guarded(LanguageStage):
     def _can_be_held(self) -> Guarded:
         if self.ewc.lam and self.train.fsdp:
             raise ValueError("ewc.lambda: its start and Fisher are not sharded; say train.fsdp=false")
+        if self.ewc.lam and self.ewc.importance == "fisher" and self.train.offload == "layers":
+            raise ValueError("ewc.importance: fisher needs all layers at once; say ewc.importance=l2, or train.offload=none")
         if self.forgetting.budget is not None and "general" not in (self.eval.sets or {}):
             raise ValueError("forgetting.budget: it is of the set eval.sets.general, and there is none")
         if self.forgetting.budget is not None and self.train.save_steps is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from posttrain.console import say
 from posttrain.errors import UserError, first_line
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.held import loading_held, settle_held
+from posttrain.models.checkpoints.part import Wanted, in_part, names_in_model
 from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
@@ -27,16 +29,16 @@ Unexpected = Literal["refuse", "say"]
 
 def load_causal(
     name: str, revision: str | None, dtype: str, device: str, code: str | None, quantization: Loading,
-    unexpected: Unexpected = "refuse",
+    unexpected: Unexpected = "refuse", wanted: Wanted | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded, and where
     not all weights are in the files.
 
     dtype: float32 | bfloat16 | float16. code: as `may_run_code` takes it. unexpected: what becomes of tensors that the
-    model has no place for.
+    model has no place for. wanted: of weights by their names in the model; the others stay on the meta device.
     """
     source = resolve(name, revision)
-    model, info = _load(source.directory, name, getattr(torch, dtype), device, code, quantization)
+    model, info = _load(source.directory, name, getattr(torch, dtype), device, code, quantization, wanted)
     Gaps.of(model, info, is_classifier(source.directory)).check(name, unexpected)
     keep_as_quantized(model)
     # a pad token that is also an end token would otherwise get no gradient in the embedding
@@ -64,8 +66,9 @@ def without_values(directory: Path) -> PreTrainedModel | None:
 
 
 def _load(
-    directory: Path, name: str, dtype: torch.dtype, device: str, code: str | None, quantization: Loading
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    directory: Path, name: str, dtype: torch.dtype, device: str, code: str | None, quantization: Loading,
+    wanted: Wanted | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
     """The model, and what transformers says of keys. Raises UserError."""
     before = logging.get_verbosity()
     logging.disable_progress_bar()
@@ -85,6 +88,10 @@ def _load(
             return _of_files(directory, config, code, options)
         if isinstance(quantization, BitsAndBytesConfig):
             options["quantization_config"] = quantization
+        if wanted is not None:
+            _forget_format(config)
+            state = in_part(checkpoint.state(dtype), _targets(directory), wanted)
+            return _of_state(directory, config, code, options | {"state_dict": state})
         if checkpoint.format is None and device != "meta":
             return _of_files(directory, config, code, options)
         _forget_format(config)
@@ -98,6 +105,15 @@ def _load(
         raise UserError(f"model.name: the weights of '{name}' do not fit together; give the whole checkpoint") from error
     finally:
         logging.set_verbosity(before)
+
+
+@lru_cache
+def _targets(directory: Path) -> dict[str, str]:
+    """By a weight's name in the files, that in the model. Raises UserError where it cannot be told."""
+    model = without_values(directory)
+    if model is None:
+        raise UserError("train.offload: which of the model's weights belong to a layer cannot be told; say train.offload=none")
+    return names_in_model(model, Checkpoint(directory).state(None))
 
 
 def _quant(quantization: Loading) -> str:

@@ -13,6 +13,7 @@ class Dequantized(Quantizer):
 
     is_quantized = False
     is_readable = True
+    comes_and_goes = True
     method: Literal["dequantize"]
 
     def loading(self, device: str) -> Literal["dequantize"]:

@@ -78,6 +78,9 @@ class _Quantize(ConversionOps):
             if not self.quantizer._is_experts(kwargs["model"], name):
                 return self.others.convert(input_dict, *args, **kwargs)
             weight = value[0] if isinstance(value, list) else value
+            if weight.is_meta:  # which is not loaded (checkpoints/part.py)
+                found[name] = weight
+                continue
             packed, state = quantize_4bit(
                 weight.contiguous(), compress_statistics=config.bnb_4bit_use_double_quant, quant_type=config.bnb_4bit_quant_type
             )

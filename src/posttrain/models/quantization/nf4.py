@@ -26,6 +26,7 @@ class Nf4(Quantizer):
     is_readable = True
     for_images = True
     packs_experts = True
+    comes_and_goes = True
     method: Literal["nf4"]
     double_quant: bool
     compute_dtype: Literal["bfloat16", "float16", "float32"]

@@ -13,6 +13,7 @@ class NoQuantization(Quantizer):
 
     is_quantized = False
     is_readable = True
+    comes_and_goes = True
     for_images = True
     method: Literal["none"]
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from posttrain.config.schema import LanguageStage
 from posttrain.models.counting import count_parameters, record
-from posttrain.models.hub import BaseInfo
+from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.language.dropout import switch_off_dropout
 from posttrain.models.language.new_tokens import NewToken, give_rows
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.pretrained import load_causal
+from posttrain.models.language.pretrained import load_causal, without_values
 from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.offload.store import FORM, Streamed, layer_names, put_layers, stored_layers
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.models.peft.tokens import inherit
 from posttrain.models.trust import pin_of
+from posttrain.runs.cache_place import cache_root
+from posttrain.runs.identity import content_hash, library_versions
 from posttrain.stages.language.init import InitSource
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
@@ -27,7 +31,7 @@ from posttrain.training.seeding import seed_step
 @dataclass(frozen=True)
 class TrainableModel:
     """The model that a run trains and leaves. callback: what the method does in every optimizer step. counts: of parameters, by
-    part, as the manifest says them."""
+    part, as the manifest says them. streamed: layers that come and go (`train.offload=layers`)."""
 
     module: PackedLM
     trained: int
@@ -35,6 +39,7 @@ class TrainableModel:
     dtype: torch.dtype
     callback: StepCallback | None
     counts: dict[str, Any]
+    streamed: Sequence[Streamed] = ()
 
 
 def build_model(
@@ -52,11 +57,8 @@ def build_model(
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
     dtype = cfg.base_dtype
-    config = cfg.quant.loading(str(device))
-    # FSDP moves a layer at a time to its device, and never holds all of them there
-    place = "cpu" if cfg.train.fsdp else str(device)
-    extra = "say" if cfg.model.ignore_unexpected else "refuse"
-    model: Any = load_causal(start.source, base.revision, dtype, place, pin_of(cfg.model), config, extra)
+    model: Any
+    model, streamed = load_base(cfg, start, base, device)
     if not cfg.train.base_dropout:
         switch_off_dropout(model)
     if start.adapter:
@@ -74,4 +76,23 @@ def build_model(
     module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
-    return TrainableModel(module, *count_parameters(module), getattr(torch, dtype), cfg.peft.step_callback(model), record(module))
+    counts = count_parameters(module)
+    return TrainableModel(module, *counts, getattr(torch, dtype), cfg.peft.step_callback(model), record(module), streamed)
+
+
+def load_base(cfg: LanguageStage, start: InitSource, base: BaseInfo, device: torch.device) -> tuple[Any, list[Streamed]]:
+    """The model, and those of its layers that come and go. Raises UserError."""
+    config = cfg.quant.loading(str(device))
+    # FSDP moves a layer at a time to its device, and never holds all of them there
+    place = "cpu" if cfg.train.fsdp else str(device)
+    extra = "say" if cfg.model.ignore_unexpected else "refuse"
+    load = partial(load_causal, start.source, base.revision, cfg.base_dtype, place, pin_of(cfg.model), config, extra)
+    if cfg.train.offload != "layers":
+        return load(), []
+    directory = resolve(start.source, base.revision).directory
+    names = layer_names(without_values(directory))
+    made = [FORM, digest(directory), cfg.base_dtype, cfg.quant.model_dump(exclude={"dense_layers"}), device.type]
+    key = content_hash(*made, library_versions())
+    flats = stored_layers(cache_root() / "layers" / key, names, load)
+    model = load(lambda weight: not weight.startswith(tuple(f"{name}." for name in names)))
+    return model, put_layers(model, flats)

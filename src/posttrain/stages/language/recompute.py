@@ -16,6 +16,7 @@ from posttrain.console import say
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
@@ -27,6 +28,9 @@ MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW'
 def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tokens: int, device: torch.device) -> None:
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
     largest micro-batch."""
+    if built.streamed:
+        _stream(module, built, device)
+        return
     lm, wanted = built.module, cfg.train.gradient_checkpointing
     dense = cfg.quant.kept_dense if cfg.model.kernels == "auto" else 0  # bitsandbytes' own layers know of no dense copies
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
@@ -45,6 +49,14 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
         say(f"{dense} of {lm.num_layers} layers have a dense copy of their 4-bit weights (quant.dense_layers=auto)")
     if dense:
         keep_dense(lm.layers[:dense])
+
+
+def _stream(module: nn.Module, built: TrainableModel, device: torch.device) -> None:
+    """Have the layers come and go, and all of them recomputed."""
+    built.module.recompute(built.module.num_layers)
+    stream = LayerStream(built.streamed, device)
+    stream.start()
+    say(f"{len(built.streamed)} layers of {stream.bytes / 1e9:.3g} GB come one at a time from {stream.place}, and are recomputed")
 
 
 def free_bytes(device: torch.device) -> float:

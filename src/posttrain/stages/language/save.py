@@ -98,6 +98,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "quant": cfg.quant.model_dump(),
         "peft": cfg.peft.model_dump() | cfg.peft.record(model.module.model),
         "chain": data.start.mode,
+        "offload": cfg.train.offload,
         "kernels": model.module.report.record(),
         "reading": model.module.reading.record(),
         "trainable": model.counts,

@@ -18,6 +18,10 @@ from posttrain.stages.language.checkpoint import use_of_base
 from posttrain.stages.language.init import InitSource
 
 EXAMPLE = 200  # letters of the first row that are shown; of each of several sources half as many
+OFFLOADED: dict[str, list[str]] = {  # by `train.offload`
+    "none": [],
+    "layers": ["the base's layers are not in memory but for the one that computes (train.offload=layers)"],
+}
 HOW = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}
 
 
@@ -37,7 +41,7 @@ def lines_of_start(cfg: LanguageStage, start: InitSource, base: BaseInfo) -> lis
     line = f"model {base.name}"
     if start.mode:
         line += f" with the adapter of {cfg.init}, {HOW[start.mode]} (chain.mode={start.mode})"
-    return [line, *use_of_base(cfg, base).lines()]
+    return [line, *use_of_base(cfg, base).lines(), *OFFLOADED[cfg.train.offload]]
 
 
 def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any) -> list[str]:

@@ -51,6 +51,8 @@ class Ppo(LanguageStage):
             raise ValueError("train.fsdp: ppo does not shard its roles; say train.fsdp=false")
         if self.train.processes > 1 and self.rollout.engine == "vllm":
             raise ValueError("train.processes: with vllm ppo runs in one process; say train.processes=1, or rollout.engine=model")
+        if self.train.offload == "layers":
+            raise ValueError("train.offload: ppo writes token by token, and each would read all layers; say train.offload=none")
         if not self.peft.for_ppo:
             raise ValueError(f"peft: ppo cannot train {self.peft.name}; use +peft=lora, another adapter, or full training")
         if self.train.router_aux_loss not in ("auto", 0):
