@@ -63,7 +63,7 @@ def test_every_key_has_a_default_and_a_meaning(rows: dict[str, list[str]]) -> No
 
 
 def test_rows_say_what_the_schema_and_the_files_say(rows: dict[str, list[str]]) -> None:
-    assert rows["dpo.label_smoothing"][:2] == ["`0`", "number ≥ 0 and < 0.5"]
+    assert rows["dpo.label_smoothing"][:2] == ["`null`", "number ≥ 0 and < 0.5 or `null`"]
     assert rows["full_lr"][0].startswith("`2e-5`; `1e-5` (rm); `1e-6` (ppo)")
     assert rows["optim.lr"][0] == "computed"
     assert rows["train.max_steps"][1] == "integer ≥ 1 or `null`"

@@ -86,7 +86,7 @@ def theirs(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}[stage]
+    config, trainer = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}.get(stage) or _experimental(stage)
     if model is None:
         directory, _ = builtin_directory("tiny")
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -102,6 +102,12 @@ def theirs(
     )
     job.train()
     return [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+
+
+def _experimental(stage: str) -> Any:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return {"cpo": (CPOConfig, CPOTrainer)}[stage]
 
 
 def test_rm(tmp_path: Path) -> None:
@@ -145,6 +151,37 @@ def test_dpo(tmp_path: Path, loss: str, trl_loss: str) -> None:
     data = rows("dpo")
     expected = theirs("dpo", data, tmp_path, loss_type=trl_loss, beta=0.1)
     found = ours("dpo", data, tmp_path, f"dpo.loss={loss}")
+    assert abs(expected[-1] - expected[0]) > 0.01, "nothing moved, so nothing was compared"
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "trl_loss", "more"),
+    [
+        ("sigmoid_norm", "sigmoid_norm", {"beta": 5.0}),
+        ("apo_zero", "apo_zero", {}),
+        ("exo_pair", "exo_pair", {"label_smoothing": 1e-3}),
+        ("{sigmoid: 0.8, hinge: 0.2}", ["sigmoid", "hinge"], {"loss_weights": [0.8, 0.2]}),
+    ],
+)
+def test_dpo_with_other_losses(tmp_path: Path, loss: str, trl_loss: Any, more: dict[str, Any]) -> None:
+    """Each with its usual settings, which no word of ours says."""
+    data = rows("dpo")
+    expected = theirs("dpo", data, tmp_path, **({"loss_type": trl_loss, "beta": 0.1} | more))
+    found = ours("dpo", data, tmp_path, f"dpo.loss={loss}")
+    assert abs(expected[-1] - expected[0]) > 0.01, "nothing moved, so nothing was compared"
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_dpo_without_a_reference(tmp_path: Path) -> None:
+    """SimPO beside TRL's CPOTrainer."""
+    data = rows("dpo")
+    expected = theirs(
+        "cpo", data, tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.0, max_completion_length=256
+    )
+    found = ours("dpo", data, tmp_path, "dpo.loss=simpo")
     assert abs(expected[-1] - expected[0]) > 0.01, "nothing moved, so nothing was compared"
     assert found == pytest.approx(expected, abs=1e-4)
 

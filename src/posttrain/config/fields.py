@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import math
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic_core.core_schema import no_info_after_validator_function, no_info_plain_validator_function
 
 from posttrain.errors import did_you_mean
 from posttrain.registry import Registry
@@ -55,3 +56,24 @@ class OneOf:
         known = self.choices()
         said = {"known": ", ".join(map(repr, known)), "near": did_you_mean(name, known)}
         raise PydanticCustomError("choice", "Input should be one of {known}{near}", said)
+
+
+class SumOf(OneOf):
+    """Of a field that is a name in a registry, or several names with their weights, as `Annotated[Any, SumOf(LOSSES)]`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_plain_validator_function(self._checked_sum)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        named = {"type": "string", "enum": self.choices()}
+        return {"anyOf": [named, {"type": "object", "additionalProperties": {"type": "number"}}]}
+
+    def _checked_sum(self, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            return self._checked(str(cast("object", value)))
+        weights = cast("dict[Any, Any]", value)
+        for name, weight in weights.items():
+            self._checked(str(name))
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise PydanticCustomError("weight", "The weight of {name} should be a number > 0", {"name": name})
+        return {str(name): float(weight) for name, weight in weights.items()}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from posttrain.batch import LossOutput, Metrics
 
@@ -45,16 +47,25 @@ class PreferenceLoss:
             loss alone (`dpo.options`).
         needs_reference: whether it reads `pairs.reference`; if not, none is computed.
         smooths_labels: whether it takes `label_smoothing` too, the share of pairs taken to be the wrong way round.
+        beta: the usual one, which holds where `dpo.beta` says nothing; None: it has no beta, and is given none.
+        label_smoothing: the usual one, as beta.
+        needs_smoothing: a label_smoothing of 0 is refused.
+        per_token: it compares log-probs per token, so rewards that are reported are per token too.
     """
 
     per_pair: Callable[..., Tensor]
     needs_reference: bool
     smooths_labels: bool = False
+    beta: float | None = 0.1
+    label_smoothing: float = 0.0
+    needs_smoothing: bool = False
+    per_token: bool = False
 
     @property
-    def options(self) -> list[str]:
-        """Its own keywords."""
-        return [name for name in list(inspect.signature(self.per_pair).parameters)[1:] if name not in ("beta", "label_smoothing")]
+    def options(self) -> dict[str, Any]:
+        """Its own keywords, with their defaults."""
+        keywords = list(inspect.signature(self.per_pair).parameters.values())[1:]
+        return {each.name: each.default for each in keywords if each.name not in ("beta", "label_smoothing")}
 
 
 def margins(values: Tensor) -> Tensor:
@@ -70,10 +81,21 @@ def right(chosen: Tensor, rejected: Tensor | float = 0.0) -> Tensor:
     return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
 
 
+def smoothed(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """-log sigma(beta margin), with a share of the pairs taken to be the wrong way round."""
+    return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
+
+
+def chosen_nll(pairs: Pairs) -> Tensor:
+    """-log p of a token of each chosen answer, [P]: the mean over its own tokens, so that it does not depend on who else is in
+    the batch."""
+    return -(pairs.policy / pairs.lengths)[0::2]
+
+
 def implicit_rewards(pairs: Pairs, beta: float) -> Tensor:
     """beta log(policy / reference) (Rafailov et al. 2023, arXiv 2305.18290, section 4), without gradient: [2P].
 
-    Without a reference beta log(policy), as for CPO and SimPO.
+    Without a reference beta log(policy), as for CPO.
     """
     return beta * (pairs.policy if pairs.reference is None else pairs.ratio).detach()
 

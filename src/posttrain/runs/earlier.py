@@ -8,7 +8,11 @@ RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> ne
 RENAMED_MODULES = {"posttrain.rules": "posttrain.rewards"}  # where a function of ours is named, since 0.2
 RENAMED_FIGURES = {"clip_share": "clip_fraction", "learnt": "shaped_reward"}  # of metrics.jsonl and of checkpoints, since 0.2
 # below these the keys are the user's own
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.options.")
+NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.loss.", "dpo.options.")
+_DPO = {
+    "dpo.beta": 0.1,
+    "dpo.label_smoothing": 0.0,
+}  # defaults of 0.2: today the loss's own, which are the same, but for the beta of sigmoid_norm
 CURRICULUM = "curriculum.order"  # of what checkpoints hold, since 0.2
 OF_CONTENT = "sha256:"  # how a name begins that says what was read, and nothing of the code that has read it
 
@@ -40,6 +44,8 @@ def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, An
         lines.append(f"{CURRICULUM} is today's: the earlier version drew another one, which did not end as the curriculum says")
     if now.get("data.eval_rest") == "train" and "data.eval_rows" in found and "data.eval_rest" not in found:
         lines.append("trains on rows beyond data.eval_rows, which the earlier version left out (data.eval_rest=drop)")
+    usual = {key: value for key, value in _DPO.items() if (now.get("dpo.loss"), key) != ("sigmoid_norm", "dpo.beta")}
+    found |= {key: None for key, value in usual.items() if now.get(key, value) is None and found.get(key) == value}
     found |= {key: value for key, value in now.items() if _is_new(key, found)}
     if str(now.get("data.content")).startswith(OF_CONTENT) and not str(found.get("data.content")).startswith(OF_CONTENT):
         lines.append(

@@ -48,6 +48,7 @@ class StageSpec:
         reads: "text" or "images": a stage goes on from a run of its own kind alone.
         measured_by: "module:function", config -> the objective by which `eval` measures its own held-out rows; None: as sets of
             `eval.sets` are.
+        says: "module:function", config -> lines that a run and its preview say before they begin; None: it has none of its own.
         plan: module with what `plan` must know of this stage alone (stages/language/plan.py says what).
     """
 
@@ -63,6 +64,7 @@ class StageSpec:
     files: tuple[str, ...] = ("data.path", "data.eval_path", "model.chat_template")
     reads: Literal["text", "images"] = "text"
     measured_by: str | None = None
+    says: str | None = None
     plan: str = "posttrain.stages.language.plan"
 
     @property
@@ -73,6 +75,10 @@ class StageSpec:
     def plan_of(self) -> Any:
         """The module that says what a plan must know of the stage. Imports torch."""
         return importlib.import_module(self.plan)
+
+    def lines_of(self, cfg: Any) -> list[str]:
+        """The stage's own lines among the first of a run. Imports torch. Raises UserError for a config that does not fit."""
+        return _load(self.says)(cfg) if self.says else []
 
     def objective_of(self, cfg: Any) -> Any:
         """The objective by which `eval` measures the stage's own held-out rows. Imports torch."""

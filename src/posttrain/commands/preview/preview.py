@@ -26,6 +26,7 @@ from posttrain.data.stats import SourceStats
 from posttrain.errors import UserError
 from posttrain.stages.language.prepare import lines_of_parents, open_language, rows_of, template_of
 from posttrain.stages.language.summary import lines_of_data, lines_of_start
+from posttrain.stages.spec import spec_of
 
 BUCKETS = 12  # of the lengths' histogram
 # kind of examples -> what one of them is called; the pairs lie in packs of their own
@@ -90,7 +91,7 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
     cfg = typed_config(compose_run(stage, words))
     if not isinstance(cfg, LanguageStage):
         raise UserError(f"{stage} reads no text; its own report shows what it trains on")
-    use = rows_of(cfg)
+    use, own_lines = rows_of(cfg), spec_of(stage).lines_of(cfg)
     opened = open_language(cfg, weights=False)
     mixture, looked, notes = _sources(cfg, opened.encoder, opened.tokenizer, rows)
     train = cfg.train
@@ -100,7 +101,7 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
     shown = [_segments(kind == "pair", mixture, int(unit), opened.tokenizer) for unit in drawn]
     template = template_of(mixture, opened.encoder, use.examples == "documents")
     lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, mixture, opened.tokenizer)
-    lines += lines_of_parents(cfg, template.rows)
+    lines += [*own_lines, *lines_of_parents(cfg, template.rows)]
     return Preview(stage, kind, cfg.model.name, looked, shown, cfg.example_length, notes, lines)
 
 

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.config.choices import PREFERENCE_LOSSES, Advantage, KlEstimator
-from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, SumOf, Weight, listed
 
 
 class DpoConfig(Strict):
     """`dpo`: the preference loss and its settings."""
 
-    beta: Rate
-    loss: Annotated[str, OneOf(PREFERENCE_LOSSES)]
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    beta: Rate | None  # None: the usual one of the loss
+    loss: Annotated[str | dict[str, float], SumOf(PREFERENCE_LOSSES)]  # a name, or several with their weights
+    label_smoothing: Annotated[float | None, Field(ge=0, lt=0.5)]  # None: the usual one of the loss
     options: dict[str, float | bool | str] | None  # of the chosen loss alone
 
 

@@ -14,5 +14,6 @@ SPEC = StageSpec(
     config="posttrain.stages.dpo.config:Dpo",
     steps="posttrain.stages.dpo.stage:steps",
     rows=RowUse("dpo", ("pairs",), "pairs", "prompt, chosen and rejected"),
+    says="posttrain.stages.dpo.stage:lines",
     plan="posttrain.stages.dpo.plan",
 )

@@ -136,7 +136,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     lines = lines_of(cfg, context.directory, start, base, data, order, opened.tokenizer)
     if opened.new_tokens:
         lines.insert(1, line_of(opened.new_tokens, opened.rows))
-    lines[-1:-1] = lines_of_parents(cfg, template.rows)
+    lines[-1:-1] = [*spec_of(cfg.stage).lines_of(cfg), *lines_of_parents(cfg, template.rows)]
     return Prepared(found, identity, order, lines, data.where)
 
 

@@ -1,0 +1,68 @@
+"""`dpo.loss` through a whole run: what is said first, what is computed, and what is said at the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import posttrain
+from posttrain.commands.plan.plan import make_plan
+from posttrain.commands.preview.preview import make_preview
+from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
+from posttrain.errors import UserError
+from posttrain.runs.earlier import as_of_today
+from posttrain.stages.dpo.diagnostics import alarms
+from posttrain.stages.spec import spec_of
+
+SMALL = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "train.batch_size=2", "data.max_rows=12", "eval.sets=null")
+SMALL += ("data.eval_rows=4", "optim.lr=0.01")
+
+
+def test_a_sum_trains_and_reports_each_part_and_plan_and_preview_know_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "dpo.loss={sigmoid_norm: 0.8, sft: 0.2}"]
+    posttrain.run("dpo", *words, f"run.dir={tmp_path / 'run'}")
+    line = "loss 0.8 sigmoid_norm (beta 5, label_smoothing 0) + 0.2 sft, against the model that the stage starts from"
+    said = " ".join(capsys.readouterr().out.split())
+    assert line in said and line in make_preview("dpo", words, 8, 1).lines
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for each in lines:
+        for part in ("train", "eval"):
+            if f"{part}/loss" in each:
+                parts = 0.8 * each[f"{part}/loss_sigmoid_norm"] + 0.2 * each[f"{part}/loss_sft"]
+                assert each[f"{part}/loss"] == pytest.approx(parts, abs=1e-5)
+    assert lines[0]["eval/loss_sigmoid_norm"] == pytest.approx(0.693147, abs=1e-5)
+    assert "reference" in make_plan("dpo", words)["memory"]
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
+def test_no_reference_is_computed_for_a_loss_that_has_none(name: str) -> None:
+    """That a run without one trains, tests/losses/preference/test_preference.py shows."""
+    words = [*SMALL, f"dpo.loss={name}"]
+    assert spec_of("dpo").steps_of(typed_config(compose_run("dpo", words))).make_references is None  # type: ignore[attr-defined]
+    assert name != "orpo" or "reference" not in make_plan("dpo", words)["memory"]
+
+
+def test_a_preview_refuses_what_a_run_would() -> None:
+    with pytest.raises(UserError, match=r"^dpo.options.gama: dpo.loss=simpo has gamma - did you mean 'gamma'\?$"):
+        make_preview("dpo", [*SMALL, "dpo.loss=simpo", "dpo.options.gama=1"], 8, 1)
+
+
+def test_a_fall_of_the_chosen_answers_is_said_in_words() -> None:
+    ends = {"eval/logp_chosen_before": -50.0, "eval/logp_rejected_before": -40.0, "eval/logp_rejected": -90.0}
+    assert alarms({**ends, "eval/logp_chosen": -50.4}) == [] and alarms({}) == []
+    (line,) = alarms({**ends, "eval/logp_chosen": -61.25})
+    assert line.startswith("the log-prob of chosen answers fell from -50 to -61.25, that of rejected ones from -40 to -90: ")
+
+
+def test_a_run_of_0_2_goes_on_where_the_usual_settings_are_the_same() -> None:
+    then = {"dpo.beta": 0.1, "dpo.label_smoothing": 0.0}
+    now = {"dpo.beta": None, "dpo.label_smoothing": None}
+    for loss in ("sigmoid", "ipo"):
+        name = {"dpo.loss": loss}
+        assert as_of_today(then | name, now | name)[0] == now | name
+    name = {"dpo.loss": "sigmoid_norm"}  # whose usual beta is 5 now
+    assert as_of_today(then | name, now | name)[0] == {"dpo.beta": 0.1, "dpo.label_smoothing": None} | name
+    assert as_of_today({"dpo.beta": 0.3, "dpo.loss": "ipo"}, {"dpo.beta": None, "dpo.loss": "ipo"})[0]["dpo.beta"] == 0.3
