@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,3 +26,8 @@ def all_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
             known[id(tensor)] = value.detach().cpu() if keep else value.new_empty(0)
         found[name] = known[id(tensor)]
     return found if keep else {}
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, where the host need not wait until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex_of_torch
 from transformers import PreTrainedModel
 
+from packs import plain_varlen
 from posttrain.batch import PackedBatch, Segment
 from posttrain.data import examples
 from posttrain.data.collate import pack
 from posttrain.errors import UserError
-from posttrain.models.kernels import masks
-from posttrain.models.kernels.attention import _by_document
-from posttrain.models.kernels.masks import DocumentMask, dense_mask, flex_mask_mod, runs
+from posttrain.models.kernels import flex, masks, usable, varlen
+from posttrain.models.kernels.attention import ATTENTION, _by_document
+from posttrain.models.kernels.masks import DocumentMask, dense_mask, runs
+from posttrain.models.language import reading
 from posttrain.models.language.packed_lm import PackedLM
 
 V = 61
@@ -232,22 +235,6 @@ def test_scores_written_out_give_what_the_dense_mask_gives(
         assert (have.double() - need).norm() <= within * need.norm()
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 7])
-def test_flex_mask_is_the_dense_mask(window: int | None) -> None:
-    batch, _ = batch_of([[5] * 9, [6]], [(8, 5, 7), (1, 1, 2)])
-    n = batch.size
-    mod = flex_mask_mod(batch.segments, window, torch.device("cpu"))
-    query, key = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    zero = torch.zeros_like(query)
-    assert torch.equal(mod(zero, zero, query, key), dense_mask(batch.segments, n, window))
-
-
-def test_flex_blocks_can_be_made() -> None:
-    batch, _ = batch_of([[5] * 130, [6] * 140], [])
-    blocks = DocumentMask(batch.segments, batch.size, torch.device("cpu")).blocks(None)
-    assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-
-
 def test_a_pad_token_still_gets_its_gradient(tmp_path) -> None:
     from posttrain.models.language.pretrained import load_causal
     from posttrain.models.language.tokenizer import load_tokenizer
@@ -288,3 +275,64 @@ def test_the_check_leaves_random_numbers_and_mode_alone() -> None:
     lm = PackedLM(model, "documents")
     assert torch.equal(torch.get_rng_state(), before)
     assert lm.training and model.training
+
+
+class Card(NamedTuple):
+    """A CUDA device that is not there: its kernels are torch's eager operator and varlen's documented semantics."""
+
+    monkeypatch: pytest.MonkeyPatch
+    compiles: bool = True
+
+    def insert(self) -> None:
+        self.monkeypatch.setattr(reading, "ways_of_attention", lambda asked, _: tuple(ATTENTION) if asked == "auto" else (asked,))
+        self.monkeypatch.setattr(usable, "card_of", lambda _: usable.Card((9, 0), self.compiles))
+        self.monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+        self.monkeypatch.setattr(flex_of_torch, "_validate_device", lambda *_: None)
+        self.monkeypatch.setattr(flex, "compiled", lambda: flex_of_torch.flex_attention)
+        usable._tried.cache_clear()
+
+
+NO_SOFTCAP = "{} cannot compute its softcap or sinks"
+NO_COMPILER = "flex needs Triton and a C compiler (gcc, or CC=...), which are not here"
+NEITHER = f"{NO_SOFTCAP.format('varlen')}; {NO_COMPILER}; {NO_SOFTCAP.format('documents')}"
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "compiles", "taken", "why"),
+    [
+        ("Llama", torch.bfloat16, True, "varlen", ""),
+        ("Mistral", torch.bfloat16, False, "varlen", ""),
+        ("GptOss", torch.float32, True, "flex", NO_SOFTCAP.format("varlen")),
+        (
+            "Gemma2",
+            torch.float32,
+            False,
+            "dense",
+            NEITHER,
+        ),
+        ("Qwen3", torch.float32, False, "documents", f"varlen computes in 16 bits, and the model in float32; {NO_COMPILER}"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_on_a_card_a_pack_goes_by_the_first_kernel_that_can(
+    family: str, dtype: torch.dtype, compiles: bool, taken: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs and gradients are those of the dense way, and what was passed over is said in one line."""
+    batch, _ = batch_of([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15]], [(9, 4, 6), (2, 3, 1)])
+    found = []
+    for attention in ("dense", "auto"):
+        if attention == "auto":
+            Card(monkeypatch, compiles).insert()
+        model: Any = build(family)
+        model.to(dtype)
+        lm = PackedLM(model, attention).train()
+        logps = lm(batch)
+        logps.sum().backward()
+        found.append((logps.detach(), gradients(model)))
+    assert (lm.reading.attention, lm.reading.why) == (taken, why)
+    assert lm.reading.line == (f"attention is computed by {taken} (model.attention=auto): {why}" if why else "")
+    within = 1e-5 if dtype == torch.float32 else 0.05
+    (want, wanted), (got, had) = found
+    assert (got - want).norm() <= within * want.norm()
+    for name, gradient in wanted.items():
+        assert (had[name] - gradient).norm() <= 2 * within * gradient.norm() + 1e-6, name

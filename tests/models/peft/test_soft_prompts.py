@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from posttrain.batch import PackedBatch, Segment
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
-from posttrain.models.kernels.masks import DocumentMask, dense_mask, flex_mask_mod
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.soft_prompts import insert_virtual
@@ -96,15 +95,3 @@ def test_where_virtual_tokens_go() -> None:
     assert layout.segments == (Segment(0, 4), Segment(4, 8), Segment(8, 9, 4, 8))
     assert layout.token.tolist() == [2, 3, 6, 7, 8] and layout.virtual.tolist() == [0, 1, 4, 5]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_flex_and_dense_masks_agree_with_a_memory(window: int | None) -> None:
-    segments, n, memory = batch().segments, batch().size, 3
-    dense = dense_mask(segments, n, window, memory)
-    mod = flex_mask_mod(segments, window, torch.device("cpu"), memory)
-    rows, columns = torch.arange(n), torch.arange(n + memory)
-    zero = torch.zeros((), dtype=torch.int64)
-    got = torch.stack([torch.stack([mod(zero, zero, r, c) for c in columns]) for r in rows])
-    assert torch.equal(got, dense)
-    assert DocumentMask(segments, n, torch.device("cpu")).size == 0

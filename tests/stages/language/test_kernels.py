@@ -123,23 +123,28 @@ def test_a_run_of_a_version_without_the_key_still_begins_another(tmp_path: Path)
     assert compose_run("dpo", [f"init={run}"])["model"]["kernels"] == "auto"
 
 
-def test_flex_without_a_gpu_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_a_kernel_of_a_gpu_is_refused_without_one_before_anything_loads(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("posttrain.stages.language.build.load_causal", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("posttrain.stages.language.prepare.read_mixture", lambda *_: pytest.fail("read"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    expected = r"^model.attention: flex needs a CUDA device, and this one is cpu; say documents or auto$"
+    expected = rf"^model.attention: {kernel} needs a CUDA device, and this one is cpu; say documents or auto$"
     with pytest.raises(UserError, match=expected):
-        posttrain.run("sft", *SMALL, "model.attention=flex", f"run.dir={tmp_path / 'run'}")
+        posttrain.run("sft", *SMALL, f"model.attention={kernel}", f"run.dir={tmp_path / 'run'}")
 
 
-def test_a_plan_may_be_of_another_machines_attention() -> None:
-    assert make_plan("sft", ["model=tiny", "data.max_rows=12", "eval.sets=null", "train.max_steps=1", "model.attention=flex"])
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_a_plan_may_be_of_another_machines_attention(kernel: str) -> None:
+    words = ["model=tiny", "data.max_rows=12", "eval.sets=null", "train.max_steps=1", f"model.attention={kernel}"]
+    assert make_plan("sft", words)
 
 
 def test_attention_by_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
     assert ways_of_attention("auto", cpu) == ("documents", "dense")
-    assert ways_of_attention("auto", cuda) == ("flex", "documents", "dense")
+    assert ways_of_attention("auto", cuda) == ("varlen", "flex", "documents", "dense")
     assert ways_of_attention("dense", cuda) == ("dense",)
 
 

@@ -27,7 +27,7 @@ class ModelConfig(Strict):
 class LanguageModel(ModelConfig):
     """`model` of language models."""
 
-    attention: Literal["auto", "documents", "flex", "dense"]  # auto: flex on CUDA, documents elsewhere
+    attention: Literal["auto", "varlen", "flex", "documents", "dense"]  # auto: the first that can be had; see the YAML
     kernels: Kernels  # reference: the plain modules of transformers and peft
     chat_template: str | None  # a file, or chatml; None: the tokenizer's own
     trust_remote_code: bool

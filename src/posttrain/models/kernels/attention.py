@@ -1,15 +1,15 @@
-"""Attention within a pack, in three ways of computing the same thing; who sees whom is `masks.py`.
+"""Attention within a pack, in four ways of computing the same thing; who sees whom is `masks.py`.
 
 Each is an attention function of transformers' AttentionInterface. The pack's `DocumentMask` travels as a keyword of
 the model's forward; without one (generation) the functions behave as plain causal attention.
-documents: segment by segment, or short ones side by side, so next to nothing is computed that a mask would throw away. flex:
-FlexAttention's sparse blocks (CUDA). dense: one explicit [T, T] mask, for attention that needs all scores (softcap, sinks), and
-the plain reference of the other two.
+varlen: FlashAttention over stretches of keys (CUDA, 16 bits). flex: FlexAttention's sparse blocks (CUDA), for softcap and sinks.
+documents: segment by segment, or short ones side by side, so next to nothing is computed that a mask would throw away. dense: one
+explicit [T, T] mask, for attention that needs all scores (softcap, sinks), and the plain reference of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from posttrain.errors import UserError
-from posttrain.models.kernels.masks import Band, DocumentMask, Run, context_mask
+from posttrain.models.kernels.flex import by_flex
+from posttrain.models.kernels.masks import Asked, Band, DocumentMask, Run, context_mask
+from posttrain.models.kernels.usable import HALF
+from posttrain.models.kernels.varlen import by_varlen
 
 Sdpa = Callable[..., Tensor]  # as torch's scaled_dot_product_attention
-ATTENTION = {name: f"posttrain_{name}" for name in ("documents", "dense", "flex")}
+ATTENTION = {name: f"posttrain_{name}" for name in ("varlen", "flex", "documents", "dense")}
+ON_CUDA = ("varlen", "flex")  # kernels that are tried before they are taken (usable.py)
 # kinds of layers, by their names in configs (layer_types)
 FULL, SLIDING = {"full_attention", "hybrid"}, {"sliding_attention", "hybrid_sliding"}
 STATEFUL, NO_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}, {"linear_attention", "conv", "moe"}
@@ -177,7 +180,7 @@ def _by_segment(
 
 
 def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """For transformers' AttentionInterface. how: documents | dense | flex. sdpa: what computes a segment of `documents`."""
+    """For transformers' AttentionInterface. how: a name of ATTENTION. sdpa: what computes a segment of `documents`."""
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -194,23 +197,35 @@ def attention_function(how: str, sdpa: Sdpa = scaled_dot_product_attention) -> C
             raise CannotCompute("its attention has a position bias")
         if attention_mask is not None and attention_mask.numel() > 1:  # a pack's own is a single True
             raise CannotCompute("its attention adds a mask of its own making")
-        document_mask.windows.append(sliding_window)
+        heads, size = query.shape[1], query.shape[3]
+        asked = Asked(heads, key.shape[1], size, value.shape[3], sliding_window, softcap, s_aux is not None)
+        document_mask.asked.append(asked)
         if document_mask.memory:
             remembered: Any = document_mask.memory[module.layer_idx]  # pyright: ignore
             key, value = (torch.cat([m.to(x), x], dim=2) for m, x in zip(remembered, (key, value), strict=True))
         if how == "dense":
             dense = document_mask.dense(sliding_window)[None, None]
             return _scores_attention(module, query, key, value, dense, dropout=dropout, scaling=scaling, **extra)
+        if how in ON_CUDA:
+            query, key, value = _of_one_format(query, key, value)
+        options: dict[str, Any] = {"scaling": scaling, "window": sliding_window}
         if how == "flex":
-            blocks = document_mask.blocks(sliding_window)
-            return flex_attention_forward(module, query, key, value, blocks, scaling, softcap, s_aux, dropout=dropout)
+            return by_flex(query, key, value, document_mask, softcap=softcap, sinks=s_aux, **options), None
         if softcap is not None or s_aux is not None:
-            raise CannotCompute("documents cannot compute its softcap or sinks")
-        options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "sdpa": sdpa}
-        output = _by_document(query, key, value, document_mask, **options)
+            raise CannotCompute(f"{how} cannot compute its softcap or sinks")
+        if how == "varlen" and query.dtype in HALF:
+            return by_varlen(query, key, value, document_mask, **options), None
+        # documents, and a call in float32 of a model that else computes in 16 bits
+        output = _by_document(query, key, value, document_mask, dropout=dropout, sdpa=sdpa, **options)
         return output.transpose(1, 2).contiguous(), None
 
     return forward
+
+
+def _of_one_format(*inputs: Tensor) -> Iterable[Tensor]:
+    """Under autocast what its products give; a norm after them widens queries and keys, which a kernel does not take."""
+    device = inputs[0].device.type
+    return [x.to(torch.get_autocast_dtype(device)) for x in inputs] if torch.is_autocast_enabled(device) else inputs
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
@@ -224,16 +239,16 @@ for _how, _name in ATTENTION.items():
 
 
 def ways_of_attention(asked: str, device: torch.device) -> tuple[str, ...]:
-    """What `model.attention` lets be tried on this device, the fastest first. asked: documents | dense | flex | auto."""
+    """What `model.attention` lets be tried on this device, the fastest first. asked: auto, or a name of ATTENTION."""
     if asked != "auto":
         return (asked,)
-    return ("flex", "documents", "dense") if device.type == "cuda" else ("documents", "dense")
+    return tuple(ATTENTION) if device.type == "cuda" else ("documents", "dense")
 
 
 def check_attention(asked: str, device: torch.device) -> None:
-    """Raises UserError for flex where there is no kernel of it to train with."""
-    if asked == "flex" and device.type in ("cpu", "mps"):
-        raise UserError(f"model.attention: flex needs a CUDA device, and this one is {device.type}; say documents or auto")
+    """Raises UserError for varlen and flex where there is no kernel of it to train with."""
+    if asked in ON_CUDA and device.type != "cuda":
+        raise UserError(f"model.attention: {asked} needs a CUDA device, and this one is {device.type}; say documents or auto")
 
 
 def carries_state(model: PreTrainedModel) -> bool:

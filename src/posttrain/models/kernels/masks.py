@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from posttrain.batch import Segment
 from posttrain.models.kernels.documents import Layout, end_to_end, in_rows
@@ -42,27 +41,16 @@ def dense_mask(segments: Sequence[Segment], num_tokens: int, window: int | None 
     return mask
 
 
-def flex_mask_mod(
-    segments: Sequence[Segment], window: int | None, device: torch.device, memory: int = 0
-) -> Callable[..., Tensor]:
-    """The same relation as `dense_mask`, as FlexAttention asks for it: a function of (batch, head, query, key)."""
-    lengths = torch.tensor([s.stop - s.start for s in segments], device=device)
-    columns = torch.tensor([tuple(s) for s in segments], device=device).repeat_interleave(lengths, dim=0).unbind(1)
-    start, _, prefix_start, prefix_stop = (column.contiguous() for column in columns)
+class Asked(NamedTuple):
+    """What a layer asks of its attention. size, value_size: of a head."""
 
-    def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, column: Tensor) -> Tensor:
-        key = column - memory
-        remembered = column < memory
-        own = (key >= start[query]) & (key <= query)
-        shared = (key >= prefix_start[query]) & (key < prefix_stop[query])
-        if window is None:
-            return own | shared | remembered
-        at = query - start[query] + prefix_stop[query] - prefix_start[query]  # place in the document, its prompt included
-        to_shared = at - (key - prefix_start[query])
-        near = remembered & (at - key < window)
-        return (own & (query - key < window)) | (shared & (to_shared < window)) | near
-
-    return mask_mod
+    heads: int
+    key_heads: int
+    size: int
+    value_size: int
+    window: int | None
+    softcap: float | None
+    sinks: bool
 
 
 class Run(NamedTuple):
@@ -130,10 +118,11 @@ class DocumentMask:
         self.segments, self.num_tokens, self.device = tuple(segments), num_tokens, device
         self.memory = tuple(memory)
         self.size = memory[0][0].shape[2] if memory else 0
-        self.windows: list[int | None] = []  # of each attention layer that was run
+        self.asked: list[Asked] = []  # by each attention layer that was run
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives the first time that `key` is asked for."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -144,7 +133,7 @@ class DocumentMask:
         def make() -> Tensor:
             return dense_mask(self.segments, self.num_tokens, window, self.size).to(self.device)
 
-        return self._once(("dense", window), make)
+        return self.once(("dense", window), make)
 
     @property
     def whole(self) -> Run:
@@ -154,24 +143,24 @@ class DocumentMask:
     @property
     def runs(self) -> list[Run]:
         """The pack cut into runs (see `runs`); made once."""
-        return self._once(("runs",), lambda: runs(self.segments))
+        return self.once(("runs",), lambda: runs(self.segments))
 
     def bands(self, run: Run, window: int | None) -> list[Band]:
         """A run cut into bands (see `bands`); made once."""
-        return self._once(("bands", run, window), lambda: bands(dense_mask(run.segments, run.length, window, self.size)))
+        return self.once(("bands", run, window), lambda: bands(dense_mask(run.segments, run.length, window, self.size)))
 
     def context(self, prefix: int, length: int, window: int | None) -> Tensor:
         """The mask of a segment after its prefix (see `context_mask`); made once."""
-        return self._once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
+        return self.once(("context", prefix, length, window), lambda: context_mask(prefix, length, window, self.device))
 
     def rows(self, alone_beyond: int | None, at_once: bool) -> Layout:
         """The pack's documents, one a row (see `in_rows`); made once."""
-        return self._once(("rows", alone_beyond, at_once), lambda: in_rows(self.segments, self.device, alone_beyond, at_once))
+        return self.once(("rows", alone_beyond, at_once), lambda: in_rows(self.segments, self.device, alone_beyond, at_once))
 
     @property
     def end_to_end(self) -> tuple[Layout, tuple[Segment, ...]]:
         """The pack's documents in one row, none of which shares its prompt; made once."""
-        return self._once(("joined",), lambda: end_to_end(self.segments, self.device))
+        return self.once(("joined",), lambda: end_to_end(self.segments, self.device))
 
     @property
     def borders(self) -> dict[str, Any]:
@@ -182,12 +171,3 @@ class DocumentMask:
         longest = max(s.stop - s.start for s in self.segments)
         by_ends = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         return by_ends | {"seq_idx": numbers[None]}
-
-    def blocks(self, window: int | None) -> BlockMask:
-        """FlexAttention's sparse block mask; made once."""
-        n, on_gpu = self.num_tokens, self.device.type == "cuda"
-        mod = flex_mask_mod(self.segments, window, self.device, self.size)
-        # compiled, no [T, T] mask is ever written out
-        return self._once(
-            ("flex", window), lambda: create_block_mask(mod, None, None, n, n + self.size, self.device, _compile=on_gpu)
-        )

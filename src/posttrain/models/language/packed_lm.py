@@ -149,7 +149,7 @@ class PackedLM(nn.Module):
         layout, segments = mask.end_to_end
         places = layout.rows[0].places
         laid = DocumentMask(segments, places.shape[1], mask.device)
-        laid.windows = mask.windows
+        laid.asked = mask.asked
         given = {name: value[:, places[0]] for name, value in inputs.items()}
         found = self._packed(positions[:, places[0]], laid, given, use_cache=False, **laid.borders)
         return tuple(each[layout.home] for each in found)

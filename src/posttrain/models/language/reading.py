@@ -9,6 +9,7 @@ alone     one document at a time, which every causal model can do: for those tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -18,9 +19,18 @@ from transformers import PreTrainedModel
 
 from posttrain.batch import Segment
 from posttrain.errors import UserError, first_line
-from posttrain.models.kernels.attention import ATTENTION, CannotCompute, attention_windows, carries_state, ways_of_attention
+from posttrain.models.kernels.attention import (
+    ATTENTION,
+    ON_CUDA,
+    CannotCompute,
+    attention_function,
+    attention_windows,
+    carries_state,
+    ways_of_attention,
+)
 from posttrain.models.kernels.logprobs import Head
-from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.kernels.masks import Asked, DocumentMask
+from posttrain.models.kernels.usable import obstacle as kernel_obstacle
 from posttrain.models.language.precision import in_float32
 
 Way = Literal["packed", "joined", "rows", "alone"]
@@ -36,8 +46,8 @@ IN_WORDS = {"joined": "documents end to end, no prompt shared", "rows": "one doc
 
 @dataclass(frozen=True)
 class Reading:
-    """way: see above. attention: documents | flex | dense, or '' for the model's own. why: what kept the model from a faster way;
-    '' where nothing did."""
+    """way: see above. attention: varlen | flex | documents | dense, or '' for the model's own. why: what kept the model from a
+    faster one; '' where nothing did."""
 
     way: Way
     attention: str
@@ -86,7 +96,7 @@ def choose_reading(lm: Reads, attention: str, packing: Packing) -> Reading:
     own, obstacles, kind = lm.own_attention, list[str](), type(lm.causal).__name__
     for way in _ways(lm, packing, attention):
         for how in ways_of_attention(attention, lm.causal.device) if way not in OWN else ("",):
-            lm.reading = Reading(way, how, obstacles[0] if obstacles else "")
+            lm.reading = Reading(way, how, "; ".join(dict.fromkeys(obstacles[:1] if way in OWN else obstacles)))
             obstacle = (
                 _known_obstacle(lm.causal, way, how) or _set_attention(lm.causal, ATTENTION.get(how, own)) or _difference(lm)
             )
@@ -131,8 +141,8 @@ def _known_obstacle(causal: PreTrainedModel, way: Way, how: str) -> str:
     config = causal.config.get_text_config()
     if way in OWN:
         return ""
-    if how == "flex" and getattr(config, "attention_dropout", 0.0):
-        return "flex has no attention dropout, which this model uses"
+    if how in ON_CUDA and getattr(config, "attention_dropout", 0.0):
+        return f"{how} has no attention dropout, which this model uses"
     if way == "joined" and causal.device.type == "meta":
         return STATE
     try:
@@ -177,8 +187,8 @@ def _difference(lm: Reads) -> str:
             causal.set_attn_implementation(lm.own_attention)
             inputs = [pack.tokens[:, row] for row in pack.rows] if not on_meta else []
             alone = [causal(input_ids=each, use_cache=False).logits[0].double().log_softmax(-1) for each in inputs]
-            # flex computes what dense does, but compiles for a while
-            causal.set_attn_implementation(ATTENTION["dense"] if lm.reading.attention == "flex" else implementation)
+            # varlen and flex compute what dense does, but not in float32, or not without compiling; they are tried by themselves
+            causal.set_attn_implementation(ATTENTION["dense"] if lm.reading.attention in ON_CUDA else implementation)
             hidden = lm.hidden(pack.positions, pack.mask, input_ids=pack.tokens)
     except CannotCompute as error:
         return str(error)
@@ -196,9 +206,9 @@ def _difference(lm: Reads) -> str:
             f"model.name: the last hidden states of {kind} are {hidden.shape[-1]} wide, not {max(widths)}: its layers are "
             "reversible, which is not trained here; give another model"
         )
-    if lm.reading.way not in OWN and not pack.mask.windows:
+    if lm.reading.way not in OWN and not pack.mask.asked:
         return "its attention is of its own kind, which knows no borders of documents"
-    if lm.reading.way not in OWN and pack.mask.windows != attention_windows(config):
+    if lm.reading.way not in OWN and [each.window for each in pack.mask.asked] != attention_windows(config):
         return "its attention layers do not say what window they have"
     if on_meta:
         return ""
@@ -218,7 +228,16 @@ def _difference(lm: Reads) -> str:
     kl = min(found.values())
     if not kl <= tolerated:
         return f"documents would see one another, or the head is computed otherwise (KL {kl:.1e} a token against each alone)"
-    return ""
+    return _of_kernel(causal, lm.reading.attention, pack.mask.asked)
+
+
+def _of_kernel(causal: PreTrainedModel, how: str, asked: Sequence[Asked]) -> str:
+    """'' or why this kernel is not for what the model's layers have asked for."""
+    if how not in ON_CUDA:
+        return ""
+    device = causal.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else causal.dtype
+    return kernel_obstacle(how, asked, dtype, device, attention_function)
 
 
 def _kl(p: Tensor, q: Tensor) -> float:
