@@ -4,22 +4,16 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from posttrain.config.compose import compose_run
 from posttrain.runs.files import sha256
 from posttrain.training.checkpoint import FILES, RECORD, _sha256_of
 from ranks import Kill, Nursery
+from resume_matrix import STAGES, config, left, stopping, tried
 
 pytestmark = pytest.mark.slow
-COMMON = ("model=tiny", "train.max_steps=4", "train.batch_size=1", "train.save_steps=2", "train.log_steps=3")
-TEXT = ("data.max_rows=20", "data.eval_rows=2", "eval.sets=null", "train.max_length=256", "+peft=lora", "peft.dropout=0.1")
-PICTURES = ("+peft=lora", "data.instance_prompt=a sks dog", "sample.images=0", "eval.images=1", "eval.levels=2", "prior.weight=0")
 LAST = Path("checkpoints") / "step-000004"
 
 
@@ -29,47 +23,27 @@ def nursery() -> Iterator[Nursery]:
         yield found
 
 
-def config(stage: str, home: Path, *words: str) -> dict[str, Any]:
-    if stage != "dreambooth":
-        return compose_run(stage, [*COMMON, *TEXT, *words])
-    (home / "photographs").mkdir(exist_ok=True)
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(home / "photographs" / f"{i}.png")
-    return compose_run(stage, [*COMMON, *PICTURES, f"data.instance_dir={home}/photographs", *words])
-
-
-def stopping(config: dict[str, Any], after: int) -> dict[str, Any]:
-    return config | {"run": config["run"] | {"stop_after": after}}
-
-
-def left(run: Path, steps: int = 4) -> dict[str, Any]:
-    """All that may not depend on a stop: result, last checkpoint, figures."""
-    last = run / "checkpoints" / f"step-{steps:06d}"
-    files = [*sorted((run / "adapter").glob("*.safetensors")), *sorted(last.glob("*.safetensors"))]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures = [{name: value for name, value in line.items() if not name.endswith("per_second")} for line in lines]
-    return {p.name: sha256(p) for p in files} | {"figures": figures}
-
-
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [("cpt", []), ("sft", []), ("sft", ["train.fsdp=true"]), ("rm", []), ("dpo", []), ("dreambooth", [])],
-    ids=["cpt", "sft", "sft-sharded", "rm", "dpo", "dreambooth"],
+    [
+        *((stage, STAGES[stage]) for stage in ("cpt", "sft", "rm", "dpo", "dreambooth")),
+        ("sft", (*STAGES["sft"], "train.fsdp=true")),
+        ("sft", ("+peft=adalora",)),
+    ],
+    ids=["cpt", "sft", "rm", "dpo", "dreambooth", "sft-sharded", "sft-adalora"],
 )
-def test_stopped_and_started_again(nursery: Nursery, stage: str, words: list[str], tmp_path: Path) -> None:
-    asked, straight, stopped = config(stage, tmp_path, *words), tmp_path / "straight", tmp_path / "stopped"
-    assert nursery.run(asked, straight, 2).codes == [0, 0]
-    assert nursery.run(stopping(asked, 1), stopped, 2).codes == [75, 75]
-    ended = nursery.run(asked, stopped, 2)
-    assert ended.codes == [0, 0], ended.said
-    assert "going on from step 1" in ended.said[0]
-    assert left(stopped) == left(straight)
+def test_stopped_and_started_again(nursery: Nursery, stage: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    assert tried(nursery, config(stage, tmp_path, *words), tmp_path, 2, "stop") == "same"
+
+
+def test_four_processes_one_of_them_killed(nursery: Nursery, tmp_path: Path) -> None:
+    asked = config("sft", tmp_path, *STAGES["sft"], "train.fsdp=true")
+    assert tried(nursery, asked, tmp_path, 4, "kill") == "same"
 
 
 def test_killed_and_asked_to_stop(nursery: Nursery, tmp_path: Path) -> None:
     """One of two processes is killed; of the next start both are asked to stop, as a launcher does."""
-    asked = config("sft", tmp_path, "train.max_steps=30", "train.save_steps=3")
+    asked = config("sft", tmp_path, *STAGES["sft"], "train.max_steps=30", "train.save_steps=3")
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     assert nursery.run(asked, straight, 2).codes == [0, 0]
     killed = nursery.run(asked, hurt, 2, Kill(1, signal.SIGKILL, "checkpoints/step-000003"))
@@ -84,7 +58,10 @@ def test_killed_and_asked_to_stop(nursery: Nursery, tmp_path: Path) -> None:
 
 def test_another_number_of_processes(nursery: Nursery, tmp_path: Path) -> None:
     """With the same micro-batches, which have the same dropout whoever computes them."""
-    two, one = config("sft", tmp_path, "train.grad_accum=1"), config("sft", tmp_path, "train.grad_accum=2")
+    two, one = (
+        config("sft", tmp_path, *STAGES["sft"], "train.grad_accum=1"),
+        config("sft", tmp_path, *STAGES["sft"], "train.grad_accum=2"),
+    )
     assert nursery.run(one, tmp_path / "one").codes == [0]
     assert nursery.run(stopping(two, 2), tmp_path / "run", 2).codes == [75, 75]
     refused = nursery.run(one, tmp_path / "run")
@@ -101,7 +78,7 @@ def test_another_number_of_processes(nursery: Nursery, tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_names_the_wrapper(nursery: Nursery, tmp_path: Path) -> None:
     """As version 0.2 wrote those of several processes."""
-    asked = config("sft", tmp_path)
+    asked = config("sft", tmp_path, *STAGES["sft"])
     assert nursery.run(asked, tmp_path / "straight", 2).codes == [0, 0]
     assert nursery.run(stopping(asked, 2), tmp_path / "run", 2).codes == [75, 75]
     earlier_names(tmp_path / "run" / "checkpoints" / "step-000002")
