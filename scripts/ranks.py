@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-LIMIT = 120.0  # seconds that a run may take
+LIMIT = float(os.environ.get("RANKS_LIMIT", "120"))  # seconds that a run may take
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def _serve() -> None:
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     import torch
+    from torch._C._distributed_c10d import TCPStore
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import posttrain.launch.worker
@@ -97,7 +98,7 @@ def _serve() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         # As torchrun does: the launcher's own store, so that no other program can take the port in between.
-        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         count = len(asked["jobs"])
         children = [_fork(job, rank, count, store.port) for rank, job in enumerate(asked["jobs"])]
         codes = _watch(children, asked["kill"])

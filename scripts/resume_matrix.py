@@ -90,8 +90,10 @@ def left(run: Path, steps: int = 4) -> dict[str, Any]:
 def tried(nursery: Nursery, asked: dict[str, Any], home: Path, processes: int, way: str) -> str:
     """What came of a run that was stopped in this way and started again: `same`, or what is wrong. home/straight is made once."""
     straight, hurt = home / "straight", home / way
-    if not straight.exists() and any(nursery.run(asked, straight, processes).codes):
-        raise RuntimeError(f"{straight}: the run itself does not end well")
+    if not straight.exists():
+        whole = nursery.run(asked, straight, processes)
+        if any(whole.codes):
+            return f"the run itself ends with {whole.codes}: {_last(whole)}"
     kill = WAYS[way](processes - 1)
     first = nursery.run(asked if kill else stopping(asked, 1), hurt, processes, kill)
     if not any(first.codes):
@@ -105,7 +107,8 @@ def tried(nursery: Nursery, asked: dict[str, Any], home: Path, processes: int, w
 
 
 def _last(ended: Ranks) -> str:
-    return next((said.strip().splitlines()[-1] for said in ended.said if said.strip()), "")
+    """The last line of each process that said something."""
+    return " | ".join(f"rank {rank}: {said.strip().splitlines()[-1]}" for rank, said in enumerate(ended.said) if said.strip())
 
 
 def cases(counts: list[int]) -> list[tuple[str, tuple[str, ...], int]]:

@@ -30,6 +30,7 @@ from posttrain.stages.manifest import common_record, show_outcome
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
 from posttrain.training.checkpoint import check_room
+from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.optimizer import make_optimizer
@@ -109,8 +110,10 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
     if note:
         say(note)
     Processes.of(accelerator).told(lambda: check_room(run.checkpoints, module, optim.name))
-    # as it is for evaluation: in its precision, and not in DistributedDataParallel, which wants one backward for all
-    wrapped = accelerator.prepare_model(module, evaluation_mode=cfg.train.fsdp or built.takes_turns)
+    if accelerator.num_processes > 1 and not cfg.train.fsdp:
+        begin_alike(module)
+    # as it is for evaluation: in its precision, and not in DistributedDataParallel (see training/gradients.py)
+    wrapped = accelerator.prepare_model(module, evaluation_mode=True)
     return wrapped, accelerator.prepare_optimizer(optimizer)
 
 

@@ -96,7 +96,6 @@ class Trainable(Generic[M]):
         model: what the run leaves.
         trained, total: counts of parameters.
         as_given: within it the model is what the stage was given, before any training.
-        takes_turns: parts of it are asked one after another, so that no single backward reaches all that is trained.
     """
 
     module: nn.Module
@@ -104,7 +103,6 @@ class Trainable(Generic[M]):
     trained: int
     total: int
     as_given: Callable[[], AbstractContextManager[None]] = nullcontext
-    takes_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class Steps(Protocol[D, M, B]):
 
 @dataclass(frozen=True)
 class Session:
-    """What training happens in. module: as it is trained, wrapped by accelerate. state: as a checkpoint left it, or new."""
+    """What training happens in. module: as it is trained, in accelerate's precision. state: as a checkpoint left it, or new."""
 
     module: nn.Module
     accelerator: Accelerator

@@ -6,17 +6,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
@@ -26,6 +23,7 @@ from posttrain.runs.files import write_json
 from posttrain.tensors import whole
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
+from posttrain.training.gradients import average_gradients
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, halved, is_out_of_memory, not_finite
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
@@ -116,14 +114,9 @@ class Loop(Generic[B]):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
-        restore(checkpoint, self.plain, getattr(self.optimizer, "optimizer", self.optimizer), self.processes)
+        restore(checkpoint, self.module, getattr(self.optimizer, "optimizer", self.optimizer), self.processes)
         if self.callback:
             self.callback.load(self.processes.told(lambda: checkpoint.method))
-
-    @property
-    def plain(self) -> nn.Module:
-        """The module without accelerate's wrapper: what checkpoints name the parameters of."""
-        return self.accelerator.unwrap_model(self.module)
 
     @property
     def processes(self) -> Processes:
@@ -160,8 +153,8 @@ class Loop(Generic[B]):
         count, tokens, rows = self._totals(batches)
         self._remember(rows)
         loss, metrics, parts = self._gradients(step, parts, batches, count)
-        if self.processes.count > 1 and not isinstance(self.module, DistributedDataParallel | FSDPModule):
-            self._share_gradients()
+        if self.processes.count > 1 and not isinstance(self.module, FSDPModule):  # which has done it in the backward
+            average_gradients(self.module)
         if self.callback:
             penalty = self.callback.penalty()
             self.window.add({"penalty": (penalty, 1.0)})
@@ -208,22 +201,12 @@ class Loop(Generic[B]):
         total, metrics = torch.zeros((), device=self.accelerator.device), []
         for i, batch in enumerate(batches, parts):
             seed_step(self.config.seed, step, i * processes + rank)
-            last = i == parts + len(batches) - 1
-            with self.accelerator.no_sync(self.module) if not last else nullcontext():
-                output = self.loss(self.module, batch.to(self.accelerator.device))
-                share = 1.0 if batch.loss_denominator else 0.0  # a silent batch
-                self.accelerator.backward(output.total * (scale * share))
+            output = self.loss(self.module, batch.to(self.accelerator.device))
+            share = 1.0 if batch.loss_denominator else 0.0  # a silent batch
+            self.accelerator.backward(output.total * (scale * share))
             total += output.total.detach() * (share / count)
             metrics.append((output.metrics, share))
         return total, metrics, parts + len(batches)
-
-    def _share_gradients(self) -> None:
-        """The mean over the processes, as DistributedDataParallel and FSDP leave it. All have a gradient of the same parameters:
-        they have micro-batches of the same parts."""
-        for p in self.module.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= self.processes.count
 
     def _read(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
         """The only place of a step where the host waits for the device. loss: this process's part of it."""
@@ -337,7 +320,7 @@ class Loop(Generic[B]):
         method = self.callback.state() if self.callback else {}
         self.state.window, self.state.lines = self.processes.gathered(self.window.state()), self.tracker.lines
         save_checkpoint(
-            self.checkpoints, done, self.plain, self.optimizer, method, self.state.to_dict(),
+            self.checkpoints, done, self.module, self.optimizer, method, self.state.to_dict(),
             keep=self.config.keep_checkpoints, processes=self.processes, spare=self.state.within_budget,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def train_language(
 
 def balanced_loss(context: Context, objective: Objective[PackedBatch], session: Session) -> LossFunction[PackedBatch]:
     """The objective's loss in training, with `train.router_aux_loss`. What is measured stays the objective's alone."""
-    lm: PackedLM = session.accelerator.unwrap_model(session.module)
+    lm = cast(PackedLM, session.module)
     coefficient = router_coefficient(lm.causal, context.cfg.train.router_aux_loss)
     if coefficient:
         say(f"the loss has {coefficient:g} times the routers' balance (train.router_aux_loss)")
@@ -131,7 +131,7 @@ def step_callback(context: Context, data: PreparedData, model: TrainableModel, s
     found: list[StepCallback] = [model.callback] if model.callback else []
     cfg: LanguageStage = context.cfg
     if isinstance(cfg, Guarded) and cfg.ewc.lam:
-        plain = session.accelerator.unwrap_model(session.module)
+        plain = session.module
         importance = None
         if data.ewc_text is not None:
             trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", data.ewc_text, "").fingerprint()]

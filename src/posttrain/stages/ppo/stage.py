@@ -92,7 +92,7 @@ class PpoSteps:
         write = start_engine(cfg, data, policy).sample if cfg.rollout.engine == "vllm" else sample
         fit_memory(cfg, roles, policy, _largest_batch(cfg), context.device)
         model = PpoModel(policy, roles, write)
-        return Trainable(roles, model, policy.trained, policy.total, lambda: as_given(data, policy), takes_turns=True)
+        return Trainable(roles, model, policy.trained, policy.total, lambda: as_given(data, policy))
 
     def training(
         self, context: Context, prepared: Prepared[PpoData], built: Trainable[PpoModel], session: Session
