@@ -88,8 +88,8 @@ def _serve() -> None:
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     import torch
-    from torch._C._distributed_c10d import TCPStore
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from torch._C._distributed_c10d import TCPStore
 
     import posttrain.launch.worker
     import posttrain.stages.stage  # noqa: F401
