@@ -79,7 +79,7 @@ def _add_stage(spec: StageSpec) -> None:
                 config = composing.compose_run(name, words, config_dir)
                 from posttrain.launch.worker import run_config
 
-                run_config(config)
+                run_config(config, waits=False)
 
         _end(command)
 

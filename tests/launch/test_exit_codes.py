@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from posttrain.errors import RunError, Stopped, UserError, of_all
 from posttrain.launch.exit_codes import guarded
-from posttrain.launch.worker import as_launched, check_devices
+from posttrain.launch.launchers.torchrun import check_devices
+from posttrain.launch.worker import as_launched
 from posttrain.training.processes import Processes, is_lost_process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from posttrain.commands.compare_runs import RunComparison, compare_runs
 from posttrain.config.code import refuse_own_code
@@ -20,7 +21,7 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
 
     Raises UserError for what is no finished run, RunError where the result does not agree.
     """
-    manifest, config = read_manifest(run), completed(read_config(run))
+    manifest, config = read_manifest(run), completed(_here(read_config(run)))
     if digest(read_config(run, as_written=True)) != manifest.config_digest:
         raise UserError(
             f"{run / 'config.yaml'} is not the config that the manifest was written for; it cannot be rebuilt from it"
@@ -43,3 +44,9 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
         raise RunError(f"{place} does not agree with {run}: {', '.join(wrong)}")
     say(f"{place} is {run} again, bit for bit")
     return found
+
+
+def _here(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the cluster on which it ran: that is no part of a run, and this machine is not it."""
+    train = {key: value for key, value in config["train"].items() if key != "launcher"}
+    return {key: value for key, value in config.items() if key != "launch"} | {"train": train}

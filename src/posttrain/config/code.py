@@ -16,6 +16,7 @@ NAMES_CODE = {
     "reward.function": ("reward.function",),
     "reward.gold": ("reward.gold",),
     "rm.rule": ("rm.rule",),
+    "launch.sbatch": ("launch.sbatch",),
 }
 OURS = ("posttrain.rewards:", "posttrain.rules:")  # functions that come with the package
 # what Hydra may call: its own parts, and the launchers that docs/configuration.md names
@@ -54,7 +55,12 @@ def _running_code(config: dict[str, Any]) -> dict[str, Any]:
 
 def _runs_code(value: Any) -> bool:
     values = cast("list[Any]", value) if isinstance(value, list) else [value]
-    return any(each is True or (isinstance(each, str) and ":" in each and not each.startswith(OURS)) for each in values)
+    return any(each is True or (isinstance(each, str) and _is_code(each)) for each in values)
+
+
+def _is_code(value: str) -> bool:
+    """A function by its module, or an option of another program."""
+    return value.startswith("--") or (":" in value and not value.startswith(OURS))
 
 
 def refuse_targets(composed: Any) -> None:

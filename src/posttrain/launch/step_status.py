@@ -12,7 +12,7 @@ from posttrain.reports.run_records import plain
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.earlier import as_of_today, same_base
 from posttrain.runs.files import sha256
-from posttrain.runs.identity import NOT_PART_OF_A_RUN, digest, flatten
+from posttrain.runs.identity import digest, flatten, part_of_a_run
 from posttrain.runs.manifest import MANIFEST, is_finished
 from posttrain.stages.spec import spec_of
 
@@ -32,8 +32,8 @@ def made_from(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any
     parents: config key (init, init_reward, reward.gold) -> run directory of a step. The identity of one that has not run is
     None.
     """
-    kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
-    flat = {key: value for key, value in flatten(kept).items() if key not in parents}  # where a parent lies does not matter
+    kept = flatten(part_of_a_run(config))
+    flat = {key: value for key, value in kept.items() if key not in parents}  # where a parent lies does not matter
     identities = {key: _identity(parent) for key, parent in parents.items()}
     parts = {"config": flat, "input": identities, "files": _local_files(config, parents)}
     return {"digest": digest(parts), **parts, "input_name": {key: p.name.partition("-")[2] for key, p in parents.items()}}

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,25 @@ from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
-from posttrain.launch.subprocess_runner import config_file, worker_command
+from posttrain.launch.launchers import launch
 from posttrain.runs.directory import Run, open_run
 from posttrain.runs.manifest import read_manifest
 from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import spec_of
-from posttrain.training.signals import caught, leave_with_parent, leaving_at_once
+from posttrain.training.signals import ignore, leave_with_parent, leaving_at_once
 
 PATIENCE = timedelta(hours=6)  # rank 0 may read, tokenise, and write for long; a process that ends is noticed at once
 
 
-def run_config(config: dict[str, Any]) -> dict[str, Any]:
+def run_config(config: dict[str, Any], waits: bool = True) -> dict[str, Any]:
     """Run a composed, validated config to its end, or go on where it stopped; returns the manifest as its JSON has it.
 
-    Raises UserError, RunError or Stopped.
+    waits: False where a launcher that queues the run need not wait for its end; returns {} then. Raises UserError, RunError or
+    Stopped.
     """
     config = as_launched(config)
-    if config["train"]["processes"] > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(config)
+    if "WORLD_SIZE" not in os.environ and _needs_launcher(config):
+        return launch(config, waits)
     with leaving_at_once():
         return _run(config)
 
@@ -53,6 +52,12 @@ def as_launched(config: dict[str, Any]) -> dict[str, Any]:
     if asked not in (1, int(found)):
         raise UserError(f"train.processes: {asked}, and the launcher has started {found}; leave one of them out")
     return {**config, "train": {**config["train"], "processes": int(found)}}
+
+
+def _needs_launcher(config: dict[str, Any]) -> bool:
+    """Is this process none of the run's own?"""
+    train = config["train"]
+    return train["launcher"] != "local" or train["processes"] > 1 or config["launch"]["restarts"] > 0
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def _leave_group() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        ignore()
         dist.destroy_process_group()
 
 
@@ -109,61 +115,6 @@ def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
 
     directory, finished = Processes(state.num_processes, state.process_index, state.device or torch.device("cpu")).told(open_here)
     return opened[0] if opened else Run(Path(directory), config), finished
-
-
-def _launch(config: dict[str, Any]) -> dict[str, Any]:
-    """`train.processes` copies of this worker on one machine, under torch's own launcher (what torchrun is made of)."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    check_devices(config["train"]["processes"])
-    run = open_run(config)  # refuses what can be refused before anything starts
-    config = {**config, "run": {**config["run"], "dir": str(run.dir)}}
-    if run.lock:
-        run.lock.release()
-    count = config["train"]["processes"]
-    for name in [each for each in logging.root.manager.loggerDict if each.startswith("torch.distributed")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    with config_file(config) as file:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            signals_to_handle=",".join(number.name for number in caught()),
-        )
-        try:
-            elastic_launch(launch, sys.executable)(*worker_command(str(file))[1:])
-        except SignalException:
-            raise Stopped("stopped by a signal; the same command goes on") from None
-        except ChildFailedError as e:
-            raise _meaning(e.get_first_failure()[1].exitcode, count) from None
-    return read_manifest(run.dir).to_dict()
-
-
-def check_devices(count: int) -> None:
-    """Raises UserError where processes would have to share a GPU, which NCCL refuses late and in other words."""
-    import torch
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else count
-    if count > found:
-        raise UserError(f"train.processes: {count} on a machine with {found} GPUs; say train.processes={found}")
-
-
-def _meaning(code: int, count: int) -> BaseException:
-    """The error for the first of `count` processes that ended, with `code`. It has printed the details itself."""
-    if code == Stopped.exit_code:
-        return Stopped("stopped by a signal; the same command goes on")
-    if code == UserError.exit_code:
-        return UserError("the message is above")
-    how = f"was ended by signal {-code}" if code < 0 else f"failed (exit {code}); its own message is above"
-    return RunError(f"one of {count} processes {how}; the last checkpoint is kept, the same command goes on")
 
 
 def main(path: str) -> int:

@@ -40,7 +40,7 @@ def code_digest(directory: Path) -> str:
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of every file of the result; checkpoints have records of their own."""
-    skip = {"checkpoints", TRACKING, ".lock", "manifest.json"}
+    skip = {"checkpoints", TRACKING, ".lock", "manifest.json", "job.log", ".ray"}  # of the last two, others write still
     files = (p for p in sorted(directory.rglob("*")) if p.is_file() and stays_inside(p, directory))
     wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
     return {str(p.relative_to(directory)): sha256(p) for p in wanted}

@@ -15,15 +15,24 @@ from pydantic import BaseModel
 from posttrain.errors import UserError
 from posttrain.runs.earlier import current_config
 
-NOT_PART_OF_A_RUN = ("run", "tracker", "track", "resume")  # what may differ between two starts of the same run
+# what may differ between two starts of the same run: sections, and single keys of others
+NOT_PART_OF_A_RUN = ("run", "tracker", "track", "resume", "launch", "train.launcher")
 LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 
 def digest(config: BaseModel | dict[str, Any]) -> str:
     """sha256 of the canonical JSON of everything that can change the result."""
     plain = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
-    kept = {key: value for key, value in plain.items() if key not in NOT_PART_OF_A_RUN}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(part_of_a_run(plain), sort_keys=True).encode()).hexdigest()
+
+
+def part_of_a_run(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what may differ between two starts of the same run."""
+    kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+    for section, _, key in (name.partition(".") for name in NOT_PART_OF_A_RUN):
+        if key and isinstance(found := kept.get(section), dict):
+            kept[section] = {name: value for name, value in cast("dict[str, Any]", found).items() if name != key}
+    return kept
 
 
 def content_hash(*parts: Any) -> str:
@@ -43,8 +52,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     """By key as today's version calls it, every setting that makes a run itself."""
-    current = flatten(current_config(config))
-    return {key: value for key, value in current.items() if key.split(".")[0] not in NOT_PART_OF_A_RUN}
+    return flatten(part_of_a_run(current_config(config)))
 
 
 def allowed(config: dict[str, Any]) -> list[str]:

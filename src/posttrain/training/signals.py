@@ -75,9 +75,17 @@ class StopSignal:
             self.check()  # what a callback has swallowed
 
     def restore(self) -> None:
-        """Put the earlier handlers back."""
+        """Put the earlier handlers back, but for signals that are ignored since."""
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """From here on no signal ends this process, which leaves by itself: of several processes that stop at the same step, some may
+    hear of the signal late."""
+    for number in caught():
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

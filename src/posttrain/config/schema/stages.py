@@ -10,6 +10,7 @@ from posttrain.config.fields import Rate, Strict
 from posttrain.config.interfaces import METHODS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
+from posttrain.config.schema.launch import LaunchConfig
 from posttrain.config.schema.model import ChainConfig, LanguageModel, ModelConfig, PeftConfig, QuantConfig
 from posttrain.config.schema.training import (
     EvalConfig,
@@ -32,6 +33,7 @@ class Stage(Strict):
     quant: QuantConfig
     optim: OptimConfig
     train: TrainConfig
+    launch: LaunchConfig
     run: RunConfig
     resume: ResumeConfig
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
@@ -44,6 +46,7 @@ class Stage(Strict):
         for key in ("id", "artifacts") if self.tracker == "tensorboard" else ():
             if getattr(self.track, key):
                 raise ValueError(f"track.{key}: tensorboard has none; leave it out, or say tracker=wandb, trackio or mlflow")
+        self.launch.check(self.train.launcher, self.train.processes)
         if self.quant.is_quantized and self.train.fsdp:
             raise ValueError(f"train.fsdp does not shard a base in {self.quant.name}; say quant=none, or train.fsdp=false")
         if self.train.fsdp and not self.peft.for_fsdp:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, StrictBool
 
 from posttrain.config.choices import Schedule
 from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.schema.launch import Launcher
 
 
 class OptimConfig(Strict):
@@ -40,7 +41,8 @@ class TrainConfig(Strict):
     spike_steps: Annotated[int, Field(ge=8)]
     gradient_checkpointing: Literal["auto"] | StrictBool | Positive  # auto: as many layers as memory asks for
     precision: Literal["auto", "none", "bf16"]  # autocast; auto: bf16 on CUDA when weights are float32
-    processes: Positive
+    processes: Positive  # of all machines together
+    launcher: Launcher
     fsdp: bool
 
 
