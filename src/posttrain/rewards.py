@@ -23,7 +23,7 @@ from torch import Tensor
 from posttrain.config.schema import RewardConfig
 from posttrain.console import say
 from posttrain.errors import RunError, UserError, did_you_mean
-from posttrain.losses.policy import whiten
+from posttrain.losses.advantages import whiten
 from posttrain.runs.earlier import current_function
 
 _WORD = re.compile(r"\w+")

@@ -52,7 +52,7 @@ def test_figures_and_a_checkpoints_state_under_todays_names() -> None:
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found, lines = as_of_today(identity_of(then), identity_of(now))
-    return lines + compare(found, identity_of(now), ["a", "eval", "model", "peft", "data", "reward"], "it")
+    return lines + compare(found, identity_of(now), ["a", "eval", "model", "peft", "data", "reward", "ppo"], "it")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,13 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             ["reward.missing_eos_penalty was 0.5, is now 1"],
         ),
         ({"reward": {"function": "posttrain.rules:x"}}, {"reward": {"function": "posttrain.rewards:x"}}, []),
+        # GRPO was PPO's loss, with KL among the rewards of a group
+        ({"ppo": {"advantage": "gae", "clip": 0.2}}, {"ppo": {"advantage": "gae", "clip": 0.2, "loss": "ppo"}}, []),
+        (
+            {"ppo": {"advantage": "grpo", "clip": 0.2}},
+            {"ppo": {"advantage": "grpo", "clip": 0.2, "loss": "grpo", "kl_in": "loss"}},
+            ["ppo.kl_in was reward, is now loss", "ppo.loss was ppo, is now grpo"],
+        ),
         # what is below a null, or is the user's own word, has changed
         ({"eval": {"sets": None}}, {"eval": {"sets": {"a": "f"}}}, ["eval.sets.a was None, is now f"]),
         ({"eval": {"sets": {"a": "f"}}}, {"eval": {"sets": {"a": "f", "b": "g"}}}, ["eval.sets.b was None, is now g"]),

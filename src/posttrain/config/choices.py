@@ -10,6 +10,9 @@ Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate
 KlEstimator = Literal["k1", "k2", "k3"]
 GroupAdvantage = Literal["grpo", "rloo"]  # against the other answers to the same prompt
 Advantage = Literal["gae", GroupAdvantage]
+AdvantageScale = Literal["group", "step", "none"]  # whose deviation grpo divides by
+KlPlace = Literal["reward", "loss"]
+Correction = Literal["none", "truncate", "mask"]  # of samples that another policy drew than the one that is trained
 
 Kernels = Literal["auto", "reference"]
 
@@ -17,3 +20,5 @@ Kernels = Literal["auto", "reference"]
 PREFERENCE_LOSSES: Registry[Any] = Registry(
     "posttrain.losses.preference", "posttrain.preference_losses", "LOSS", "preference loss"
 )
+# a file a loss, a `posttrain.losses.surrogates.PolicyLoss` in each
+POLICY_LOSSES: Registry[Any] = Registry("posttrain.losses.policy", "posttrain.policy_losses", "LOSS", "policy loss")

@@ -13,6 +13,7 @@ _DPO = {
     "dpo.beta": 0.1,
     "dpo.label_smoothing": 0.0,
 }  # defaults of 0.2: today the loss's own, which are the same, but for the beta of sigmoid_norm
+OF_POLICIES = {"ppo.loss": "ppo", "ppo.kl_in": "reward"}  # what there was no other choice of, before today's
 CURRICULUM = "curriculum.order"  # of what checkpoints hold, since 0.2
 OF_CONTENT = "sha256:"  # how a name begins that says what was read, and nothing of the code that has read it
 
@@ -26,9 +27,13 @@ def current_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def as_it_ran(config: dict[str, Any]) -> dict[str, Any]:
     """A stored config with the settings that its version did not have yet, where today's default is not what it did."""
-    data = config.get("data")
+    data, ppo = config.get("data"), config.get("ppo")
     if isinstance(data, dict) and "eval_rows" in data:
-        return config | {"data": {"eval_rest": "drop"} | cast("dict[str, Any]", data)}
+        config = config | {"data": {"eval_rest": "drop"} | cast("dict[str, Any]", data)}
+    if isinstance(ppo, dict):
+        then: dict[str, Any] = {key.removeprefix("ppo."): value for key, value in OF_POLICIES.items()}
+        then |= {"clip_high": ppo["clip"]} if "clip" in ppo else {}
+        config = config | {"ppo": then | cast("dict[str, Any]", ppo)}
     return config
 
 
@@ -46,6 +51,7 @@ def as_of_today(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, An
         lines.append("trains on rows beyond data.eval_rows, which the earlier version left out (data.eval_rest=drop)")
     usual = {key: value for key, value in _DPO.items() if (now.get("dpo.loss"), key) != ("sigmoid_norm", "dpo.beta")}
     found |= {key: None for key, value in usual.items() if now.get(key, value) is None and found.get(key) == value}
+    found |= {key: value for key, value in OF_POLICIES.items() if key in now and "ppo.clip" in found and key not in found}
     found |= {key: value for key, value in now.items() if _is_new(key, found)}
     if str(now.get("data.content")).startswith(OF_CONTENT) and not str(found.get("data.content")).startswith(OF_CONTENT):
         lines.append(

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import posttrain
 from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.language.actor_critic import ActorCritic
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.rewards import combined, load_function
+from posttrain.stages.ppo.summary import lines_of_method
 from posttrain.stages.ppo.training import PpoTraining
 
 TINY = (
@@ -293,10 +295,36 @@ def test_an_answer_without_end_is_scored_as_if_it_had_ended(runs: Path, monkeypa
     assert ended and all(tokens == [end] * len(tokens) for tokens in ended)
 
 
+def test_defaults_follow_the_method_and_are_said() -> None:
+    words = ["model=tiny", "reward.function=posttrain.rewards:brevity"]
+    for more, expected in {
+        (): ("ppo", 0.05, "reward", "k1", 0.2, 0.2, 64, 1.0, "group"),
+        ("ppo.advantage=rloo",): ("ppo", 0.05, "reward", "k1", 0.2, 0.2, 64, 1.0, "group"),
+        ("ppo.advantage=grpo",): ("grpo", 0.0, "loss", "k3", 0.2, 0.2, 512, 0.0, "group"),
+        ("ppo.advantage=grpo", "ppo.loss=dr_grpo", "ppo.clip=0.1"): ("dr_grpo", 0.0, "loss", "k3", 0.1, 0.1, 512, 0.0, "none"),
+        ("ppo.advantage=grpo", "ppo.loss=dapo"): ("dapo", 0.0, "loss", "k3", 0.2, 0.28, 512, 0.0, "group"),
+        ("ppo.advantage=rloo", "ppo.loss=gspo"): ("gspo", 0.05, "reward", "k1", 3e-4, 4e-4, 64, 1.0, "group"),
+    }.items():
+        cfg = compose_run("ppo", [*words, "ppo.samples=2", *more])
+        ppo = cfg["ppo"]
+        said = (ppo["loss"], ppo["kl_coef"], ppo["kl_in"], ppo["kl_estimator"], ppo["clip"], ppo["clip_high"])
+        assert (*said, cfg["rollout"]["max_new_tokens"], cfg["reward"]["missing_eos_penalty"], ppo["scale"]) == expected, more
+    lines = lines_of_method(
+        typed_config(
+            compose_run("ppo", [*words, "ppo.advantage=grpo", "ppo.samples=2", "train.grad_accum=2", "rollout.top_p=0.9"])
+        )
+    )
+    assert lines == [
+        "ppo.advantage=grpo ppo.loss=grpo: ratios from 0.8 to 1.2; no KL penalty; answers of up to 512 tokens, "
+        "nothing off without an end",
+        "ppo.minibatches=4 of train.grad_accum=2 micro-batches: an update has one at least, so a pass has 2",
+        "rollout.top_p: answers are drawn from a part of the policy, so gradients are biased; rollout.correction=truncate weighs "
+        "what was drawn as the policy does",
+    ]
+
+
 def test_rewards_are_put_together_in_order() -> None:
     cfg = compose_run("ppo", ["model=tiny", "reward.function=[a:b,c:d]", "reward.weights=[2,-1]", "reward.clip=3"])
-    from posttrain.config.stages import typed_config
-
     reward, shaped_reward = combined(
         [torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.0])],
         torch.tensor([True, False]),
@@ -316,7 +344,13 @@ def test_rewards_are_put_together_in_order() -> None:
         (("reward.function=ppo_rules:short", "train.max_length=14"), "train.max_length"),
         (("reward.function=ppo_rules:short", "train.max_length=100000"), "context"),
         (("reward.function=ppo_rules:short", "ppo.advantage=grpo"), "ppo.samples"),
-        (("reward.function=ppo_rules:short", "ppo.minibatches=9"), "train.grad_accum"),
+        (
+            ("reward.function=ppo_rules:short", "ppo.advantage=grpo", "ppo.samples=2", "ppo.kl_coef=0.1", "ppo.kl_in=reward"),
+            "ppo.kl_in",
+        ),
+        (("reward.function=ppo_rules:short", "ppo.kl_in=loss", "ppo.kl_estimator=k1"), "gradient of mean 0"),
+        (("reward.function=ppo_rules:short", "ppo.kl_coef=0", "ppo.target_kl=2"), "ppo.target_kl"),
+        (("reward.function=ppo_rules:short", "ppo.loss=drgrpo"), "did you mean 'dr_grpo'"),
         (("reward.function=ppo_rules:short", "reward.weights=[1,2]"), "reward.weights"),
         (("init_reward=SFT",), "a sft run"),
         (("reward.function=ppo_rules:short", "reward.gold=SFT"), "reward.gold"),

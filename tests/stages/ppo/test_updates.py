@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
 import posttrain
 from posttrain.batch import PackedBatch
-from posttrain.losses import policy as losses
+from posttrain.losses import advantages as losses
 from posttrain.models.language.actor_critic import ActorCritic
 
-STEPS, GROUPS, EPOCHS = 2, 4, 3
+STEPS, GROUPS, EPOCHS, END = 2, 4, 3, 2
 REWARDS = "def letters(prompts, answers): return [0.25 * len(answer) - 1 for answer in answers]"
 WORDS = (
     "model=tiny", "model.dtype=float32", "+peft=lora", "peft.r=4", "data.path=rows.jsonl", "data.eval_share=0", "eval.sets=null",
@@ -168,3 +169,54 @@ def test_without_one_answers_are_compared_and_updates_stop_at_their_kl(watched: 
         assert loss == pytest.approx(float(-mine.sum()) / len(batch.target), abs=1e-5), "the ratio is 1"
         assert torch.equal(logps, batch.extra["old"])
     assert second["train/kl"] > 1e-3
+
+
+def test_grpos_kl_is_a_term_of_the_loss_and_answers_count_alike(watched: Watched) -> None:
+    words = ["ppo.advantage=grpo", "ppo.samples=2", "ppo.stop_kl=null", "rollout.max_new_tokens=8"]
+    posttrain.run("ppo", *WORDS, *words, "run.dir=ppo")
+    first, second = lines("ppo")
+    assert first["train/kl_coef"] == 0.5 and first["train/kl_loss"] > 0
+    for scores, line in zip(watched.groups, (first, second), strict=True):
+        assert float(scores.mean()) == pytest.approx(line["train/reward"], abs=1e-6), "no KL among what is compared"
+    moved = 0.0
+    for batch, logps, loss in watched.of("policy"):
+        old, earned, reference = (batch.extra[name] for name in ("old", "advantages", "reference_logps"))
+        ratio, d = torch.exp(logps - old), reference - logps
+        each = -torch.minimum(ratio * earned, ratio.clamp(0.8, 1.2) * earned) + 0.5 * (torch.exp(d) - d - 1)
+        by_answer = [float(each[batch.sequence_id == i].mean()) for i in range(batch.num_answers)]
+        assert loss == pytest.approx(sum(by_answer) / len(by_answer), abs=1e-5)
+        moved = max(moved, float(d.abs().max()))
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "gspo", "cispo"])
+def test_a_constant_reward_moves_nothing(loss: str, watched: Watched) -> None:
+    """0.1 is a number whose mean of three is another one in float32."""
+    Path("one_for_all.py").write_text("def tenth(prompts, answers): return [0.1] * len(answers)")
+    words = [
+        "reward.function=one_for_all:tenth",
+        "ppo.advantage=grpo",
+        f"ppo.loss={loss}",
+        "ppo.samples=3",
+        "ppo.epochs=1",
+        "ppo.kl_coef=0",
+        "train.max_steps=1",
+    ]
+    found = posttrain.run("ppo", *WORDS, *words, "run.dir=ppo")
+    (line,) = lines("ppo")
+    assert line["train/grad_norm"] == 0.0 and line["train/informative"] == 0.0
+    weights = load_file("ppo/adapter/adapter_model.safetensors")
+    assert all(not weight.any() for name, weight in weights.items() if "lora_B" in name)
+    assert any("nothing to learn from" in alarm["text"] for alarm in found["alarms"])
+
+
+def test_an_answer_that_was_cut_short_can_be_left_out(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tokens' weights and of what they are divided by; where none ends, there is no update."""
+    words = ["ppo.advantage=grpo", "ppo.samples=2", "ppo.mask_truncated=true", "ppo.loss=dapo", "train.max_steps=1"]
+    posttrain.run("ppo", *WORDS, *words, "run.dir=ppo")
+    for batch, _, _ in watched.of("policy"):
+        whole = batch.tokens[0, batch.eos_index] == END
+        assert torch.equal(batch.extra["share"], whole[batch.sequence_id].float())
+        assert batch.loss_denominator == float(whole[batch.sequence_id].sum())
+    (line,) = lines("ppo")
+    assert line["train/updates"] <= EPOCHS * GROUPS

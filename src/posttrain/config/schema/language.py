@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from posttrain.config.choices import PREFERENCE_LOSSES, Advantage, KlEstimator
-from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, SumOf, Weight, listed
+from posttrain.config.choices import (
+    POLICY_LOSSES,
+    PREFERENCE_LOSSES,
+    Advantage,
+    AdvantageScale,
+    Correction,
+    KlEstimator,
+    KlPlace,
+)
+from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, SumOf, Weight, listed
 
 
 class DpoConfig(Strict):
@@ -89,14 +97,19 @@ class PpoConfig(Strict):
     """`ppo`: advantages, KL, clipping and updates of policy optimisation."""
 
     advantage: Advantage
+    loss: Annotated[str, OneOf(POLICY_LOSSES)]
     samples: Positive  # answers to a prompt
+    scale: AdvantageScale
     gamma: Share
     lam: Share
-    kl_coef: Annotated[float, Field(ge=0)]  # of the KL to the stage's start, taken off the reward
+    kl_coef: Annotated[float, Field(ge=0)]  # of the KL to the stage's start
+    kl_in: KlPlace
     kl_estimator: KlEstimator
     target_kl: Rate | None  # nats an answer; kl_coef then follows it
     kl_rate: Annotated[float, Field(gt=0, lt=1)]
     clip: Rate
+    clip_high: Rate
+    mask_truncated: bool
     value_clip: Rate | None
     value_coef: Annotated[float, Field(ge=0)]
     entropy_coef: Annotated[float, Field(ge=0)]
@@ -116,6 +129,8 @@ class RolloutConfig(Strict):
     batch_size: Positive
     engine: Literal["model", "vllm"]
     engine_memory: Annotated[float, Field(gt=0, lt=1)]  # vLLM's share of the device
+    correction: Correction
+    correction_cap: Annotated[float, Field(gt=1)]
 
 
 class RewardConfig(Strict):

@@ -18,8 +18,8 @@ from posttrain.models.language.packed_lm import PackedLM
 
 
 class Answer(NamedTuple):
-    """tokens: with the end token where `ended`. logps: of each token under the whole softmax at the temperature, before top-k
-    and top-p. entropy: of that softmax, its mean over the tokens, in nats."""
+    """tokens: with the end token where `ended`. logps: of each token by what it was drawn from: the softmax at the temperature,
+    of which top-k and top-p may have left a part. entropy: of the whole softmax, its mean over the tokens, in nats."""
 
     tokens: list[int]
     logps: list[float]
@@ -36,6 +36,11 @@ class Sampling:
     top_p: float
     top_k: int
     at_once: int
+
+    @property
+    def cuts(self) -> bool:
+        """Is a part of the softmax cut off?"""
+        return bool(self.top_k) or self.top_p < 1
 
     def allowed(self, logps: Tensor) -> Tensor:
         """float32 [n, V] -> the probabilities of the tokens that top-k and top-p keep, and 0 for the others."""
@@ -101,8 +106,12 @@ def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, 
     drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
     for step in range(sampling.max_new_tokens):
         logps = head.shaped(output(hidden).float()).log_softmax(-1)
-        choice = draw(sampling.allowed(logps), None if numbers is None else numbers[number, step, None])
-        figures = torch.cat([choice, logps.gather(1, choice), -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
+        chances = sampling.allowed(logps)
+        choice = draw(chances, None if numbers is None else numbers[number, step, None])
+        kept = chances.sum(-1, keepdim=True).log() if sampling.cuts else 0.0
+        figures = (
+            torch.cat([choice, logps.gather(1, choice) - kept, -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
+        )
         for row in alive.nonzero()[:, 0].tolist():
             token, logp, entropy = figures[row].tolist()
             drawn[int(number[row])].append((int(token), logp, entropy))

@@ -39,8 +39,8 @@ class Engine:
         ends: Sequence[int],
         seeds: Sequence[int] | None = None,
     ) -> list[list[Answer]]:
-        """As `sampling.sample`, but for two figures: log-probs are of what top-k and top-p leave, and an answer's entropy is
-        the mean of -log p over its tokens, which is the entropy in expectation."""
+        """As `generation.sample`, but for one figure: an answer's entropy is the mean of -log p over its tokens, which is the
+        entropy in expectation."""
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from posttrain.config.schema import LanguageStage, PpoConfig, RewardConfig, RolloutConfig
+from posttrain.errors import UserError
 
 
 class Ppo(LanguageStage):
@@ -37,11 +38,6 @@ class Ppo(LanguageStage):
             raise ValueError(f"reward.weights: {len(self.reward.weights)} weights for {given} rewards (init_reward comes first)")
         if self.ppo.advantage != "gae" and self.ppo.samples < 2:
             raise ValueError(f"ppo.samples: {self.ppo.advantage} compares answers to one prompt; say ppo.samples=4")
-        if self.ppo.minibatches > self.train.grad_accum:
-            raise ValueError(
-                f"ppo.minibatches: a step's train.grad_accum={self.train.grad_accum} micro-batches cannot be dealt into "
-                f"{self.ppo.minibatches}; raise train.grad_accum"
-            )
         if self.example_length < 1:
             raise ValueError(
                 f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "
@@ -62,3 +58,17 @@ class Ppo(LanguageStage):
                 "rollout.engine: vllm is handed a LoRA over a base in 16 bit; say +peft=lora quant=none, or rollout.engine=model"
             )
         return self
+
+
+def check_kl(ppo: PpoConfig) -> None:
+    """Raises UserError for a penalty that would do something else than one thinks. Not in the schema: runs that earlier versions
+    have left so can still be read."""
+    if ppo.kl_coef and ppo.kl_in == "reward" and ppo.advantage == "grpo":
+        raise UserError(
+            "ppo.kl_in: grpo divides by what a group's rewards differ by, and would make whole advantages of a little KL among "
+            "them; say ppo.kl_in=loss, or ppo.advantage=rloo"
+        )
+    if ppo.kl_coef and ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        raise UserError("ppo.kl_estimator: k1 in the loss has a gradient of mean 0; say ppo.kl_estimator=k3, or k2")
+    if ppo.target_kl is not None and not ppo.kl_coef:
+        raise UserError("ppo.target_kl: ppo.kl_coef is to follow it, and 0 stays 0; give ppo.kl_coef=0.05, say")

@@ -52,8 +52,8 @@ def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> 
         ),
         (
             "flat",
-            found["reward_std"] == 0,
-            "every answer got the same reward: there is nothing to learn from; change the reward, or raise ppo.samples",
+            found["reward_std"] == 0 or found.get("informative") == 0,
+            "all answers to a prompt got the same reward: there is nothing to learn from; change the reward or raise ppo.samples",
         ),
         (
             "length",

@@ -54,6 +54,13 @@ class Rollout:
         return torch.tensor([answer.ended for answer in self.answers])
 
     @property
+    def sampled(self) -> Tensor:
+        """float32 [A, T]: log-probs of the tokens by what they were drawn from, zero past an answer's end."""
+        table = torch.zeros(self.mask.shape)
+        table[self.mask] = torch.tensor([logp for answer in self.answers for logp in answer.logps])
+        return table
+
+    @property
     def lengths(self) -> Tensor:
         """int64 [A]: tokens of each answer."""
         return self.mask.sum(1)
@@ -232,6 +239,6 @@ def figures_of(rollout: Rollout, reward: Tensor) -> dict[str, float]:
 
 
 def sampling_gap(rollout: Rollout) -> float:
-    """By how much log-probs with the cache differ from those in packs, in the mean: rounding, unless something is wrong."""
-    sampled = torch.tensor([logp for answer in rollout.answers for logp in answer.logps])
-    return float((sampled - rollout.old[rollout.mask]).abs().mean())
+    """By how much the log-probs that were drawn by differ from those in packs, in the mean: rounding, unless top-k or top-p cut
+    something off, or something is wrong."""
+    return float((rollout.sampled - rollout.old)[rollout.mask].abs().mean())

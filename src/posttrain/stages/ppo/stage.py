@@ -23,8 +23,9 @@ from posttrain.stages.language.save import save_language
 from posttrain.stages.language.stage import as_given, build_language
 from posttrain.stages.language.training import compare_ends, measure_sets, step_callback
 from posttrain.stages.ppo.actor_critic import build_actor_critic
-from posttrain.stages.ppo.config import Ppo
+from posttrain.stages.ppo.config import Ppo, check_kl
 from posttrain.stages.ppo.rollout import Roller, Write
+from posttrain.stages.ppo.summary import lines_of_method
 from posttrain.stages.ppo.training import PpoState, PpoTraining
 from posttrain.stages.ppo.vllm import check_engine, start_engine
 from posttrain.stages.steps import Context, Outcome, Prepared, Session, Trainable, Training
@@ -60,6 +61,7 @@ class PpoSteps:
     def prepare(self, context: Context) -> Prepared[PpoData]:
         """Everything that can be refused before a weight is loaded: base, data, parents."""
         cfg: Ppo = context.cfg
+        check_kl(cfg.ppo)
         language = prepare_language(context)
         base = language.data.base
         most = context_length(base.path, base.revision)
@@ -80,7 +82,8 @@ class PpoSteps:
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
-        return Prepared(data, language.identity, language.order, language.lines, language.where)
+        lines = [*language.lines[:-1], *lines_of_method(cfg), *language.lines[-1:]]
+        return Prepared(data, language.identity, language.order, lines, language.where)
 
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         """Policy, reference, value and reward, on one base where they can share it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from posttrain.batch import LossOutput, PackedBatch
 from posttrain.console import say
-from posttrain.losses.policy import adapted
+from posttrain.losses.advantages import adapted
 from posttrain.rewards import combined
 from posttrain.runs.files import write_json
 from posttrain.stages.language.prepare import PreparedData
@@ -78,6 +78,8 @@ class PpoTraining:
         figures["rollout_tokens_per_second"] = float(rollout.mask.sum()) / (time.monotonic() - began)
         began, tokens, updates = time.monotonic(), 0, 0
         for minibatch in self._minibatches(step, parts):
+            if not sum(processes.gathered(sum(batch.loss_denominator for batch in minibatch))):
+                continue  # none of its answers counts
             outcome = yield Update(minibatch)
             tokens, updates = tokens + sum(batch.size for batch in minibatch), updates + 1
             clipped.add(outcome)
@@ -106,7 +108,7 @@ class PpoTraining:
 
     def loss(self, module: nn.Module, batch: PackedBatch) -> LossOutput:
         """The loss of a micro-batch, of the policy or of the values."""
-        return ppo_loss(self.cfg, module, batch)
+        return ppo_loss(self.cfg, module, batch, self.state.kl_coef)
 
     def measure(self, done: int, check: Callable[[], None]) -> Measured:
         """Answers to the held-out prompts, always by the same random numbers."""

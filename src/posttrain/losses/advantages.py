@@ -1,4 +1,4 @@
-"""Policy gradients on sampled answers: what each token earned (GAE, GRPO, RLOO), and PPO's clipped losses.
+"""What sampled answers have earned: KL, the advantage of each token (GAE, GRPO, RLOO), and what values learn of them.
 
 Tables are [A, T]: a row an answer, a column a token, `mask` False past an answer's end.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.batch import LossOutput
-from posttrain.config.choices import GroupAdvantage, KlEstimator
+from posttrain.config.choices import AdvantageScale, GroupAdvantage, KlEstimator
 
 
 def kl_estimate(policy: Tensor, reference: Tensor, kind: KlEstimator) -> Tensor:
@@ -40,51 +40,48 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def group_advantages(scores: Tensor, size: int, kind: GroupAdvantage) -> Tensor:
+def group_advantages(scores: Tensor, size: int, kind: GroupAdvantage, scale: AdvantageScale = "group") -> Tensor:
     """How much better an answer is than the others to its prompt: [A] -> [A]; answers k*size to (k+1)*size share a prompt.
 
-    grpo  (r - mean) / (std + 1e-4) of the group (Shao et al. 2024, arXiv 2402.03300, section 4.1.2)
+    grpo  (r - mean) / (std + 1e-4) of the group (Shao et al. 2024, arXiv 2402.03300, section 4.1.2). scale: whose deviation it is
+          divided by, the group's, that of all of the step (Liu et al. 2025, arXiv 2508.08221), or none (Dr. GRPO: Liu et al.
+          2025, arXiv 2503.20783, section 3.2)
     rloo  r - the mean of the group's other answers (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8)
+
+    Where all of a group got the same, advantages are exactly 0: what rounding leaves of r - mean would be blown up.
     """
     groups = scores.view(-1, size)
-    centred = groups - groups.mean(1, keepdim=True)
+    centred = torch.where(told_apart(scores, size)[:, None], groups - groups.mean(1, keepdim=True), 0.0)
     if kind == "rloo":
         return (centred * size / (size - 1)).view(-1)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+    if scale == "none":
+        return centred.reshape(-1)
+    deviation = groups.std(1, keepdim=True) if scale == "group" else scores.std()
+    return (centred / (deviation + 1e-4)).view(-1)
+
+
+def told_apart(scores: Tensor, size: int) -> Tensor:
+    """bool [A / size]: the groups whose answers did not all get the same, the only ones that teach something."""
+    groups = scores.view(-1, size)
+    return groups.amax(1) > groups.amin(1)
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all of `values`; a single one becomes 0."""
+    """Mean 0 and variance 1 over all of `values`; equal ones become 0, exactly."""
+    if not len(values) or values.max() == values.min():
+        return torch.zeros_like(values)
     centred = values - values.mean()
     return centred / (centred.pow(2).mean().sqrt() + 1e-8)
 
 
-def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, *, clip: float) -> LossOutput:
-    """Sum over N tokens of -min(rho A, clip(rho, 1 - clip, 1 + clip) A) (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
-
-    logps: of the sampled tokens by the policy under training, old: by the one that sampled them; rho = exp(logps - old).
-    """
-    ratio = torch.exp(logps - old)
-    total = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).sum()
-    count = float(len(logps))
-    ratio = ratio.detach()
-    return LossOutput(
-        total,
-        {
-            "loss": (total.detach(), count),
-            "clip_fraction": (((ratio - 1).abs() > clip).float().sum(), count),
-            "update_kl": (kl_estimate(old, logps.detach(), "k3").sum(), count),
-        },
-    )
-
-
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, *, clip: float | None) -> LossOutput:
-    """Sum over N tokens of max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2) / 2, or without `clip` of the first."""
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, *, clip: float | None, weight: Tensor) -> LossOutput:
+    """Sum over N tokens of weight times max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2) / 2, or without `clip` of
+    the first."""
     losses = (values - returns) ** 2
     if clip is not None:
         losses = torch.maximum(losses, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
-    total = losses.sum() / 2
-    return LossOutput(total, {"value_loss": (total.detach(), float(len(values)))})
+    total = (weight * losses).sum() / 2
+    return LossOutput(total, {"value_loss": (total.detach(), weight.sum())})
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

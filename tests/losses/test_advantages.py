@@ -1,17 +1,17 @@
-"""Advantages, KL estimators and clipped losses against numbers worked out by hand."""
+"""Advantages, KL estimators and the values' loss against numbers worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from posttrain.losses.policy import (
+from posttrain.losses.advantages import (
     adapted,
     explained_variance,
     gae,
     group_advantages,
     kl_estimate,
-    policy_loss,
+    told_apart,
     value_loss,
     whiten,
 )
@@ -74,24 +74,31 @@ def test_whitening_by_hand() -> None:
     assert whiten(torch.tensor([5.0])).tolist() == [0.0]
 
 
-def test_clipped_policy_loss_by_hand() -> None:
-    old = torch.zeros(4)
-    logps = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5])).requires_grad_()
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    output = policy_loss(logps, old, advantages, clip=0.2)
-    # min(1.5, 1.2), min(-1.5, -1.2), min(0.5, 0.8), min(-0.5, -0.8)
-    assert output.total.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
-    assert float(output.metrics["clip_fraction"][0]) == 4
-    output.total.backward()
-    # no gradient where going on would not be punished: up from 1.5 at A > 0, down from 0.5 at A < 0
-    assert logps.grad is not None and logps.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
+@pytest.mark.parametrize("score", [0.1, 1.0, -2.7182818])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_constant_reward_teaches_nothing(score: float, kind: str) -> None:
+    """Exactly: the mean of three times 0.1 is not 0.1 in float32, and the rest would be divided by nearly nothing."""
+    scores = torch.full((21,), score)
+    for size in (3, 7):
+        for scale in ("group", "step", "none"):
+            assert torch.equal(group_advantages(scores, size, kind, scale), torch.zeros(21))  # type: ignore[arg-type]
+    assert torch.equal(whiten(scores), torch.zeros(21))
+    assert told_apart(torch.tensor([0.0, 1.0, 2.0, 2.0]), 2).tolist() == [True, False]
+
+
+def test_what_grpo_divides_by() -> None:
+    scores = torch.tensor([0.0, 2.0, 0.0, 0.0])  # deviations: of the first group sqrt 2, of all of them 1
+    assert group_advantages(scores, 2, "grpo", "none").tolist() == [-1, 1, 0, 0]
+    assert group_advantages(scores, 2, "grpo", "step").tolist() == pytest.approx([-1 / 1.0001, 1 / 1.0001, 0, 0])
+    assert group_advantages(scores, 2, "grpo", "group").tolist() == pytest.approx([-0.70706, 0.70706, 0, 0], abs=1e-4)
 
 
 def test_clipped_value_loss_by_hand() -> None:
     values, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
     # without the clip 0 and 0.81; the clipped first value 0.2 is 0.64 off
-    assert value_loss(values, old, returns, clip=0.2).total.item() == pytest.approx((0.64 + 0.81) / 2)
-    assert value_loss(values, old, returns, clip=None).total.item() == pytest.approx(0.81 / 2)
+    assert value_loss(values, old, returns, clip=0.2, weight=torch.ones(2)).total.item() == pytest.approx((0.64 + 0.81) / 2)
+    assert value_loss(values, old, returns, clip=None, weight=torch.ones(2)).total.item() == pytest.approx(0.81 / 2)
+    assert value_loss(values, old, returns, clip=0.2, weight=torch.tensor([0.5, 0.0])).total.item() == pytest.approx(0.32 / 2)
 
 
 def test_explained_variance_by_hand() -> None:
