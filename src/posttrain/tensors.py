@@ -15,6 +15,11 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().to("cpu", copy=True).contiguous()
 
 
+def undivided(tensor: Tensor) -> Tensor:
+    """Whole, where it lies; of a tensor that FSDP has sharded, every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def all_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Each of them whole and on the CPU, by name, a tied one once; none where not `keep`. What FSDP has sharded is gathered a
     tensor at a time, for which every process must call it; what lies whole on the CPU is not copied."""

@@ -1,12 +1,15 @@
 """What goes wrong is said once, and by whom: one process, or one of several with its number."""
 
+import os
+import sys
+
 import pytest
 import torch.distributed as dist
 
 from posttrain.errors import RunError, Stopped, UserError, of_all
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.launchers.torchrun import check_devices
-from posttrain.launch.worker import as_launched
+from posttrain.launch.worker import as_launched, choose_allocator, take_device
 from posttrain.training.processes import Processes, is_lost_process
 
 
@@ -77,3 +80,33 @@ def test_a_lost_process_is_told_from_other_errors() -> None:
     assert is_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
     assert is_lost_process(dist.DistBackendError("NCCL communicator was aborted"))
     assert not is_lost_process(RuntimeError("shape mismatch")) and not is_lost_process(OSError("Connection reset by peer"))
+
+
+def test_each_process_takes_its_own_gpu_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: no GPU is there."""
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    take_device()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    take_device()
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"^train.processes: 3 on a machine with 2 GPUs; say train.processes=2$"):
+        take_device()
+    assert taken == [1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is set on Linux alone")
+def test_the_allocators_blocks_can_grow_unless_it_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    choose_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    choose_allocator()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")

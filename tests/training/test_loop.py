@@ -313,3 +313,22 @@ def test_dropout_is_on_in_training_whatever_an_evaluation_has_left(tmp_path: Pat
     loop.config = replace(loop.config, num_steps=3, eval_steps=1)
     loop.fit(0)
     assert modes == [True] * 6
+
+
+def test_a_step_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way in which Python asks for a number of a tensor is counted, in a step that is not logged (simulated: on a CPU)."""
+    loop, asked = make_loop(tmp_path / "run", 4, 2), list[str]()
+    loop._step(0)  # what is made once
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
+        own = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, *given, _own=own, _name=name: asked.append(_name) or _own(self, *given))
+    to = Tensor.to
+
+    def counted(self: Tensor, *given: Any, **options: Any) -> Tensor:
+        if "cpu" in [each for each in given if isinstance(each, str)]:  # by name: the device of this run is a CPU too
+            asked.append("to")
+        return to(self, *given, **options)
+
+    monkeypatch.setattr(Tensor, "to", counted)
+    loop._step(1)
+    assert asked == ["tolist"]

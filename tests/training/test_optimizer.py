@@ -1,12 +1,15 @@
 """Schedules at the places where they differ, and which parameter decays and learns how."""
 
 import math
+from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from posttrain.training.optimizer import lr_factor, make_optimizer
+from posttrain.training.checkpoint import newest_checkpoint, restore, save_checkpoint
+from posttrain.training.optimizer import LARGE_MOMENTS, in_place_of, lr_factor, make_optimizer
 
 
 def factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
@@ -89,3 +92,66 @@ def test_an_optimizer_that_needs_cuda_says_what_takes_its_place() -> None:
         "paged_adamw_8bit", Small(), lambda name: 1.0, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
     assert type(optimizer) is torch.optim.AdamW and note is not None and "paged_adamw_8bit needs CUDA" in note
+
+
+WAITS = "waits for the device at every weight, to page moments that would take {:.2f} GiB"
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "on_cuda", "why"),
+    [
+        ("adamw", 10, True, ""),
+        ("adamw_8bit", 10, True, ""),
+        ("adamw_8bit", 10, False, "needs CUDA"),
+        # LoRA of rank 16 and of rank 64 on 8 billion weights
+        ("paged_adamw_8bit", 41_943_040, True, WAITS.format(0.31)),
+        ("paged_adamw_8bit", 167_772_160, True, ""),
+        ("paged_adamw_32bit", LARGE_MOMENTS // 8, True, ""),
+        (
+            "paged_adamw_32bit",
+            LARGE_MOMENTS // 16,
+            True,
+            WAITS.format(0.50),
+        ),
+    ],
+)
+def test_moments_are_paged_where_they_are_large(name: str, numbers: int, on_cuda: bool, why: str) -> None:
+    assert in_place_of(name, numbers, on_cuda) == why
+
+
+def optimizer_of(name: str, module: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    """As a run has it on CUDA, on whatever device."""
+    if name == "adamw":
+        found = torch.optim.AdamW(module.parameters(), lr=0.1)
+        found.param_groups[0]["fused"] = fused
+        return found
+    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+    return getattr(bitsandbytes.optim, kinds[name])(module.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_state_comes_back_and_lies_where_the_optimizer_wants_it(name: str, tmp_path: Path) -> None:
+    """Restored on the CPU it is what was saved; onto another device nothing stays on the CPU, but the counter that AdamW keeps
+    there unless it is fused (simulated: the other device has shapes alone)."""
+    module = nn.Linear(96, 64)  # more than the 4,096 numbers from which on moments are in 8 bits
+    optimizer = optimizer_of(name, module, fused=False)
+    for step in range(2):
+        for p in module.parameters():
+            p.grad = torch.full_like(p, 0.5 + step)
+        optimizer.step()
+    save_checkpoint(tmp_path, 2, module, optimizer, {}, {}, keep=1)
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    again = nn.Linear(96, 64)
+    restored = optimizer_of(name, again, fused=False)
+    restore(checkpoint, again, restored)
+    for old, new in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(old, new)
+        for slot, value in optimizer.state[old].items():
+            assert torch.equal(torch.as_tensor(restored.state[new][slot]), torch.as_tensor(value)), slot
+    for fused in (True, False):
+        elsewhere = nn.Linear(96, 64, device="meta")
+        moved = optimizer_of(name, elsewhere, fused)
+        restore(checkpoint, elsewhere, moved)
+        left = {s for state in moved.state.values() for s, v in state.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
+        assert left == ({"step"} if name == "adamw" and not fused else set())

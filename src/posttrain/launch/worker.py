@@ -13,7 +13,7 @@ from typing import Any
 
 from posttrain.config.stages import typed_config
 from posttrain.console import say
-from posttrain.errors import RunError, Stopped, UserError
+from posttrain.errors import RunError, Stopped, UserError, of_all
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.failures import named
 from posttrain.launch.launchers import launch
@@ -33,10 +33,18 @@ def run_config(config: dict[str, Any], waits: bool = True) -> dict[str, Any]:
     Stopped.
     """
     config = as_launched(config)
+    choose_allocator()
     if "WORLD_SIZE" not in os.environ and _needs_launcher(config):
         return launch(config, waits)
     with leaving_at_once():
         return _run(config)
+
+
+def choose_allocator() -> None:
+    """Before CUDA starts: packs differ in length, and blocks that can grow are not left too small for the next one. What is
+    set already stays."""
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def as_launched(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +111,7 @@ def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
 
     from posttrain.training.processes import Processes, keep_group
 
+    take_device()
     options = InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs()
     state = PartialState(cpu=not torch.accelerator.is_available(), **options)
     keep_group()
@@ -115,6 +124,21 @@ def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
 
     directory, finished = Processes(state.num_processes, state.process_index, state.device or torch.device("cpu")).told(open_here)
     return opened[0] if opened else Run(Path(directory), config), finished
+
+
+def take_device() -> None:
+    """Make this process's GPU the current one before NCCL looks for it. Raises UserError, in all processes of this machine, where
+    they are more than its GPUs."""
+    import torch
+
+    from posttrain.launch.launchers.torchrun import check_devices
+
+    if torch.cuda.is_available():
+        try:
+            check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        except UserError as error:
+            raise of_all(error) from None
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def main(path: str) -> int:

@@ -18,5 +18,9 @@ def token_loss(logps: Tensor, weight: Tensor) -> LossOutput:
 
 
 def answer_sums(values: Tensor, owner: Tensor, num_answers: int) -> Tensor:
-    """Sum per-token `values` [N] into their answers: [num_answers]."""
-    return torch.zeros(num_answers, dtype=values.dtype, device=values.device).index_add(0, owner, values)
+    """Sum per-token `values` [N] into their answers: [num_answers]. In the same order each time, on a GPU too."""
+    sums = torch.zeros(num_answers, dtype=values.dtype, device=values.device)
+    if values.device.type == "cpu":
+        return sums.index_add(0, owner, values)
+    # sorted by owner first, where CUDA's index_add adds as its threads happen to come
+    return sums.index_put((owner,), values, accumulate=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator, DistributedType
 
@@ -13,7 +16,7 @@ from posttrain.training.trackers import require_installed
 def make_accelerator(cfg: Stage) -> Accelerator:
     """Raises UserError for a tracker that is not installed, and for sharding that would be none."""
     require_installed(cfg.tracker)
-    accelerator = Accelerator(mixed_precision=_precision(cfg))
+    accelerator = Accelerator(mixed_precision=autocast_precision(cfg))
     if accelerator.distributed_type == DistributedType.FSDP:
         raise of_all(UserError("train.fsdp: accelerate's config asks for FSDP; leave that out there, and say train.fsdp=true"))
     if cfg.train.fsdp and accelerator.num_processes == 1:
@@ -21,7 +24,20 @@ def make_accelerator(cfg: Stage) -> Accelerator:
     return accelerator
 
 
-def _precision(cfg: Stage) -> str:
+@contextmanager
+def products_beside_autocast(autocast: str, device: torch.device) -> Iterator[None]:
+    """Inside, products that autocast leaves in float32 (the head's gradients) are in TF32 on CUDA, which is more exact than the
+    bfloat16 of all others. Who asks for float32 alone gets all of it."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and autocast == "bf16":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast_precision(cfg: Stage) -> str:
     """Autocast, for accelerate: only where the weights are float32 and the device does bfloat16 faster."""
     if cfg.train.precision != "auto":
         return {"none": "no", "bf16": "bf16"}[cfg.train.precision]

@@ -25,7 +25,7 @@ from posttrain.models.counting import in_words
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
-from posttrain.stages.accelerator import make_accelerator
+from posttrain.stages.accelerator import make_accelerator, products_beside_autocast
 from posttrain.stages.manifest import common_record, show_outcome
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
@@ -78,7 +78,8 @@ def _run(
             history.hold("references", training.references)
             loop = _loop(context, run, prepared, training, session, optimizer, stop)
             start = _begin(loop, history, training, stop)
-    loop.fit(start)
+    with products_beside_autocast(accelerator.mixed_precision, accelerator.device):
+        loop.fit(start)
     with stop.at_once(alone):
         done = loop.state.ended["step"] if loop.state.ended else prepared.num_steps
         measured = _measure(training, done, stop, after=True)

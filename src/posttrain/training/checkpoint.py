@@ -27,6 +27,7 @@ from posttrain.errors import RunError, UserError, of_all
 from posttrain.runs.earlier import current_parameter
 from posttrain.runs.files import by_umask, flush, free_bytes, sha256
 from posttrain.tensors import all_whole
+from posttrain.training.optimizer import MOMENTS, in_place_of
 from posttrain.training.processes import Processes
 
 RECORD = "checkpoint.json"
@@ -120,8 +121,10 @@ def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], stat
 
 def check_room(directory: Path, module: nn.Module, optimizer: str) -> None:
     """Raises UserError unless two checkpoints of this module fit: the last good one stays while the next is written."""
-    moments = 2 if "8bit" in optimizer and torch.cuda.is_available() else 8  # AdamW's two, bytes a number
-    size = sum(p.nbytes + moments * p.numel() for p in trainable(module).values())
+    params = trainable(module).values()
+    plain = bool(in_place_of(optimizer, sum(p.numel() for p in params), torch.cuda.is_available()))
+    moments = 2 if "8bit" in optimizer and not plain else MOMENTS
+    size = sum(p.nbytes + moments * p.numel() for p in params)
     free = free_bytes(directory.parent)
     if free < 2 * size:
         raise UserError(
@@ -190,7 +193,7 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer, pro
         )
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(_like(weights.get(name), *known[name], p, processes))
+            p.copy_(_like(weights.get(name), *known[name], p, processes).to(p.device))
     names = {id(p): name for name, p in params.items()}
     for number, grouped in enumerate(optimizer.param_groups):
         for position, p in enumerate(grouped["params"]):
@@ -198,19 +201,25 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer, pro
                 optimizer.init_state(grouped, p, number, position)  # type: ignore[attr-defined]
             prefix = names[id(p)] + "|"
             for key in (key for key in slots if key.startswith(prefix)):
-                value = _like(kept.get(key), *slots[key], p, processes)
-                _fill(optimizer.state[p], key.removeprefix(prefix), value, grouped)
+                value, slot = _like(kept.get(key), *slots[key], p, processes), key.removeprefix(prefix)
+                on_host = _is_on_host(optimizer.state[p], slot, grouped)
+                _fill(optimizer.state[p], slot, value.cpu() if on_host else value.to(p.device))
 
 
-def _fill(slots: dict[str, Any], slot: str, value: Tensor, group: dict[str, Any]) -> None:
-    """Put a value back into an optimizer's state, where torch's own `load_state_dict` would have it."""
+def _is_on_host(slots: dict[str, Any], slot: str, group: dict[str, Any]) -> bool:
+    """Does the optimizer keep this on the CPU? A number, and AdamW's counter unless it is fused, as in torch's own
+    `load_state_dict`."""
+    return isinstance(slots.get(slot), int) or (slot == "step" and not (group.get("fused") or group.get("capturable")))
+
+
+def _fill(slots: dict[str, Any], slot: str, value: Tensor) -> None:
+    """Put a value back into an optimizer's state."""
     if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
         slots[slot].copy_(value)
     elif isinstance(slots.get(slot), int):
         slots[slot] = int(value)
     else:
-        counts = slot == "step" and not (group.get("fused") or group.get("capturable"))
-        slots[slot] = value.cpu() if counts else value
+        slots[slot] = value
 
 
 class _Tensors:
@@ -244,11 +253,11 @@ def _slots(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _like(value: Tensor | None, shape: torch.Size, dtype: torch.dtype, p: Tensor, processes: Processes) -> Tensor:
-    """What rank 0 has read, on this process's device; sharded as `p` is where it is of p's shape."""
+    """What rank 0 has read, on the CPU or this process's device; sharded as `p` is where it is of p's shape."""
     if isinstance(p, DTensor) and shape == p.shape:
         held = torch.empty(shape, dtype=dtype, device=p.device) if value is None else value.to(p.device)
         return distribute_tensor(held, p.device_mesh, p.placements)
-    return processes.spread(value, shape, dtype).to(p.device)
+    return processes.spread(value, shape, dtype)
 
 
 def _is_finite(value: Tensor) -> bool:

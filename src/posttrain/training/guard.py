@@ -16,6 +16,11 @@ from posttrain.training.state import TrainState
 B = TypeVar("B", bound=Batch)
 LEFT_OUT = "left_out.json"  # in a run's directory: the rows of every batch that was not learnt from, and why
 NAMED = 4  # rows of a batch that a message names
+# by whom: the CPU's allocator, CUDA's runtime and driver, cuBLAS, cuDNN, NCCL, bitsandbytes and Triton through them
+OUT_OF_MEMORY = (
+    "can't allocate memory", "out of memory", "error_out_of_memory", "error_memory_allocation", "status_alloc_failed",
+    "failed to allocate", "unable to allocate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,10 @@ def not_finite(entry: dict[str, Any], limits: GuardConfig) -> RunError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an error class for it; the CPU's allocator is known by its message."""
+    """torch has an error class for its own allocator; all others are known by their words."""
+    words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(each in words for each in OUT_OF_MEMORY)
     )
 
 

@@ -20,7 +20,7 @@ from posttrain.batch import Metrics
 from posttrain.console import Meter, say
 from posttrain.errors import Stopped, of_all
 from posttrain.runs.files import write_json
-from posttrain.tensors import whole
+from posttrain.tensors import undivided
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.gradients import average_gradients
@@ -160,7 +160,7 @@ class Loop(Generic[B]):
             self.window.add({"penalty": (penalty, 1.0)})
             self._add_penalty(penalty)
         clip = self.config.max_grad_norm or math.inf
-        norm = whole(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip)))
+        norm = undivided(cast(Tensor, self.accelerator.clip_grad_norm_(self.module.parameters(), clip)))
         loss, norm = self._read(loss, norm)
         if self._is_fit(step + 1, loss, norm, rows):
             for group in self.optimizer.param_groups:

@@ -171,7 +171,9 @@ def _heard(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def _joined(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All A one above the other [R, in], and all s B side by side [out, R]."""
-    up = [(b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
+    up = [(b if scale == 1 else b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
+    if len(up) == 1:  # as they are where nothing is to be joined
+        return factors[0].to(dtype), up[0]
     return torch.cat([a.to(dtype) for a in factors[0::2]]), torch.cat(up, dim=1)
 
 

@@ -39,7 +39,8 @@ def in_float32(causal: PreTrainedModel) -> Iterator[None]:
     for module in four_bit:
         module.compute_dtype = torch.float32
     try:
-        yield
+        with torch.autocast(causal.device.type, enabled=False):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -217,7 +217,8 @@ def _difference(lm: Reads) -> str:
         raise UserError(f"model.name: {kind} is not causal: what it says of a token depends on those after it; give one that is")
     found = dict[bool, float]()
     for lm.plain_head in (False, True):  # Aya Vision's config has its text model's scale, which its own head leaves out
-        read = lm.head.exact(hidden.float()).double().log_softmax(-1)
+        with torch.autocast(causal.device.type, enabled=False):
+            read = lm.head.exact(hidden.float()).double().log_softmax(-1)
         if read.shape[-1] != alone[0].shape[-1]:
             return f"its head gives {alone[0].shape[-1]} logits, and has {read.shape[-1]} rows"
         found[lm.plain_head] = max(_kl(a, read[row]) for a, row in zip(alone, pack.rows, strict=True))

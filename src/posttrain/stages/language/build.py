@@ -23,6 +23,7 @@ from posttrain.models.peft.tokens import inherit
 from posttrain.models.trust import pin_of
 from posttrain.runs.cache_place import cache_root
 from posttrain.runs.identity import content_hash, library_versions
+from posttrain.stages.accelerator import autocast_precision
 from posttrain.stages.language.init import InitSource
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
@@ -73,7 +74,8 @@ def build_model(
         model = add_method(model, cfg.peft, num_steps)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_precision(cfg) == "bf16"):  # kernels are chosen for it
+        module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     counts = count_parameters(module)
