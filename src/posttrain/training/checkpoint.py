@@ -193,7 +193,7 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer, pro
         )
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(_like(weights.get(name), *known[name], p, processes).to(p.device))
+            p.copy_(_like(weights.get(name), *known[name], p, processes))
     names = {id(p): name for name, p in params.items()}
     for number, grouped in enumerate(optimizer.param_groups):
         for position, p in enumerate(grouped["params"]):
