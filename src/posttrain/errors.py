@@ -5,6 +5,11 @@ Of several processes those that end with the same error say so: `told_by` is the
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 
@@ -50,5 +55,46 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; its class's name where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """An error in one line: the first of its message, or two where that ends with a colon; with its class's name where that says
+    more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".")
+    speaks = isinstance(error, OSError | ValueError | RuntimeError | ImportError) or type(error).__module__ != "builtins"
+    return said if said and speaks else ": ".join(filter(None, (type(error).__name__, said)))
+
+
+# by whom: the system and its loader, the CPU's allocator, CUDA's runtime and driver, cuBLAS, cuDNN, NCCL and Triton
+NO_MEMORY = re.compile(
+    r"(can't|cannot|failed to|unable to) allocate|not enough memory|out[ _]of[ _]memory|error_memory_allocation"
+    r"|status_alloc_failed|bad_alloc|failed to map segment|can't start new thread|\(os error 12\)",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Was it memory, in whatever words a library says so? CUDA and Python have classes for it, the system a number."""
+    while True:
+        if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+            return True
+        if getattr(error, "errno", None) == errno.ENOMEM or NO_MEMORY.search(str(error)):
+            return not isinstance(error, UserError | RunError | ValueError)
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
+
+
+@contextmanager
+def reading(what: str, fix: str, passing: tuple[type[Exception], ...] = ()) -> Generator[None]:
+    """A file of others is read here by a library: whatever that raises is about the file, and becomes one line of ours.
+
+    what: field and file, and that it cannot be read. passing: what goes on as it is, besides our own errors and what is about
+    memory. POSTTRAIN_DEBUG=1 leaves all as it is.
+    """
+    try:
+        yield
+    except (UserError, RunError, *passing):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or os.environ.get("POSTTRAIN_DEBUG"):
+            raise
+        raise UserError(f"{what} ({first_line(error)[:300]}); {fix}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,3 +36,18 @@ def all_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`, where the host need not wait until it is there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What of it lies in this process."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Name of the first tensor that holds a NaN or an infinity, as far as it lies in this process; '' where none does."""
+    for name, tensor in named:
+        value = here(tensor)
+        wide = value.is_floating_point() and value.element_size() > 1  # floats of 8 bit know no such test
+        if wide and value.device.type != "meta" and not bool(value.isfinite().all()):
+            return name
+    return ""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from posttrain.batch import ImageBatch, ImagePart, LossOutput, PackedBatch
 from posttrain.data.collate import Group, pack, pack_answers, pack_pairs
 from posttrain.data.examples import build
-from posttrain.errors import RunError, Stopped
+from posttrain.errors import RunError, Stopped, is_out_of_memory
 from posttrain.training.checkpoint import newest_checkpoint, trainable
-from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, is_out_of_memory, spike_limit
+from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, spike_limit
 from posttrain.training.loop import Loop
 from posttrain.training.state import TrainState
 

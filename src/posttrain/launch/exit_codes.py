@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from posttrain.errors import RunError, Stopped, UserError
+from posttrain.errors import RunError, Stopped, UserError, is_out_of_memory
 from posttrain.secrets import redact
 
 
@@ -29,6 +29,9 @@ def guarded(command: Callable[[], Any]) -> int:
     except Exception as e:
         if os.environ.get("POSTTRAIN_DEBUG"):
             raise
+        if is_out_of_memory(e):
+            _tell("failed: out of memory; end other programs, raise the limits (ulimit -v), or take a smaller model or batch")
+            return RunError.exit_code
         first = (str(e).strip().splitlines() or ["no message"])[0]
         _tell(f"failed: {type(e).__name__}: {first} (POSTTRAIN_DEBUG=1 shows the traceback)")
         return RunError.exit_code

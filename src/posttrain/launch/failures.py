@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.console import is_main
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, UserError, is_out_of_memory
 
 DISK = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -23,7 +23,6 @@ GOES_ON = "what was saved is kept, and the same command goes on from there"
 
 def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError | None:
     """One line that says what happened to the run in `directory` and how to go on, or None for a failure without a name."""
-    from posttrain.training.guard import is_out_of_memory
     from posttrain.training.processes import is_lost_process
 
     if is_lost_process(error):

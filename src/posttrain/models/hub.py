@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError, did_you_mean, reading
 from posttrain.models.builtin import BUILTIN, FILES, builtin_directory
 from posttrain.models.fingerprint import FORM, function_files, function_of
 from posttrain.runs.cache import cached_json
@@ -75,9 +75,11 @@ def copy_processors(base: Path, out: Path) -> None:
 
 def context_length(name: str, revision: str | None) -> int | None:
     """Tokens that the model of `name` was made for, where its config says so."""
-    config = json.loads((resolve(name, revision, weights=False).directory / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    return config.get("max_position_embeddings", config.get("n_positions"))
+    file = resolve(name, revision, weights=False).directory / "config.json"
+    with reading(f"model.name: {file} cannot be read", "give one made by save_pretrained"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        return config.get("max_position_embeddings", config.get("n_positions"))
 
 
 def digest(directory: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.console import say
-from posttrain.errors import first_line
+from posttrain.errors import first_line, is_out_of_memory
 from posttrain.runs.cache_place import FORBIDS, detour_of, hold, locked, make_directory, place_of, refused, release, used
 from posttrain.runs.files import by_umask, file_hashes, replacing, scratch_beside, sha256
 
@@ -205,6 +205,8 @@ def _read_or_none(path: Path, read: Callable[[Path], T | None]) -> T | None:
     try:
         found = read(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if is_out_of_memory(error):
+            raise
         say(f"cache: {path} is damaged ({first_line(error)}); it is made again")
         return None
     used(path)

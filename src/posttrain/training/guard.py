@@ -7,20 +7,17 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
+from torch import nn
 
 from posttrain.batch import Batch
 from posttrain.errors import RunError
+from posttrain.tensors import first_not_finite, here
 from posttrain.training.state import TrainState
 
 B = TypeVar("B", bound=Batch)
+SOUND = 1e4  # a weight beyond it was not learnt: those of trained models are far below
 LEFT_OUT = "left_out.json"  # in a run's directory: the rows of every batch that was not learnt from, and why
 NAMED = 4  # rows of a batch that a message names
-# by whom: the CPU's allocator, CUDA's runtime and driver, cuBLAS, cuDNN, NCCL, bitsandbytes and Triton through them
-OUT_OF_MEMORY = (
-    "can't allocate memory", "out of memory", "error_out_of_memory", "error_memory_allocation", "status_alloc_failed",
-    "failed to allocate", "unable to allocate",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,24 +70,34 @@ def spike_limit(losses: list[float], mads: float) -> float:
     return middle + mads * max(spread, 1e-3 * abs(middle))
 
 
-def not_finite(entry: dict[str, Any], limits: GuardConfig) -> RunError:
-    """The error that ends a run whose loss or gradient is not finite, with the rows of the batch."""
+def not_finite(entry: dict[str, Any], limits: GuardConfig, why: str = "") -> RunError:
+    """The error that ends a run whose loss or gradient is not finite, with the rows of the batch. why: as `diverged` says it, and
+    then without them."""
     rows = entry["rows"]
     others = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     more = f"; {limits.skip_nonfinite} such updates were left out before" if limits.skip_nonfinite else ""
+    what = f"step {entry['step']}: loss or gradient is not finite (loss {entry['loss']}, gradient norm {entry['grad_norm']})"
+    if why:
+        return RunError(f"{what}: {why}")
     return RunError(
-        f"step {entry['step']}: loss or gradient is not finite (loss {entry['loss']}, gradient norm {entry['grad_norm']}); "
+        f"{what}; "
         f"no step was taken{more}. Rows of the batch: {'; '.join(rows[:NAMED])}{others} (all of them in {LEFT_OUT}). The last "
         f"checkpoint is kept; train.skip_nonfinite={limits.skip_nonfinite + 1} leaves it out"
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error class for its own allocator; all others are known by their words."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in words for each in OUT_OF_MEMORY)
-    )
+def diverged(module: nn.Module, step: int, lr: float) -> str:
+    """Why no batch is to blame for a loss of `step` that is not finite, and what to do; '' where the weights are sound."""
+    trained = [(name, here(value)) for name, value in module.named_parameters() if value.requires_grad]
+    broken = first_not_finite(module.named_parameters())
+    if broken and (step == 1 or broken not in dict(trained)):
+        return f"{broken} holds values that are not finite, as it was given; take a base without"
+    sizes = [(float(value.abs().max()), name) for name, value in trained if value.numel()]
+    size, name = max(sizes, default=(0.0, ""))
+    if broken or size > SOUND:
+        grown = f"{broken} is not finite" if broken else f"{name} has grown to {size:.1e}"
+        return f"training has diverged ({grown}), so no batch is to blame; take an optim.lr below {lr:g}, in a new run.dir"
+    return ""
 
 
 def halved(batches: list[B]) -> list[B]:

@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
-from posttrain.errors import Stopped, of_all
+from posttrain.errors import Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.gradients import average_gradients
-from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, halved, is_out_of_memory, not_finite
+from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, diverged, halved, not_finite
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
 from posttrain.training.optimizer import Schedule, lr_factor
@@ -223,7 +223,7 @@ class Loop(Generic[B]):
         before = sum(each["why"] == entry["why"] for each in self.state.left_out)
         entry = self._write_down(entry)
         if before >= self.guard.skip_nonfinite:
-            raise of_all(not_finite(entry, self.guard))
+            raise of_all(not_finite(entry, self.guard, diverged(self.module, step, self.config.lr)))
         say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
         return False
 

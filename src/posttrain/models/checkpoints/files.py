@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, reading
 from posttrain.models.checkpoints.formats import Format, format_of
 from posttrain.models.checkpoints.held import carrier
 from posttrain.runs.artifact import HEAD_FILE
 
+MOST = 250_000  # tensors of a model; each takes a part of a millisecond to look at
 INDEX = "model.safetensors.index.json"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # of safetensors' formats; of others 1
 
@@ -38,7 +39,8 @@ class Checkpoint:
         """Those with weights."""
         index = self.directory / INDEX
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            with reading(f"model.name: {index} cannot be read", "give the whole checkpoint"):
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             return [self.directory / name for name in sorted(names)]
         return sorted(file for file in self.directory.glob("*.safetensors") if file.name != HEAD_FILE)
 
@@ -46,6 +48,8 @@ class Checkpoint:
     def entries(self) -> list[Entry]:
         """The weights of the model, in the order of the files."""
         places = {name: file for file in self.files for name in self._open(file).keys()}  # noqa: SIM118 (no dict)
+        if len(places) > MOST:
+            raise UserError(f"model.name: {self.directory} lists {len(places):,} tensors, more than any model has; give another")
         rest, found = dict.fromkeys(places), dict[str, Entry]()
         for layout in self.format.layouts if self.format else ():
             for name in [name for name in rest if name.endswith(layout.main)]:
@@ -101,10 +105,8 @@ class Checkpoint:
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
-            try:
+            with reading(f"model.name: {file} cannot be read", "give the whole file"):
                 self._opened[file] = safe_open(file, framework="pt")
-            except Exception as error:  # safetensors has a class of its own, and the system's
-                raise UserError(f"model.name: {file} cannot be read ({error})") from None
         return self._opened[file]
 
     @cached_property

@@ -17,7 +17,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, reading
 from posttrain.models.language.decoder import decoder_of
 from posttrain.models.trust import may_run_code
 
@@ -25,11 +25,10 @@ from posttrain.models.trust import may_run_code
 def config_of(directory: Path, code: str | None) -> PretrainedConfig:
     """The config of a checkpoint's directory. code: as `may_run_code` takes it. Raises UserError for one that transformers does
     not know."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=may_run_code(directory, code))
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"model.name: the config in {directory} cannot be read ({reason})") from error
+    with reading(f"model.name: the config in {directory} cannot be read", "give a config.json made by save_pretrained"):
+        found = AutoConfig.from_pretrained(directory, trust_remote_code=may_run_code(directory, code))
+        " ".join(found.architectures or ())  # which transformers does not check
+        return found
 
 
 def model_class(config: PretrainedConfig) -> Any:

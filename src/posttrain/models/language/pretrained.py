@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from posttrain.console import say
-from posttrain.errors import UserError, first_line
+from posttrain.errors import UserError, reading
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.held import loading_held, settle_held
 from posttrain.models.checkpoints.part import Wanted, in_part, names_in_model
@@ -76,33 +76,29 @@ def _load(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        checkpoint = Checkpoint(directory)
-        config = config_of(directory, code)
-        kept = device != "meta" and checkpoint.format is not None and checkpoint.format.keeps(_quant(quantization))
-        if kept and checkpoint.format and checkpoint.format.by_numbers:
-            return _held(directory, config, code, options | {"state_dict": checkpoint.state(None)})
-        if kept and checkpoint.format:
-            compute = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
-            settings = {**checkpoint.format.settings, "bnb_4bit_compute_dtype": str(compute).removeprefix("torch.")}
-            config.quantization_config = settings
-            return _of_files(directory, config, code, options)
-        if isinstance(quantization, BitsAndBytesConfig):
-            options["quantization_config"] = quantization
-        if wanted is not None:
+        what = f"model.name: '{name}' cannot be loaded as a causal language model"
+        with reading(what, "give the whole checkpoint, as save_pretrained writes it", (NotImplementedError,)):
+            checkpoint = Checkpoint(directory)
+            config = config_of(directory, code)
+            kept = device != "meta" and checkpoint.format is not None and checkpoint.format.keeps(_quant(quantization))
+            if kept and checkpoint.format and checkpoint.format.by_numbers:
+                return _held(directory, config, code, options | {"state_dict": checkpoint.state(None)})
+            if kept and checkpoint.format:
+                compute = getattr(quantization, "bnb_4bit_compute_dtype", dtype)
+                settings = {**checkpoint.format.settings, "bnb_4bit_compute_dtype": str(compute).removeprefix("torch.")}
+                config.quantization_config = settings
+                return _of_files(directory, config, code, options)
+            if isinstance(quantization, BitsAndBytesConfig):
+                options["quantization_config"] = quantization
+            if wanted is not None:
+                _forget_format(config)
+                state = in_part(checkpoint.state(dtype), _targets(directory), wanted)
+                return _of_state(directory, config, code, options | {"state_dict": state})
+            if checkpoint.format is None and device != "meta":
+                return _of_files(directory, config, code, options)
             _forget_format(config)
-            state = in_part(checkpoint.state(dtype), _targets(directory), wanted)
+            state = checkpoint.shapes() if device == "meta" else checkpoint.state(dtype)
             return _of_state(directory, config, code, options | {"state_dict": state})
-        if checkpoint.format is None and device != "meta":
-            return _of_files(directory, config, code, options)
-        _forget_format(config)
-        state = checkpoint.shapes() if device == "meta" else checkpoint.state(dtype)
-        return _of_state(directory, config, code, options | {"state_dict": state})
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: '{name}' cannot be loaded as a causal language model ({first_line(error)})") from error
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):
-            raise
-        raise UserError(f"model.name: the weights of '{name}' do not fit together; give the whole checkpoint") from error
     finally:
         logging.set_verbosity(before)
 

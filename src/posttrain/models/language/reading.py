@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.batch import Segment
-from posttrain.errors import UserError, first_line
+from posttrain.errors import UserError, first_line, is_out_of_memory
 from posttrain.models.kernels.attention import (
     ATTENTION,
     ON_CUDA,
@@ -32,6 +32,7 @@ from posttrain.models.kernels.logprobs import Head
 from posttrain.models.kernels.masks import Asked, DocumentMask
 from posttrain.models.kernels.usable import obstacle as kernel_obstacle
 from posttrain.models.language.precision import in_float32
+from posttrain.tensors import first_not_finite
 
 Way = Literal["packed", "joined", "rows", "alone"]
 OWN: tuple[Way, ...] = ("rows", "alone")  # ways that keep the model's own attention
@@ -193,6 +194,8 @@ def _difference(lm: Reads) -> str:
     except CannotCompute as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         if "Install" in str(error):  # transformers' own sentence
             return first_line(error)
         if on_meta and (isinstance(error, RuntimeError) or lm.reading.way in OWN):
@@ -212,6 +215,10 @@ def _difference(lm: Reads) -> str:
         return "its attention layers do not say what window they have"
     if on_meta:
         return ""
+    if any(bool(each.isnan().any()) for each in alone):
+        if broken := first_not_finite([*causal.named_parameters(), *causal.named_buffers()]):
+            raise UserError(f"model.name: {broken} holds values that are not finite (NaN, infinity); give weights without")
+        return "what it computes is not a number, though its weights are"
     tolerated = TOLERATED_KL_8_BIT if getattr(causal, "is_loaded_in_8bit", False) else TOLERATED_KL
     if not _kl(alone[1][:7], alone[2][:7]) <= tolerated:  # the prompt before two answers
         raise UserError(f"model.name: {kind} is not causal: what it says of a token depends on those after it; give one that is")

@@ -12,7 +12,7 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
 from posttrain.data.chat.options import ChatOptions
 from posttrain.data.chat.template_text import chat_template as template_text
-from posttrain.errors import UserError, first_line
+from posttrain.errors import UserError, reading
 from posttrain.models.hub import ResolvedModel, resolve
 from posttrain.models.trust import may_run_code
 from posttrain.runs.files import write_json
@@ -85,15 +85,16 @@ def write_ends(folder: Path, ends: list[int], base: Path | None = None) -> None:
 def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts of the tokens at which the model of `name` stops, as its generation_config says; often eos alone."""
     file = resolve(name, revision, weights=False).directory / GENERATION
-    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
+    if not file.is_file():
+        return []
+    with reading(f"model.name: {file} cannot be read", "give one made by save_pretrained, or leave it out"):
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        return [str(tokenizer.decode([i])) for i in (ids if isinstance(ids, list) else [ids] if ids is not None else [])]
 
 
 def _tokenizer(source: ResolvedModel, code: str | None, chat_template: str | None) -> PreTrainedTokenizerBase:
-    try:
+    with reading(f"model.name: no tokenizer can be loaded from {source.path}", "give the files of one made by save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=may_run_code(source.directory, code))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name: no tokenizer can be loaded from {source.path} ({first_line(error)})") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

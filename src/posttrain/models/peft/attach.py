@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from posttrain.config.interfaces import Method
-from posttrain.errors import UserError
+from posttrain.errors import UserError, reading
 from posttrain.models.language.new_tokens import make_room
 from posttrain.models.peft.kinds import kind_of
 from posttrain.models.peft.names import in_memory, todays_names, with_layers
@@ -90,7 +90,8 @@ def _config_of(adapter_dir: Path) -> Any:
 
     if kind := kind_of(_saved(adapter_dir)):
         kind.register()
-    config: Any = PeftConfig.from_pretrained(str(adapter_dir))
+    with reading(f"init: the adapter's description in {adapter_dir} cannot be read", "give a whole adapter"):
+        config: Any = PeftConfig.from_pretrained(str(adapter_dir))
     if config.task_type == "SEQ_CLS":
         config.task_type, config.modules_to_save = TASK, None
     return config
