@@ -68,7 +68,10 @@ def _without(value: Any, names: set[str]) -> Any:
     """Without these keys and without nulls, at any depth; `architectures` in an order of its own."""
     if isinstance(value, dict):
         kept = {key: each for key, each in cast("dict[str, Any]", value).items() if key not in names and each is not None}
-        return {key: sorted(each) if key == "architectures" else _without(each, names) for key, each in kept.items()}
+        return {
+            key: sorted(each, key=str) if key == "architectures" and isinstance(each, list) else _without(each, names)
+            for key, each in kept.items()
+        }
     return [_without(each, names) for each in cast("list[Any]", value)] if isinstance(value, list) else value
 
 
