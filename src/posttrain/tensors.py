@@ -40,7 +40,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 def here(tensor: Tensor) -> Tensor:
     """What of it lies in this process."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
