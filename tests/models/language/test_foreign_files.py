@@ -47,7 +47,7 @@ LIES = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets"
         (header(len(LIES), LIES + bytes(4)), "model.safetensors cannot be read (Error while deserializing header: overflow"),
         (header(0, b""), "model.safetensors cannot be read ("),
         (lambda base: (base / "config.json").write_text("[]"), "must be a mapping"),
-        (setting("architectures", 3), "TypeError: 'int' object is not iterable"),
+        (setting("architectures", 3), "TypeError: can only join an iterable"),
         (setting("hidden_size", "x"), "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
         (setting("num_attention_heads", 0), "ZeroDivisionError"),
         (setting("hidden_act", "nope"), "cannot be loaded as a causal language model (KeyError: 'nope')"),
