@@ -26,7 +26,10 @@ def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError
     from posttrain.training.processes import is_lost_process
 
     if is_lost_process(error):
-        return RunError(f"another process of the run has ended, and has said why if it could; {GOES_ON}")
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return RunError(
+            f"another process of the run has ended or cannot be reached ({said}); it has said why if it could; {GOES_ON}"
+        )
     if is_out_of_memory(error):
         return RunError(f"out of memory; {_smaller(config)}; {GOES_ON}")
     where = getattr(error, "filename", None) or directory
