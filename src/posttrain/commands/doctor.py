@@ -29,6 +29,7 @@ OPTIONAL = {
     "wandb": "wandb",
     "trackio": "trackio",
     "mlflow": "mlflow",
+    "liger_kernel": "liger",
 }
 GIB = 2**30
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
 from posttrain.config.choices import Kernels
 from posttrain.models.kernels.candidates import KERNELS, adds_more
 from posttrain.models.kernels.fused import replace_forward
 from posttrain.models.kernels.inference_weights import inference_weights, missing
+from posttrain.models.kernels.liger import LIGER, liger
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class KernelReport:
         lost = [f"{each.kernel} of {count} {each.module} ({each.why})" for each, count in self.left.items() if each.expected]
         return f"kernels not used, which costs time and memory: {'; '.join(lost)}" if lost else ""
 
+    @property
+    def lines(self) -> list[str]:
+        """What people should hear of it: what liger-kernel computes, and the warning."""
+        lent = [f"{name} in {count} modules" for name, count in sorted(self.taken.items()) if name.endswith(LIGER)]
+        said = f"computed by an extra that is installed: {', '.join(lent)}" if lent else ""
+        return [line for line in (said, self.warning) if line]
+
     def record(self) -> dict[str, Any]:
         """For a manifest."""
         left = [{"kernel": e.kernel, "module": e.module, "modules": count, "why": e.why} for e, count in self.left.items()]
@@ -59,6 +68,7 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> KernelReport:
             this but of `model.attention`, whose plain way is `dense`.
     """
     taken, left, judged = Counter[str](), Counter[LeftOut](), dict[Any, str]()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for module in model.modules() if kernels == "auto" else ():
         for kernel in KERNELS:
             if not kernel.is_candidate(module):
@@ -69,8 +79,11 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> KernelReport:
             if why := judged[kind]:
                 left[LeftOut(kernel.name, type(module).__name__, why, kernel.is_expected(module))] += 1
             else:
-                replace_forward(module, kernel.forward)
-                taken[kernel.name] += 1
+                other = liger(kernel.name, device)
+                if other.why:
+                    left[LeftOut(f"{kernel.name} by {LIGER}", type(module).__name__, other.why, True)] += 1
+                replace_forward(module, other.forward or kernel.forward)
+                taken[f"{kernel.name} by {LIGER}" if other.forward else kernel.name] += 1
     if kernels == "auto":
         left.update(_not_laid_out(model))
     return KernelReport(kernels, dict(taken), dict(left))

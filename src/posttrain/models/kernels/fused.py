@@ -196,10 +196,10 @@ def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor
 
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """LlamaRMSNorm's forward."""
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
     """w * x / sqrt(mean(x^2) + eps), in float32 up to the product with w (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     @staticmethod
@@ -226,10 +226,10 @@ def mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if hasattr(down, OWN) and gate.dtype == up.dtype and is_plain(down, gate):
         return with_lora(down, gate, up)
-    return down(_SiluProduct.apply(gate, up))
+    return down(SiluProduct.apply(gate, up))
 
 
-class _SiluProduct(torch.autograd.Function):
+class SiluProduct(torch.autograd.Function):
     """silu(gate) * up, elementwise (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod

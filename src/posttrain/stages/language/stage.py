@@ -34,7 +34,7 @@ class LanguageSteps:
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
         """The model with what is trained of it."""
         model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
-        for line in (model.module.report.warning, model.module.reading.line):
+        for line in (*model.module.report.lines, model.module.reading.line):
             if line:
                 say(line)
         fit_memory(context.cfg, model.module, model, largest_batch(context.cfg, prepared.data), context.device)

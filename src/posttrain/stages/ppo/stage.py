@@ -89,8 +89,8 @@ class PpoSteps:
         """Policy, reference, value and reward, on one base where they can share it."""
         cfg, data = context.cfg, prepared.data
         policy = build_language(context, data, prepared.num_steps, scores=False)
-        if warning := policy.module.report.warning:
-            say(warning)
+        for line in policy.module.report.lines:
+            say(line)
         roles, policy = build_actor_critic(cfg, policy, data, data.starts, context.device)
         write = start_engine(cfg, data, policy).sample if cfg.rollout.engine == "vllm" else sample
         fit_memory(cfg, roles, policy, _largest_batch(cfg), context.device)
