@@ -123,3 +123,44 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     assert [child.returncode for child in children] == [0, 0], said
     assert json.loads((tmp_path / "machine-0" / "run" / "manifest.json").read_text())["processes"] == 2
     assert not (tmp_path / "machine-1").exists()
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: two machines, to the network."""
+    names = [f"posttrain-{os.getpid()}-{i}" for i in range(2)]
+    made = [f"ip netns add {name}" for name in names]
+    made.append(f"ip link add wire netns {names[0]} type veth peer name wire netns {names[1]}")
+    for i, name in enumerate(names):
+        made += [f"ip -n {name} addr add 10.213.7.{i + 1}/24 dev wire", f"ip -n {name} link set wire up"]
+        made += [f"ip -n {name} link set lo up"]
+    try:
+        if not shutil.which("ip"):
+            pytest.skip("there is no ip command (iproute2)")
+        for line in made:
+            done = subprocess.run(line.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_of_a_network(nursery: Nursery, namespaces: list[str], tmp_path: Path) -> None:
+    """train.launcher=torchrun on each, as docs/scale.md has it: other addresses, caches and directories; one result."""
+    asked = [*COMMON, *ROWS]
+    assert nursery.run(compose_run("sft", [*asked, "train.batch_size=2"]), tmp_path / "one").codes == [0]
+    children = []
+    for rank, (place, name) in enumerate(zip(machines(tmp_path), namespaces, strict=True)):
+        launch = [f"launch.node_rank={rank}", "launch.nodes=2", "launch.master=10.213.7.1:29500", "train.launcher=torchrun"]
+        words = ["sft", *asked, *launch, "train.processes=2", "train.batch_size=1", f"run.dir={place['dir']}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire"}
+        environment["POSTTRAIN_CACHE"] = place["env"]["POSTTRAIN_CACHE"]
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "posttrain", *words]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
+    said = [child.communicate(timeout=200) for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    assert "machine 1 of 2, 1 processes; waits for the others at 10.213.7.1:29500" in said[1][0]
+    assert not (tmp_path / "machine-1").exists()
+    assert_same(tmp_path / "one", tmp_path / "machine-0" / "run")
