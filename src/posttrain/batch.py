@@ -42,7 +42,7 @@ class Batch(Protocol):
 
 
 # what a value of PackedBatch.extra is of; all others are of a prediction
-PER = {"margin": "example", "pair_weight": "example", "reference": "answer"}
+PER = {"margin": "example", "pair_weight": "example", "step": "example", "reference": "answer"}
 
 
 class Segment(NamedTuple):

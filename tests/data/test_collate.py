@@ -1,9 +1,10 @@
 """Batches laid out by hand, and the order of a run."""
 
 import numpy as np
+import pytest
 
 from posttrain.batch import Segment
-from posttrain.data.collate import BatchSampler, pack, pack_pairs, zero_weight
+from posttrain.data.collate import BatchSampler, other_prompt, pack, pack_labelled, pack_mismatched, pack_pairs, zero_weight
 from posttrain.data.example_store import Store, load
 from posttrain.data.examples import build, by_row, group, join
 from posttrain.data.overlaps import rows_of
@@ -154,3 +155,29 @@ def test_the_last_step_takes_what_is_left() -> None:
     assert [len(m) for r in (0, 1) for m in order(3, 2, 2, total=16).micro(1, r)] == [3, 1]
     # 1 unit left: the second process has an empty micro-batch, not a missing one
     assert order(3, 2, 2, total=13).micro(1, 1) == [[]]
+
+
+# prompts 1 2, 1 2 and 3; the last answer is the longest
+LABELLED = build(
+    [([1, 2, 7], [0, 0, 1], 1), ([1, 2, 8, 9], [0, 0, 1, 1], 1), ([3, 4, 5, 6, 7, 8], [0, 1, 1, 1, 1, 1], 2)],
+    splits=[(2, 3), (2, 4), (1, 6)],
+    margins=[1.0, -1.0, 1.0],
+    pair_weights=[1.0, 2.0, 0.5],
+)
+
+
+def test_labelled_answers_and_their_prompts_with_the_answers_of_others() -> None:
+    own = pack_labelled(LABELLED, [2, 0])
+    assert own.tokens.tolist() == [[3, 4, 5, 6, 7, 8, 1, 2, 7]] and own.target.tolist() == [4, 5, 6, 7, 8, 7]
+    assert own.extra["margin"].tolist() == [1.0, 1.0] and (own.num_answers, own.loss_denominator) == (2, 1.5)
+    other = pack_mismatched(LABELLED, [0, 1, 2])
+    # neighbours with the same prompt are no others; an answer is cut where it would be longer than the longest unit
+    assert [other_prompt(LABELLED, unit) for unit in range(3)] == [2, 2, 0]
+    assert other.tokens.tolist() == [[1, 2, 4, 5, 6, 7, 1, 2, 4, 5, 6, 7, 3, 7]]
+    assert other.sequence_id.tolist() == [0] * 4 + [1] * 4 + [2] and other.rows == (0, 1, 2)
+    assert other.extra["pair_weight"].tolist() == [1.0, 2.0, 0.5]
+
+
+def test_one_prompt_alone_has_no_other() -> None:
+    with pytest.raises(LookupError):
+        other_prompt(build([([1, 2, 7], [0, 0, 1], 1), ([1, 2, 8], [0, 0, 1], 1)], splits=[(2, 3), (2, 3)]), 0)

@@ -1,6 +1,7 @@
 """Where rows are cut to train.max_length, and which are left out since nothing of their answer is left."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.template_text import CHATML
 from posttrain.data.examples import Examples, join
 from posttrain.data.prepare import PreparedSource, prepare
+from posttrain.data.row_use import RowUse
 from posttrain.errors import UserError
+from posttrain.stages.dpo.loss import LABELLED
 from posttrain.stages.spec import row_uses
 
 LAST = {"prompt": "x", "completion": " y"}  # a row that fits
@@ -23,7 +26,9 @@ def encoder(make_tokenizer: Any) -> Encoder:
     return Encoder(make_tokenizer(CHATML, ["<|im_start|>", "<|im_end|>"], eos="<|im_end|>"))
 
 
-def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int, *more: str) -> PreparedSource:
+def prepared(
+    folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: str, most: int, *more: str, use: RowUse | None = None
+) -> PreparedSource:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         f"data.path={folder / 'rows.jsonl'}",
@@ -32,7 +37,7 @@ def prepared(folder: Path, encoder: Encoder, rows: list[dict[str, Any]], stage: 
         *GIVEN.get(stage, []),
         *more,
     ]
-    return prepare(validate(compose_run(stage, words)).data, row_uses()[stage], encoder, most, folder / "cache")[0]
+    return prepare(validate(compose_run(stage, words)).data, use or row_uses()[stage], encoder, most, folder / "cache")[0]
 
 
 def counting(encoder: Encoder, found: Examples) -> list[str]:
@@ -243,3 +248,39 @@ def test_the_columns_of_a_prompts_row_stay_with_it(encoder: Encoder, tmp_path: P
         both = join([found, found])
         assert [both.columns_of(i) for i in range(6)] == 2 * [rows[k] for k in (0, 2, 3)]
     assert prepared(tmp_path, encoder, [{"text": "a", "id": 1}], "cpt", 64).train.columns_of(0) == {}
+
+
+def test_labelled_answers_of_rows_and_of_pairs_taken_apart(encoder: Encoder, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    answers = [{"role": "assistant", "content": "d"}, {"role": "assistant", "content": "e"}]
+    texts = [
+        {"prompt": "x", "completion": " y", "label": True},
+        {"prompt": "x", "completion": " z", "label": False, "weight": 2},
+    ]
+    found = prepared(tmp_path, encoder, texts, "dpo", 100, use=LABELLED)
+    assert counting(encoder, found.train) == [" y<|im_end|>", " z<|im_end|>"]
+    assert (found.train.margins.tolist(), found.train.pair_weights.tolist()) == ([1.0, -1.0], [1.0, 2.0])
+    assert [int(a) for a, _ in found.train.splits] == [1, 1] and found.stats.untrained == 0
+    chats = [{"messages": [*said, answer], "label": "true"} for answer in answers[:1]]
+    chat = prepared(tmp_path, encoder, chats, "dpo", 100, use=LABELLED).train
+    assert counting(encoder, chat) == ["d<|im_end|>"], "earlier turns of the assistant are the prompt's"
+    pair = {"prompt": said, "chosen": answers[:1], "rejected": answers[1:]}
+    apart = prepared(tmp_path, encoder, [pair], "dpo", 100, use=LABELLED).train
+    assert counting(encoder, apart) == ["d<|im_end|>", "e<|im_end|>"] and apart.margins.tolist() == [1.0, -1.0]
+    assert apart.sequence(0)[0].tolist() == chat.sequence(0)[0].tolist() and apart.rows.tolist() == [1, 1]
+    cut = prepared(tmp_path, encoder, texts, "dpo", 3, use=LABELLED)
+    assert counting(encoder, cut.train) == [" y", " z"] and cut.stats.truncated == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "x", "completion": " y"}, "has no label, which is true of a good answer; write label: true or false"),
+        ({"prompt": "x", "completion": " y", "label": 1}, "label is 1, not true or false; write label: true or false"),
+        ({"messages": [{"role": "user", "content": "x"}], "label": True}, "does not end with the assistant's answer"),
+    ],
+)
+def test_a_row_without_what_a_label_needs_is_named(encoder: Encoder, tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    rows = [{"prompt": "x", "completion": " y", "label": True}] if "prompt" in row else []
+    with pytest.raises(UserError, match=rf"rows\.jsonl, row {len(rows) + 1}: {re.escape(said)}"):
+        prepared(tmp_path, encoder, [*rows, row], "dpo", 100, use=LABELLED)

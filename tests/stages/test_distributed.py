@@ -97,3 +97,14 @@ def test_pairs_of_ragged_weights(nursery: Nursery, stage: str, tmp_path: Path) -
     words = ["+peft=lora", f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "train.max_steps=null", "train.epochs=1"]
     one = run(nursery, stage, tmp_path / "one", ONE, *words)
     assert_same(one, run(nursery, stage, tmp_path / "two", HALF, *words, processes=2))
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco", "aot"])
+def test_losses_that_look_at_the_whole_step(nursery: Nursery, loss: str, tmp_path: Path) -> None:
+    """Nine pairs, of KTO and BCO eighteen answers: in the last step one process may have none of its own."""
+    rows = [{"prompt": f"{k} is", "chosen": f" {k * k}" * (1 + k % 3), "rejected": " no"} for k in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["+peft=lora", f"data.path={tmp_path}/rows.jsonl", "data.eval_share=0", "train.max_steps=null", "train.epochs=1"]
+    words += [f"dpo.loss={loss}", "optim.lr=5e-4", "train.grad_accum=2"]
+    one = run(nursery, "dpo", tmp_path / "one", ONE, *words)
+    assert_same(one, run(nursery, "dpo", tmp_path / "two", HALF, *words, processes=2))

@@ -110,6 +110,37 @@ def _experimental(stage: str) -> Any:
     return {"cpo": (CPOConfig, CPOTrainer)}[stage]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_labelled_answers(tmp_path: Path, loss: str) -> None:
+    """Two rows, each step both of them: TRL's KL is that of a micro-batch, each prompt with the answer to the other one. Of KTO
+    both are good, so that there is a drift."""
+    from trl.trainer.kto_config import KTOConfig
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    data = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": loss == "kto" or k == 0}
+        for k, row in enumerate(rows("dpo")[:2])
+    ]
+    directory, _ = builtin_directory("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    order = BatchSampler.shuffled(2, BATCH, 1, 1, SEED, 2 * STEPS)
+    settings = COMMON | {"gradient_accumulation_steps": 1}
+    job = KTOTrainer(
+        model=with_lora(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)),
+        args=KTOConfig(output_dir=str(tmp_path / "trl"), loss_type=loss, beta=0.1, **settings),
+        train_dataset=Dataset.from_list([data[unit] for step in range(STEPS) for unit in order.step(step)]),
+        processing_class=tokenizer,
+    )
+    job.train()
+    expected = [entry for entry in job.state.log_history if "loss" in entry]
+    found = ours("dpo", data, tmp_path, f"dpo.loss={loss}", "train.grad_accum=1", "data.max_untrained_share=1")
+    assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 0.01, "nothing moved, so nothing was compared"
+    assert loss != "kto" or any(entry["kl"] > 0.01 for entry in expected), "there was no drift, so none was compared"
+    assert found == pytest.approx([entry["loss"] for entry in expected], abs=1e-4)
+
+
 def test_rm(tmp_path: Path) -> None:
     """In full, on the same head; TRL scores the last token that is not padding, ours the end of turn."""
     from transformers import AutoModelForSequenceClassification

@@ -84,6 +84,47 @@ def pack_pairs(examples: Examples, units: Sequence[int]) -> PackedBatch:
         prompt, chosen = (int(x) for x in examples.splits[unit])
         spans = (slice(prompt, chosen), slice(chosen, len(ids)))
         groups.append(Group(ids[:prompt], [(ids[span], weights[span]) for span in spans], unit))
+    return _labelled(groups, examples, units)
+
+
+def pack_labelled(examples: Examples, units: Sequence[int]) -> PackedBatch:
+    """Each labelled answer behind its prompt; `margin` is the label, 1 or -1. `loss_denominator` is the sum of their weights."""
+    return _labelled([_answer(examples, unit, unit) for unit in units], examples, units)
+
+
+def pack_mismatched(examples: Examples, units: Sequence[int]) -> PackedBatch:
+    """Each prompt with the answer of the next unit that has another prompt, cut where it would be longer than any unit is. Raises
+    LookupError where all have the same."""
+    longest = int(examples.unit_tokens().max())
+    groups = []
+    for unit in units:
+        group = _answer(examples, unit, other_prompt(examples, unit))
+        (tokens, weights), room = group.answers[0], longest - len(group.prompt)
+        groups.append(group._replace(answers=[(tokens[:room], weights[:room])]))
+    return _labelled(groups, examples, units)
+
+
+def other_prompt(examples: Examples, unit: int) -> int:
+    """The next unit, after the last one from the first on, whose prompt is not that of `unit`. Raises LookupError."""
+    prompt, count = _prompt(examples, unit), len(examples)
+    for step in range(1, count):
+        if not np.array_equal(prompt, _prompt(examples, (unit + step) % count)):
+            return (unit + step) % count
+    raise LookupError("all units have the same prompt")
+
+
+def _prompt(examples: Examples, unit: int) -> NDArray[np.int32]:
+    return examples.sequence(unit)[0][: int(examples.splits[unit, 0])]
+
+
+def _answer(examples: Examples, unit: int, other: int) -> Group:
+    """The prompt of one unit with the answer of another."""
+    tokens, weights = examples.sequence(other)
+    start = int(examples.splits[other, 0])
+    return Group(_prompt(examples, unit), [(tokens[start:], weights[start:])], unit)
+
+
+def _labelled(groups: Sequence[Group], examples: Examples, units: Sequence[int]) -> PackedBatch:
     own = {"margin": examples.margins[list(units)], "pair_weight": examples.pair_weights[list(units)]}
     extra = {name: torch.from_numpy(values) for name, values in own.items()}
     return replace(pack_answers(groups), loss_denominator=float(own["pair_weight"].sum()), extra=extra)

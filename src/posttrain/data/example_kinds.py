@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.chat.encoded import parted
 from posttrain.data.chat.encoder import Encoder
+from posttrain.data.chat.loss_weights import row_weight
 from posttrain.data.chat.marks import is_learnt
 from posttrain.data.examples import Examples, build, by_row, group, with_columns
 from posttrain.data.likeness import key_of
 from posttrain.data.overlaps import rows_of
 from posttrain.data.row_use import RowUse
+from posttrain.data.rows import labelled_answers
 from posttrain.data.sources.source import NumberedRow
 from posttrain.data.split import Canonical, sound_rows
 from posttrain.data.stats import SourceStats
@@ -193,10 +196,36 @@ def _pairs(encoder: Encoder, rows: list[Canonical], max_length: int, stats: Sour
     return build(kept, splits, margins, pair_weights)
 
 
+def _labelled(encoder: Encoder, rows: list[Canonical], max_length: int, stats: SourceStats) -> Examples:
+    """Answers that are each good or not: of rows with a label, and both of a pair."""
+    kept, splits, labels, weights = [], [], [], []
+    asked = [(number, each) for number, row in rows for each in labelled_answers(row, stats.where(number))]
+    plain = [(number, row | {"weight": 1.0}) for number, row in asked]  # a row's weight is of the answer, not of its tokens
+    for (number, row), whole in zip(asked, encoder.encode_many(plain, stats.where), strict=True):
+        prompt, answer = parted(whole)
+        prompt = _fitting(prompt, len(answer.tokens), max_length, encoder, stats, number)
+        room = max(max_length - len(prompt), 0)
+        stats.note_lost([part.name for part in answer.lost], stats.where(number))
+        stats.border_tokens += answer.borders
+        if len(answer.tokens) > room:
+            stats.note("truncated", stats.where(number))
+        if not prompt or not row_weight(row) or not 0 <= answer.first_word < room:
+            stats.no_room += not room
+            stats.note("untrained", stats.where(number))
+            continue
+        tokens = [*prompt, *answer.tokens[:room]]
+        kept.append((tokens, [0.0] * len(prompt) + answer.weights[:room], number))
+        splits.append((len(prompt), len(tokens)))
+        labels.append(1.0 if row["label"] else -1.0)
+        weights.append(row_weight(row))
+    return build(kept, splits, labels, weights)
+
+
 EXAMPLE_KINDS: dict[str, Callable[[Encoder, list[Canonical], int, SourceStats], Examples]] = {
     "documents": _documents,
     "conversations": _conversations,
     "pairs": _pairs,
     "scored_pairs": _scored_pairs,
+    "labelled": _labelled,
     "prompts": _prompts,
 }

@@ -36,8 +36,8 @@ class Examples:
     documents as many as fit max_length. shared, int64 [sequences] or empty: so many of its first tokens are those of its unit's
     last sequence as well, and none of them counts; a pack has them once. For pairs only, splits int64 [n, 2]: length of the
     prompt, and of prompt and chosen; margins float32 [n]: by how much the chosen answer is better, 0 where the row does not say;
-    pair_weights float32 [n]: how much the pair counts. For prompts only, columns uint8 [bytes]: of each sequence the columns of
-    its row as JSON, up to column_ends int64 [n].
+    pair_weights float32 [n]: how much the pair counts. Of labelled answers the same, with 1 (good) or -1 in margins. For prompts
+    only, columns uint8 [bytes]: of each sequence the columns of its row as JSON, up to column_ends int64 [n].
     """
 
     tokens: NDArray[np.int32] | Joined

@@ -12,8 +12,8 @@ class RowUse:
     Args:
         name: of the stage, as errors say it.
         takes: kinds of canonical rows (see `Format.kind`).
-        examples: the kind of examples that they become (data/example_kinds.py): documents, conversations, pairs, scored_pairs
-            or prompts.
+        examples: the kind of examples that they become (data/example_kinds.py): documents, conversations, pairs, scored_pairs,
+            labelled or prompts.
         needs: in words, what to give in place of rows that do not fit.
     """
 

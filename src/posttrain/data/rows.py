@@ -30,6 +30,33 @@ def prompt_of(row: CanonicalRow) -> list[Message]:
     return messages
 
 
+def labelled_answers(row: CanonicalRow, where: str) -> list[CanonicalRow]:
+    """The answers of a canonical row as rows of their own, each with a `label`: both of a pair, else the one that it ends with.
+    Raises UserError, which starts with `where`, for a row without a label."""
+    if "chosen" in row:
+        return [_alone(row, row[name]) | {"label": name == "chosen"} for name in ("chosen", "rejected")]
+    if "label" not in row:
+        others = row.get("columns", {})
+        name = next((name for name in ("label", "kto_tag") if name in others), None)
+        what = f"{name} is {others[name]!r}, not true or false" if name else "has no label, which is true of a good answer"
+        raise UserError(f"{where}: {what}; write label: true or false, or give pairs")
+    if "messages" not in row:
+        return [row]
+    if row["messages"][-1]["role"] != "assistant" or len(row["messages"]) < 2:
+        raise UserError(f"{where}: does not end with the assistant's answer to something, so there is nothing that is labelled")
+    return [{**row, "first": len(row["messages"]) - 1}]
+
+
+def _alone(row: CanonicalRow, answer: str | list[Message]) -> CanonicalRow:
+    """One answer of a pair, as a row that ends with it."""
+    prompt, others = row["prompt"], {k: v for k, v in row.items() if k not in ("prompt", "chosen", "rejected")}
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return {**others, "prompt": prompt, "completion": answer}
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    return {**others, "messages": [*before, *after], "first": len(before)}
+
+
 def reference_of(row: CanonicalRow) -> str:
     """The words of the answer that the row has, of the chosen one in a pair; empty where it has none."""
     answer = row.get("completion", row.get("chosen", row.get("messages")))

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain.config.schema import DataConfig
-from posttrain.config.stages import REGISTRY
+from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.data.examples import Examples
@@ -44,7 +43,8 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH).examples]
     settings = completed(read_config(run))
     try:
-        data, rows = DataConfig.model_validate(settings["data"]), REGISTRY.get(settings["stage"]).rows
+        cfg = typed_config(settings)
+        data, rows = cfg.data, REGISTRY.get(cfg.stage).rows_of(cfg)
         sources.append(held_out_of(data, rows, encoder, settings["train"]["max_length"], cache_root()))
     except (UserError, ValidationError) as error:
         say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")

@@ -25,11 +25,13 @@ class Pairs:
         policy: under the model in training, float32 [2P], in nats.
         reference: under the stage's start, [2P]; None for a loss that needs none.
         lengths: tokens of each answer, [2P].
+        step: what `OverStep.values` says of each pair, [P], for a loss that has such.
     """
 
     policy: Tensor
     reference: Tensor | None
     lengths: Tensor
+    step: Tensor | None = None
 
     @property
     def ratio(self) -> Tensor:
@@ -39,18 +41,36 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class OverStep:
+    """What a loss must know of all answers of a step before it is asked about any, so that it does not depend on how the step is
+    cut into micro-batches and processes.
+
+    Args:
+        values: (all `Pairs`, or all `Answers`, of the step, under the weights before it) -> a value of each pair or answer.
+        figure: what the mean of the values is called in reports; "": it is not reported.
+        mismatched: the answers that it is shown are those of other prompts.
+    """
+
+    values: Callable[[Any], Tensor]
+    figure: str = ""
+    mismatched: bool = False
+
+
+@dataclass(frozen=True)
 class PreferenceLoss:
     """One loss of `dpo.loss`.
 
     Args:
         per_pair: (pairs, *, beta) -> the loss of each pair, [P]. Every further keyword has a default, and is an option of this
-            loss alone (`dpo.options`).
+            loss alone (`dpo.options`). Of a loss that is unpaired (answers, *, beta) -> the loss of each answer.
         needs_reference: whether it reads `pairs.reference`; if not, none is computed.
         smooths_labels: whether it takes `label_smoothing` too, the share of pairs taken to be the wrong way round.
         beta: the usual one, which holds where `dpo.beta` says nothing; None: it has no beta, and is given none.
         label_smoothing: the usual one, as beta.
         needs_smoothing: a label_smoothing of 0 is refused.
         per_token: it compares log-probs per token, so rewards that are reported are per token too.
+        unpaired: it is of `Answers` (losses/answers.py), each with a label, and not of pairs.
+        over_step: what it must know of the whole step.
     """
 
     per_pair: Callable[..., Tensor]
@@ -60,6 +80,8 @@ class PreferenceLoss:
     label_smoothing: float = 0.0
     needs_smoothing: bool = False
     per_token: bool = False
+    unpaired: bool = False
+    over_step: OverStep | None = None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class StageSpec:
         config: "module:Class" of its pydantic model.
         steps: "module:function", config -> `Steps`.
         rows: what it makes of rows of text; None: it reads none.
+        rows_by: "module:function", config -> what it makes of them where that depends on the config; None: it does not.
         parents: the config keys that can name a finished run, `init` first.
         files: config keys that name files or folders whose content decides the result.
         reads: "text" or "images": a stage goes on from a run of its own kind alone.
@@ -60,6 +61,7 @@ class StageSpec:
     config: str
     steps: str
     rows: RowUse | None
+    rows_by: str | None = None
     parents: tuple[Parent, ...] = (INIT,)
     files: tuple[str, ...] = ("data.path", "data.eval_path", "model.chat_template")
     reads: Literal["text", "images"] = "text"
@@ -75,6 +77,11 @@ class StageSpec:
     def plan_of(self) -> Any:
         """The module that says what a plan must know of the stage. Imports torch."""
         return importlib.import_module(self.plan)
+
+    def rows_of(self, cfg: Any) -> RowUse:
+        """What it makes of rows under this config."""
+        assert self.rows, "a stage of language models reads rows"
+        return _load(self.rows_by)(cfg) if self.rows_by else self.rows
 
     def lines_of(self, cfg: Any) -> list[str]:
         """The stage's own lines among the first of a run. Imports torch. Raises UserError for a config that does not fit."""

@@ -33,7 +33,8 @@ class Averages:
             self.counts[name] = self.counts.get(name, 0.0) + share * count
 
     def read(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """Averages, over all processes when an accelerator is given; everything starts anew."""
+        """Averages, over all processes when an accelerator is given, of all of which something was counted; everything starts
+        anew."""
         names = sorted(self.sums)
         if not names:  # nothing was learnt from
             return {}
@@ -45,7 +46,7 @@ class Averages:
             totals = total_over(accelerator, totals)
         values = totals.tolist()
         self.sums, self.counts = {}, {}
-        return {n: values[i] / max(values[i + len(names)], 1e-12) for i, n in enumerate(names)}
+        return {n: values[i] / values[i + len(names)] for i, n in enumerate(names) if values[i + len(names)]}
 
     def state(self) -> dict[str, tuple[float, float]]:
         """What has been added since the last reading, for a checkpoint."""

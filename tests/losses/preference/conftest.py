@@ -63,3 +63,31 @@ def ragged() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     lengths = torch.tensor([3.0, 7, 1, 2, 12, 5, 4, 4, 9, 1, 6, 8])
     return -lengths * torch.rand(12), -lengths * torch.rand(12), lengths
+
+
+@pytest.fixture(scope="session")
+def trl_kto() -> TrlLoss:
+    """(loss, policy, reference, good, mismatched, beta) -> the mean over answers of TRL's KTO loss called so. mismatched:
+    `Answers` of other prompts, for the KL."""
+    pytest.importorskip("trl")
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    def loss(name: str, policy: Tensor, reference: Tensor, good: Tensor, mismatched: Any, beta: float, **options: float) -> float:
+        said = SimpleNamespace(log_probs=policy[:, None], entropy=torch.zeros(len(policy), 1), aux_loss=None)
+        said.mean_logits, said.is_top1 = said.entropy, said.entropy > 0
+        trainer = SimpleNamespace(
+            model=torch.nn.Identity(), accelerator=Alone(), aux_loss_enabled=False, precompute_ref_logps=True, loss_type=name,
+            calculate_KL=mismatched is not None, beta=beta, desirable_weight=1.0, undesirable_weight=1.0, args=SimpleNamespace(),
+            _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+            _compute_kl_logps=lambda model, batch: mismatched.policy if mismatched else None,
+        )  # fmt: skip
+        vars(trainer).update(options)
+        width = torch.ones(len(policy), 2)
+        inputs = {
+            "input_ids": width.long(), "attention_mask": width, "completion_mask": width.long(), "label": good,
+            "ref_logps": reference, "ref_KL_logps": mismatched.reference if mismatched else None,
+        }  # fmt: skip
+        call: Any = KTOTrainer._compute_loss
+        return float(call(trainer, lambda **_: said, inputs, False))
+
+    return loss

@@ -20,8 +20,8 @@ from posttrain.losses.preference import chosen_loss
 POLICY = torch.tensor([-10.0, -12.0, -5.0, -4.0])  # two pairs: chosen, rejected, chosen, rejected
 REFERENCE = torch.tensor([-11.0, -11.0, -5.0, -5.0])  # log-ratios +1, -1 and 0, +1: margins of 2 and -1
 PAIRS = Pairs(POLICY, REFERENCE, torch.tensor([2.0, 4.0, 5.0, 2.0]))
-LOSSES = """apo_down apo_zero bco_pair cpo discopop exo_pair hinge ipo nca_pair orpo robust sft sigmoid sigmoid_norm simpo
-sppo_hard""".split()
+LOSSES = """aot apo_down apo_zero apo_zero_unpaired bco bco_pair cpo discopop exo_pair hinge ipo kto nca_pair orpo robust sft
+sigmoid sigmoid_norm simpo sppo_hard""".split()
 
 
 def means(output: posttrain.batch.LossOutput) -> dict[str, float]:  # type: ignore[name-defined]
@@ -101,6 +101,14 @@ def test_what_a_loss_does_not_have_is_refused() -> None:
         (None, None, {"gamma": 1.0}, "sigmoid", "dpo.options.gamma: dpo.loss=sigmoid has no options of its own"),
         (None, None, {"gama": 1.0}, "simpo", "dpo.options.gama: dpo.loss=simpo has gamma - did you mean 'gamma'?"),
         (None, None, {"gamma": "much"}, "simpo", "dpo.options.gamma: 'much' is no number; the usual one is 1"),
+        (None, None, None, {"kto": 1, "sft": 1}, "dpo.loss: kto is of answers with labels and sft of pairs; they do not add up"),
+        (
+            None,
+            None,
+            None,
+            {"kto": 1, "bco": 1},
+            "dpo.loss: kto and bco each look at the whole step, and one alone can; take one of them",
+        ),
         (None, None, {"tau": 1.0}, {"simpo": 1, "cpo": 1}, "dpo.options.tau: dpo.loss={simpo, cpo} has gamma, alpha"),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(said)}$"):

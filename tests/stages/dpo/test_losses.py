@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import posttrain
@@ -66,3 +67,58 @@ def test_a_run_of_0_2_goes_on_where_the_usual_settings_are_the_same() -> None:
     name = {"dpo.loss": "sigmoid_norm"}  # whose usual beta is 5 now
     assert as_of_today(then | name, now | name)[0] == {"dpo.beta": 0.1, "dpo.label_smoothing": None} | name
     assert as_of_today({"dpo.beta": 0.3, "dpo.loss": "ipo"}, {"dpo.beta": None, "dpo.loss": "ipo"})[0]["dpo.beta"] == 0.3
+
+
+def labelled(folder: Path, rows: int = 9) -> str:
+    path = folder / "labelled.jsonl"
+    told = [{"prompt": f"{k} is", "completion": f" {k * k}" * (1 + k % 3), "label": k % 3 > 0} for k in range(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    return str(path)
+
+
+def test_labelled_answers_train_and_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=tiny", "+peft=lora", "peft.r=4", f"data.path={labelled(tmp_path)}", "data.eval_share=0", "dpo.loss=kto"]
+    words += ["train.max_steps=3", "train.batch_size=3", "train.grad_accum=2", "optim.lr=0.05", "optim.warmup_ratio=0"]
+    posttrain.run("dpo", *words, "eval.sets=null", f"run.dir={tmp_path / 'run'}")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "loss kto (beta 0.1, desirable_weight 1, undesirable_weight 1), against the model" in said
+    assert "6 good and 3 other answers; dpo.options.undesirable_weight=2 lets both count alike" in said
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "train/loss" in line]
+    assert (first["train/loss"], first["train/kl"], first["train/accuracy"]) == (0.5, 0.0, 0.5)
+    assert last["train/accuracy"] > 0.5 and last["train/reward_chosen"] > last["train/reward_rejected"]
+    preview = make_preview("dpo", words, None, 2)
+    assert preview.unit == "answer" and any(line.startswith("loss kto") for line in preview.lines)
+    plan = make_plan("dpo", words)
+    assert plan["memory"]["reference"] == 9 * 8 and any("once more" in line for line in plan["assumptions"])
+
+
+def test_rows_that_do_not_fit_a_loss_are_refused(tmp_path: Path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "x", "chosen": " y", "rejected": " z"}) + "\n")
+    small = ["model=tiny", "+peft=lora", "data.eval_share=0", "eval.sets=null"]
+    with pytest.raises(UserError, match=r"^data.path: the rows to train on have one prompt alone, and dpo.loss looks at answers"):
+        posttrain.run("dpo", *small, f"data.path={one}", "dpo.loss=kto", f"run.dir={tmp_path / 'a'}")
+    with pytest.raises(UserError, match=r"dpo does not take prompt_completion .*give data with prompt, chosen and rejected$"):
+        posttrain.run("dpo", *small, f"data.path={labelled(tmp_path)}", f"run.dir={tmp_path / 'b'}")
+    one.write_text(json.dumps({"text": "x"}) + "\n")
+    with pytest.raises(UserError, match=r"dpo does not take text .*give data with prompt, completion and label, or pairs$"):
+        posttrain.run("dpo", *small, f"data.path={one}", "dpo.loss=kto", f"run.dir={tmp_path / 'c'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "bco", "aot"])
+def test_how_a_step_is_cut_does_not_matter(loss: str, tmp_path: Path) -> None:
+    """One micro-batch, four, and two processes (tests/stages/test_distributed.py) take the same steps."""
+    rows = [{"prompt": f"{k} is", "chosen": f" {k * k}" * (1 + k % 3), "rejected": " no"} for k in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = {}
+    for batch, accumulation in ((4, 1), (1, 4)):
+        words = ["model=tiny", "+peft=lora", "peft.r=4", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0"]
+        words += ["eval.sets=null", "train.max_steps=4", "optim.lr=0.03", "optim.warmup_ratio=0", f"dpo.loss={loss}"]
+        run = tmp_path / str(batch)
+        posttrain.run("dpo", *words, f"train.batch_size={batch}", f"train.grad_accum={accumulation}", f"run.dir={run}")
+        lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        names = ("loss", "grad_norm", "accuracy")
+        steps[batch] = [[line[f"train/{name}"] for name in names] for line in lines if "train/loss" in line]
+    assert np.array(steps[4]) == pytest.approx(np.array(steps[1]), rel=1e-4) and steps[4][0] != steps[4][-1]

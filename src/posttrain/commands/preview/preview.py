@@ -30,7 +30,10 @@ from posttrain.stages.spec import spec_of
 
 BUCKETS = 12  # of the lengths' histogram
 # kind of examples -> what one of them is called; the pairs lie in packs of their own
-UNITS = {"documents": "pack", "conversations": "conversation", "pairs": "pair", "scored_pairs": "pair", "prompts": "prompt"}
+UNITS = {
+    "documents": "pack", "conversations": "conversation", "pairs": "pair", "scored_pairs": "pair", "labelled": "answer",
+    "prompts": "prompt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

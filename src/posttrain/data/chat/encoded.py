@@ -59,6 +59,12 @@ def pair_of(chosen: Encoded, rejected: Encoded, weight: float) -> EncodedPair:
     return EncodedPair(chosen.tokens[:shared], _after(chosen, shared), _after(rejected, shared), weight)
 
 
+def parted(whole: Encoded) -> tuple[list[int], Encoded]:
+    """The tokens before the first that counts, and what is from there on."""
+    start = _first_trained(whole)
+    return whole.tokens[:start], _after(whole, start)
+
+
 def first_word_of(offsets: Sequence[Span], words: Sequence[Span], weights: Sequence[float], least: int) -> int:
     """Index, from `least` on, of the first token of some weight that holds a letter of the words; -1 without one."""
     for span in words:

@@ -1,5 +1,8 @@
-"""Losses on preference pairs. Each module of this folder is one, and its file's name is what `dpo.loss` calls it; an installed
-package adds others by entry points of the group `posttrain.preference_losses`."""
+"""Losses on preferences: on pairs of answers, or on answers each with a label.
+
+Each module of this folder is one, and its file's name is what `dpo.loss` calls it; an installed package adds others by entry
+points of the group `posttrain.preference_losses`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor
 from posttrain.batch import LossOutput, Metrics
 from posttrain.config.choices import PREFERENCE_LOSSES
 from posttrain.errors import UserError, did_you_mean
-from posttrain.losses.pairs import Pairs, PreferenceLoss, implicit_rewards, pair_metrics, weighted
+from posttrain.losses.answers import Answers, answer_metrics
+from posttrain.losses.pairs import OverStep, Pairs, PreferenceLoss, implicit_rewards, pair_metrics, weighted
 
 Asked = str | Mapping[str, float]  # of dpo.loss: a name, or names with their weights in a sum
 Options = Mapping[str, Any]
@@ -45,9 +49,19 @@ class ChosenLoss:
         """Without, none is computed or held."""
         return any(term.loss.needs_reference for term in self.terms)
 
-    def __call__(self, pairs: Pairs, weight: Tensor) -> LossOutput:
-        """Sum over P pairs of their weight ([P]) times their loss, and what is reported of any of them: of several losses each
-        one's own mean too."""
+    @property
+    def unpaired(self) -> bool:
+        """Of answers with labels, not of pairs."""
+        return self.terms[0].loss.unpaired
+
+    @property
+    def over_step(self) -> OverStep | None:
+        """What one of them must know of the whole step."""
+        return next((term.loss.over_step for term in self.terms if term.loss.over_step), None)
+
+    def __call__(self, pairs: Pairs | Answers, weight: Tensor) -> LossOutput:
+        """Sum over P pairs, or answers, of their weight ([P]) times their loss, and what is reported of any of them: of several
+        losses each one's own mean too."""
         each = [term.loss.per_pair(pairs, **term.settings) for term in self.terms]
         losses = sum(term.weight * values for term, values in zip(self.terms, each, strict=True))
         assert isinstance(losses, Tensor)
@@ -57,9 +71,11 @@ class ChosenLoss:
             found = {f"loss_{t.name}": ((weight * v).sum().detach(), total) for t, v in zip(self.terms, each, strict=True)}
         return weighted(losses, weight, self._figures(pairs) | found)
 
-    def _figures(self, pairs: Pairs) -> Metrics:
+    def _figures(self, pairs: Pairs | Answers) -> Metrics:
         """Implicit rewards by the beta of the first loss that has one, and log-probs."""
         beta = next((term.settings["beta"] for term in self.terms if "beta" in term.settings), 1.0)
+        if isinstance(pairs, Answers):
+            return answer_metrics(pairs, beta, self.over_step.figure if self.over_step else "")
         rewards, policy = implicit_rewards(pairs, beta), pairs.policy.detach()
         if not self.needs_reference and self.terms[0].loss.per_token:
             rewards = rewards / pairs.lengths
@@ -85,6 +101,7 @@ def chosen_loss(asked: Asked, beta: float | None, label_smoothing: float | None,
         raise UserError(f"dpo.label_smoothing: {named} has none; leave it out")
     if label_smoothing == 0 and (strict := next((name for name, loss in losses.items() if loss.needs_smoothing), None)):
         raise UserError(f"dpo.label_smoothing: dpo.loss={strict} is infinite at 0; leave it out for the usual one")
+    _check_sum(losses)
     _check_options(named, options or {}, {k: default for loss in losses.values() for k, default in loss.options.items()})
     return ChosenLoss(
         tuple(
@@ -92,6 +109,16 @@ def chosen_loss(asked: Asked, beta: float | None, label_smoothing: float | None,
             for name, weight in weights.items()
         )
     )
+
+
+def _check_sum(losses: Mapping[str, PreferenceLoss]) -> None:
+    """Do they go together?"""
+    kinds = {loss.unpaired: name for name, loss in losses.items()}
+    if len(kinds) > 1:
+        raise UserError(f"dpo.loss: {kinds[True]} is of answers with labels and {kinds[False]} of pairs; they do not add up")
+    whole = [name for name, loss in losses.items() if loss.over_step]
+    if len(whole) > 1:
+        raise UserError(f"dpo.loss: {' and '.join(whole)} each look at the whole step, and one alone can; take one of them")
 
 
 def _check_options(named: str, options: Options, known: Options) -> None:

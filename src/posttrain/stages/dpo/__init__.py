@@ -8,12 +8,13 @@ from posttrain.stages.spec import OF_ALL, OF_LANGUAGE, StageSpec
 SPEC = StageSpec(
     name="dpo",
     position=5,
-    about="Direct preference optimisation on pairs.",
+    about="Preference losses: DPO and others on pairs, KTO and BCO on labelled answers.",
     examples=("+peft=qlora init=runs/sft/RUN data.path=pairs.jsonl", "+peft=lora init=runs/sft/RUN dpo.beta=0.05"),
     settings=OF_LANGUAGE + OF_ALL,
     config="posttrain.stages.dpo.config:Dpo",
     steps="posttrain.stages.dpo.stage:steps",
     rows=RowUse("dpo", ("pairs",), "pairs", "prompt, chosen and rejected"),
-    says="posttrain.stages.dpo.stage:lines",
+    rows_by="posttrain.stages.dpo.loss:rows",
+    says="posttrain.stages.dpo.loss:lines",
     plan="posttrain.stages.dpo.plan",
 )

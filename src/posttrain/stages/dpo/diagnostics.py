@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 FALL = 0.01  # of the log-prob at the start, from which a fall is worth a word
 
 
@@ -19,3 +22,14 @@ def alarms(metrics: Mapping[str, float]) -> list[str]:
         "neither; add the likelihood of the chosen answers, as dpo.loss={sigmoid: 0.8, sft: 0.2}, or lower optim.lr "
         "(docs/preference.md)"
     ]
+
+
+def line_of_labels(labels: NDArray[np.floating]) -> str:
+    """How many answers are good, and what to say where one kind outweighs the other. labels: 1 or -1 each."""
+    good = int((labels > 0).sum())
+    bad = len(labels) - good
+    line = f"{good:,} good and {bad:,} other answers"
+    if min(good, bad) and max(good, bad) > 4 / 3 * min(good, bad):  # KTO's section 4.3: within 1 : 1 and 4 : 3
+        name = "undesirable" if bad < good else "desirable"
+        line += f"; dpo.options.{name}_weight={max(good, bad) / min(good, bad):.3g} lets both count alike"
+    return line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain.config.schema import LanguageStage
-from posttrain.stages.dpo.stage import loss_of
+from posttrain.stages.dpo.loss import loss_of
 from posttrain.stages.language.plan import Extra, unit_tokens
 
 __all__ = ["extra", "unit_tokens"]
@@ -13,7 +13,11 @@ __all__ = ["extra", "unit_tokens"]
 
 def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
     """What the table of reference log-probs takes."""
-    if not loss_of(cfg).needs_reference:  # type: ignore[arg-type]
+    loss = loss_of(cfg)  # type: ignore[arg-type]
+    if not loss.needs_reference:
         return Extra()
-    note = "the reference is a table of log-probs, computed by the model itself before training; no second model"
-    return Extra({"reference": 8.0 * units}, notes=[note])
+    notes = ["the reference is a table of log-probs, computed by the model itself before training; no second model"]
+    if loss.over_step:
+        notes.append("before each step its answers go through the model once more, for what the loss must know of all of them")
+    columns = (1 if loss.unpaired else 2) + (1 if loss.over_step and loss.over_step.mismatched else 0)
+    return Extra({"reference": 4.0 * columns * units}, passes=4 / 3 if loss.over_step else 1.0, notes=notes)

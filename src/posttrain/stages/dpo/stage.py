@@ -1,44 +1,34 @@
-"""The steps of DPO: pairs that share their prompt, compared with what the stage starts from."""
+"""The steps of DPO: pairs that share their prompt, or answers with labels, compared with what the stage starts from."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import nn
 
 from posttrain.batch import LossOutput, PackedBatch
-from posttrain.data.collate import pack_pairs
-from posttrain.losses.pairs import Pairs
-from posttrain.losses.preference import ChosenLoss, chosen_loss
+from posttrain.data.collate import pack_labelled, pack_pairs
 from posttrain.losses.tokens import answer_sums
-from posttrain.models.language.objectives import answer_lengths
 from posttrain.stages.dpo.config import Dpo
+from posttrain.stages.dpo.loss import loss_of
 from posttrain.stages.dpo.reference import references
 from posttrain.stages.dpo.steps import PreferenceSteps
+from posttrain.stages.dpo.whole_step import compared
 from posttrain.training.objective import Objective
 
 
 def steps(cfg: Dpo) -> PreferenceSteps:
     """The steps of a run of this config."""
     found = objective(cfg)
-    return PreferenceSteps(found, references if found.needs_reference else None)
-
-
-def loss_of(cfg: Dpo) -> ChosenLoss:
-    """The loss of a config. Raises UserError for what it does not have."""
-    dpo = cfg.dpo
-    return chosen_loss(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.options)
-
-
-def lines(cfg: Dpo) -> list[str]:
-    """What a run says of its loss before it begins."""
-    return [loss_of(cfg).line()]
+    return PreferenceSteps(found, partial(references, loss_of(cfg), found.pack) if found.needs_reference else None)
 
 
 def objective(cfg: Dpo) -> Objective[PackedBatch]:
-    """The loss of `dpo.loss` on pairs; those of most carry the log-probs of both answers under the reference."""
+    """The loss of `dpo.loss`; the batches of most carry the log-probs of their answers under the reference."""
     chosen = loss_of(cfg)
 
     def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
-        logps = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
-        return chosen(Pairs(logps, batch.extra.get("reference"), answer_lengths(batch)), batch.extra["pair_weight"])
+        policy = answer_sums(module(batch), batch.sequence_id, batch.num_answers)
+        return chosen(compared(batch, policy, chosen.unpaired), batch.extra["pair_weight"])
 
-    return Objective(pack_pairs, loss, needs_reference=chosen.needs_reference)
+    return Objective(pack_labelled if chosen.unpaired else pack_pairs, loss, needs_reference=chosen.needs_reference)

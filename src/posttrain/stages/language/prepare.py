@@ -155,9 +155,7 @@ def lines_of_parents(cfg: LanguageStage, template: str) -> list[str]:
 
 def rows_of(cfg: LanguageStage) -> RowUse:
     """What the stage makes of rows."""
-    use = spec_of(cfg.stage).rows
-    assert use, "a stage of language models reads rows"
-    return use
+    return spec_of(cfg.stage).rows_of(cfg)
 
 
 def eval_sets(cfg: LanguageStage, sources: DataConfig, encoder: Encoder) -> list[EvalSet]:

@@ -37,11 +37,15 @@ Compared = Callable[[PackedBatch, list[int]], PackedBatch]  # a training batch, 
 
 @dataclass(frozen=True)
 class References:
-    """What a stage compares with: its held-out batches, what is put into those that it trains on, and the digest of that."""
+    """What a stage compares with: its held-out batches, what is put into those that it trains on, and the digest of that.
+    before_step, before_measuring: what the weights of the moment say of all batches together is put into each; the former is
+    told the batches' units, and every process must call it."""
 
     held_out: list[PackedBatch]
     compared: Compared = lambda batch, units: batch
     digest: dict[str, Any] = field(default_factory=dict)
+    before_step: Callable[[list[PackedBatch], list[list[int]]], list[PackedBatch]] = lambda batches, units: batches
+    before_measuring: Callable[[list[PackedBatch]], list[PackedBatch]] = lambda batches: batches
 
 
 MakeReferences = Callable[[Context, PreparedData, Session], References]
@@ -64,10 +68,13 @@ def train_language(
 
     def updates(step: int) -> Iterator[Update[PackedBatch]]:
         metrics = {} if difficulty is None else _difficulty(difficulty, data.order.step(step))
-        yield Update(_batches(data, objective, references.compared, step, session.accelerator.process_index), metrics)
+        units = [each or [0] for each in data.order.micro(step, session.accelerator.process_index)]
+        batches = _batches(data, objective, references.compared, step, session.accelerator.process_index)
+        yield Update(references.before_step(batches, units), metrics)
 
     def measure(done: int, check: Callable[[], None]) -> Measured:
-        return Measured(*own_metrics(session.module, references.held_out, objective, context.device, check))
+        held_out = references.before_measuring(references.held_out)
+        return Measured(*own_metrics(session.module, held_out, objective, context.device, check))
 
     return Training(
         updates=updates,
