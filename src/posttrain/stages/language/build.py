@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from posttrain.stages.accelerator import autocast_precision
 from posttrain.stages.language.init import InitSource
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
+
+Reader = TypeVar("Reader", bound=PackedLM)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def build_model(
         model = add_method(model, cfg.peft, num_steps)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_precision(cfg) == "bf16"):  # kernels are chosen for it
-        module = (PackedScorer if scores else PackedLM)(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
+    module = reader_of(cfg, model, device, PackedScorer if scores else PackedLM)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     counts = count_parameters(module)
@@ -98,3 +99,9 @@ def load_base(cfg: LanguageStage, start: InitSource, base: BaseInfo, device: tor
     flats = stored_layers(cache_root() / "layers" / key, names, load)
     model = load(lambda weight: not weight.startswith(tuple(f"{name}." for name in names)))
     return model, put_layers(model, flats)
+
+
+def reader_of(cfg: LanguageStage, model: Any, device: torch.device, kind: type[Reader]) -> Reader:
+    """What reads packs with `model`; its attention is chosen for the format that training computes in, autocast included."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_precision(cfg) == "bf16"):
+        return kind(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)

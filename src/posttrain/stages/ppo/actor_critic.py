@@ -17,7 +17,7 @@ from posttrain.models.peft.attach import INIT, NEW, put_beside
 from posttrain.models.peft.tokens import size_of
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.earlier import same_base
-from posttrain.stages.language.build import TrainableModel, build_model
+from posttrain.stages.language.build import TrainableModel, build_model, reader_of
 from posttrain.stages.language.init import InitSource, find_base, merged_start
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.ppo.config import Ppo
@@ -90,7 +90,7 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:
     """A head of its own over the policy's model."""
-    found = PackedScorer(policy.model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)
+    found = reader_of(cfg, policy.model, device, PackedScorer)
     if start and start.scorer:
         found.load_head(start.scorer)
     return found
