@@ -27,6 +27,10 @@ class RunError(Exception):
     told_by: int | None = None
 
 
+class BeforeStep(RunError):
+    """Every process fails alike before a step has changed anything: what has been learnt is saved, and can go on."""
+
+
 class Stopped(BaseException):
     """A signal ended the run at a step boundary after saving; the same command goes on. Exit code 75.
 

@@ -22,3 +22,10 @@ PREFERENCE_LOSSES: Registry[Any] = Registry(
 )
 # a file a loss, a `posttrain.losses.surrogates.PolicyLoss` in each
 POLICY_LOSSES: Registry[Any] = Registry("posttrain.losses.policy", "posttrain.policy_losses", "LOSS", "policy loss")
+# a file a reward, a class in each whose arguments are its options and whose instances are reward functions
+REWARDS: Registry[Any] = Registry("posttrain.rewards.builtin", "posttrain.rewards", "REWARD", "reward")
+
+
+def is_reward_function(name: str) -> bool:
+    """Is it a reward's name, built in or module:name, and no run's?"""
+    return ":" in name or name in REWARDS.names()

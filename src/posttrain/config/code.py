@@ -16,6 +16,7 @@ NAMES_CODE = {
     "reward.function": ("reward.function",),
     "reward.gold": ("reward.gold",),
     "rm.rule": ("rm.rule",),
+    "reward.options.judge.url": ("reward.options.judge.url",),
     "launch.sbatch": ("launch.sbatch",),
 }
 OURS = ("posttrain.rewards:", "posttrain.rules:")  # functions that come with the package

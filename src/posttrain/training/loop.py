@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
-from posttrain.errors import Stopped, is_out_of_memory, of_all
+from posttrain.errors import BeforeStep, Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
 from posttrain.training.callbacks import StepCallback
@@ -135,6 +135,8 @@ class Loop(Generic[B]):
             raise Stopped(
                 f"stopped by a signal after step {step} of {self.config.num_steps}, saved; the same command goes on"
             ) from None
+        except BeforeStep as error:
+            raise self._kept(error, step) from error.__cause__
         try:
             while update is not None:
                 self.window.add(update.metrics)
@@ -146,6 +148,12 @@ class Loop(Generic[B]):
         except Spike as spike:
             self._go_back(spike)
         return norm, tokens
+
+    def _kept(self, error: BeforeStep, step: int) -> BeforeStep:
+        """The same error, with what has been learnt before `step` saved."""
+        self._save(step)
+        error.args = (f"{error}; saved after step {step} of {self.config.num_steps}, the same command goes on",)
+        return error
 
     def _update(self, step: int, parts: int, batches: list[B]) -> _Updated:
         """parts: how many micro-batches of the step came before."""
@@ -293,6 +301,8 @@ class Loop(Generic[B]):
                 if not stopping:
                     self._evaluate(done)
                     self.state.evaluation_owed = False
+            except BeforeStep as error:
+                raise self._kept(error, done) from error.__cause__
             except Stopped:
                 stopping = True
         if stopping or last or (config.save_steps and done % config.save_steps == 0):

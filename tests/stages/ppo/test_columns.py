@@ -8,7 +8,7 @@ import pytest
 import posttrain
 from posttrain.data.examples import build, with_columns
 from posttrain.errors import UserError
-from posttrain.stages.ppo.rollout import _columns
+from posttrain.stages.ppo.rollout import columns_of
 
 SMALL = ("model=tiny", "+peft=lora", "peft.r=2", "train.max_steps=2", "train.batch_size=2", "eval.sets=null")
 PPO = ("ppo.advantage=rloo", "ppo.samples=3", "rollout.max_new_tokens=3")
@@ -16,7 +16,7 @@ PPO = ("ppo.advantage=rloo", "ppo.samples=3", "rollout.max_new_tokens=3")
 
 def test_each_answer_has_its_rows_columns() -> None:
     examples = with_columns(build([([1], [0.0], 7), ([2], [0.0], 9)], [(1, 1), (1, 1)]), {7: {"a": 1}, 9: {"a": 2, "b": [3]}})
-    assert _columns(examples, [1, 1, 0]) == {"a": [2, 2, 1], "b": [[3], [3], None]}
+    assert columns_of(examples, [1, 1, 0]) == {"a": [2, 2, 1], "b": [[3], [3], None]}
 
 
 @pytest.mark.slow

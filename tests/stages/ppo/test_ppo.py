@@ -166,7 +166,7 @@ def test_every_method(method: str, runs: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     first, step, *_ = lines(tmp_path / "ppo")
     assert first["eval/kl"] == 0 and step["train/kl"] == 0, "policy and reference begin as one"
-    assert found["steps"] == 1 and "train/reward_2" in step
+    assert found["steps"] == 1 and "train/reward_same" in step and "train/reward_model" in step
 
 
 def test_continue_keeps_the_start_as_reference(runs: Path, tmp_path: Path) -> None:
@@ -371,10 +371,42 @@ def test_a_reward_model_of_another_tokenizer_is_refused(runs: Path) -> None:
         posttrain.run("ppo", *TINY, *LORA, f"init={runs / 'sft'}", "init_reward=other", "run.dir=ppo")
 
 
-@pytest.mark.parametrize(("name", "said"), [("broken", "raised KeyError"), ("nan", "gave nan"), ("few", "gave 1 scores for 4")])
+@pytest.mark.parametrize(("name", "said"), [("broken", "raised KeyError"), ("nan", "gave nan"), ("few", "gave 1 scores for 2")])
 def test_a_reward_function_that_fails_is_named(name: str, said: str) -> None:
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(UserError, match=said):
         posttrain.run("ppo", *TINY, *LORA, f"reward.function=ppo_rules:{name}", "run.dir=ppo")
+
+
+def test_a_reward_that_fails_on_the_way_loses_nothing(tmp_path: Path) -> None:
+    """Two steps are kept, and the same command goes on with the third, to the bits of a run without fault."""
+    text = "import os\nclass Worth:\n    def __init__(self): self.calls = 0\n"
+    text += "    def __call__(self, answers):\n        self.calls += 1\n"
+    text += "        if self.calls == 4 and os.path.exists('away'): raise OSError('the endpoint is away')\n"
+    text += "        return [len(answer) / self.calls for answer in answers]\n"
+    text += "    def state_dict(self): return {'calls': self.calls}\n"
+    text += "    def load_state_dict(self, state): self.calls = state['calls']\n"
+    (tmp_path / "failing_rewards.py").write_text(text)
+    words = [
+        *TINY,
+        *LORA,
+        "train.max_steps=3",
+        "train.save_steps=null",
+        "reward.function=failing_rewards:Worth",
+        "eval.sets=null",
+    ]
+    words += ["ppo.advantage=rloo", "ppo.samples=2", "data.eval_rows=2", "rollout.max_new_tokens=4", "train.grad_accum=2"]
+    (tmp_path / "away").touch()
+    with pytest.raises(RunError) as caught:
+        posttrain.run("ppo", *words, "run.dir=ppo")
+    assert str(caught.value) == (
+        "reward function failing_rewards:Worth raised OSError: the endpoint is away; saved after step 2 of 3, "
+        "the same command goes on"
+    )
+    (tmp_path / "away").unlink()
+    posttrain.run("ppo", *words, "run.dir=ppo")
+    posttrain.run("ppo", *words, "run.dir=straight")
+    mine, its = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("ppo", "straight"))
+    assert all(torch.equal(mine[name], value) for name, value in its.items())
 
 
 def test_a_function_is_found_in_the_current_directory() -> None:

@@ -136,9 +136,20 @@ class RolloutConfig(Strict):
 class RewardConfig(Strict):
     """`reward`: your own functions, their weights, and how rewards are shaped."""
 
-    function: Annotated[list[str], BeforeValidator(listed)]  # module:name
+    function: Annotated[list[str], BeforeValidator(listed)]  # built in, or module:name
+    options: dict[str, dict[str, Any] | None] | None  # of built-in rewards, by their names
+    timeout: Rate  # seconds that a function may take
     weights: list[float] | None
     clip: Rate | None
-    whiten: bool
+    whiten: bool | Literal["each"]
+    overlong: tuple[NonNegative, Positive] | None  # tokens from which an answer is too long, and that take off 1
     missing_eos_penalty: Annotated[float, Field(ge=0)]
-    gold: str | None  # a reward model's run, or module:name
+    gold: str | None  # a reward model's run, or a function as above
+
+    @model_validator(mode="after")
+    def _grows(self) -> RewardConfig:
+        if self.overlong and self.overlong[0] >= self.overlong[1]:
+            raise ValueError(
+                "reward.overlong: give fewer tokens first, from which the penalty grows, as in reward.overlong=[400,512]"
+            )
+        return self

@@ -9,6 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.choices import is_reward_function
 from posttrain.config.schema import DataConfig, Guarded, LanguageStage
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, weighing_of
@@ -146,7 +147,7 @@ def lines_of_parents(cfg: LanguageStage, template: str) -> list[str]:
     lines: list[str] = []
     for parent in spec_of(cfg.stage).parents:
         named: Any = reduce(lambda section, name: getattr(section, name, None), parent.key.split("."), cfg)
-        if isinstance(named, str) and ":" not in named:  # else a function
+        if isinstance(named, str) and not is_reward_function(named):  # else a function
             manifest = open_artifact(named, parent.key).manifest
             told = manifest.template if manifest else None
             lines += lines_of_template(template, told.rows if told else None, parent.key)

@@ -56,6 +56,11 @@ def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> 
             "all answers to a prompt got the same reward: there is nothing to learn from; change the reward or raise ppo.samples",
         ),
         (
+            "unscored",
+            found.get("unscored", 0.0) > 0,
+            f"no reward applies to {found.get('unscored', 0.0):.0%} of the answers, which count 0: give a reward for their rows",
+        ),
+        (
             "length",
             abs(found["length_correlation"]) >= max(SUSPICIOUS, 3 / found["answers"] ** 0.5),  # of few it is chance
             f"reward and length of the answer correlate with r = {found['length_correlation']:+.2f}: "

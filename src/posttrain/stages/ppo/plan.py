@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.config.choices import is_reward_function
 from posttrain.data.examples import Examples
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -60,7 +61,7 @@ def cache_bytes(cfg: Ppo, config: Any, itemsize: int) -> float:
 
 
 def _run(name: str | None) -> str | None:
-    return None if name and ":" in name else name
+    return None if name and is_reward_function(name) else name
 
 
 def _shares(cfg: Ppo, run: Artifact, base: str) -> bool:

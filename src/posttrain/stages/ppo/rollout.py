@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from posttrain.data.examples import Examples
 from posttrain.evaluation.calibration import correlation
 from posttrain.models.language.actor_critic import ActorCritic, Role
 from posttrain.models.language.generation import Answer, Sampling
-from posttrain.rewards import RewardFunction
+from posttrain.rewards import RewardFunction, unscored
 from posttrain.training.processes import Processes
 
 Seed = Callable[[int], int]  # of a prompt, by its place among all of a step
@@ -32,8 +32,8 @@ class Rollout:
     """Answers to prompts, and what each of their tokens was to policy and reference: of all processes, and the same in each.
 
     packs: the answers in turn, as this process trains on them; own: their rows in the tables. mask: bool [A, T], the places that
-    an answer fills. old, reference, values (where they are wanted): [A, T], zero past an answer's end. scores: [A] each, the
-    reward model's and then the functions'; gold: [A].
+    an answer fills. old, reference, values (where they are wanted): [A, T], zero past an answer's end. scores: by name, [A]
+    each, the reward model's and then the functions'; gold: [A].
     """
 
     prompts: list[str]
@@ -45,7 +45,7 @@ class Rollout:
     old: Tensor
     reference: Tensor
     values: Tensor | None
-    scores: list[Tensor]
+    scores: dict[str, Tensor]
     gold: Tensor | None
 
     @property
@@ -142,10 +142,12 @@ class Roller:
         scored = {role: torch.cat(shares.together(self._read(ended[: len(with_units)], role))) for role in self.scorers}
         texts = [self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in flat]
         units = [unit for some in micro for unit in some for _ in range(samples)]
-        prompts, known = self._texts(examples, units)
-        columns = _columns(examples, units) if self.functions or self.gold else {}
+        prompts, known = texts_of(examples, units, self.tokenizer)
+        columns = columns_of(examples, units) if self.functions or self.gold else {}
         judged = partial(_judged, shares.processes, prompts, texts, known, columns)
-        scores = ([scored["reward"]] if "reward" in scored else []) + [judged(function) for function in self.functions]
+        scores = {"model": scored["reward"]} if "reward" in scored else {}
+        for function in self.functions:
+            scores[free_name(function.short_name, scores)] = judged(function)
         gold = judged(self.gold) if self.gold else scored.get("gold")
         own = [row for number in shares.mine for row in _rows(shares, number, samples)]
         values = read("value") if with_values else None
@@ -160,12 +162,6 @@ class Roller:
             self.roles.set_role("policy")
             found = iter(self.write(self.roles.policy, prompts, samples, self.sampling, self.ends, seeds) if prompts else [])
         return shares.together([[next(found) for _ in shares.of(number)] for number in shares.mine if shares.of(number)])
-
-    def _texts(self, examples: Examples, units: list[int]) -> tuple[list[str], list[str]]:
-        """Of each unit its prompt, and the answer that the data has."""
-        cut = [(examples.sequence(unit)[0].tolist(), int(examples.splits[unit, 0])) for unit in units]
-        decode = self.tokenizer.decode
-        return [decode(tokens[:border]) for tokens, border in cut], [decode(tokens[border:]) for tokens, border in cut]
 
     def _packed(self, examples: Examples, shares: Shares, answers: list[list[list[Answer]]], end: list[int]) -> list[PackedBatch]:
         """A pack for each of this process's micro-batches; one without units goes along with the first, and counts for nothing.
@@ -205,7 +201,19 @@ def _rows(shares: Shares, number: int, samples: int) -> range:
     return range(start, start + len(shares.of(number)) * samples)
 
 
-def _columns(examples: Examples, units: list[int]) -> dict[str, list[Any]]:
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or with a number after it where it is taken."""
+    return next(each for each in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if each not in taken)
+
+
+def texts_of(examples: Examples, units: list[int], tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Of each unit its prompt, and the answer that the data has."""
+    cut = [(examples.sequence(unit)[0].tolist(), int(examples.splits[unit, 0])) for unit in units]
+    decode = tokenizer.decode
+    return [decode(tokens[:border]) for tokens, border in cut], [decode(tokens[border:]) for tokens, border in cut]
+
+
+def columns_of(examples: Examples, units: list[int]) -> dict[str, list[Any]]:
     """By name, the value in the row of each of the units; None where it has none."""
     rows = [examples.columns_of(unit) for unit in units]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
@@ -232,7 +240,9 @@ def figures_of(rollout: Rollout, reward: Tensor) -> dict[str, float]:
         "length_correlation": correlation(reward, lengths),
     }
     if len(rollout.scores) > 1:
-        found |= {f"reward_{i}": float(score.mean()) for i, score in enumerate(rollout.scores, 1)}
+        found |= {f"reward_{name}": float(score.nanmean()) for name, score in rollout.scores.items() if not score.isnan().all()}
+    if bool((none := unscored(list(rollout.scores.values()))).any()):
+        found["unscored"] = float(none.float().mean())
     if rollout.gold is not None:
         found |= {"gold": float(rollout.gold.mean()), "gold_std": float(rollout.gold.std(correction=0))}
     return found

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
+from posttrain.config.choices import is_reward_function
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.hub import context_length
@@ -24,7 +25,7 @@ from posttrain.stages.language.stage import as_given, build_language
 from posttrain.stages.language.training import compare_ends, measure_sets, step_callback
 from posttrain.stages.ppo.actor_critic import build_actor_critic
 from posttrain.stages.ppo.config import Ppo, check_kl
-from posttrain.stages.ppo.rollout import Roller, Write
+from posttrain.stages.ppo.rollout import Roller, Write, columns_of, texts_of
 from posttrain.stages.ppo.summary import lines_of_method
 from posttrain.stages.ppo.training import PpoState, PpoTraining
 from posttrain.stages.ppo.vllm import check_engine, start_engine
@@ -72,13 +73,7 @@ class PpoSteps:
         start = language.data.start
         if cfg.rollout.engine == "vllm" and (language.data.new_tokens or (start.adapter and size_of(start.adapter))):
             raise UserError("rollout.engine: vllm takes no rows of the embedding beside an adapter; say rollout.engine=model")
-        functions = [load_function(name, "reward.function") for name in cfg.reward.function]
-        gold = load_function(cfg.reward.gold, "reward.gold") if cfg.reward.gold and ":" in cfg.reward.gold else None
-        columns = {name for part in language.data.data.parts for name in (*part.stats.unused, *part.train.columns_of(0))}
-        for function in functions:
-            function.check(columns, "reward.function")
-        if gold:
-            gold.check(columns, "reward.gold")
+        functions, gold = _rewards(cfg, language.data, context.main and context.weights)
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
@@ -104,6 +99,8 @@ class PpoSteps:
         cfg, data, rollout = context.cfg, prepared.data, context.cfg.rollout
         state = session.state
         state.stage = PpoState(**state.stage) if state.stage else PpoState(cfg.ppo.kl_coef, row_seeds=True)
+        for function in data.functions:
+            function.load(state.stage.rewards.get(function.name))
         sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
         roller = Roller(
             session.module,  # pyright: ignore[reportArgumentType]
@@ -138,6 +135,24 @@ class PpoSteps:
         record = save_language(context, prepared.data, built.model.policy, outcome, accelerator, scores=False)
         state: PpoState = outcome.state.stage
         return record | {"alarms": state.alarms, "kl_coef": state.kl_coef}
+
+
+def _rewards(cfg: Ppo, data: PreparedData, tries: bool) -> tuple[list[RewardFunction], RewardFunction | None]:
+    """The functions that give the reward, and the one that checks it; tries: asked for the first rows."""
+    reward, options = cfg.reward, cfg.reward.options
+    if unused := sorted({*(options or {})} - {*reward.function, reward.gold}):
+        raise UserError(f"reward.options.{unused[0]}: no reward.function is so called; add it, or leave its options out")
+    is_function = bool(reward.gold) and is_reward_function(str(reward.gold))
+    asked = [(name, "reward.function") for name in reward.function] + [(str(reward.gold), "reward.gold")] * is_function
+    found = [load_function(name, field, options, reward.timeout) for name, field in asked]
+    columns = {name for part in data.data.parts for name in (*part.stats.unused, *part.train.columns_of(0))}
+    examples, first = data.data.train, list(range(min(2, len(data.data.train))))
+    for function, (_, field) in zip(found, asked, strict=True):
+        function.check(columns, field)
+        if tries:
+            prompts, known = texts_of(examples, first, data.tokenizer)
+            function.try_out(prompts, known, known, columns_of(examples, first), field)
+    return found[: len(reward.function)], found[-1] if is_function else None
 
 
 def _scorers(cfg: Ppo, tokenizer_hash: str, gold: bool) -> dict[str, InitSource]:

@@ -35,13 +35,14 @@ SHOWN = 8  # held-out prompts whose answers are kept for the page
 class PpoState:
     """What a checkpoint keeps of this stage. first: figures of the first step. ringing: alarms that were said and hold on.
     row_seeds: has every prompt random numbers of its own? A run that version 0.2 or an earlier one began has not, and ends as it
-    would have."""
+    would have. rewards: what reward functions remember, by name."""
 
     kl_coef: float
     first: dict[str, float] | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
     ringing: list[str] = field(default_factory=list)
     row_seeds: bool = False
+    rewards: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class PpoTraining:
                 break
         figures["update_tokens_per_second"] = sum(processes.gathered(tokens)) / (time.monotonic() - began)
         figures["updates"] = float(updates)
+        self.state.rewards = {each.name: state for each in self.roller.functions if (state := each.state()) is not None}
         if cfg.target_kl:
             self.state.kl_coef = adapted(self.state.kl_coef, figures["kl"], cfg.target_kl, cfg.kl_rate)
         yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
@@ -119,7 +121,7 @@ class PpoTraining:
         micro = [list(range(i, min(i + size, len(examples)))) for i in range(0, len(examples), size)]
         rollout = self.roller.roll(examples, micro, 1, self._seeds(0, ROLLOUT + 1))
         check()
-        reward, _ = combined(rollout.scores, rollout.ended, self.cfg.reward)
+        reward, _ = combined(list(rollout.scores.values()), rollout.ended, self.cfg.reward)
         rows = {"reward": reward.tolist(), "kl": rollout.kl.tolist(), "length": rollout.lengths.tolist()}
         self._keep_samples(rollout, reward, done)
         return Measured({f"eval/{name}": value for name, value in figures_of(rollout, reward).items()}, rows)

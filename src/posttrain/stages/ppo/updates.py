@@ -23,7 +23,7 @@ Tables = dict[str, tuple[Tensor, ...]]  # by name, of each pack
 def ppo_batches(cfg: Ppo, rollout: Rollout, kl_coef: float) -> tuple[list[list[PackedBatch]], Figures]:
     """For each pack the policy's part and (with gae) the value model's; and the figures of the step."""
     ppo, mask = cfg.ppo, rollout.mask
-    reward, shaped_reward = combined(rollout.scores, rollout.ended, cfg.reward)
+    reward, shaped_reward = combined(list(rollout.scores.values()), rollout.ended, cfg.reward, rollout.lengths)
     figures = figures_of(rollout, reward) | {"kl_coef": kl_coef, "sampling_gap": sampling_gap(rollout)}
     taken_off = kl_coef if ppo.kl_in == "reward" else 0.0
     kl = losses.kl_estimate(rollout.old, rollout.reference, ppo.kl_estimator) * mask

@@ -1,17 +1,24 @@
 """Reward functions and their sum against numbers worked out by hand; what is wrong with one is said in a line."""
 
+import asyncio
+import json
+import math
+import re
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from posttrain.config.schema import RewardConfig
-from posttrain.errors import RunError, UserError
-from posttrain.rewards import brevity, code_spans, combined, load_function, overlap
+from posttrain.errors import BeforeStep, RunError, UserError
+from posttrain.rewards import RewardFunction, brevity, code_spans, combined, load_function, overlap, unscored
 
 
 def config(**settings: object) -> RewardConfig:
     plain = {"function": None, "weights": None, "clip": None, "whiten": False, "missing_eos_penalty": 0.0, "gold": None}
+    plain |= {"options": None, "timeout": 600.0, "overlong": None}
     return RewardConfig.model_validate(plain | settings)
 
 
@@ -99,3 +106,105 @@ def test_a_function_gets_by_name_what_it_names(tmp_path: Path, monkeypatch: pyte
         "reward.function: named_rewards:unknown asks for 'soluton', which is no column of the rows - did you mean 'solution'?; "
         "their columns are id, solution"
     )
+
+
+def asked(call: object, limit: float = 60.0) -> list[float]:
+    return RewardFunction("mine:f", call, limit)(["p", "p"], ["a", "b"], ["", ""]).tolist()  # type: ignore[arg-type]
+
+
+def test_none_does_not_apply() -> None:
+    found = asked(lambda answers: [None, 2.0])
+    assert math.isnan(found[0]) and found[1] == 2.0
+    scores, ended = [torch.tensor([math.nan, 2.0, math.nan]), torch.tensor([1.0, 3.0, math.nan])], torch.tensor([True] * 3)
+    assert combined(scores, ended, config(weights=[1.0, 10.0]))[0].tolist() == [10.0, 32.0, 0.0]
+    assert unscored(scores).tolist() == [False, False, True]
+
+
+def test_each_reward_by_itself_can_be_scaled_before_the_weights() -> None:
+    scores = [torch.tensor([0.0, 2.0, math.nan]), torch.tensor([100.0, 300.0, 200.0])]
+    reward, _ = combined(scores, torch.tensor([True] * 3), config(weights=[1.0, 2.0], whiten="each"))
+    assert reward.tolist() == pytest.approx([-1 - 2 * math.sqrt(1.5), 1 + 2 * math.sqrt(1.5), 0], abs=1e-5)
+
+
+def test_what_a_long_answer_loses() -> None:
+    """DAPO's eq. 13 with L_max 20 and L_cache 5."""
+    lengths = torch.tensor([10, 15, 16, 18, 20, 40])
+    _, shaped = combined([torch.zeros(6)], torch.ones(6, dtype=torch.bool), config(overlong=[15, 20]), lengths)
+    assert shaped.tolist() == pytest.approx([0, 0, -0.2, -0.6, -1, -1], abs=1e-6)
+    with pytest.raises(ValueError, match=r"reward\.overlong"):
+        config(overlong=[20, 15])
+
+
+def test_async_functions_and_objects_with_state() -> None:
+    async def slow(answers: list[str]) -> list[float]:
+        return list(await asyncio.gather(*(one(each) for each in answers)))
+
+    async def one(answer: str) -> float:
+        await asyncio.sleep(0.01)
+        return float(answer == "b")
+
+    class Kept:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        async def __call__(self, answers: list[str]) -> list[float]:
+            self.calls += 1
+            return [float(self.calls)] * len(answers)
+
+        def state_dict(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    assert asked(slow) == [0.0, 1.0]
+    function = RewardFunction("mine:kept", Kept())
+    function.try_out(["p"], ["a"], [""], {}, "reward.function")
+    assert function(["p"], ["a"], [""]).tolist() == [1.0], "what was tried out is forgotten"
+    again = RewardFunction("mine:kept", Kept())
+    again.load(json.loads(json.dumps(function.state())))
+    assert again(["p"], ["a"], [""]).tolist() == [2.0] and RewardFunction("mine:slow", slow).state() is None
+
+
+def test_a_class_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("class_rewards.py").write_text(FORMS)
+    function = load_function("class_rewards:Kept", "reward.function")
+    assert [function(["p"], ["a"], [""], {"solution": ["s"]}).tolist() for _ in range(2)] == [[1.0], [2.0]]
+
+
+def hangs(answers: list[str]) -> list[float]:
+    with suppress(Exception):
+        time.sleep(30)
+    return [0.0] * len(answers)
+
+
+def backtracks(answers: list[str]) -> list[float]:
+    return [float(bool(re.match(r"(a+)+$", "a" * 40 + "b"))) for _ in answers]
+
+
+@pytest.mark.parametrize("call", [hangs, backtracks])
+def test_a_function_that_hangs_is_ended(call: object) -> None:
+    began = time.monotonic()
+    with pytest.raises(BeforeStep, match=r"mine:f took longer than reward.timeout=0.2 seconds"):
+        asked(call, limit=0.2)
+    assert time.monotonic() - began < 10
+
+
+def broken(answers: list[str]) -> list[float]:
+    raise KeyError("no such\nword")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (broken, "mine:f raised KeyError: 'no such\\\\nword'"),
+        (lambda answers: [1.0], "mine:f gave 1 scores for 2 answers"),
+        (lambda answers: [1.0, math.inf], "mine:f gave inf for 'b'"),
+        (lambda answers: 5, "mine:f raised TypeError"),
+    ],
+)
+def test_what_is_wrong_with_one_is_found_before_a_model_loads(call: object, said: str) -> None:
+    with pytest.raises(UserError, match=f"^reward.function: tried out on the first rows, {said}") as caught:
+        RewardFunction("mine:f", call).try_out(["p"] * 2, ["a", "b"], ["r"] * 2, {}, "reward.function")  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,53 @@
+"""What an answer is compared with: a column of the rows, or the data's own answer; and the final answer that a text comes to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.errors import UserError, did_you_mean
+
+USUAL = ("solution", "ground_truth", "answer", "final_answer", "label")  # columns that hold the right answer
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
+_FRACTION = re.compile(r"\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
+
+
+def truths(column: str | None, references: Sequence[str], columns: Mapping[str, Sequence[Any]], name: str) -> list[str | None]:
+    """The right answers: of `column`, else of the first of the USUAL ones that the rows have, else the data's answers."""
+    if column is not None and column not in columns:
+        near, have = did_you_mean(column, list(columns)), ", ".join(columns) or "none"
+        raise UserError(f"reward.options.{name}.column: '{column}' is no column of the rows{near}; their columns are {have}")
+    chosen = column or next((each for each in USUAL if each in columns), None)
+    values = columns[chosen] if chosen else references
+    return [None if value is None or str(value) == "" else str(value) for value in values]
+
+
+def final_answer(text: str) -> str:
+    """What a text comes to: its last \\boxed{...}, else what stands after its last ####, else all; spaces at its ends off."""
+    if (start := text.rfind("\\boxed{")) >= 0:
+        return _braced(text[start + len("\\boxed{") :]).strip()
+    return text.rpartition("####")[2].strip() if "####" in text else text.strip()
+
+
+def number_in(text: str) -> float | None:
+    """The last number of a text: 1,234 and $5 and 50% and 1/2 and \\frac{1}{2} are such; None where there is none."""
+    text = _FRACTION.sub(r"\1/\2", text)
+    found = _NUMBER.findall(text)
+    if not found:
+        return None
+    above, _, below = found[-1].replace(",", "").partition("/")
+    try:
+        return float(above) / float(below) if below else float(above)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _braced(text: str) -> str:
+    """Up to the brace that closes one opened before; all of it where none does."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            return text[:i]
+    return text
