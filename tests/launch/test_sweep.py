@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain.errors import RunError, UserError
+from posttrain.launch.subprocess_runner import PYTHON
 from posttrain.launch.sweep import run_sweep
 from posttrain.reports.run_records import show
 
@@ -67,3 +71,36 @@ def test_a_bad_value_stops_the_sweep_before_its_first_job(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"peft\.r: .*got 'x'"):
         run_sweep("sft", [*TINY, "+peft=lora", "peft.r=4,x", f"run.dir={tmp_path}/sweep"], None)
     assert not (tmp_path / "sweep").exists()
+
+
+def processes_of(place: Path) -> list[int]:
+    """Processes of this machine whose command names a path, or who work in it."""
+    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if str(place) in line and "ps -eo" not in line]
+
+
+@pytest.mark.parametrize("warm", ["true", "false"])
+def test_sigterm_to_a_parallel_sweep_saves_all_its_jobs_and_the_next_start_goes_on(warm: str, tmp_path: Path) -> None:
+    """The sweep alone gets the signal. Jobs at work write a checkpoint; no process is left; the next start says what is what."""
+    folder = tmp_path / "sweep"
+    words = [*TINY, "train.max_steps=60", "+peft=lora", "peft.r=2,4,8", "hydra/launcher=local", "hydra.launcher.n_jobs=2"]
+    words += [f"run.warm={warm}", f"run.dir={folder}", "train.save_steps=null", "eval.sets=null"]
+    command = [*PYTHON, "-m", "posttrain", "sft", "-m", *words]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    two = [folder / "000-r=2", folder / "001-r=4"]
+    deadline = time.monotonic() + 240
+    while not all((each / "metrics.jsonl").exists() and (each / "metrics.jsonl").read_text().count("\n") > 2 for each in two):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=240)
+    assert first.returncode == 75 and said.splitlines()[-1].startswith("stopped: the sweep was stopped by a signal"), said
+    rows = json.loads((folder / "sweep.json").read_text())
+    assert [row["status"] for row in rows] == ["stopped"] * 3
+    assert [any((each / "checkpoints").glob("step-*")) for each in two] == [True, True] and not (folder / "002-r=8").exists()
+    assert processes_of(tmp_path) == []
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())] == ["done"] * 3
+    assert all("going on from step" in (each / "job.log").read_text() for each in two)
+    assert again.stdout.count(": started") == 3 and "done already" not in again.stdout
+    assert processes_of(tmp_path) == []

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from hydra.types import RunMode
 
+from posttrain.config.compose import opened
 from posttrain.errors import Stopped
 from posttrain.launch import sweep
+from posttrain.launch.gpus import _gpu_lock
 from posttrain.launch.subprocess_runner import PYTHON
-from posttrain.launch.sweep import _gpu_lock, _requeue, _row, _share_of_cores, _wait_for
+from posttrain.launch.sweep import _requeue, _row, _share_of_cores, _wait_for
 from posttrain.training.signals import PARENT
 
 
@@ -127,3 +130,11 @@ def test_jobs_are_one_group_of_their_tracker(given: str | None, group: str, tmp_
     mine = sweep._job(tmp_path / "ranks", 0, ["peft.r=4"], [["peft.r=4"], ["peft.r=8"]], config)
     written = yaml.safe_load(Path(mine["dir"]).with_suffix(".yaml").read_text())
     assert written["track"] == {"group": group, "name": None} and written["run"]["dir"] == mine["dir"]
+
+
+@pytest.mark.parametrize(("word", "asked"), [([], 1), (["hydra.launcher.gpus_per_node=null"], None)])
+def test_a_cluster_without_gpus_is_asked_for_none(word: list[str], asked: int | None) -> None:
+    with opened(None) as hydra:
+        words = ["hydra/launcher=slurm", *word]
+        found = hydra.compose_config("sft", words, RunMode.MULTIRUN, with_log_configuration=False)
+    assert found.hydra.launcher.gpus_per_node == asked and found.hydra.launcher.timeout_min == 2880

@@ -8,12 +8,11 @@ import platform
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -21,6 +20,8 @@ from rich.table import Table
 
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch import warm_worker
+from posttrain.launch.gpus import one_gpu
 from posttrain.launch.subprocess_runner import in_group, worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
@@ -52,6 +53,8 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
             stopped = stop.requested or _stopped
     except Stopped:  # no job of this machine is at work
         stopped = True
+    finally:
+        warm_worker.close()
     rows = [_row(each, stopped) for each in jobs]
     write_json(sweep_dir / "sweep.json", rows)
     if stopped:
@@ -83,7 +86,8 @@ def job(config: Any) -> None:
     began = time.monotonic()
     say(f"{label}: started")
     with _at_work(sweep_dir / AT_WORK), one_gpu() as environment:
-        code, _stopped = _work(directory, label, environment | _share_of_cores(HydraConfig.get().launcher, len(jobs)))
+        environment |= _share_of_cores(HydraConfig.get().launcher, len(jobs))
+        code, _stopped = _work(directory, label, environment, warm=config.run.warm and len(jobs) > 1)
     if code == Stopped.exit_code and not _stopped:
         _requeue()
     said = "" if code in (0, Stopped.exit_code) else f"failed (exit {code}): "
@@ -91,23 +95,37 @@ def job(config: Any) -> None:
     say(f"{label}: {outcome}, {time.monotonic() - began:.0f} s")
 
 
-def _work(directory: Path, label: str, environment: dict[str, str]) -> tuple[int, bool]:
+def _work(directory: Path, label: str, environment: dict[str, str], warm: bool) -> tuple[int, bool]:
     """Exit code of the worker, and whether a signal came; its words go to job.log, its progress is shown too."""
     directory.mkdir(parents=True, exist_ok=True)
     _wait_for(directory, label)
-    mine = environment | {PARENT: str(os.getpid())}
-    command = worker_command(str(directory.with_suffix(".yaml")))
+    config = directory.with_suffix(".yaml")
     with (directory / "job.log").open("a", encoding="utf-8") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=mine)
-        with _forwarding(child) as requested:
-            assert child.stdout
-            for raw in child.stdout:
-                line = raw.decode(errors="replace")
-                log.write(line)
-                log.flush()
-                if "  eta " in line:
-                    say(f"{label}: {line.strip()}")
+        try:
+            if warm and (worker := warm_worker.for_jobs_in(environment)):
+                return _follow(worker.start(config, environment), log, label)
+        except warm_worker.Gone as gone:
+            say(f"{label}: {gone}; this job and those after it start in a process each")
+            _wait_for(directory, label)
+        mine = environment | {PARENT: str(os.getpid())}
+        command = worker_command(str(config))
+        return _follow(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=mine), log, label)
+
+
+def _follow(child: Any, log: IO[str], label: str) -> tuple[int, bool]:
+    with _forwarding(child) as requested:
+        for raw in child.stdout:
+            line = raw.decode(errors="replace")
+            log.write(line)
+            log.flush()
+            if "  eta " in line:
+                say(f"{label}: {line.strip()}")
+        try:
             return child.wait(), requested()
+        except warm_worker.Gone:
+            if requested():
+                return Stopped.exit_code, True
+            raise
 
 
 def _wait_for(directory: Path, label: str) -> None:
@@ -185,7 +203,7 @@ def _passing_on(folder: Path) -> Generator[StopSignal]:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Generator[Any]:
+def _forwarding(child: Any) -> Generator[Any]:
     import threading
 
     if threading.current_thread() is not threading.main_thread():  # a launcher's thread cannot install handlers
@@ -193,40 +211,6 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Generator[Any]:
         return
     with forward_to(child) as stop:
         yield lambda: stop.requested
-
-
-@contextmanager
-def one_gpu() -> Generator[dict[str, str]]:
-    """The environment for one job: with a GPU that no other job of this machine holds, where there is any GPU."""
-    gpus = _gpus()
-    with ExitStack() as held:
-        while gpus:
-            for gpu in gpus:
-                try:
-                    held.enter_context(_gpu_lock(gpu))
-                except Timeout:
-                    continue
-                yield {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-                return
-            time.sleep(1.0)
-        yield dict(os.environ)
-
-
-def _gpu_lock(gpu: str) -> FileLock:
-    """Of all users of this machine; where another's may not be opened (a sticky directory), of this user's own jobs."""
-    folder = Path(tempfile.gettempdir())
-    shared = folder / f"posttrain-gpu-{gpu}.lock"
-    is_mine = not shared.exists() or (os.access(shared, os.W_OK) and shared.stat().st_uid == os.getuid())
-    return FileLock(shared if is_mine else folder / f"posttrain-gpu-{gpu}-{os.getuid()}.lock", blocking=False, mode=0o666)
-
-
-def _gpus() -> list[str]:
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    return listed.stdout.split()
 
 
 def _directory(config: dict[str, Any], stage: str) -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import Protocol
 
 from posttrain.errors import Stopped
 
@@ -36,6 +36,14 @@ def leave_with_parent(is_sure: bool = True) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if is_sure and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Sends(Protocol):
+    """A child, as far as signals go: a Popen, or what stands for one."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Hand it a signal."""
+        ...
 
 
 class StopSignal:
@@ -116,6 +124,6 @@ def passing_on(to: Callable[[int], None]) -> Generator[StopSignal]:
         stop.restore()
 
 
-def forward_to(child: subprocess.Popen[bytes]) -> AbstractContextManager[StopSignal]:
+def forward_to(child: Sends) -> AbstractContextManager[StopSignal]:
     """While inside, signals go on to `child`, which saves and leaves."""
     return passing_on(child.send_signal)

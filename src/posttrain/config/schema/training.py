@@ -70,6 +70,7 @@ class RunConfig(Strict):
     dir: str | None
     stop_after: Positive | None  # steps of one start
     reproduces: str | None
+    warm: bool
 
 
 class TrackConfig(Strict):
