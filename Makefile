@@ -52,8 +52,9 @@ mutate: setup ## put named faults into the code, one at a time: which does no te
 house: setup ## the structure in figures: long files and functions, missing docstrings, rooms that know each other
 	$(BIN)/python scripts/house.py
 
-torture: setup ## at least 200 random kill -9 over all stages, each of which must end bit-identical
+torture: setup ## at least 300 random kill -9 over all stages, recipes, sweeps, merge, compose, caches: each ends bit-identical
 	$(BIN)/python scripts/torture.py --count 200
+	$(BIN)/python scripts/torture_commands.py --count 100
 
 load: setup ## 10 million rows, 100,000 steps, 100 jobs, a recipe of 12 steps: memory and time of each
 	$(BIN)/python scripts/load.py

@@ -242,6 +242,7 @@ def filled(directory: Path, times: list[int] | None = None, error: OSError | Non
         lambda d: (d / "deep" / "b.json").unlink(),
         lambda d: (d / "source.json").write_text("{"),
         lambda d: (d / "source.json").write_text("[]"),
+        lambda d: (d / "source.json").write_text((d / "source.json").read_text().replace("made here", "made hare")),
     ],
 )
 def test_a_damaged_directory_is_named_and_made_again(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,8 @@ def _fill(directory: Path, make: Callable[[Path], str]) -> str:
         origin = make(made)
         by_umask(made)
         files = {name: {"bytes": (made / name).stat().st_size, "sha256": value} for name, value in file_hashes(made).items()}
-        (made / NOTE).write_text(json.dumps({"origin": origin, "files": files}), encoding="utf-8")
+        note = {"origin": origin, "files": files}
+        (made / NOTE).write_text(json.dumps(note | {CHECKSUM: _sha256_of_note(note)}), encoding="utf-8")
         if directory.exists():  # damaged
             directory.rename(scratch / "damaged")
         made.rename(directory)
@@ -124,12 +125,18 @@ def _check(note: Path, whole: bool, stats: tuple[tuple[str, int, int], ...]) -> 
             raise ValueError(f"{name} is not as it was written")
 
 
+def _sha256_of_note(note: dict[str, Any]) -> str:
+    return _sha256_of_text(json.dumps(note, sort_keys=True))
+
+
 def _origin(directory: Path, whole: bool, quietly: bool = False) -> str | None:
     note = directory / NOTE
     try:
         if not note.exists():
             return None
         told = json.loads(note.read_text(encoding="utf-8"))
+        if told.pop(CHECKSUM, None) not in (None, _sha256_of_note(told)):  # earlier versions have none
+            raise ValueError(f"{NOTE} is not as it was written")
         stats = ((name, (directory / name).stat()) for name in told.get("files", {}))  # version 0.1 has none
         _check(note, whole, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
         origin = told["origin"]

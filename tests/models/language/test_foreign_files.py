@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import posttrain
+from posttrain.data.chat import template_text
 from posttrain.errors import RunError, UserError, first_line, is_out_of_memory, reading
 from posttrain.models.builtin import builtin_directory
 from posttrain.models.checkpoints import files
@@ -140,3 +141,9 @@ def test_a_run_that_diverges_is_told_to_learn_slower(tmp_path: Path) -> None:
         posttrain.run("sft", *words)
     line = str(caught.value)
     assert "training has diverged (" in line and "take an optim.lr below 1e+10" in line and "skip_nonfinite" not in line
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(UserError, match=r"^model.chat_template: .*t.jinja cannot be read \(.*utf-8.*\); give a text in UTF-8$"):
+        template_text.chat_template(str(tmp_path / "t.jinja"))

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError, did_you_mean, reading
 
 CHATML = """\
 {%- for message in messages -%}
@@ -29,7 +29,8 @@ def chat_template(name_or_path: str) -> str:
     if not path.is_file():
         hint = did_you_mean(name_or_path, ["chatml"])
         raise UserError(f"model.chat_template: '{name_or_path}' is neither chatml nor a file{hint}")
-    return path.read_text(encoding="utf-8")
+    with reading(f"model.chat_template: {path} cannot be read", "give a text in UTF-8"):
+        return path.read_text(encoding="utf-8")
 
 
 def template_hash(tokenizer: Any) -> str | None:
