@@ -82,6 +82,12 @@ class LanguageStage(Stage):
         return self
 
     @model_validator(mode="after")
+    def _activations_can_go(self) -> LanguageStage:
+        if self.train.offload == "activations" and self.train.fsdp:
+            raise ValueError("train.offload: activations of sharded layers stay; say train.offload=none, or train.fsdp=false")
+        return self
+
+    @model_validator(mode="after")
     def _layers_can_go(self) -> LanguageStage:
         if self.train.offload != "layers":
             return self

@@ -53,7 +53,7 @@ class LanguageTrain(TrainConfig):
     router_aux_loss: Literal["auto"] | Weight  # times the routers' balance; auto: what the model's own config adds to its loss
     base_dropout: bool  # as the base's own config has it; no adapter's
     max_length: Annotated[int, Field(ge=8)]
-    offload: Literal["none", "layers"]  # what leaves the device's memory while it is not computed with
+    offload: Literal["none", "activations", "layers"]  # what leaves the device's memory while it is not computed with
 
 
 class EvalConfig(Strict):

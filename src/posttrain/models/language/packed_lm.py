@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, tok
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.decoder import before_head, decoder_of, last_hidden
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
+from posttrain.models.offload.activations import ActivationsAway
 from posttrain.models.peft import soft_prompts as prompts
 from posttrain.models.peft.export import export_adapter
 from posttrain.tensors import all_whole
@@ -51,6 +52,7 @@ class PackedLM(nn.Module):
         self.border = lengths_border(self.causal)
         self.routers: list[tuple[Tensor, ...]] | None = None  # their logits of each pack, while somebody listens
         self.cache_keyword: str | None = None  # found out by the first answers that are written (growing.py)
+        self.sends_away = False  # activations (`train.offload`)
         self.reading = choose_reading(self, attention, packing)
         if self.prompt_kind == "prefix" and self.reading.way != "packed":
             raise UserError(f"peft.method: prefix tuning needs packs, and {self.reading.line}; use peft=lora")
@@ -123,15 +125,22 @@ class PackedLM(nn.Module):
     def hidden(self, positions: Tensor, mask: DocumentMask, cache: Cache | None = None, **inputs: Any) -> Tensor:
         """Last hidden states [T, H] of one pack. cache: an empty one, to put its keys and values into. inputs: input_ids
         int64 [1, T], or inputs_embeds [1, T, H]."""
-        if self.reading.way == "joined":
-            hidden, *routers = self._joined(positions, mask, inputs)
-        elif self.reading.way in OWN or self._beyond_border(mask):
-            hidden, *routers = self._rows(mask, inputs)
-        else:
-            hidden, *routers = self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
+        away = self.sends_away and torch.is_grad_enabled()
+        with ActivationsAway(self.model) if away else nullcontext():
+            hidden, *routers = self._read_by(positions, mask, inputs, cache)
         if self.routers is not None:
             self.routers.append(tuple(routers))
         return hidden
+
+    def _read_by(
+        self, positions: Tensor, mask: DocumentMask, inputs: dict[str, Tensor], cache: Cache | None
+    ) -> tuple[Tensor, ...]:
+        """As `reading` says."""
+        if self.reading.way == "joined":
+            return self._joined(positions, mask, inputs)
+        if self.reading.way in OWN or self._beyond_border(mask):
+            return self._rows(mask, inputs)
+        return self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
 
     def _run(self, **inputs: Any) -> tuple[Tensor, ...]:
         """Hidden states [tokens, H] of all rows, then the logits [tokens, experts] of each router that is listened to."""

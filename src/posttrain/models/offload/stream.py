@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import RunError
+from posttrain.models.language.precision import IS_STREAMED
 from posttrain.models.offload.products import keep_no_codes
 from posttrain.models.offload.store import Streamed
 
@@ -18,8 +19,8 @@ from posttrain.models.offload.store import Streamed
 class LayerStream:
     """Has one layer's weights on the device, and on CUDA the next one's on their way.
 
-    All layers must be recomputed in the backward: only then does nothing else hold on to their weights. `start` comes last, after
-    all that looks at weights.
+    All layers must be recomputed in the backward: only then does nothing else hold on to their weights. `start` comes when all
+    adapters are on, `recompute` once the model has been told to recompute.
     """
 
     def __init__(self, layers: Sequence[Streamed], device: torch.device) -> None:
@@ -29,8 +30,8 @@ class LayerStream:
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: list[Tensor] = []
 
-    def start(self) -> None:
-        """Let go of all layers, and have each come when it is called."""
+    def start(self) -> Self:
+        """Let go of all layers, and have each come when it is called; returns itself."""
         if self._side is not None:
             self._pinned = [layer.flat.mapped().pin_memory() for layer in self.layers]
         for i, layer in enumerate(self.layers):
@@ -38,10 +39,17 @@ class LayerStream:
             keep_no_codes(module)
             self._let_go(i)
             module.register_forward_pre_hook(self._before(i))
-            module._gradient_checkpointing_func = self._recomputing(i, module._gradient_checkpointing_func)
+            setattr(module, IS_STREAMED, True)
             for parameter in module.parameters():  # an adapter lies where its layer has been
                 parameter.data = parameter.data.to(self.device)
         gc.collect()  # what was looked at while adapters were put on
+        return self
+
+    def recompute(self) -> None:
+        """Have each layer come for its recomputation too."""
+        for i, layer in enumerate(self.layers):
+            module: Any = layer.module
+            module._gradient_checkpointing_func = self._recomputing(i, module._gradient_checkpointing_func)
 
     @property
     def place(self) -> str:

@@ -18,6 +18,7 @@ from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal, without_values
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.offload.store import FORM, Streamed, layer_names, put_layers, stored_layers
+from posttrain.models.offload.stream import LayerStream
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.models.peft.tokens import inherit
 from posttrain.models.trust import pin_of
@@ -34,7 +35,7 @@ Reader = TypeVar("Reader", bound=PackedLM)
 @dataclass(frozen=True)
 class TrainableModel:
     """The model that a run trains and leaves. callback: what the method does in every optimizer step. counts: of parameters, by
-    part, as the manifest says them. streamed: layers that come and go (`train.offload=layers`)."""
+    part, as the manifest says them. stream: of layers that come and go (`train.offload=layers`)."""
 
     module: PackedLM
     trained: int
@@ -42,7 +43,7 @@ class TrainableModel:
     dtype: torch.dtype
     callback: StepCallback | None
     counts: dict[str, Any]
-    streamed: Sequence[Streamed] = ()
+    stream: LayerStream | None = None
 
 
 def build_model(
@@ -76,11 +77,12 @@ def build_model(
         model = add_method(model, cfg.peft, num_steps)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
+    stream = LayerStream(streamed, device).start() if streamed else None
     module = reader_of(cfg, model, device, PackedScorer if scores else PackedLM)
     if isinstance(module, PackedScorer) and start.scorer:
         module.load_head(start.scorer)
     counts = count_parameters(module)
-    return TrainableModel(module, *counts, getattr(torch, dtype), cfg.peft.step_callback(model), record(module), streamed)
+    return TrainableModel(module, *counts, getattr(torch, dtype), cfg.peft.step_callback(model), record(module), stream)
 
 
 def load_base(cfg: LanguageStage, start: InitSource, base: BaseInfo, device: torch.device) -> tuple[Any, list[Streamed]]:

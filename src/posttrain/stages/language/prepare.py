@@ -28,6 +28,7 @@ from posttrain.models.language.architecture import config_of
 from posttrain.models.language.new_tokens import NewToken, add_tokens, embedding_rows, line_of
 from posttrain.models.language.self_replay import Replay
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
+from posttrain.models.offload.activations import check_offload
 from posttrain.models.peft.tokens import size_of
 from posttrain.models.trust import pin_of
 from posttrain.runs.artifact import open_artifact
@@ -107,6 +108,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     cfg: LanguageStage = context.cfg
     if context.weights:  # a plan may be of another machine
         check_attention(cfg.model.attention, context.device)
+        check_offload(cfg.train.offload, context.device)
     opened = open_language(cfg, context.weights)
     check_shapes(cfg, resolve(opened.start.source, cfg.model.revision, weights=False).directory)
     check_checkpoint(cfg, opened.start, opened.base, context.weights)

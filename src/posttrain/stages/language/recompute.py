@@ -28,10 +28,13 @@ MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW'
 def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tokens: int, device: torch.device) -> None:
     """Set how many layers of every model in `module` are recomputed, and of how many NF4 weights are kept dense. tokens: of the
     largest micro-batch."""
-    if built.streamed:
-        _stream(module, built, device)
+    if built.stream:
+        _stream(built.module, built.stream)
         return
     lm, wanted = built.module, cfg.train.gradient_checkpointing
+    if cfg.train.offload == "activations":
+        wanted = True if wanted == "auto" else wanted  # then it is the layers' inputs alone that go and come
+        _send_away(module)
     dense = cfg.quant.kept_dense if cfg.model.kernels == "auto" else 0  # bitsandbytes' own layers know of no dense copies
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
@@ -51,12 +54,17 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
         keep_dense(lm.layers[:dense])
 
 
-def _stream(module: nn.Module, built: TrainableModel, device: torch.device) -> None:
-    """Have the layers come and go, and all of them recomputed."""
-    built.module.recompute(built.module.num_layers)
-    stream = LayerStream(built.streamed, device)
-    stream.start()
-    say(f"{len(built.streamed)} layers of {stream.bytes / 1e9:.3g} GB come one at a time from {stream.place}, and are recomputed")
+def _send_away(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, PackedLM):
+            part.sends_away = True
+
+
+def _stream(lm: PackedLM, stream: LayerStream) -> None:
+    """Have all layers recomputed, for they come and go."""
+    lm.recompute(lm.num_layers)
+    stream.recompute()
+    say(f"{len(stream.layers)} layers of {stream.bytes / 1e9:.3g} GB come one at a time from {stream.place}, and are recomputed")
 
 
 def free_bytes(device: torch.device) -> float:

@@ -20,6 +20,7 @@ from posttrain.stages.language.init import InitSource
 EXAMPLE = 200  # letters of the first row that are shown; of each of several sources half as many
 OFFLOADED: dict[str, list[str]] = {  # by `train.offload`
     "none": [],
+    "activations": ["activations wait for the backward in the CPU's memory (train.offload=activations)"],
     "layers": ["the base's layers are not in memory but for the one that computes (train.offload=layers)"],
 }
 HOW = {"stack": "a new one on top", "continue": "trained on", "merge": "merged into it"}
