@@ -17,6 +17,8 @@ def memory_savers(cfg: Stage) -> list[str]:
         found.append("peft=lora")
     if not cfg.quant.is_quantized:
         found.append("peft=qlora")
+    if isinstance(cfg, LanguageStage) and cfg.train.offload != "layers" and cfg.peft.output == "adapter":
+        found.append("train.offload=layers")
     if isinstance(cfg, LanguageStage):
         found.append(f"train.max_length={max(8, cfg.train.max_length // 2)}")
     if isinstance(cfg, LanguageStage) and not cfg.quant.is_quantized and cfg.peft.for_fsdp:

@@ -176,3 +176,19 @@ def test_dpo_has_no_second_model(directory: Path) -> None:
     plan = make_plan("dpo", [f"model.name={directory}", *WORDS, "peft=lora"])
     assert plan["memory"]["reference"] == 8 * 40  # two log-probs in float32 a pair
     assert any("no second model" in line for line in plan["assumptions"])
+
+
+def test_what_is_offloaded_is_counted_elsewhere(directory: Path) -> None:
+    """Of three layers the weights of one; of activations those inside one layer."""
+    words = [f"model.name={directory}", *WORDS, "+peft=qlora", "train.gradient_checkpointing=true"]
+    none, layers, kept = (make_plan("sft", [*words, f"train.offload={what}"]) for what in ("none", "layers", "activations"))
+    memory = layers["memory"]
+    for part in ("quantized weights", "quantization constants"):
+        assert memory[part] * 3 == pytest.approx(none["memory"][part], abs=2)
+    assert none["memory"]["weights"] - memory["weights"] == 2 * 2 * 64 * 2  # norms of two layers in 16 bit
+    same = ("adapters", "gradients", "optimizer", "logits", "activations")
+    assert {part: memory[part] for part in same} == {part: none["memory"][part] for part in same}
+    assert layers["total_parameters"] == none["total_parameters"]
+    inputs = none["micro_batch_tokens"] * 64 * 2 * 3
+    assert kept["memory"]["activations"] == pytest.approx(none["memory"]["activations"] - inputs, abs=2)
+    assert kept["total_bytes"] == kept["memory_with_recomputation"] == kept["memory_without_recomputation"]

@@ -1,6 +1,8 @@
 """train.offload=layers: the same numbers to the last bit, with one layer of the base in memory."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import posttrain
 from posttrain.batch import PackedBatch, Segment
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, Stopped, UserError
+from posttrain.models.hub import resolve
 from posttrain.models.offload import activations
 from posttrain.models.offload.stream import LayerStream
 from posttrain.stages.language.build import build_model
+from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import find_base, resolve_start
 from posttrain.stages.language.recompute import fit_memory
 
@@ -120,6 +124,40 @@ def test_a_run_learns_the_same_weights_and_the_cache_is_made_once(tmp_path: Path
         assert ("are written to" in said) == (number == 0)
         assert "the base's layers are not in memory but for the one that computes (train.offload=layers)" in said
         assert json.loads((tmp_path / str(number) / "manifest.json").read_text())["offload"] == "layers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("sft", ("+peft=dora", "quant=nf4")),
+        ("cpt", ("+peft=qlora",)),
+        ("dpo", ("+peft=qlora",)),
+        ("rm", ("+peft=lora",)),
+    ],
+)
+def test_a_run_that_goes_on_learns_what_a_resident_one_learns(tmp_path: Path, stage: str, words: tuple[str, ...]) -> None:
+    """Of a start, a checkpoint after one step, and a second start; held-out figures and references too."""
+    resident = trained(tmp_path / "resident", stage, *RUN, *words)
+    assert any(bool(value.any()) for key, value in resident.items() if "lora_B" in key), "nothing was learned"
+    with contextlib.suppress(Stopped):
+        posttrain.run(stage, *RUN, *words, LAYERS, "run.stop_after=1", f"run.dir={tmp_path / 'streamed'}")
+    streamed = trained(tmp_path / "streamed", stage, *RUN, *words, LAYERS)
+    assert [key for key in resident if not torch.equal(resident[key], streamed[key])] == []
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("resident", "streamed")]
+    assert manifests[0]["metrics"] == manifests[1]["metrics"]
+
+
+def test_a_checkpoint_in_a_format_of_its_own_is_refused(tmp_path: Path) -> None:
+    tiny = resolve("tiny", None).directory
+    shutil.copytree(tiny, tmp_path / "packed")
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    cfg: Any = typed_config(compose_run("sft", [*RUN, "+peft=lora", LAYERS, f"model.name={tmp_path / 'packed'}"]))
+    start = resolve_start(cfg)
+    with pytest.raises(UserError, match="do not come and go; say quant=nf4"):
+        check_checkpoint(cfg, start, find_base(start, None), weights=False)
 
 
 @pytest.mark.parametrize(

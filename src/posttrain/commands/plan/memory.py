@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from posttrain.models.checkpoints.use import NONE_HELD, HeldBytes
 from posttrain.models.kernels.logprobs import chunk_logits
 from posttrain.models.language.activations import Activations, activations, llama_like, model_of_shapes
 from posttrain.models.layers import fused_experts
+from posttrain.models.offload.store import layer_names
 from posttrain.models.peft.targets import linears
 
 SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
@@ -43,8 +45,9 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
     model = model_of_shapes(config, DTYPES[cfg.base_dtype], cfg.peft)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
     experts = [module._parameters[own] for _, module, own in fused_experts(base)] if cfg.quant.packs_experts else []
-    found = tally(cfg, model, base, [*(_base(module).weight for module in linears(base).values()), *experts])
-    kept = _activations(cfg, model, tokens, sequences, type(base).__name__)
+    gone = _gone(base) if cfg.train.offload == "layers" else frozenset[int]()
+    found = tally(cfg, model, base, [*(_base(module).weight for module in linears(base).values()), *experts], gone)
+    kept = _offloaded(cfg, _activations(cfg, model, tokens, sequences, type(base).__name__), config)
     found.parts["weights"] -= held.numbers * DTYPES[cfg.base_dtype].itemsize
     found.parts["quantized weights"] += held.codes
     found.parts["quantization constants"] += held.constants
@@ -53,6 +56,22 @@ def count(cfg: Any, config: Any, tokens: int, sequences: int, frozen_adapter: fl
         share = min(1.0, dense / config.get_text_config().num_hidden_layers)
         parts["dense copies"] = 4.0 * found.parts["quantized weights"] * share  # of half a byte
     return Counted(parts, kept.whole, kept.recomputed, found.total, found.trained, kept.flops, kept.reading)
+
+
+def _gone(base: nn.Module) -> frozenset[int]:
+    """The parameters of layers that are not in memory while one computes; on CUDA the next one is on its way there."""
+    layers = [base.get_submodule(name) for name in layer_names(base)]
+    here = layers[: 2 if torch.cuda.is_available() else 1]
+    return frozenset(id(p) for layer in layers[len(here) :] for p in layer.parameters())
+
+
+def _offloaded(cfg: Any, kept: Activations, config: Any) -> Activations:
+    """With `train.offload` all layers are recomputed, and where it is activations that go, their inputs are away too."""
+    if cfg.train.offload == "none":
+        return kept
+    inside = kept.whole / config.get_text_config().num_hidden_layers
+    least = inside if cfg.train.offload == "activations" else kept.recomputed
+    return kept._replace(whole=least, recomputed=least)
 
 
 def _activations(cfg: Any, model: Any, tokens: int, sequences: int, kind: str) -> Activations:
@@ -75,8 +94,9 @@ class Tally(NamedTuple):
     trained: int
 
 
-def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[Any]) -> Tally:
-    """base: the model within, which a method may be on; quantizable: the weights that `quant=` takes."""
+def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[Any], gone: Collection[int] = frozenset()) -> Tally:
+    """base: the model within, which a method may be on; quantizable: the weights that `quant=` takes. gone: ids of parameters of
+    layers whose weights are elsewhere, unless they are the method's."""
     linear = {id(weight) for weight in quantizable}
     weights = quantized = constants = adapters = gradients = optimizer = 0.0
     total = trained = 0
@@ -90,6 +110,8 @@ def tally(cfg: Any, model: nn.Module, base: nn.Module, quantizable: list[Any]) -
             optimizer += moments(cfg.optim.name, numbers, p.element_size())
         if id(p) not in own:
             adapters += size
+        elif id(p) in gone:
+            continue
         elif id(p) in linear and (kept := cfg.quant.weight_bytes(p.shape)):
             quantized, constants = quantized + kept[0], constants + kept[1]
         else:

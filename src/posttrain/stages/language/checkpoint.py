@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from posttrain.config.schema import LanguageStage
+from posttrain.errors import UserError
 from posttrain.models.checkpoints.use import Use, use_of
 from posttrain.models.hub import BaseInfo, resolve
 from posttrain.models.language.pretrained import check_whole
@@ -22,6 +23,11 @@ def check_checkpoint(cfg: LanguageStage, start: InitSource, base: BaseInfo, weig
     """
     use = use_of_base(cfg, base)
     use.check(cfg.peft, cfg.train.fsdp)
+    if use.kept and use.checkpoint.format and cfg.train.offload == "layers":
+        raise UserError(
+            f"train.offload: layers that are kept in {use.checkpoint.format.name} do not come and go; say quant=nf4 or "
+            "quant=dequantize, or train.offload=none"
+        )
     if weights:
         unexpected = "say" if cfg.model.ignore_unexpected else "refuse"
         check_whole(use.checkpoint.directory, start.name, pin_of(cfg.model), unexpected)
