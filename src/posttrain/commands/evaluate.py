@@ -91,7 +91,8 @@ def _size(settings: dict[str, str]) -> tuple[int, int]:
     return rows, length
 
 
-MEASURED_AS = {"documents": "text", "conversations": "conversation", "pairs": "pairs"}  # examples of a stage -> kind of a set
+# examples of a stage -> kind of a set
+MEASURED_AS = {"documents": "text", "conversations": "conversation", "pairs": "pairs", "labelled": "labelled"}
 
 
 def _own_set(cfg: LanguageStage, encoder: Encoder) -> list[EvalSet]:

@@ -15,7 +15,7 @@ from torch import nn
 from posttrain.batch import PackedBatch
 from posttrain.console import Meter
 from posttrain.data.examples import Examples
-from posttrain.models.language.objectives import LIKELIHOOD, TOKENS
+from posttrain.models.language.objectives import LABELLED, LIKELIHOOD, TOKENS
 from posttrain.runs.cache import alone, cached_json, write_cached_json
 from posttrain.training.metrics import evaluate
 from posttrain.training.objective import Objective
@@ -29,7 +29,7 @@ Rows = dict[str, list[float]]  # name -> a value for each held-out unit
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One set of `eval.sets`: its examples, its kind (text, conversation or pairs) and a hash of both."""
+    """One set of `eval.sets`: its examples, its kind (text, conversation, pairs or labelled) and a hash of both."""
 
     name: str
     examples: Examples
@@ -38,7 +38,7 @@ class EvalSet:
     @property
     def objective(self) -> Objective[PackedBatch]:
         """The objective by which the set is measured."""
-        return LIKELIHOOD if self.kind == "pairs" else TOKENS
+        return {"pairs": LIKELIHOOD, "labelled": LABELLED}.get(self.kind, TOKENS)
 
     def fingerprint(self) -> str:
         """A hash of the examples and their kind."""

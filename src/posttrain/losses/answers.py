@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.batch import Metrics
+from posttrain.batch import LossOutput, Metrics
 from posttrain.losses.pairs import right
 
 
@@ -55,6 +55,12 @@ def answer_metrics(answers: Answers, beta: float, figure: str) -> Metrics:
     if figure and answers.step is not None:
         found[figure] = (answers.step.sum(), float(len(policy)))
     return found
+
+
+def labelled_likelihood(mean: Tensor, good: Tensor) -> LossOutput:
+    """Mean log-prob of a token of good and of other answers, each answer counting alike. mean, good: [A]. Nothing to train on."""
+    among = {"logp_chosen": good.float(), "logp_rejected": 1 - good.float()}
+    return LossOutput(torch.zeros(()), {name: ((which * mean).sum(), which.sum()) for name, which in among.items()})
 
 
 def labelled(losses: Tensor, answers: Answers, good: float, bad: float) -> Tensor:

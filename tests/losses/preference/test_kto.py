@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain.losses.answers import Answers
+from posttrain.losses.answers import Answers, labelled_likelihood
 from posttrain.losses.preference import chosen_loss
 from posttrain.losses.preference.kto import LOSS, drift, kto
 
@@ -59,3 +59,8 @@ def test_figures_are_by_label_and_accuracy_is_the_right_side_of_the_drift() -> N
     assert means["reward_chosen"] == pytest.approx(0.5 * 1.5) and means["reward_rejected"] == pytest.approx(-0.5)
     assert means["logp_chosen"] == -6.5 and means["logp_rejected"] == -12 and means["kl"] == 1.5
     assert means["accuracy"] == pytest.approx(2 / 3)  # +1 is good and below 1.5
+
+
+def test_eval_asks_for_the_likelihood_of_a_token_by_label() -> None:
+    found = labelled_likelihood(torch.tensor([-1.0, -4.0, -2.0]), GOOD).metrics
+    assert {name: float(total / count) for name, (total, count) in found.items()} == {"logp_chosen": -1.5, "logp_rejected": -4.0}

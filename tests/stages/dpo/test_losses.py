@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import posttrain
+from posttrain.commands.evaluate import evaluate_runs
 from posttrain.commands.plan.plan import make_plan
 from posttrain.commands.preview.preview import make_preview
 from posttrain.config.compose import compose_run
@@ -104,6 +105,14 @@ def test_rows_that_do_not_fit_a_loss_are_refused(tmp_path: Path) -> None:
     one.write_text(json.dumps({"text": "x"}) + "\n")
     with pytest.raises(UserError, match=r"dpo does not take text .*give data with prompt, completion and label, or pairs$"):
         posttrain.run("dpo", *small, f"data.path={one}", "dpo.loss=kto", f"run.dir={tmp_path / 'c'}")
+
+
+@pytest.mark.slow
+def test_eval_measures_what_a_run_on_labelled_answers_holds_out(tmp_path: Path) -> None:
+    words = [f"data.path={labelled(tmp_path, 30)}", "data.eval_share=0.4", "dpo.loss=kto", f"run.dir={tmp_path / 'run'}"]
+    posttrain.run("dpo", "model=tiny", "+peft=lora", "train.max_steps=1", "eval.sets=null", *words)
+    measured = evaluate_runs([str(tmp_path / "run")])["run"]
+    assert set(measured) == {"eval/logp_chosen", "eval/logp_rejected"} and all(-20 < each < 0 for each in measured.values())
 
 
 @pytest.mark.slow
