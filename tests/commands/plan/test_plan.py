@@ -192,3 +192,12 @@ def test_what_is_offloaded_is_counted_elsewhere(directory: Path) -> None:
     inputs = none["micro_batch_tokens"] * 64 * 2 * 3
     assert kept["memory"]["activations"] == pytest.approx(none["memory"]["activations"] - inputs, abs=2)
     assert kept["total_bytes"] == kept["memory_with_recomputation"] == kept["memory_without_recomputation"]
+
+
+def test_ppos_parameters_are_those_of_all_roles() -> None:
+    """18,496 of a LoRA of rank 4, for the policy and for the value model, and 128 of a head; the policy's alone stood here."""
+    words = ["model=tiny", "+peft=lora", "peft.r=4", "data.max_rows=20", "reward.function=posttrain.rewards:overlap"]
+    plan = make_plan("ppo", [*words, "train.max_steps=1"])
+    assert (plan["trained_parameters"], plan["total_parameters"]) == (2 * 18_496 + 128, 493_888 + 18_496 + 128)
+    plan = make_plan("ppo", [*words, "train.max_steps=1", "ppo.advantage=rloo", "ppo.samples=2"])
+    assert (plan["trained_parameters"], plan["total_parameters"]) == (18_496, 493_888)

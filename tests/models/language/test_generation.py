@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -105,3 +106,38 @@ def test_a_seed_for_each_prompt_makes_answers_that_others_do_not_change() -> Non
         (alone,) = sample(lm, [prompt], 2, Sampling(9, 1.0, 1.0, 0, 1), ends, [seed])
         assert [answer.tokens for answer in alone] == [answer.tokens for answer in answers]
         assert alone[0].tokens != alone[1].tokens
+
+
+def test_stop_texts_end_an_answer_and_stay_in_it() -> None:
+    """Tokens are letters here; an answer that a text ends is the beginning of the one without it, by the same random numbers."""
+    torch.manual_seed(0)
+    lm = PackedLM(AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)), "documents")
+
+    def decode(tokens: list[int]) -> str:
+        return "".join("abcdefgh"[token % 8] for token in tokens)
+
+    prompts, seeds, ends = [[1, 2], [3]], [7, 8], [96]
+    plain = sample(lm, prompts, 8, Sampling(20, 1.0, 1.0, 0, 32), ends, seeds)
+    stopped = sample(lm, prompts, 8, Sampling(20, 1.0, 1.0, 0, 32, ("ba", "h"), decode), ends, seeds)
+    cut = 0
+    for whole, answer in zip(chain(*plain), chain(*stopped), strict=True):
+        text = decode(whole.tokens)
+        places = [text.find(stop) + len(stop) for stop in ("ba", "h") if stop in text]
+        length = min([*places, len(whole.tokens)])
+        assert answer.tokens == whole.tokens[:length]
+        assert answer.ended == (whole.ended or bool(places))
+        cut += length < len(whole.tokens)
+    assert cut >= 8
+
+
+def test_log_probs_are_of_what_top_p_leaves() -> None:
+    """The mean of p / q over the sampler's draws is the share of the softmax that is kept."""
+    sampling = Sampling(1, 1.0, 0.6, 0, 1)
+    logps = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    assert sampling.cuts and sampling.allowed(logps).tolist() == [pytest.approx([0.5, 0.3, 0.0])]
+    torch.manual_seed(0)
+    lm = PackedLM(AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)), "documents")
+    free, cut = (sample(lm, [[1, 2]], 64, Sampling(1, 1.0, p, 0, 64), [96], [3])[0] for p in (1.0, 0.5))
+    known = {answer.tokens[0]: answer.logps[0] for answer in free}
+    shared = [answer.logps[0] - known[answer.tokens[0]] for answer in cut if answer.tokens[0] in known]
+    assert shared and max(shared) - min(shared) < 1e-4 and 0.6 < max(shared) < 0.75  # -log of a half, and a little more is kept

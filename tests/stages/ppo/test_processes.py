@@ -25,8 +25,7 @@ COMMON = (
 )  # fmt: skip
 KINDS = {
     "ppo": ["train.grad_accum=2"],
-    # rewards of a group that differ by their KL alone would be told apart by rounding
-    "grpo": ["train.grad_accum=2", "ppo.advantage=grpo", "ppo.samples=3", "ppo.stop_kl=0.0001", "ppo.kl_coef=0"],
+    "grpo": ["train.grad_accum=2", "ppo.advantage=grpo", "ppo.samples=3", "ppo.stop_kl=0.0001", "ppo.kl_coef=0.05"],
     "rloo": ["train.grad_accum=2", "ppo.advantage=rloo", "ppo.samples=2"],
 }
 ONE, HALF = "train.batch_size=2", "train.batch_size=1"

@@ -28,6 +28,7 @@ from posttrain.models.trust import pin_of
 from posttrain.stages.language.init import InitSource, find_base, resolve_start
 from posttrain.stages.spec import StageSpec, spec_of
 from posttrain.stages.steps import Context
+from posttrain.tensors import numbers_in
 
 GB = 1e9
 # Dense bfloat16 peak in FLOP/s, by a part of the card's name; training reaches about USED of it.
@@ -82,8 +83,8 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
         "method": cfg.peft.name,
         "quant": cfg.quant.name,
         "checkpoint": use.lines(),
-        "total_parameters": found.total_parameters,
-        "trained_parameters": found.trained_parameters,
+        "total_parameters": found.total_parameters + extra.total + _frozen_numbers(data.start),
+        "trained_parameters": found.trained_parameters + extra.trained,
         "memory": {part: round(size) for part, size in (memory | {"activations": kept}).items() if size},
         "memory_with_recomputation": round(fixed + found.activations_recomputed),
         "memory_without_recomputation": round(fixed + found.activations),
@@ -101,6 +102,11 @@ def _language_plan(cfg: Any, spec: StageSpec, capacity: int) -> dict[str, Any]:
 def _frozen_bytes(start: InitSource) -> float:
     """Bytes of the adapter that will lie under a new one."""
     return float((start.adapter / "adapter_model.safetensors").stat().st_size) if start.adapter and start.mode == "stack" else 0.0
+
+
+def _frozen_numbers(start: InitSource) -> int:
+    """Parameters of the adapter that will lie under a new one."""
+    return numbers_in(start.adapter) if start.adapter and start.mode == "stack" else 0
 
 
 @dataclass(frozen=True)

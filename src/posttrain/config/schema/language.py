@@ -126,6 +126,7 @@ class RolloutConfig(Strict):
     temperature: Rate
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: NonNegative
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(listed)]
     batch_size: Positive
     engine: Literal["model", "vllm"]
     engine_memory: Annotated[float, Field(gt=0, lt=1)]  # vLLM's share of the device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -18,8 +18,9 @@ from posttrain.models.language.packed_lm import PackedLM
 
 
 class Answer(NamedTuple):
-    """tokens: with the end token where `ended`. logps: of each token by what it was drawn from: the softmax at the temperature,
-    of which top-k and top-p may have left a part. entropy: of the whole softmax, its mean over the tokens, in nats."""
+    """tokens: with the end token, or the stop text, where `ended`. logps: of each token by what it was drawn
+    from: the softmax at the temperature, of which top-k and top-p may have left a part. entropy: of the whole softmax, its mean
+    over the tokens, in nats."""
 
     tokens: list[int]
     logps: list[float]
@@ -29,13 +30,24 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """top_k 0 and top_p 1 cut nothing off. at_once: answers that grow together."""
+    """top_k 0 and top_p 1 cut nothing off. at_once: answers that grow together. stop: texts that end an answer, and stay in it;
+    decode: token ids to text, which they are looked for in."""
 
     max_new_tokens: int
     temperature: float
     top_p: float
     top_k: int
     at_once: int
+    stop: tuple[str, ...] = ()
+    decode: Callable[[list[int]], str] | None = None
+
+    def stops(self, tokens: list[int]) -> bool:
+        """Does an answer end with the last of these tokens, by a stop text?"""
+        if not self.stop or not self.decode:
+            return False
+        most = max(len(text.encode()) for text in self.stop)  # a token has a byte at least, but for special ones
+        tail = self.decode(tokens[-most - 4 :])
+        return any(text in tail for text in self.stop)
 
     @property
     def cuts(self) -> bool:
@@ -116,6 +128,9 @@ def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, 
             token, logp, entropy = figures[row].tolist()
             drawn[int(number[row])].append((int(token), logp, entropy))
         alive &= ~torch.isin(choice[:, 0].cpu(), ends)
+        if sampling.stop:
+            for row in alive.nonzero()[:, 0].tolist():
+                alive[row] = not sampling.stops([token for token, *_ in drawn[int(number[row])]])
         if not alive.any() or step + 1 == sampling.max_new_tokens:
             break
         if 4 * int(alive.sum()) <= 3 * len(alive):  # the cache is copied then: not for every answer that ends
@@ -124,9 +139,9 @@ def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, 
             choice = choice[kept]
             growing.keep(kept)
         hidden = growing.grow(choice)
-    return [_answer(steps, ends) for steps in drawn]
+    return [_answer(steps, ends, sampling) for steps in drawn]
 
 
-def _answer(steps: list[tuple[int, float, float]], ends: Tensor) -> Answer:
+def _answer(steps: list[tuple[int, float, float]], ends: Tensor, sampling: Sampling) -> Answer:
     tokens, logps, entropies = (list(column) for column in zip(*steps, strict=True))
-    return Answer(tokens, logps, tokens[-1] in ends.tolist(), sum(entropies) / len(entropies))
+    return Answer(tokens, logps, tokens[-1] in ends.tolist() or sampling.stops(tokens), sum(entropies) / len(entropies))

@@ -49,8 +49,8 @@ class Engine:
         wanted = [
             SamplingParams(
                 n=samples, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
-                max_tokens=sampling.max_new_tokens, stop_token_ids=list(ends), ignore_eos=True, logprobs=0, detokenize=False,
-                seed=seed,
+                max_tokens=sampling.max_new_tokens, stop_token_ids=list(ends), ignore_eos=True, logprobs=0,
+                detokenize=bool(sampling.stop), stop=list(sampling.stop) or None, include_stop_str_in_output=True, seed=seed,
             )
             for seed in seeds
         ]  # fmt: skip
@@ -59,10 +59,10 @@ class Engine:
             policy = LoRARequest(f"policy-{self.rollouts}", self.rollouts, folder)
             inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
             found = self.llm.generate(inputs, wanted, use_tqdm=False, lora_request=policy)
-        return [[_answer(output, ends) for output in each.outputs] for each in found]
+        return [[_answer(output, ends, sampling) for output in each.outputs] for each in found]
 
 
-def _answer(output: Any, ends: Sequence[int]) -> Answer:
+def _answer(output: Any, ends: Sequence[int], sampling: Sampling) -> Answer:
     tokens = list(output.token_ids)
     logps = [float(place[token].logprob) for token, place in zip(tokens, output.logprobs, strict=True)]
-    return Answer(tokens, logps, tokens[-1] in ends, -sum(logps) / len(logps))
+    return Answer(tokens, logps, tokens[-1] in ends or sampling.stops(tokens), -sum(logps) / len(logps))

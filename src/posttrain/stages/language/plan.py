@@ -15,11 +15,13 @@ from posttrain.data.examples import Examples
 @dataclass(frozen=True)
 class Extra:
     """memory: bytes by part, beside what every run has. passes: forward and backward passes over each token that is drawn.
-    notes: what the plan assumes."""
+    notes: what the plan assumes. trained, total: parameters of what is in memory beside the model that is trained."""
 
     memory: dict[str, float] = field(default_factory=dict[str, float])
     passes: float = 1.0
     notes: list[str] = field(default_factory=list[str])
+    trained: int = 0
+    total: int = 0
 
 
 def unit_tokens(cfg: LanguageStage, examples: Examples) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.stages.language.plan import Extra
 from posttrain.stages.ppo.config import Ppo
+from posttrain.tensors import numbers_in
 
 BASE = ("weights", "quantized weights", "quantization constants")
 TRAINED = ("adapters", "gradients", "optimizer")
@@ -30,7 +31,21 @@ def extra(cfg: Ppo, units: int, parts: dict[str, float], model: Any, base: str) 
     which = "policy, reference, value and reward share one base" if shared else "not all roles can share the policy's base"
     note = f"{which}; time is of the updates, the answers' writing comes on top"
     passes = cfg.ppo.epochs * (2 if cfg.ppo.advantage == "gae" else 1)
-    return Extra({"key-value cache": cache, **roles}, passes, [note])
+    trained, total = role_numbers(cfg, parts, model, shared)
+    notes = [note] if shared else [note, "of the frozen models beside the policy the parameters are not counted"]
+    return Extra({"key-value cache": cache, **roles}, passes, notes, trained, total)
+
+
+def role_numbers(cfg: Ppo, parts: dict[str, float], config: Any, shared: bool) -> tuple[int, int]:
+    """Parameters of the roles beside the policy, trained ones and all: the value model's adapter, or all that is trained of it,
+    with its head; and the adapters and heads of rewards that share the base."""
+    hidden, dtype = config.get_text_config().hidden_size, getattr(cfg.peft, "dtype", cfg.base_dtype)
+    trained = (
+        round(parts["gradients"] / (2 if dtype in ("bfloat16", "float16") else 4)) + hidden if cfg.ppo.advantage == "gae" else 0
+    )
+    named = ((cfg.init_reward, "init_reward"), (_run(cfg.reward.gold), "reward.gold"))
+    rewards = sum(numbers_in(open_artifact(run, field).weights) for run, field in named if run) if shared else 0
+    return trained, trained + rewards
 
 
 def role_bytes(cfg: Ppo, parts: dict[str, float], base: str) -> tuple[dict[str, float], bool]:

@@ -165,12 +165,13 @@ class Roller:
 
     def _packed(self, examples: Examples, shares: Shares, answers: list[list[list[Answer]]], end: list[int]) -> list[PackedBatch]:
         """A pack for each of this process's micro-batches; one without units goes along with the first, and counts for nothing.
-        end: what is put after answers that did not end."""
+        end: what is put after answers that did not end by a token of `ends`."""
         packs = []
         for number in shares.mine:
             units, some = (shares.of(number), answers[number]) if shares.of(number) else (shares.of(0), answers[0])
             groups = [
-                _group(examples, unit, int(examples.splits[unit, 0]), each, end) for unit, each in zip(units, some, strict=True)
+                _group(examples, unit, int(examples.splits[unit, 0]), each, end, self.ends)
+                for unit, each in zip(units, some, strict=True)
             ]
             pack = pack_answers(groups).to(self.accelerator.device)
             packs.append(pack if shares.of(number) else zero_weight(pack))
@@ -219,9 +220,9 @@ def columns_of(examples: Examples, units: list[int]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def _group(examples: Examples, unit: int, border: int, answers: list[Answer], end: list[int]) -> Group:
+def _group(examples: Examples, unit: int, border: int, answers: list[Answer], end: list[int], ends: list[int]) -> Group:
     """A prompt with its answers, of which each token counts."""
-    tokens = [np.array(answer.tokens + ([] if answer.ended else end), dtype=np.int32) for answer in answers]
+    tokens = [np.array(answer.tokens + (end if answer.tokens[-1] not in ends else []), dtype=np.int32) for answer in answers]
     counts = [(each, np.ones(len(each), dtype=np.float32)) for each in tokens]
     return Group(examples.sequence(unit)[0][:border], counts, unit)
 

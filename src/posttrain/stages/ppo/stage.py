@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -101,7 +102,16 @@ class PpoSteps:
         state.stage = PpoState(**state.stage) if state.stage else PpoState(cfg.ppo.kl_coef, row_seeds=True)
         for function in data.functions:
             function.load(state.stage.rewards.get(function.name))
-        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.batch_size)
+        decode = partial(data.tokenizer.decode, skip_special_tokens=True)
+        sampling = Sampling(
+            rollout.max_new_tokens,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            rollout.batch_size,
+            tuple(rollout.stop),
+            decode,
+        )
         roller = Roller(
             session.module,  # pyright: ignore[reportArgumentType]
             built.model.write,
