@@ -41,11 +41,18 @@ def _recipes(incomplete: str) -> list[str]:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, in any order.", autocompletion=_overrides)
 ]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A YAML file of settings, or a run's config.yaml; words beat it.")
+]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own config groups; they can shadow the shipped ones.")]
 
 
 def _end(command: Callable[[], Any]) -> None:
     raise typer.Exit(guarded(command))
+
+
+def _words(overrides: list[str] | None, config: Path | None) -> list[str]:
+    return [*([f"--config={config}"] if config else []), *(overrides or [])]
 
 
 def _epilog(spec: StageSpec) -> str:
@@ -63,12 +70,13 @@ def _add_stage(spec: StageSpec) -> None:
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: a=1,2 b=3,4 runs all combinations.")] = False,
         cfg: Annotated[str | None, typer.Option("--cfg", "-c", help="Print the composed config (job) and stop.")] = None,
         info: Annotated[str | None, typer.Option("--info", "-i", help="How the config came about (defaults) and stop.")] = None,
+        config: ConfigFile = None,
         config_dir: ConfigDir = None,
     ) -> None:
         def command() -> None:
             from posttrain.config import compose as composing
 
-            words = overrides or []
+            words = _words(overrides, config)
             if cfg or info:
                 print(composing.show(name, words, config_dir, cfg, info))
             elif multirun:
@@ -76,10 +84,9 @@ def _add_stage(spec: StageSpec) -> None:
 
                 run_sweep(name, words, config_dir)
             else:
-                config = composing.compose_run(name, words, config_dir)
                 from posttrain.launch.worker import run_config
 
-                run_config(config, waits=False)
+                run_config(composing.compose_run(name, words, config_dir), waits=False)
 
         _end(command)
 
@@ -248,6 +255,7 @@ def verify(
     stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="How many, with a stop half-way.")] = 6,
+    config: ConfigFile = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Does a stop change anything? A few steps of your own config, straight through and stopped half-way."""
@@ -256,7 +264,7 @@ def verify(
         from posttrain.commands.verify_resume import verify_resume
 
         spec_of(stage)  # refuses a name that is none
-        verify_resume(stage, overrides or [], steps, config_dir)
+        verify_resume(stage, _words(overrides, config), steps, config_dir)
 
     _end(command)
 
@@ -267,6 +275,7 @@ def plan_run(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: this machine.")] = None,
+    config: ConfigFile = None,
 ) -> None:
     """What a run will cost in memory and time, without loading a weight."""
 
@@ -278,7 +287,7 @@ def plan_run(
 
         spec_of(stage)  # refuses a name that is none
         console.stderr = as_json
-        plan = make_plan(stage, overrides or [], parse_memory(memory))
+        plan = make_plan(stage, _words(overrides, config), parse_memory(memory))
         print(json.dumps(plan, indent=2)) if as_json else show_plan(plan)
 
     _end(command)
@@ -293,6 +302,7 @@ def preview_run(
     units: Annotated[int, typer.Option("--units", min=1, help="Packs, conversations or pairs of the first step to show.")] = 3,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 2 where something is wrong.")] = False,
     page: Annotated[Path | None, typer.Option("--page", help="Where the page goes; default runs/preview-STAGE.html.")] = None,
+    config: ConfigFile = None,
 ) -> None:
     """What the model will see: tokens by their weight, packs, lengths, and rows that are wrong. Loads no weights."""
 
@@ -302,7 +312,7 @@ def preview_run(
         from posttrain.errors import UserError
 
         spec_of(stage)  # refuses a name that is none
-        preview = make_preview(stage, overrides or [], None if everything else rows, units)
+        preview = make_preview(stage, _words(overrides, config), None if everything else rows, units)
         show_preview(preview, preview_page(preview, page or Path("runs") / f"preview-{stage}.html"))
         if strict and preview.mistakes:
             raise UserError(f"--strict: {'; '.join(preview.mistakes)}"[:500])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from posttrain.config.code import refuse_targets, require_own_words
+from posttrain.config.complaints import first_complaint, unknown_key
+from posttrain.config.files import in_quotes, naming_place, split_words, with_files
 from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.paths import root
-from posttrain.config.schema import MixedSource
 from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
@@ -43,10 +45,12 @@ OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 els
 
 def compose(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
     """The config of one run, resolved, as a plain dict. Raises UserError, in one line, for an override that does not fit."""
-    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
-        lines = normalise(hydra, stage, overrides)
-        composed = hydra.compose_config(stage, lines, RunMode.RUN, with_log_configuration=False)
-        return plain(composed)
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage, overrides):
+        return _composed(hydra, stage, normalise(hydra, stage, overrides))
+
+
+def _composed(hydra: Hydra, stage: str, lines: list[str]) -> dict[str, Any]:
+    return plain(hydra.compose_config(stage, lines, RunMode.RUN, with_log_configuration=False))
 
 
 def validate(config: dict[str, Any]) -> Any:
@@ -94,9 +98,14 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def normalise(hydra: Hydra, stage: str, overrides: list[str]) -> list[str]:
-    """`+peft=qlora`, `++peft=qlora`, `peft=qlora`, `peft=null` and `~peft` all mean what they say; odd values are quoted."""
+    """`+peft=qlora`, `++peft=qlora`, `peft=qlora`, `peft=null` and `~peft` all mean what they say; odd values are quoted. What
+    `--config=FILE` says stands before all else."""
     known = _group_choices(hydra, stage)
-    return [_normal(hydra, known, quoted(hydra, _renamed(line))) for line in overrides]
+    return [_normal(hydra, known, quoted(hydra, _renamed(line))) for line in _with_files(hydra, stage, overrides)]
+
+
+def _with_files(hydra: Hydra, stage: str, words: list[str]) -> list[str]:
+    return with_files(words, stage, hydra.config_loader.get_group_options, partial(_composed, hydra, stage))
 
 
 def _renamed(line: str) -> str:
@@ -113,8 +122,9 @@ def quoted(hydra: Hydra, line: str) -> str:
     if parse(hydra, line) is not None:
         return line
     key, separator, value = line.partition("=")
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    candidate = f"{key}='{escaped}'"
+    if not separator and line.lower().endswith((".yaml", ".yml", ".json")):
+        raise UserError(f"'{line}' is no setting; a file of settings is given as --config {line.lstrip('@')}")
+    candidate = f"{key}={in_quotes(value)}"
     unfinished = value[:1] in "[{(" and value[-1:] not in "]})"
     if not separator or unfinished or parse(hydra, candidate) is None:
         raise UserError(f"'{line}' is no override: write key=value, lists as [a,b], text with odd characters in quotes")
@@ -156,11 +166,12 @@ def _require_option(hydra: Hydra, group: str, value: str) -> None:
 
 
 @contextmanager
-def _in_one_line(hydra: Hydra, stage: str) -> Iterator[None]:
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(_explain(hydra, stage, str(error))) from None
+def _in_one_line(hydra: Hydra, stage: str, words: list[str]) -> Iterator[None]:
+    with naming_place(stage, words):
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise UserError(_explain(hydra, stage, str(error))) from None
 
 
 def _explain(hydra: Hydra, stage: str, message: str) -> str:
@@ -185,60 +196,22 @@ def shipped_keys(hydra: Hydra, stage: str) -> list[str]:
     return sorted(keys | {key.rsplit(".", 1)[0] for key in keys if "." in key})
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """The message about a key that does not exist, with a near name or the group that it belongs to."""
-    if key in known:
-        group = key.split(".")[0]
-        hint = "+peft=lora (or another method)" if group == "peft" else f"another {group}="
-        return f"{key} does not belong to the chosen {group}; it needs {hint}"
-    last = key.rsplit(".", 1)[-1]
-    same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    hint = f" - did you mean '{same_end[0]}'?" if same_end else did_you_mean(key, known)
-    return f"unknown key '{key}'{hint}"
-
-
-def first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
-    complaints = error.errors()
-    complaint = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
-    # the tags of unions (a method's name) stand in the location, but in no key of the user's
-    path: list[str] = []
-    tree: Any = config
-    for part in complaint["loc"]:
-        if isinstance(tree, dict) and part in tree:
-            path.append(str(part))
-            tree = tree[part]
-        elif (isinstance(tree, list) and isinstance(part, int)) or complaint["type"] == "missing":
-            path.append(str(part))
-    key = ".".join(path)
-    if complaint["type"] == "extra_forbidden":
-        siblings = [name for name in _parent(config, path) if name != path[-1]]
-        siblings = list(MixedSource.model_fields) if key.startswith(NAMED_BY_USER[:2]) else siblings
-        return f"unknown key '{key}'{did_you_mean(path[-1], siblings)} (there are: {', '.join(siblings)})"
-    if complaint["type"] == "missing":
-        return f"{key} has no value; give {key}=..."
-    message = complaint["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if complaint["type"] == "value_error":
-        return message
-    if key and path[-1] != str(complaint["loc"][-1]):  # a field of several kinds, each of which has its own complaint
-        of_field = [c["msg"] for c in complaints if c["loc"][:-1] == complaint["loc"][:-1]]
-        message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])
-    message = re.sub(", unable to parse string as an? [a-z]+", "", message)
-    return f"{key}: {message} (got {complaint['input']!r})"
-
-
-def _parent(tree: Any, path: list[str]) -> list[str]:
-    for part in path[:-1]:
-        tree = tree[part]
-    return list(tree)
-
-
 def compose_run(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
     """A config that is ready to run: composed, with the model of the run it starts from, and validated."""
-    config = inherit_model(compose(stage, overrides, config_dir), overrides)
-    require_own_words(config, overrides)
-    validate(config)
+    config = compose(stage, overrides, config_dir)
+    with naming_place(stage, overrides):
+        config = inherit_model(config, said_words(stage, overrides, config_dir))
+        require_own_words(config, split_words(overrides)[1])
+        validate(config)
     return config
+
+
+def said_words(stage: str, overrides: list[str], config_dir: Path | None = None) -> list[str]:
+    """The words, with those that say what `--config=FILE` does in its place."""
+    if not split_words(overrides)[0]:
+        return overrides
+    with opened(config_dir) as hydra:
+        return _with_files(hydra, stage, overrides)
 
 
 def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -269,7 +242,7 @@ def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | N
         raise UserError(f"--info: there is no '{info}'{did_you_mean(info or '', ['defaults'])} (there is: defaults)")
     if cfg:
         return yaml.safe_dump(compose_run(stage, overrides, config_dir), sort_keys=False).rstrip()
-    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage, overrides):
         lines = normalise(hydra, stage, overrides)
         found = hydra.config_loader.compute_defaults_list(stage, lines, RunMode.RUN)
         return "\n".join(
@@ -287,17 +260,18 @@ def expand(stage: str, overrides: list[str], config_dir: Path | None = None) -> 
     """The jobs of a sweep: one list of overrides for every combination of `a=1,2`, the last key varying fastest."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
-        parsed = OverridesParser.create(hydra.config_loader).parse_overrides(normalise(hydra, stage, overrides))
+    files, own = split_words(overrides)
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage, overrides):
+        parsed = OverridesParser.create(hydra.config_loader).parse_overrides(normalise(hydra, stage, own))
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        return [list(job) for batch in batches for job in batch]
+        return [[*files, *job] for batch in batches for job in batch]  # a file's words are never the user's
 
 
 def launch(stage: str, overrides: list[str], config_dir: Path | None, task: Any, sweep_dir: Path) -> None:
     """Call `task(config)` once a job, through the launcher that `hydra/launcher=` names (one after another by default)."""
     quiet = ["hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null", "hydra.mode=MULTIRUN"]
     place = [f"hydra.sweep.dir='{sweep_dir / '.hydra'}'", "hydra.sweep.subdir=${hydra.job.num}", f"run.dir='{sweep_dir}'"]
-    with opened(config_dir) as hydra, _in_one_line(hydra, stage):
+    with opened(config_dir) as hydra, _in_one_line(hydra, stage, overrides):
         lines = normalise(hydra, stage, [line for line in overrides if not line.lstrip("+").startswith("run.dir=")])
         refuse_targets(hydra.compose_config(stage, [*lines, *quiet, *place], RunMode.MULTIRUN, with_log_configuration=False))
         hydra.multirun(config_name=stage, task_function=task, overrides=[*lines, *quiet, *place], with_log_configuration=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from posttrain.config.files import CHOSEN_BY
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 
@@ -49,9 +50,7 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Today's, with the run's own choice of method, quantizer and optimizer where there still is one."""
     from posttrain.config.compose import compose
 
-    chosen = [
-        (group, config.get(group, {}).get(key)) for group, key in (("peft", "method"), ("quant", "method"), ("optim", "name"))
-    ]
+    chosen = [(group, config.get(group, {}).get(key)) for group, key in CHOSEN_BY.items()]
     try:
         return compose(config["stage"], [f"{group}={name}" for group, name in chosen if name])
     except UserError:

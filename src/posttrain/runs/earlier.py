@@ -8,7 +8,10 @@ RENAMED_KEYS = {"reward.missing_end": "reward.missing_eos_penalty"}  # old -> ne
 RENAMED_MODULES = {"posttrain.rules": "posttrain.rewards"}  # where a function of ours is named, since 0.2
 RENAMED_FIGURES = {"clip_share": "clip_fraction", "learnt": "shaped_reward"}  # of metrics.jsonl and of checkpoints, since 0.2
 # below these the keys are the user's own
-NAMED_BY_USER = ("data.sources.", "data.general.", "data.columns.", "eval.sets.", "dpo.loss.", "dpo.options.", "reward.options.")
+NAMED_BY_USER = (
+    *("data.sources.", "data.general.", "data.columns.", "data.template_kwargs.", "eval.sets."),
+    *("dpo.loss.", "dpo.options.", "reward.options."),
+)
 _DPO = {
     "dpo.beta": 0.1,
     "dpo.label_smoothing": 0.0,

@@ -10,7 +10,7 @@ import yaml
 NODES = 100_000  # of a file with all its aliases written out; a config has some hundred
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """yaml.safe_load's, which first counts what the aliases would become."""
 
     def get_single_node(self) -> Any:
@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> Any:
     """As yaml.safe_load. Raises YAMLError, OSError or ValueError (no UTF-8) for what cannot be read."""
-    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    return yaml.load(path.read_text(encoding="utf-8"), Loader)
 
 
 def check_aliases(folder: Path) -> None:
@@ -32,7 +32,7 @@ def check_aliases(folder: Path) -> None:
         try:
             text = file.read_text(encoding="utf-8")
             if "*" in text and "&" in text:
-                _Loader(text).get_single_node()
+                Loader(text).get_single_node()
         except (OSError, ValueError, yaml.MarkedYAMLError):  # who reads it says so
             continue
         except (RecursionError, yaml.YAMLError) as error:

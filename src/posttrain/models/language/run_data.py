@@ -46,7 +46,7 @@ def data_of(artifact: Artifact, words: Mapping[str, str]) -> DataConfig:
     try:
         return _Section.model_validate({"data": data}).data
     except ValidationError as error:
-        from posttrain.config.compose import first_complaint
+        from posttrain.config.complaints import first_complaint
 
         raise UserError(first_complaint(error, {"data": data})) from None
 
