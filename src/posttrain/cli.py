@@ -173,6 +173,35 @@ def talk(
     _end(command)
 
 
+@app.command("generate", rich_help_panel="Chains and results")
+def answer_prompts(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN PROMPTS [KEY=VALUE]...", help="A run or model, a file of prompts; reward.KEY, data.KEY."),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The answers, JSONL; what is there already is not made again.")],
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Answers to each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the distribution.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers that are written at a time.")] = 32,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends an answer; may be given again.")] = None,
+    best_of: Annotated[Path | None, typer.Option("--best-of", help="Each prompt's best answer, as rows for sft.")] = None,
+    at_least: Annotated[float | None, typer.Option("--at-least", help="--best-of: the score that it needs.")] = None,
+    pairs: Annotated[Path | None, typer.Option("--pairs", help="Best and worst answer, as rows for dpo and rm.")] = None,
+) -> None:
+    """Answer a file of prompts, with log-probs and, where a reward is named, scores; best-of-n and pairs are made of them."""
+
+    def command() -> None:
+        from posttrain.commands.generate import Wanted, generate
+
+        how = (samples, temperature, top_p, max_new_tokens, seed, batch_size)
+        generate(words, Wanted(to, *how, tuple(stop or ()), best_of, pairs, at_least))
+
+    _end(command)
+
+
 @app.command("sample", rich_help_panel="Chains and results")
 def draw_samples(
     runs: Annotated[list[str], typer.Argument(help="DreamBooth runs, or pipelines; each draws every prompt.")],

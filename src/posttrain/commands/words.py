@@ -20,7 +20,7 @@ def runs_and_settings(words: Sequence[str], keys: Sequence[str] = ()) -> tuple[l
         key, separator, value = word.partition("=")
         if not separator or "/" in key:
             runs.append(word)
-        elif key in keys:
+        elif ".".join(key.split(".")[:2]) in keys:
             settings[key] = value
         elif ".".join(key.split(".")[:2]) in known:
             of_data[key] = value

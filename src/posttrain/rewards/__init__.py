@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from posttrain.rewards.combined import combined, unscored
+from posttrain.rewards.combined import best_and_worst, combined, unscored
 from posttrain.rewards.function import RewardFunction, load_function
 
-__all__ = ["RewardFunction", "brevity", "code_spans", "combined", "load_function", "overlap", "unscored"]
+__all__ = ["RewardFunction", "best_and_worst", "brevity", "code_spans", "combined", "load_function", "overlap", "unscored"]
 _WORD = re.compile(r"\w+")
 
 

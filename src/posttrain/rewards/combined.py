@@ -44,3 +44,10 @@ def _whitened(score: Tensor) -> Tensor:
     found = score.clone()
     found[~score.isnan()] = whiten(score[~score.isnan()])
     return found
+
+
+def best_and_worst(scores: Tensor) -> tuple[int, int] | None:
+    """Places of the highest and the lowest of scores [A], the first of equals, which make a pair; None where no answer to which
+    they apply is better than another."""
+    best, worst = scores.nan_to_num(-torch.inf).argmax(), scores.nan_to_num(torch.inf).argmin()
+    return (int(best), int(worst)) if bool(scores[best] > scores[worst]) else None

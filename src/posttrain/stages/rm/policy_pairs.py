@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from posttrain.config.schema import DataConfig
 from posttrain.console import Meter, say
 from posttrain.data.chat.options import options_of
@@ -17,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.loading import device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.rewards import RewardFunction, load_function
+from posttrain.rewards import RewardFunction, best_and_worst, load_function
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.files import write_text
 from posttrain.stages.rm.config import Rm
@@ -75,9 +73,8 @@ def _pairs(cfg: Rm, directory: Path, rule: RewardFunction) -> list[dict[str, obj
                 texts = [live.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
                 prompts = [live.tokenizer.decode(tokens)] * len(texts)
                 columns = {name: [value] * len(texts) for name, value in row.get("columns", {}).items()}
-                scores = rule(prompts, texts, [reference_of(row)] * len(texts), columns)
-                best, worst = int(torch.argmax(scores)), int(torch.argmin(scores))
-                if scores[best] > scores[worst]:
+                if made := best_and_worst(rule(prompts, texts, [reference_of(row)] * len(texts), columns)):
+                    best, worst = made
                     pair = {"prompt": prompt_of(row), "chosen": texts[best], "rejected": texts[worst]}
                     found.append(pair | {"weight": row.get("weight", 1.0)} | ({"tools": row["tools"]} if "tools" in row else {}))
                 else:
