@@ -237,9 +237,35 @@ def merge(
     ] = "plain",
 ) -> None:
     """Put a run's adapter into the weights of its full-precision base, and check the result against the live model."""
-    from posttrain.commands.merge import merge_run
 
-    _end(lambda: merge_run(run, out, max_kl, onto, form))
+    def command() -> None:
+        from posttrain.commands.merge import merge_run
+        from posttrain.console import say
+
+        merge_run(run, out, max_kl, onto, form)
+        say(f"merged {out}")
+
+    _end(command)
+
+
+@app.command("export", rich_help_panel="Chains and results")
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    to: Annotated[str, typer.Option("--to", help="hf (a merged model), gguf, ollama or vllm.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A new directory; default: beside the run, as RUN-TO.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="hf: bf16, f16, f32; gguf, ollama: f16 (default), bf16, f32, q8_0, q4_0, ...")
+    ] = None,
+    max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,
+) -> None:
+    """Write a run's result as others take it, read it back and hold it against the live model."""
+
+    def command() -> None:
+        from posttrain.commands.export import export_run
+
+        export_run(run, to, out, dtype, max_kl)
+
+    _end(command)
 
 
 @app.command("compose", rich_help_panel="Chains and results")

@@ -72,7 +72,6 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
         by_umask(scratch / best)
         shutil.rmtree(out, ignore_errors=True)
         (scratch / best).rename(out)
-    say(f"merged model {out}")
     return figures
 
 

@@ -140,7 +140,6 @@ def merge_pipeline(run: Path, out: Path) -> dict[str, Any]:
         write_json(made / "merge.json", figures)
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
-    say(f"merged pipeline {out}")
     return figures
 
 

@@ -1,0 +1,102 @@
+"""A tokenizer as llama.cpp has it: token texts and kinds, merges, and the name of the rule that cuts a text into words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from posttrain.errors import UserError
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# how a text is cut, as tokenizers has it -> llama.cpp's name for the same rule
+RULES = {
+    (("ByteLevel", True),): "gpt-2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("Split", _WORDS % r"\p{N}"), ("ByteLevel", False)): "qwen2",
+    (("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)): "llama-bpe",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """texts, kinds: one a row of the embedding; a row without a token has a text of its own. rule: of RULES. ends: where
+    answers stop. begin: whether a text begins with `bos` by itself. template: the chat template's text."""
+
+    texts: list[str]
+    kinds: list[int]
+    merges: list[str]
+    rule: str
+    ends: list[int]
+    bos: int | None
+    pad: int | None
+    begin: bool
+    template: str | None
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Into the file's metadata."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.rule)
+        writer.add_token_list(self.texts)
+        writer.add_token_types(self.kinds)
+        writer.add_token_merges(self.merges)
+        writer.add_add_bos_token(self.begin)
+        writer.add_eos_token_id(self.ends[0])
+        if len(self.ends) > 1:
+            writer.add_eot_token_id(self.ends[1])
+        if self.bos is not None:
+            writer.add_bos_token_id(self.bos)
+        if self.pad is not None:
+            writer.add_pad_token_id(self.pad)
+        if self.template:
+            writer.add_chat_template(self.template)
+
+
+def vocabulary_of(tokenizer: Any, ends: list[int], rows: int) -> Vocabulary:
+    """rows: of the embedding. ends: where the model stops. Raises UserError for what llama.cpp would tokenize otherwise."""
+    if not getattr(tokenizer, "backend_tokenizer", None):
+        raise UserError("export: this tokenizer has no tokenizer.json, so its merges are not known; --to hf writes any")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    rule, model = _rule(content), content["model"]
+    texts, kinds = [f"[PAD{i}]" for i in range(rows)], [int(TokenType.UNUSED)] * rows
+    added = {token["id"]: token for token in content["added_tokens"]}
+    entries = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    if beyond := [i for i in entries if i >= rows]:
+        raise UserError(f"export: token {entries[beyond[0]]!r} has id {beyond[0]}, and the model has {rows} rows for tokens")
+    for i, text in entries.items():
+        special = TokenType.CONTROL if i in added and added[i]["special"] else TokenType.USER_DEFINED
+        texts[i], kinds[i] = text, int(special if i in added else TokenType.NORMAL)
+    stops = ends or [i for i in [tokenizer.eos_token_id] if i is not None]
+    if not stops:
+        raise UserError("export: the model has no token at which it stops, and llama.cpp needs one; give the tokenizer an eos")
+    own = [i for i in stops if i == tokenizer.eos_token_id]
+    begin = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    stops = own + [i for i in stops if i not in own]
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return Vocabulary(texts, kinds, merges, rule, stops, tokenizer.bos_token_id, tokenizer.pad_token_id, begin, template)
+
+
+def _rule(content: dict[str, Any]) -> str:
+    """llama.cpp's name of how the tokenizer cuts texts. Raises UserError where it has none that we know to be the same."""
+    model, cutting, before = content["model"], content["pre_tokenizer"], content["normalizer"]
+    parts = cutting["pretokenizers"] if cutting and cutting["type"] == "Sequence" else [cutting]
+    found = RULES.get(tuple(_part(part) for part in parts if part))
+    plain = model["type"] == "BPE" and not model.get("byte_fallback") and (before is None or before["type"] == "NFC")
+    if found is None or not plain or bool(model.get("ignore_merges")) != (found == "llama-bpe"):
+        raise UserError(
+            f"export: this tokenizer ({model['type']}) cuts texts by a rule that is not known to be llama.cpp's "
+            f"({', '.join(RULES.values())} are); --to hf writes any, and llama.cpp's own converter knows more"
+        )
+    return found
+
+
+def _part(part: dict[str, Any]) -> tuple[str, Any]:
+    kind = part["type"]
+    if kind == "ByteLevel" and not part.get("add_prefix_space"):
+        return kind, part.get("use_regex", True)
+    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+        return kind, part["pattern"].get("Regex")
+    return kind, part.get("individual_digits")

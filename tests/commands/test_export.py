@@ -1,0 +1,151 @@
+"""Exports: a file that others load is the live model, within a budget, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import posttrain
+from posttrain.commands.export import export_run
+from posttrain.commands.export_targets import SHAPES, modelfile, serve_command
+from posttrain.errors import RunError, UserError
+from posttrain.models.builtin import tiny_tokenizer
+from posttrain.models.language.loading import load_model
+from posttrain.runs.artifact import open_artifact
+
+WORDS = (
+    "model=tiny", "train.max_steps=3", "train.batch_size=2", "data.max_rows=30", "data.eval_rows=4", "eval.sets=null",
+    "optim.lr=0.02", "model.dtype=float32",
+)  # fmt: skip
+IDS = torch.randint(5, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "mine"
+    posttrain.run("sft", *WORDS, "peft=lora", "peft.r=4", f"run.dir={folder}")
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def test_gguf_is_the_live_model(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "gguf", tmp_path / "out", "f32", 1e-4)
+    assert sorted(p.name for p in place.iterdir()) == ["export.json", "mine-f32.gguf"]
+    back = AutoModelForCausalLM.from_pretrained(place, gguf_file="mine-f32.gguf", dtype=torch.float32)
+    torch.testing.assert_close(logits(back), logits(load_model(run).model), rtol=0, atol=1e-4)
+    figures = json.loads((place / "export.json").read_text())
+    assert figures["kl"] < 1e-6 and figures["top1"] > 0.999 and figures["greedy_same"] == figures["greedy"] == 4
+    assert figures["ends"] == [2] and figures["dtype"] == "f32"
+    words = AutoTokenizer.from_pretrained(place, gguf_file="mine-f32.gguf")
+    assert words("the value of a list").input_ids == tiny_tokenizer()("the value of a list").input_ids
+
+
+def test_beyond_the_budget_nothing_is_written(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"in q4_0 is .* nats a token .* more than --max-kl 1e-05; nothing was written"):
+        export_run(run, "gguf", tmp_path / "out", "q4_0", 1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hf_is_the_merged_model_in_the_dtype_asked_for(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "hf", tmp_path / "out", "bf16", 0.05)
+    back = AutoModelForCausalLM.from_pretrained(place)
+    assert back.dtype == torch.bfloat16 and (place / "tokenizer.json").is_file()
+
+
+def test_ollama_gets_template_and_stops(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "ollama", tmp_path / "out", "q8_0", 0.05)
+    text = (place / "Modelfile").read_text()
+    assert text.startswith("FROM ./mine-q8_0.gguf\n") and text.endswith('PARAMETER stop "<|im_end|>"\n')
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    expected = tiny_tokenizer().apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert as_ollama(text, talk) == expected
+
+
+def as_ollama(text: str, talk: list[dict[str, str]]) -> str:
+    """The prompt that Go's templates make of the two forms that are written."""
+    found = re.search(r'TEMPLATE """\{\{- range \.Messages \}\}(.*?)(?:\n\{\{ end \}\}|\{\{- end \}\})(.*?)"""', text, re.S)
+    assert found
+    turn = found[1] + ("\n" if "\n{{ end }}" in text else "")
+    written = "".join(turn.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in talk)
+    return written + found[2]
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_known_shapes_of_chat_templates(name: str) -> None:
+    turn, answer = SHAPES[name]
+    loop = turn.replace("{role}", "{{ m['role'] }}").replace("{content}", "{{ m['content'] }}")
+    tokenizer = tiny_tokenizer()
+    default = turn.format(role="system", content="You help.")
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}" + default + "{% endif %}"
+        "{% for m in messages %}" + loop + "{% endfor %}{{ '" + answer.replace("\n", "\\n") + "' }}"
+    )
+    text = modelfile("m.gguf", tokenizer, [2, 0])
+    talk = [{"role": "system", "content": "You help."}, {"role": "user", "content": "Hi"}]
+    assert as_ollama(text, talk) == "".join(turn.format(**m) for m in talk) + answer
+    assert 'SYSTEM """You help."""' in text and 'PARAMETER stop "<|endoftext|>"\n' in text
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    assert "TEMPLATE" not in modelfile("m.gguf", tokenizer, [2])
+
+
+def test_vllm_gets_the_adapter_and_a_command(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "vllm", tmp_path / "out", None, 0.05)
+    assert (place / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        run / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    command = (place / "serve.sh").read_text().splitlines()[-1]
+    assert command == (
+        f"vllm serve {open_artifact(run, 'run').source} --tokenizer ./adapter --enable-lora --max-lora-rank 8 "
+        "--lora-modules mine=./adapter"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "PREFIX_TUNING"}, "no LoRA"),
+        ({"rank_pattern": {"q_proj": 2}}, "several scales"),
+        ({"r": 1024, "lora_alpha": 1024}, "rank 512 at most"),
+    ],
+)
+def test_vllm_refuses_what_it_would_not_serve(run: Path, tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    file = copy / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=f"{why}.*--to hf|{why}.*give --to hf"):
+        serve_command(open_artifact(copy, "run"))
+
+
+def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.commands.export.load_model", None)
+    for to, dtype, why in (
+        ("ggf", None, r"--to: there is no 'ggf'.*gguf"),
+        ("gguf", "q4_k_m", "--dtype: there is no 'q4_k_m'.*llama-quantize"),
+        ("hf", "q8_0", "--dtype: there is no 'q8_0'"),
+        ("vllm", "f16", "--dtype: there is no 'f16'"),
+    ):
+        with pytest.raises(UserError, match=why):
+            export_run(run, to, tmp_path / "out", dtype, 0.05)
+    with pytest.raises(UserError, match="is no finished run"):
+        export_run(tmp_path, "gguf", tmp_path / "out", None, 0.05)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"--out: .* exists already"):
+        export_run(run, "gguf", tmp_path / "taken", None, 0.05)
+    monkeypatch.setattr("posttrain.models.gguf.write.FAMILIES", {})
+    with pytest.raises(UserError, match="no GGUF is written of llama models"):
+        export_run(run, "gguf", tmp_path / "out", None, 0.05)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

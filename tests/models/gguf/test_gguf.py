@@ -1,0 +1,129 @@
+"""A GGUF file: transformers' own reader finds the same model in it, and the tokenizer stands there token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from posttrain.errors import RunError, UserError
+from posttrain.models.builtin import tiny_tokenizer
+from posttrain.models.gguf.read import check_vocabulary, load_gguf
+from posttrain.models.gguf.vocabulary import vocabulary_of
+from posttrain.models.gguf.write import require_dtype, require_family, write_gguf
+
+IDS = torch.randint(5, 800, (2, 16), generator=torch.Generator().manual_seed(0))
+SHAPE: dict[str, Any] = {
+    "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+CLASSES: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+}
+
+
+def made(folder: Path, kind: str, **more: Any) -> Any:
+    config_class, model_class, own = CLASSES[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**SHAPE, **own, **more)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def written(folder: Path, model: Any, dtype: str = "f32", tokenizer: Any = None) -> Path:
+    tokenizer = tokenizer or tiny_tokenizer()
+    vocabulary = vocabulary_of(tokenizer, [2, 0], model.config.vocab_size)
+    write_gguf(folder, model.config, vocabulary, dtype, folder / "m.gguf", "m")
+    check_vocabulary(folder / "m.gguf", vocabulary)
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize("kind", list(CLASSES))
+def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
+    model = made(tmp_path, kind)
+    back = load_gguf(written(tmp_path, model), model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_rows_of_q_are_in_the_order_of_llama_cpp(tmp_path: Path) -> None:
+    """By hand: of a head of 16, rows 0 and 8 turn together in transformers; in the file they are neighbours."""
+    model = made(tmp_path, "llama")
+    tensors = {t.name: t for t in GGUFReader(written(tmp_path, model)).tensors}
+    rows = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(tensors["blk.0.attn_q.weight"].data[:4], rows[[0, 8, 1, 9]])
+    assert tensors["blk.0.attn_v.weight"].data[1].tolist() == model.model.layers[0].self_attn.v_proj.weight[1].tolist()
+
+
+def test_every_dtype_is_as_near_as_its_bits(tmp_path: Path) -> None:
+    model = made(tmp_path, "llama")
+    weight, far = model.model.layers[0].mlp.up_proj.weight.detach(), dict[str, float]()
+    for dtype in ("f16", "bf16", "q8_0", "q5_1", "q4_0"):
+        back = load_gguf(written(tmp_path, model, dtype), model.config)
+        far[dtype] = float((back.model.layers[0].mlp.up_proj.weight.detach() - weight).norm() / weight.norm())
+        assert torch.equal(back.model.norm.weight, model.model.norm.weight)  # vectors stay in 32 bits
+    assert far["f16"] < 3e-4 < far["bf16"] < 3e-3 < far["q8_0"] < 8e-3 < far["q5_1"] < 0.05 < far["q4_0"] < 0.12
+
+
+def test_llama_3_rope_has_its_factors(tmp_path: Path) -> None:
+    """By the paper's rule: high frequencies as they are (1), low ones divided by the factor (8)."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = made(tmp_path, "llama", rope_parameters={**rope, "original_max_position_embeddings": 64})
+    factors = {t.name: t for t in GGUFReader(written(tmp_path, model)).tensors}["rope_freqs.weight"].data
+    assert factors.shape == (8,) and factors[0] == 1.0 and factors[-1] == pytest.approx(8.0, rel=1e-5)
+
+
+def test_the_tokenizer_token_by_token(tmp_path: Path) -> None:
+    model, tokenizer = made(tmp_path, "llama"), tiny_tokenizer()
+    fields = GGUFReader(written(tmp_path, model)).fields
+    found = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    texts = found["tokenizer.ggml.tokens"]
+    assert texts[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    assert texts[-1] == "[PAD895]" and len(texts) == 896
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1] and found["tokenizer.ggml.token_type"][-1] == 5
+    assert found["tokenizer.ggml.merges"][0] == "e r" and found["tokenizer.ggml.pre"] == "gpt-2"
+    assert found["tokenizer.ggml.eos_token_id"] == 2 and found["tokenizer.ggml.eot_token_id"] == 0
+    assert found["tokenizer.chat_template"] == tokenizer.chat_template and not found["tokenizer.ggml.add_bos_token"]
+
+
+def test_a_file_of_another_shape_or_vocabulary_is_seen(tmp_path: Path) -> None:
+    model = made(tmp_path, "llama")
+    file = written(tmp_path, model)
+    other = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})
+    with pytest.raises(RunError, match="says num_key_value_heads 2, and the model has 4"):
+        load_gguf(file, other)
+    with pytest.raises(RunError, match=r"tokenizer\.ggml\.eos_token_id"):
+        check_vocabulary(file, vocabulary_of(tiny_tokenizer(), [1], 896))
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, qwen2, qwen3\)"):
+        require_family(_of("gemma3"))
+    with pytest.raises(UserError, match="yarn rope"):
+        require_family(LlamaConfig(**SHAPE, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}))
+    with pytest.raises(UserError, match=r"there is no 'q8'.*q8_0"):
+        require_dtype("q8", ("q8_0", "f16"))
+    with pytest.raises(UserError, match="llama-quantize"):
+        require_dtype("q4_k_m", ("q4_0", "f16"))
+    tokenizer = tiny_tokenizer()
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="cuts texts by a rule"):
+        vocabulary_of(tokenizer, [2], 896)
+
+
+def _of(kind: str) -> Any:
+    config = LlamaConfig(**SHAPE)
+    object.__setattr__(config, "model_type", kind)
+    return config
