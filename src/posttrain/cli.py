@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from posttrain import __version__
 from posttrain.config import completion
@@ -61,10 +63,35 @@ def _epilog(spec: StageSpec) -> str:
     return f"[bold]Main settings[/]  (all of them: posttrain {spec.name} --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
 
 
+class _StageCommand(TyperCommand):
+    """An option that there is not may be a word of another tool."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As the base's, after a look at what the options are called."""
+        known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        for word, after in zip(args, [*args[1:], ""], strict=True):
+            if word.startswith("--") and word.partition("=")[0] not in known:
+                _refuse_option(word, None if after.startswith("-") else after)
+        return super().parse_args(ctx, args)
+
+
+def _refuse_option(word: str, value: str | None) -> None:
+    from posttrain.config.other_tools import option_meaning
+
+    if said := option_meaning(word, value):
+        raise typer.Exit(guarded(partial(_complain, said)))
+
+
+def _complain(line: str) -> None:
+    from posttrain.errors import UserError
+
+    raise UserError(line)
+
+
 def _add_stage(spec: StageSpec) -> None:
     name = spec.name
 
-    @app.command(name, help=spec.about, epilog=_epilog(spec), rich_help_panel="Stages")
+    @app.command(name, cls=_StageCommand, help=spec.about, epilog=_epilog(spec), rich_help_panel="Stages")
     def stage(
         overrides: Overrides = None,
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: a=1,2 b=3,4 runs all combinations.")] = False,
@@ -305,7 +332,7 @@ def rebuild(
     _end(command)
 
 
-@app.command("verify-resume", rich_help_panel="Before a run")
+@app.command("verify-resume", cls=_StageCommand, rich_help_panel="Before a run")
 def verify(
     stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
@@ -324,7 +351,7 @@ def verify(
     _end(command)
 
 
-@app.command("plan", rich_help_panel="Before a run")
+@app.command("plan", cls=_StageCommand, rich_help_panel="Before a run")
 def plan_run(
     stage: Annotated[str, typer.Argument(help="A stage, such as sft or dreambooth.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
@@ -348,7 +375,7 @@ def plan_run(
     _end(command)
 
 
-@app.command("preview", rich_help_panel="Before a run")
+@app.command("preview", cls=_StageCommand, rich_help_panel="Before a run")
 def preview_run(
     stage: Annotated[str, typer.Argument(help=", ".join(name for name, spec in stages().items() if spec.rows))],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,

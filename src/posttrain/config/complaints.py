@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from posttrain.config.other_tools import meaning
 from posttrain.config.schema import MixedSource
 from posttrain.errors import did_you_mean
 from posttrain.runs.earlier import NAMED_BY_USER
@@ -18,6 +19,8 @@ def unknown_key(key: str, known: list[str]) -> str:
         group = key.split(".")[0]
         hint = "+peft=lora (or another method)" if group == "peft" else f"another {group}="
         return f"{key} does not belong to the chosen {group}; it needs {hint}"
+    if said := meaning(key):
+        return f"unknown key '{key}' - {said}"
     last = key.rsplit(".", 1)[-1]
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
     hint = f" - did you mean '{same_end[0]}'?" if same_end else did_you_mean(key, known)
