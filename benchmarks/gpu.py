@@ -24,7 +24,7 @@ from posttrain.batch import PackedBatch
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
 from posttrain.losses.tokens import token_loss
-from posttrain.models.kernels.logprobs import chunk_logits
+from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
@@ -130,7 +130,7 @@ def recomputed(model: Any, method: Lora, options: argparse.Namespace, device: st
         kept.append(activations(small, options.tokens, options.documents).whole)
     inputs = 2.0 * options.tokens * SHAPES[options.shape]["hidden_size"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = 12 * trained + 10.0 * chunk_logits(device) + 3 * inputs
+    fixed = 12 * trained + head_bytes(model.get_output_embeddings().weight, options.tokens, device)
     free = 0.9 * torch.cuda.mem_get_info()[0]
     return layers_to_recompute(free, fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"])
 

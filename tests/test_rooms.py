@@ -24,6 +24,7 @@ FLOORS = (
     ("losses",),
     ("config",),
     ("runs",),
+    ("devices",),
     ("batch", "console", "tensors"),
     ("registry",),
     ("errors", "secrets"),

@@ -356,20 +356,28 @@ def plan_run(
     stage: Annotated[str, typer.Argument(help="A stage, such as sft or dreambooth.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: this machine.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Fit in so much, such as 48GB; default: the device's.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Plan for this card, such as h100 or 4090; default: this machine.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="For so many of them: train.processes.")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """What a run will cost in memory and time, without loading a weight."""
+    """What a run will cost in memory and time, on this machine or a card, without loading a weight."""
 
     def command() -> None:
         import json
 
-        from posttrain.commands.plan.plan import make_plan, parse_memory, show_plan
+        from posttrain.commands.plan.plan import make_plan, on_devices, parse_memory
+        from posttrain.commands.plan.show import show_plan
         from posttrain.console import console
+        from posttrain.devices.device import Device
 
         spec_of(stage)  # refuses a name that is none
         console.stderr = as_json
-        plan = make_plan(stage, _words(overrides, config), parse_memory(memory))
+        plan = make_plan(
+            stage, on_devices(_words(overrides, config), devices), parse_memory(memory), Device.named(device) if device else None
+        )
         print(json.dumps(plan, indent=2)) if as_json else show_plan(plan)
 
     _end(command)

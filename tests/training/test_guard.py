@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from posttrain.batch import ImageBatch, ImagePart, LossOutput, PackedBatch
 from posttrain.data.collate import Group, pack, pack_answers, pack_pairs
 from posttrain.data.examples import build
-from posttrain.errors import RunError, Stopped, is_out_of_memory
+from posttrain.errors import RunError, Stopped
 from posttrain.training.checkpoint import newest_checkpoint, trainable
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, spike_limit
 from posttrain.training.loop import Loop
@@ -310,27 +310,3 @@ def test_what_was_just_saved_is_kept_beside_a_newer_damaged_one(tmp_path: Path) 
     checkpoint, damaged = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint and checkpoint.step == 6 and len(damaged) == 1 and "step-000900 is damaged" in damaged[0]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000900"]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB",
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "Triton Error [CUDA]: out of memory",
-        "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
-        "NCCL error: unhandled cuda error, Failed to CUDA calloc async: Cuda failure 2 'out of memory'",
-        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes",
-    ],
-)
-def test_out_of_memory_by_all_its_words(words: str) -> None:
-    assert is_out_of_memory(RuntimeError(words))
-    assert not is_out_of_memory(ValueError(words))
-
-
-def test_other_errors_are_not_out_of_memory() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("any")) and is_out_of_memory(MemoryError())
-    for words in ("CUDA error: an illegal memory access was encountered", "CUDA error: device-side assert triggered", "shape"):
-        assert not is_out_of_memory(RuntimeError(words))

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.config.compose import compose_run
+from posttrain.devices.device import Device
 from posttrain.errors import RunError, UserError
 from posttrain.stages.accelerator import make_accelerator
 from posttrain.training.checkpoint import _fill, trainable
@@ -65,7 +66,7 @@ def test_one_process_has_nothing_to_shard_over() -> None:
     train = SimpleNamespace(fsdp=True, precision="none")
     cfg: Any = SimpleNamespace(tracker="none", train=train)
     with pytest.raises(UserError, match=r"train.fsdp: there is one process"):
-        make_accelerator(cfg)  # pyright: ignore[reportArgumentType]
+        make_accelerator(cfg, Device.here())  # pyright: ignore[reportArgumentType]
 
 
 def test_what_does_not_shard_is_refused_before_anything_is_read() -> None:

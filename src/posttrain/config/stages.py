@@ -10,7 +10,17 @@ from posttrain.registry import Registry
 if TYPE_CHECKING:
     from posttrain.config.schema import Stage
 
-SHARED = ("accelerator", "language", "manifest", "result", "resume", "spec", "stage", "steps")  # of stages/, and no stage
+SHARED = (
+    "accelerator",
+    "precision",
+    "language",
+    "manifest",
+    "result",
+    "resume",
+    "spec",
+    "stage",
+    "steps",
+)  # of stages/, and no stage
 # a folder of posttrain.stages with a SPEC, or a package of others; by its name, for configs lie below stages
 REGISTRY: Registry[Any] = Registry("posttrain.stages", "posttrain.stages", "SPEC", "stage", shared=SHARED)
 

@@ -9,14 +9,16 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from posttrain.config.schema import Stage
+from posttrain.devices.device import Device
 from posttrain.errors import UserError, of_all
+from posttrain.stages.precision import autocast_of
 from posttrain.training.trackers import require_installed
 
 
-def make_accelerator(cfg: Stage) -> Accelerator:
+def make_accelerator(cfg: Stage, device: Device) -> Accelerator:
     """Raises UserError for a tracker that is not installed, and for sharding that would be none."""
     require_installed(cfg.tracker)
-    accelerator = Accelerator(mixed_precision=autocast_precision(cfg))
+    accelerator = Accelerator(mixed_precision=autocast_of(cfg, device))
     if accelerator.distributed_type == DistributedType.FSDP:
         raise of_all(UserError("train.fsdp: accelerate's config asks for FSDP; leave that out there, and say train.fsdp=true"))
     if cfg.train.fsdp and accelerator.num_processes == 1:
@@ -35,11 +37,3 @@ def products_beside_autocast(autocast: str, device: torch.device) -> Iterator[No
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def autocast_precision(cfg: Stage) -> str:
-    """Autocast, for accelerate: only where the weights are float32 and the device does bfloat16 faster."""
-    if cfg.train.precision != "auto":
-        return {"none": "no", "bf16": "bf16"}[cfg.train.precision]
-    full_precision = cfg.model.dtype == "float32" or (cfg.model.dtype == "auto" and cfg.peft.output == "model")
-    return "bf16" if full_precision and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

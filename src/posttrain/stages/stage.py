@@ -13,6 +13,7 @@ A stage brings 1, 2, 3 and 6 (`Steps`); order, checkpoints, resume, signals and 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.console import say
+from posttrain.devices.device import Device
 from posttrain.errors import Stopped
 from posttrain.models.counting import in_words
 from posttrain.reports.run_page import run_page
@@ -27,6 +29,7 @@ from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
 from posttrain.stages.accelerator import make_accelerator, products_beside_autocast
 from posttrain.stages.manifest import common_record, show_outcome
+from posttrain.stages.precision import settled
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
 from posttrain.training.checkpoint import check_room
@@ -44,7 +47,11 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
     """Train to the end, or go on where a checkpoint left off; returns the manifest. Raises UserError, RunError or Stopped."""
     stop = StopSignal()
     try:
-        accelerator = make_accelerator(cfg)
+        device = Device.here(int(os.environ.get("LOCAL_RANK", "0")))
+        cfg, line = settled(cfg, device)
+        if line:
+            say(line)
+        accelerator = make_accelerator(cfg, device)
         with Tracker(run.metrics, accelerator) as tracker:
             return _run(cfg, run, steps, accelerator, tracker, stop)
     except Exception as error:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
+from posttrain.devices.out_of_memory import give_back
 from posttrain.errors import BeforeStep, Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
@@ -196,8 +197,7 @@ class Loop(Generic[B]):
                     raise
             # outside of the handler, where nothing holds what the failed pass has kept
             self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back()
             batches = smaller
             self.state.halved.append(step + 1)
             times = 2 ** len(self.state.halved)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from posttrain.batch import Metrics
+from posttrain.devices.out_of_memory import in_parts
 from posttrain.training.objective import B, LossFunction
 
 
@@ -77,9 +78,9 @@ def evaluate(
     found, rows = Averages(), dict[str, list[Tensor]]()
     with torch.no_grad():
         for batch in batches:
-            output = loss(module, batch.to(device))
-            found.add(output.metrics)
-            for name, values in output.rows.items():
-                rows.setdefault(name, []).append(values.cpu())
+            for output in in_parts(lambda part: loss(module, part.to(device)), batch, lambda part: part.split(), "evaluation"):
+                found.add(output.metrics)
+                for name, values in output.rows.items():
+                    rows.setdefault(name, []).append(values.cpu())
             each()
     return found.read(), {name: torch.cat(values) for name, values in rows.items()}

@@ -15,6 +15,8 @@ from posttrain.config.choices import Schedule
 MOMENTS = 8  # bytes a trained number, in float32
 # From here on moments are worth paging: LoRA of rank 16 on 8 billion weights has 0.31 GiB of them, of rank 64 1.25.
 LARGE_MOMENTS = 2**30
+SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
+BLOCK_OF_MOMENTS = 256  # that share a constant
 
 
 def make_optimizer(
@@ -32,12 +34,10 @@ def make_optimizer(
             grouped.setdefault((weight_decay if p.ndim >= 2 else 0.0, lr_ratio(full_name)), []).append(p)
     groups = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in grouped.items()]
     params = [p for group in grouped.values() for p in group]
-    on_cuda = params[0].device.type == "cuda"
-    sharded = any(isinstance(p, DTensor) for p in params)
-    why = in_place_of(name, sum(p.numel() for p in params), on_cuda, sharded)
-    if name == "adamw" or why:
-        note = f"optim={name} {why}; plain AdamW takes its place here" if why else None
-        fused = on_cuda or all(p.dtype == torch.float32 for p in params)
+    kind, numbers = params[0].device.type, sum(p.numel() for p in params)
+    used, note = optimizer_used(name, numbers, kind, any(isinstance(p, DTensor) for p in params))
+    if used == "adamw":
+        fused = kind == "cuda" or all(p.dtype == torch.float32 for p in params)
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused), note
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 
@@ -57,6 +57,23 @@ def in_place_of(name: str, numbers: int, on_cuda: bool, sharded: bool = False) -
     if name.startswith("paged_") and size < LARGE_MOMENTS:
         return f"waits for the device at every weight, to page moments that would take {size / 2**30:.2f} GiB"
     return ""
+
+
+def optimizer_used(name: str, numbers: int, kind: str, sharded: bool) -> tuple[str, str | None]:
+    """What `optim.name` comes to for so many trained numbers on a device of this kind, as torch calls it, and a line where that
+    is not what was asked for."""
+    if why := in_place_of(name, numbers, kind == "cuda", sharded):
+        return "adamw", f"optim={name} {why}; plain AdamW takes its place here"
+    return name, None
+
+
+def moment_bytes(used: str, numbers: int, itemsize: int) -> float:
+    """AdamW's two moments of one tensor. used: by `optimizer_used`. itemsize: of the tensor's own numbers."""
+    if used == "adamw":
+        return 2.0 * numbers * itemsize
+    if "8bit" in used and numbers >= SMALLEST_IN_8_BIT:
+        return 2.0 * (numbers + 4 * -(-numbers // BLOCK_OF_MOMENTS))
+    return 2.0 * numbers * 4
 
 
 def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:

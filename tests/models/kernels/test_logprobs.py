@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, LagunaConfig, PreTrainedConfig, RecurrentGemmaConfig, xLSTMConfig
 
-from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_entropies, token_logprobs
+from posttrain.models.kernels.logprobs import Head, head_bytes, head_of, plain_logprobs, token_entropies, token_logprobs
 
 N, H, V = 11, 6, 17
 
@@ -137,3 +141,37 @@ def test_a_temperature_divides_the_logits(softcap: float | None) -> None:
 def test_a_heads_cap_is_known_by_every_name_for_it(config: PreTrainedConfig, softcap: float | None) -> None:
     """And caps of attention's scores, gates and routers are none."""
     assert head_of(nn.Linear(2, 3), config).softcap == softcap
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that are alive at a time of all that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in {*self.alive, *given}:
+                self.alive[key] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(96, torch.bfloat16), (512, torch.bfloat16), (96, torch.float32)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_heads_memory_is_what_it_is(tokens: int, dtype: torch.dtype, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are fewer tokens than a tile has rows."""
+    monkeypatch.setattr("posttrain.models.kernels.logprobs.block", lambda device: (256, 512))
+    vocabulary, width = 2048, 64
+    head = Head(torch.randn(vocabulary, width, dtype=dtype, requires_grad=trained), None, 1.0, None)
+    body = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    with Peak() as seen:
+        hidden = body * 1
+        token_logprobs(hidden[torch.arange(tokens)], torch.randint(vocabulary, (tokens,)), head).sum().backward()
+    counted = head_bytes(head.weight, tokens, "cpu")
+    assert counted == pytest.approx(seen.peak, rel=0.04)

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from posttrain.batch import ImagePart
 from posttrain.commands.plan.memory import tally
+from posttrain.devices.device import Device
 from posttrain.models.diffusion.denoiser import trained_parts
 from posttrain.models.diffusion.families import DiffusionModel, Texts, bare, encode_texts, latent_scale, text_encoders
 from posttrain.models.diffusion.pipelines import pipeline_directory, shapes_of_pipeline
-from posttrain.models.language.activations import Cost, cost
+from posttrain.models.language.work import Cost, Work, cost, flops
 from posttrain.models.quantization import blocks_linears
 from posttrain.stages.dreambooth.config import Dreambooth
 from posttrain.stages.dreambooth.prepare import ImageData, read_images
@@ -29,13 +30,13 @@ ATTENTION = {
 }  # the counter knows those of a GPU only
 
 
-def image_plan(cfg: Dreambooth, capacity: int) -> dict[str, Any]:
+def image_plan(cfg: Dreambooth, device: Device) -> dict[str, Any]:
     """As `make_plan`, but for seconds: `flops` are of the whole run.
 
     Raises UserError as the run itself would: pictures and prompts are read, weights are not.
     """
     inputs, preserved = read_images(cfg, cfg.train.processes, weights=False), cfg.prior.weight > 0
-    plain, recomputed = (_micro_batch(cfg, inputs, recompute) for recompute in (False, True))
+    plain, recomputed = (_micro_batch(cfg, inputs, recompute, device) for recompute in (False, True))
     kept = recomputed.kept if cfg.train.gradient_checkpointing is True else plain.kept
     fixed, steps = sum(plain.parts.values()), inputs.order.num_steps
     total = max(fixed + kept, plain.everything)
@@ -52,7 +53,7 @@ def image_plan(cfg: Dreambooth, capacity: int) -> dict[str, Any]:
         "memory_with_recomputation": round(max(fixed + recomputed.kept, plain.everything)),
         "memory_without_recomputation": round(max(fixed + plain.kept, plain.everything)),
         "total_bytes": round(total),
-        "fits": total <= capacity,
+        "fits": total <= device.capacity,
         "micro_batch_images": plain.images,
         "image_side": inputs.framing.side,
         "steps": steps,
@@ -79,7 +80,7 @@ class _Counted(NamedTuple):
     trained: int
 
 
-def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool) -> _Counted:
+def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool, device: Device) -> _Counted:
     """One micro-batch, the prior's pictures in it, forward and backward."""
     pipe = shapes_of_pipeline(pipeline_directory(inputs.base), getattr(torch, cfg.base_dtype))
     encoders = text_encoders(pipe)
@@ -90,14 +91,14 @@ def _micro_batch(cfg: Dreambooth, inputs: ImageData, recompute: bool) -> _Counte
         parts = trained_parts(pipe, cfg.peft, text, 1000, recompute)
         texts, read = _cost(lambda: encode_texts(pipe, [caption] * images))
         model = DiffusionModel(pipe, [caption], texts, parts)
-    found = tally(cfg, model, model, [module.weight for module in blocks_linears(bare(model.denoiser)).values()])
+    found = tally(cfg, device, model, model, [module.weight for module in blocks_linears(bare(model.denoiser)).values()])
     drawn = _denoised(model, texts, images, inputs.framing.side // latent_scale(pipe))
     used = not cfg.data.cache or text
     frozen = sum(_bytes(encoder) for name, encoder in encoders.items() if name not in model.trained) if used else 0.0
     lying = found.parts | {"autoencoder": _bytes(pipe.vae), "text encoders": frozen}
     everything += sum(found.parts[part] for part in ("weights", "quantized weights", "quantization constants"))
-    kept, flops = (a + b * used for a, b in zip(drawn, read, strict=True))
-    return _Counted(lying, everything, kept, flops, images, found.total, found.trained)
+    work: Work = drawn.forward + drawn.backward + (read.forward + read.backward) * used
+    return _Counted(lying, everything, drawn.kept + read.kept * used, flops(work), images, found.total, found.trained)
 
 
 def _denoised(model: DiffusionModel, texts: Texts, images: int, side: int) -> Cost:

@@ -33,6 +33,19 @@ def chunk_logits(device: str) -> int:
     return rows * words
 
 
+def head_bytes(weight: Tensor, tokens: int, device: str) -> float:
+    """The most that `token_logprobs` and its backward hold at a time beside a head's weight [V, H] and its gradient: hidden
+    states, a tile of logits in both precisions, what is carried from tile to tile. device: its kind, whatever the weight's is."""
+    (vocabulary, width), itemsize, trained = weight.shape, weight.itemsize, weight.requires_grad
+    rows, words = (min(most, there) for most, there in zip(block(device), (tokens, vocabulary), strict=True))
+    whole, some = float(tokens * width), float(rows * width)
+    tile = rows * words * (4.0 + itemsize * (itemsize < 4))
+    held = 2 * itemsize * whole + 8.0 * tokens  # as the body gives them, those that count, and two numbers of each
+    forward = itemsize * whole * (not trained) + (8 + itemsize) * some + tile
+    backward = 4 * whole + itemsize * (vocabulary * width + some) + (4.0 + itemsize) * words * width + tile
+    return held + (max(forward, backward) if trained else forward)
+
+
 class Head(NamedTuple):
     """logits = softcap * tanh(scale * (W h + b) / softcap); without a softcap the tanh is left out."""
 
@@ -134,6 +147,7 @@ class _Logprobs(torch.autograd.Function):
             own[rows], logps[rows], found = _forward(hidden[rows], target[rows], head, size[1], pulled)
             if jacobian is not None and found is not None:
                 jacobian[rows] = found
+            del found
         ctx.head, ctx.size = head, size
         ctx.save_for_backward(*((hidden, weight, bias, target, own - logps) if ctx.trains else (jacobian,)))
         return logps
@@ -168,6 +182,7 @@ def _forward(hidden: Tensor, target: Tensor, head: Head, words: int, pulled: boo
         others = others * shrink + chances.sum(-1, keepdim=True)
         if pull is not None:
             pull.mul_(shrink).add_(chances.mul_(slope).to(part.weight.dtype) @ part.weight)
+        del logits, chances, slope  # or they would be there while the next tile is made
     total = others + (own - top).exp_()
     if pull is not None:
         pull = weight.mul_(others * head.slope(own)).sub_(pull).div_(total)
@@ -195,6 +210,7 @@ def _backward(
             change = change.to(part.weight.dtype)
             of_hidden[rows] += change @ part.weight
             wide += change.T @ hidden[rows]
+            del logits, change, slope  # or they would be there while the next tile is made
         of_weight[at] = wide
         if of_bias is not None:
             of_bias[at] = long

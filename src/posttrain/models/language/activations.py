@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, PretrainedConfig
 
 from posttrain.batch import Segment
@@ -21,12 +17,12 @@ from posttrain.config.choices import Kernels
 from posttrain.config.interfaces import Method
 from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.experts import use_shapes
+from posttrain.models.kernels.logprobs import block, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.architecture import model_class
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.work import Work, as_autocast, autocast_to, cost, in_one_kernel
 from posttrain.models.peft.attach import add_method
-
-KeptBytes = TypeVar("KeptBytes")
 
 
 def model_of_shapes(config: PretrainedConfig, dtype: torch.dtype, method: Method) -> nn.Module:
@@ -62,61 +58,43 @@ def _number(text: Any, name: str) -> int:
     return max(found, default=0) if isinstance(found, list) else found if isinstance(found, int) else 0
 
 
-class Cost(NamedTuple):
-    """Bytes that a forward pass leaves for the backward, each storage once and no parameter's, and the operations of both."""
-
-    kept: float
-    flops: float
-
-
-def cost(
-    forward: Callable[[], KeptBytes],
-    outputs: Callable[[KeptBytes], list[Tensor]],
-    weights: Iterable[Tensor] = (),
-    operations: dict[Any, Any] | None = None,
-) -> tuple[KeptBytes, Cost]:
-    """What `forward` gives, and what it and the backward pass from its outputs cost. weights: of which views are not counted
-    either. operations: how to count what torch's own counter does not know."""
-    own = {weight.untyped_storage()._cdata for weight in weights}
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage()._cdata not in own:
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with FlopCounterMode(display=False, custom_mapping=operations) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            found = forward()
-        if trained := [output.sum() for output in outputs(found) if output.requires_grad]:
-            torch.stack(trained).sum().backward()
-    return found, Cost(float(sum(storage.nbytes() for storage in storages.values())), float(counter.get_total_flops()))
-
-
 class _Counted(torch.autograd.Function):
     """Attention on shapes alone: keeps what the flash kernels keep and does as many products as they, where the meta device would
-    write out all scores."""
+    write out all scores. A query sees the keys up to its own place."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
-        ctx.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], device="meta"))
-        return out
+        ctx.save_for_backward(query, key, value, query.new_empty(*query.shape[:3], value.shape[-1]), _of_float32(query))
+        with in_one_kernel():
+            seen = _seen(query, key)
+            return query @ query.new_empty(*query.shape[:2], query.shape[3], seen) @ value.new_empty(seen, value.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
-        wide, long = query.shape, key.shape[2]
-        scores = query.new_empty(*wide[:3], long)
-        for _ in range(2):  # scores once more, and their gradient
-            torch.matmul(query, query.new_empty(*wide[:2], wide[3], long))
-        for _ in range(2):  # gradients of key and value
-            torch.matmul(scores.transpose(2, 3), query)
-        return torch.matmul(scores, query.new_empty(*wide[:2], long, wide[3])), torch.empty_like(key), torch.empty_like(value)
+        seen, wide = _seen(query, key), query.shape
+        with in_one_kernel():
+            scores = query.new_empty(*wide[:3], seen)
+            for _ in range(2):  # scores once more, and their gradient
+                torch.matmul(query, query.new_empty(*wide[:2], wide[3], seen))
+            for _ in range(2):  # gradients of key and value
+                torch.matmul(scores.transpose(2, 3), query)
+            of_query = torch.matmul(scores, query.new_empty(*wide[:2], seen, wide[3]))
+        return of_query, torch.empty_like(key), torch.empty_like(value)
+
+
+def _seen(query: Tensor, key: Tensor) -> int:
+    """Keys that a query sees in the mean, where the last one sees all."""
+    return max(1, key.shape[2] - query.shape[2] // 2)
+
+
+def _of_float32(query: Tensor) -> Tensor:
+    """The sums of a flash kernel, a number for each query."""
+    return torch.empty(query.shape[:3], device=query.device)
 
 
 def _counted(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _Counted.apply(query, key, value)  # pyright: ignore
+    return _Counted.apply(*as_autocast(query, key, value))  # pyright: ignore
 
 
 COUNTED = "posttrain_counted"
@@ -124,17 +102,28 @@ register(COUNTED, attention_function("documents", _counted))
 
 
 class Activations(NamedTuple):
-    """Bytes that a backward pass needs, without and with recomputation, and the operations of forward and backward without.
-    reading: as people are told of it (models/language/reading.py)."""
+    """Bytes that a backward pass needs, without and with recomputation of all layers, and what both passes compute, without.
+    forward, backward: of the body; head: of both passes of the head. reading: as people are told of it
+    (models/language/reading.py)."""
 
     whole: float
     recomputed: float
-    flops: float
+    forward: Work
+    backward: Work
+    head: Work
     reading: str
 
+    @property
+    def flops(self) -> float:
+        """Of forward and backward."""
+        return sum(operations for work in (self.forward, self.backward, self.head) for operations, _ in work)
 
-def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels = "auto") -> Activations:
+
+def activations(
+    model: nn.Module, tokens: int, sequences: int, kernels: Kernels = "auto", autocast: torch.dtype | None = None
+) -> Activations:
     """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes. kernels: as `model.kernels`.
+    autocast: in which products are computed, where not in the weights' own precision.
 
     The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
     layer's input and one layer's inside.
@@ -149,11 +138,21 @@ def activations(model: nn.Module, tokens: int, sequences: int, kernels: Kernels 
     with torch.device("meta"):
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         mask = DocumentMask(segments, tokens, torch.device("meta"))
-        hidden, (whole, flops) = cost(lambda: lm.hidden(ids, mask, input_ids=ids), lambda hidden: [hidden], model.parameters())
-    head: Any = lm.causal.get_output_embeddings()
+        with autocast_to(autocast):
+            hidden, found = cost(lambda: lm.hidden(ids, mask, input_ids=ids), lambda hidden: [hidden], model.parameters())
+        head = _head_work(lm, hidden)
     layers = lm.causal.config.get_text_config().num_hidden_layers
     inputs = float(hidden.numel() * hidden.element_size() * layers)
-    return Activations(whole, min(whole, inputs + whole / layers), flops + 4.0 * tokens * head.weight.numel(), lm.reading.line)
+    recomputed = min(found.kept, inputs + found.kept / layers)
+    return Activations(found.kept, recomputed, found.forward, found.backward, head, lm.reading.line)
+
+
+def _head_work(lm: PackedLM, hidden: Tensor) -> Work:
+    """Of the log-probs of all tokens, tile by tile as on a GPU. With autocast they are computed in the weights' precision."""
+    given = torch.empty(hidden.shape, dtype=lm.head.weight.dtype, device="meta", requires_grad=True)
+    target = torch.zeros(len(given), dtype=torch.int64, device="meta")
+    _, found = cost(lambda: token_logprobs(given, target, lm.head, *block("cuda")), lambda logps: [logps])
+    return found.forward + found.backward
 
 
 def layers_to_recompute(free: float, fixed: float, kept: float, inputs: float, layers: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from posttrain.devices.out_of_memory import in_parts, in_two
 from posttrain.models.kernels.choice import for_inference
 from posttrain.models.language.growing import Growing, growing_answers, reads_prompts_packed
 from posttrain.models.language.packed_lm import PackedLM
@@ -91,13 +92,17 @@ def sample(
     shape = (samples, sampling.max_new_tokens)
     numbers = None if seeds is None else torch.stack([torch.from_numpy(np.random.default_rng(s).random(shape)) for s in seeds])
     found: dict[int, list[Answer]] = {}
+
+    def write(chosen: list[int]) -> dict[int, list[Answer]]:
+        growing = growing_answers(lm, [prompts[i] for i in chosen], samples)
+        given = None if numbers is None else numbers[chosen].flatten(0, 1)
+        answers = _draw_all(lm, growing, sampling, torch.tensor(ends), given)
+        return {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
+
     with for_inference(lm, lm.report.kernels):
         for chosen in _groups(prompts, max(1, sampling.at_once // samples), alike=not reads_prompts_packed(lm)):
-            growing = growing_answers(lm, [prompts[i] for i in chosen], samples)
-            answers = _draw_all(
-                lm, growing, sampling, torch.tensor(ends), None if numbers is None else numbers[chosen].flatten(0, 1)
-            )
-            found |= {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
+            for some in in_parts(write, chosen, in_two, "writing answers"):
+                found |= some
     return [found[i] for i in range(len(prompts))]
 
 

@@ -20,6 +20,7 @@ from posttrain.batch import PackedBatch
 from posttrain.console import Meter
 from posttrain.data.collate import BatchSampler, pack_mismatched, pack_pairs
 from posttrain.data.examples import Examples
+from posttrain.devices.out_of_memory import in_parts
 from posttrain.evaluation.held_out import EVAL_TOKENS, by_tokens
 from posttrain.losses.preference import ChosenLoss
 from posttrain.losses.tokens import answer_sums
@@ -98,9 +99,13 @@ def digest_of(table: Tensor) -> str:
 def reference_logps(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """float32 [num_answers] on the CPU, without dropout."""
     module.eval()
-    with torch.no_grad():
-        moved = batch.to(device)
+
+    def read(part: PackedBatch) -> Tensor:
+        moved = part.to(device)
         return answer_sums(module(moved), moved.sequence_id, moved.num_answers).float().cpu()
+
+    with torch.no_grad():
+        return torch.cat(in_parts(read, batch, PackedBatch.split, "the reference"))
 
 
 def train_reference(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from posttrain.config.schema import LanguageStage
+from posttrain.devices.device import Device
 from posttrain.models.counting import count_parameters, record
 from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.language.dropout import switch_off_dropout
@@ -24,8 +25,8 @@ from posttrain.models.peft.tokens import inherit
 from posttrain.models.trust import pin_of
 from posttrain.runs.cache_place import cache_root
 from posttrain.runs.identity import content_hash, library_versions
-from posttrain.stages.accelerator import autocast_precision
 from posttrain.stages.language.init import InitSource
+from posttrain.stages.precision import autocast_of
 from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
 
@@ -105,5 +106,5 @@ def load_base(cfg: LanguageStage, start: InitSource, base: BaseInfo, device: tor
 
 def reader_of(cfg: LanguageStage, model: Any, device: torch.device, kind: type[Reader]) -> Reader:
     """What reads packs with `model`; its attention is chosen for the format that training computes in, autocast included."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_precision(cfg) == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast_of(cfg, Device.at(device)) == "bf16"):
         return kind(model, cfg.model.attention, cfg.model.kernels, cfg.train.packing)

@@ -16,6 +16,7 @@ from posttrain.console import Meter, say
 from posttrain.data.examples import Examples
 from posttrain.data.mixture import make_sampler
 from posttrain.data.queues import Curriculum
+from posttrain.devices.out_of_memory import in_parts, in_two
 from posttrain.evaluation.held_out import EVAL_TOKENS, by_tokens
 from posttrain.losses.tokens import answer_sums
 from posttrain.runs.identity import content_hash
@@ -54,16 +55,20 @@ def perplexities(
     """float32 [units]: mean loss of a unit's counting tokens, in nats (the logarithm of its perplexity)."""
     module.eval()
     batches = list(by_tokens(examples, EVAL_TOKENS))
-    found = []
+    found: list[Tensor] = []
+
+    def read(units: list[int]) -> Tensor:
+        batch = objective.pack(examples, units).to(device)
+        both = torch.stack([-batch.weight * module(batch), batch.weight])
+        losses, weights = (answer_sums(each, batch.sequence_id, batch.num_answers).cpu() for each in both)
+        answers = [len(examples.sequences(unit)) * batch.num_answers // _sequences(examples, units) for unit in units]
+        owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(answers))
+        total, count = (torch.zeros(len(units)).index_add(0, owner, each) for each in (losses, weights))
+        return total / count.clamp(min=1e-9)
+
     with Meter("difficulty", len(batches)) as meter, torch.no_grad():
         for units in batches:
-            batch = objective.pack(examples, units).to(device)
-            both = torch.stack([-batch.weight * module(batch), batch.weight])
-            losses, weights = (answer_sums(each, batch.sequence_id, batch.num_answers).cpu() for each in both)
-            answers = [len(examples.sequences(unit)) * batch.num_answers // _sequences(examples, units) for unit in units]
-            owner = torch.repeat_interleave(torch.arange(len(units)), torch.tensor(answers))
-            total, count = (torch.zeros(len(units)).index_add(0, owner, each) for each in (losses, weights))
-            found.append(total / count.clamp(min=1e-9))
+            found += in_parts(read, units, in_two, "difficulty")
             meter.advance()
             check()
     return torch.cat(found).float()

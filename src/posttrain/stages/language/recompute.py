@@ -13,16 +13,16 @@ from torch import nn
 
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
-from posttrain.models.kernels.logprobs import chunk_logits
+from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
+from posttrain.training.optimizer import moment_bytes, optimizer_used
 
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
-MOMENTS = 12  # bytes a trained number will yet ask for: its gradient and AdamW's two moments
 
 
 def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tokens: int, device: torch.device) -> None:
@@ -84,8 +84,9 @@ def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch
         return None
     width = built.module.causal.config.get_text_config().hidden_size
     itemsize = built.dtype.itemsize
-    fixed = MOMENTS * built.trained + 10.0 * chunk_logits(device.type) + 3.0 * tokens * width * itemsize
-    return fixed, kept - first, float(tokens * width * itemsize)
+    used, _ = optimizer_used(cfg.optim.name, built.trained, device.type, cfg.train.fsdp)
+    fixed = sum(p.nbytes + moment_bytes(used, p.numel(), p.itemsize) for p in built.module.parameters() if p.requires_grad)
+    return fixed + head_bytes(built.module.head.weight, tokens, device.type), kept - first, float(tokens * width * itemsize)
 
 
 def largest_batch(cfg: LanguageStage, data: PreparedData) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from posttrain.batch import PackedBatch
 from posttrain.data.collate import Group, pack_answers, zero_weight
 from posttrain.data.examples import Examples
+from posttrain.devices.out_of_memory import in_parts
 from posttrain.evaluation.calibration import correlation
 from posttrain.models.language.actor_critic import ActorCritic, Role
 from posttrain.models.language.generation import Answer, Sampling
@@ -185,7 +186,11 @@ class Roller:
 
     def _read(self, packs: list[PackedBatch], role: Role) -> list[Tensor]:
         options = {"temperature": self.sampling.temperature} if role in ("policy", "reference") else {}
-        return [self.roles(pack, role, **options).float().cpu() for pack in packs]
+
+        def read(pack: PackedBatch) -> Tensor:
+            return self.roles(pack, role, **options).float().cpu()
+
+        return [torch.cat(in_parts(read, pack, PackedBatch.split, f"reading by the {role}")) for pack in packs]
 
 
 def _judged(processes: Processes, *asked: Any) -> Tensor:

@@ -1,0 +1,72 @@
+"""What a run needs of one device as its micro-batches grow: memory and time are functions of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from posttrain.devices.device import Rates
+from posttrain.models.language.activations import Activations, layers_to_recompute
+from posttrain.stages.language.recompute import USED
+
+FORMS = 0.516 + 2  # bytes that are read of a number in NF4, and written of it in 16 bit
+
+
+@dataclass(frozen=True)
+class Need:
+    """lying: bytes that are there before training; later: those that it adds, whatever the batch: gradients, moments. kept,
+    inputs: what a layer leaves for the backward, and its inputs, a token. head: bytes, of so many tokens. asked: as
+    `train.gradient_checkpointing`."""
+
+    lying: float
+    later: float
+    kept: float
+    inputs: float
+    layers: int
+    head: Callable[[int], float]
+    asked: bool | int | Literal["auto"]
+    capacity: float
+
+    def recomputed(self, tokens: int) -> int:
+        """Of so many layers, as a run's own `fit_memory` chooses."""
+        if self.asked == "auto":
+            free = USED * (self.capacity - self.lying)
+            return layers_to_recompute(
+                free, self.later + self.head(tokens), self.kept * tokens, self.inputs * tokens, self.layers
+            )
+        return min(self.layers, {True: self.layers, False: 0}[self.asked] if isinstance(self.asked, bool) else self.asked)
+
+    def activations(self, tokens: int, recomputed: int) -> float:
+        """Every layer's inputs where it is recomputed, one such layer in whole, and all of the others."""
+        inside = self.kept if recomputed else 0.0
+        each = (self.layers - recomputed) * self.kept + recomputed * self.inputs + inside
+        return tokens * min(self.layers * self.kept, each)
+
+    def total(self, tokens: int, recomputed: int | None = None) -> float:
+        """All bytes with a micro-batch of so many tokens."""
+        layers = self.recomputed(tokens) if recomputed is None else recomputed
+        return self.lying + self.later + self.head(tokens) + self.activations(tokens, layers)
+
+    def fits(self, tokens: int) -> bool:
+        """Does such a micro-batch?"""
+        return self.total(tokens) <= self.capacity
+
+    def most(self, step: int = 1) -> int:
+        """The largest number of tokens that fits, a multiple of `step`; 0 where none does."""
+        if not self.fits(step):
+            return 0
+        low, high = 1, 2
+        while self.fits(high * step):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(middle * step) else (low, middle)
+        return low * step
+
+
+def micro_batch_seconds(found: Activations, recomputed: float, quantized: float, body: Rates, head: Rates) -> float:
+    """Of forward and backward. recomputed: the share of the layers that are. quantized: numbers whose 16-bit form is made in
+    every pass over a layer."""
+    made = quantized * FORMS * (2 + recomputed) / body.bytes
+    return (1 + recomputed) * body.seconds(found.forward) + body.seconds(found.backward) + head.seconds(found.head) + made
