@@ -70,7 +70,8 @@ def first_line(error: BaseException) -> str:
 # by whom: the system and its loader, the CPU's allocator, CUDA's runtime and driver, cuBLAS, cuDNN, NCCL and Triton
 NO_MEMORY = re.compile(
     r"(can't|cannot|failed to|unable to) allocate|not enough memory|out[ _]of[ _]memory|error_memory_allocation"
-    r"|status_alloc_failed|bad_alloc|failed to map segment|can't start new thread|\(os error 12\)",
+    r"|status_alloc_failed|bad_alloc|failed to map segment|can't start new thread|\(os error 12\)"
+    r"|cublas_status_not_initialized|allocation_failed|failed to cuda calloc|rocblas_status_memory_error|outofmemory",
     re.IGNORECASE,
 )
 

@@ -56,7 +56,6 @@ def test_it_is_known_by_its_class_its_number_and_its_cause() -> None:
             "out of resource: shared memory, Required: 131072, Hardware limit: 101376"
         ),  # of a kernel, whatever the batch
         UserError("the run is out of memory"),
-        FileNotFoundError(errno.ENOENT, "no such file", "out of memory"),
     ],
 )
 def test_other_errors_are_not(error: Exception) -> None:
