@@ -19,7 +19,7 @@ from posttrain.config.compose import compose_run
 from posttrain.devices.device import Device
 from posttrain.errors import RunError, UserError
 from posttrain.stages.accelerator import make_accelerator
-from posttrain.training.checkpoint import _fill, trainable
+from posttrain.training.checkpoint import trainable
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.sharding import shard
 
@@ -72,13 +72,6 @@ def test_one_process_has_nothing_to_shard_over() -> None:
 def test_what_does_not_shard_is_refused_before_anything_is_read() -> None:
     with pytest.raises(UserError, match=r"train.fsdp does not shard a base in nf4"):
         compose_run("sft", ["model=tiny", "+peft=qlora", "train.fsdp=true"])
-
-
-def test_a_fused_optimizer_counts_its_steps_where_its_parameters_are() -> None:
-    """Else its first step after a resume on a GPU fails (pytorch#104767)."""
-    slots: dict[str, Any] = {}
-    _fill(slots, "step", torch.tensor(3.0, device="meta"), {"fused": True})
-    assert slots["step"].device.type == "meta"
 
 
 MEMORY = """

@@ -98,7 +98,7 @@ def _language_plan(cfg: Any, spec: StageSpec, device: Device) -> dict[str, Any]:
         "trained_parameters": found.trained_parameters + extra.trained,
         "memory": {part: round(size) for part, size in memory.items() if size},
         "memory_with_recomputation": round(need.total(tokens, found.layers)),
-        "memory_without_recomputation": round(need.total(tokens, 0)),
+        "memory_without_recomputation": round(need.total(tokens, found.layers if cfg.train.offload != "none" else 0)),
         "layers": found.layers,
         "layers_recomputed": layers,
         "total_bytes": round(need.total(tokens, layers)),
