@@ -351,6 +351,29 @@ def verify(
     _end(command)
 
 
+@app.command("tune", cls=_StageCommand, rich_help_panel="Before a run")
+def tune_stage(
+    stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
+    over: Annotated[list[str], typer.Option("--over", help="KEY=LOW..HIGH, in the logarithm, or KEY=a,b; may be given again.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="As for the stage itself.")] = None,
+    trials: Annotated[int, typer.Option("--trials", min=2, help="Settings to try, where a range says no number.")] = 9,
+    factor: Annotated[int, typer.Option("--factor", help="One in so many goes on, to so many times the steps.")] = 3,
+    metric: Annotated[str, typer.Option("--metric", help="By which trials are judged.")] = "eval/loss",
+    highest: Annotated[bool, typer.Option("--highest", help="A higher metric is better.")] = False,
+    config: ConfigFile = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """The best learning rate, and what else is named: trials of which the best go on, in a quarter of a grid's steps."""
+
+    def command() -> None:
+        from posttrain.launch.tune import tune
+
+        spec_of(stage)  # refuses a name that is none
+        tune(stage, _words(overrides, config), over, trials, factor, metric, highest, config_dir)
+
+    _end(command)
+
+
 @app.command("plan", cls=_StageCommand, rich_help_panel="Before a run")
 def plan_run(
     stage: Annotated[str, typer.Argument(help="A stage, such as sft or dreambooth.")],

@@ -127,7 +127,7 @@ def test_a_signal_goes_on_to_every_job_at_work_and_no_further_one_begins(tmp_pat
 def test_jobs_are_one_group_of_their_tracker(given: str | None, group: str, tmp_path: Path) -> None:
     (tmp_path / "ranks").mkdir()
     config = {"run": {"dir": None}, "track": {"group": given, "name": None}, "peft": {"r": 4}}
-    mine = sweep._job(tmp_path / "ranks", 0, ["peft.r=4"], [["peft.r=4"], ["peft.r=8"]], config)
+    mine = sweep.prepared_job(tmp_path / "ranks", 0, ["peft.r=4"], [["peft.r=4"], ["peft.r=8"]], config)
     written = yaml.safe_load(Path(mine["dir"]).with_suffix(".yaml").read_text())
     assert written["track"] == {"group": group, "name": None} and written["run"]["dir"] == mine["dir"]
 

@@ -44,17 +44,12 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
     sets = composing.expand(stage, [o for o in overrides if not o.lstrip("+").startswith("hydra")], config_dir)
     configs = [composing.compose_run(stage, each, config_dir) for each in sets]
     sweep_dir = _directory(configs[0], stage)
-    jobs = [_job(sweep_dir, number, each, sets, config) for number, (each, config) in enumerate(zip(sets, configs, strict=True))]
-    write_json(sweep_dir / JOBS, jobs)
+    jobs = [
+        prepared_job(sweep_dir, number, each, sets, config)
+        for number, (each, config) in enumerate(zip(sets, configs, strict=True))
+    ]
     say(f"sweep of {len(jobs)} jobs -> {sweep_dir}")
-    try:
-        with _as_parent(), _passing_on(sweep_dir / AT_WORK) as stop:
-            composing.launch(stage, overrides, config_dir, job, sweep_dir)
-            stopped = stop.requested or _stopped
-    except Stopped:  # no job of this machine is at work
-        stopped = True
-    finally:
-        warm_worker.close()
+    stopped = launch_jobs(stage, overrides, config_dir, sweep_dir, jobs)
     rows = [_row(each, stopped) for each in jobs]
     write_json(sweep_dir / "sweep.json", rows)
     if stopped:
@@ -65,6 +60,22 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
     if failed := [row for row in rows if row["status"] == "failed"]:
         raise RunError(f"{len(failed)} of {len(rows)} jobs failed; see {Path(failed[0]['dir']) / 'job.log'}")
     return rows
+
+
+def launch_jobs(stage: str, overrides: list[str], config_dir: Path | None, sweep_dir: Path, jobs: list[dict[str, Any]]) -> bool:
+    """Run jobs of `prepared_job` through the launcher that the overrides name, which have to make as many; True where a signal
+    has stopped them. A job with a `rung` ends there for now, and is not queued again."""
+    from posttrain.config import compose as composing
+
+    write_json(sweep_dir / JOBS, jobs)
+    try:
+        with _as_parent(), _passing_on(sweep_dir / AT_WORK) as stop:
+            composing.launch(stage, overrides, config_dir, job, sweep_dir)
+            return stop.requested or _stopped
+    except Stopped:  # no job of this machine is at work
+        return True
+    finally:
+        warm_worker.close()
 
 
 def job(config: Any) -> None:
@@ -88,10 +99,10 @@ def job(config: Any) -> None:
     with _at_work(sweep_dir / AT_WORK), one_gpu() as environment:
         environment |= _share_of_cores(HydraConfig.get().launcher, len(jobs))
         code, _stopped = _work(directory, label, environment, warm=config.run.warm and len(jobs) > 1)
-    if code == Stopped.exit_code and not _stopped:
+    if code == Stopped.exit_code and not _stopped and "rung" not in mine:
         _requeue()
     said = "" if code in (0, Stopped.exit_code) else f"failed (exit {code}): "
-    outcome = _loss(_row(mine)) if code == 0 else said + _last_line(directory / "job.log")
+    outcome = _loss(_row(mine)) if code == 0 else said + last_line(directory / "job.log")
     say(f"{label}: {outcome}, {time.monotonic() - began:.0f} s")
 
 
@@ -226,7 +237,8 @@ def _directory(config: dict[str, Any], stage: str) -> Path:
     return directory.resolve()
 
 
-def _job(sweep_dir: Path, number: int, mine: list[str], sets: list[list[str]], config: dict[str, Any]) -> dict[str, Any]:
+def prepared_job(sweep_dir: Path, number: int, mine: list[str], sets: list[list[str]], config: dict[str, Any]) -> dict[str, Any]:
+    """A job as jobs.json has it, with its config written beside its directory. mine: its overrides, of all jobs' `sets`."""
     swept = [line for i, line in enumerate(mine) if any(other[i] != line for other in sets)]
     label = " ".join(line.split("=")[0].rsplit(".", 1)[-1] + "=" + line.split("=", 1)[1] for line in swept)
     directory = sweep_dir / "-".join([f"{number:03d}", *_safe(label).split()])
@@ -247,7 +259,7 @@ def _row(job: dict[str, Any], stopped: bool = False) -> dict[str, Any]:
     if is_finished(directory):
         manifest = read_manifest(directory)
         return row | {"status": "done", "metrics": manifest.metrics, "seconds": manifest.seconds}
-    last = _last_line(directory / "job.log")
+    last = last_line(directory / "job.log")
     failed = last.startswith(("failed:", "error:")) if stopped else not last.startswith("stopped:")
     return row | {"status": "failed" if failed else "stopped", "metrics": {}, "error": last}
 
@@ -256,7 +268,8 @@ def _loss(row: dict[str, Any]) -> str:
     return f"eval/loss {row['metrics']['eval/loss']:.4f}" if "eval/loss" in row["metrics"] else "done"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a job has said last."""
     lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it never started"
 

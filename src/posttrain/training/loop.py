@@ -294,11 +294,12 @@ class Loop(Generic[B]):
     def _boundary(self, done: int) -> None:
         """Between two steps: evaluate, save, or leave."""
         config, last = self.config, done == self.config.num_steps
-        stopping = self._stop_requested() or done == self._last
+        signalled = self._stop_requested()
+        stopping = signalled or done == self._last
         if config.eval_steps and done % config.eval_steps == 0 and not last:
             try:
                 self.state.evaluation_owed = True
-                if not stopping:
+                if not signalled:
                     self._evaluate(done)
                     self.state.evaluation_owed = False
             except BeforeStep as error:

@@ -1,0 +1,224 @@
+"""`posttrain tune`: successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) over settings, by runs that go on.
+
+All trials are begun with the schedule of the full length and stopped after a part of it; the best third goes on from its
+checkpoints, and so forth. What is left at the end is the very run that would have been without any stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from posttrain.config import compose as composing
+from posttrain.console import console, say
+from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.sweep import last_line, launch_jobs, prepared_job
+from posttrain.runs.files import write_json
+from posttrain.runs.identity import content_hash, digest
+from posttrain.training.checkpoint import newest_checkpoint
+
+STATE = "tune.json"  # in its directory: what is tuned, and what became of each trial
+Scores = dict[int, float]  # of trials by their numbers; infinite where there is none
+
+
+def tune(
+    stage: str, words: list[str], over: Sequence[str], trials: int, factor: int, metric: str, highest: bool,
+    config_dir: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Find the best of `trials` settings; returns {best, overrides, dir, command, rungs, steps, trials}.
+
+    over: `KEY=LOW..HIGH`, spaced evenly in the logarithm, or `KEY=a,b`. factor: one in so many goes on to so many times the
+    steps. The same command goes on where it was stopped. Raises UserError before a trial starts, RunError where all have failed,
+    Stopped.
+    """
+    sets = [[*words, *chosen] for chosen in settings(over, trials)]
+    steps, rungs = _lengths(stage, words, len(sets), factor, config_dir)
+    configs = [composing.compose_run(stage, [*each, f"train.eval_steps={rungs[0]}"], config_dir) for each in sets]
+    place = _directory(stage, configs, words, over, metric)
+    jobs = [prepared_job(place, i, each, sets, config) for i, (each, config) in enumerate(zip(sets, configs, strict=True))]
+    say(f"{len(jobs)} trials, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
+    alive, table = list(range(len(jobs))), dict[int, Scores]()
+    for rung in rungs:
+        waiting = [i for i in alive if _score(jobs[i], rung, metric, highest) is None and not _has_failed(jobs[i])]
+        if waiting:
+            _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
+        found = {i: _score(jobs[i], rung, metric, highest) for i in alive}
+        table[rung] = {i: math.inf if score is None else score for i, score in found.items()}
+        if all(score == math.inf for score in table[rung].values()):
+            raise RunError(f"no trial has {metric} at step {rung}; see {Path(jobs[alive[0]]['dir']) / 'job.log'}")
+        staying = survivors(table[rung], factor) if rung != steps else best_first(table[rung])[:1]
+        for i in set(alive) - set(staying):
+            shutil.rmtree(Path(jobs[i]["dir"]) / "checkpoints", ignore_errors=True)  # it will not go on
+        alive = staying
+    return _outcome(stage, words, place, jobs, table, alive[0], metric, highest)
+
+
+def settings(over: Sequence[str], trials: int) -> list[list[str]]:
+    """Every combination of the values that `over` names, the last key varying fastest. Ranges share what `trials` leaves them
+    beside the lists. Raises UserError."""
+    keys, values = list[str](), list[list[str] | tuple[float, float, bool]]()
+    for each in over:
+        key, separator, text = each.partition("=")
+        if not separator or not text:
+            raise UserError(f"--over: '{each}' is none; write KEY=LOW..HIGH or KEY=a,b, as in optim.lr=1e-5..1e-3")
+        keys.append(key)
+        values.append(_range(each, text) if ".." in text else text.split(","))
+    listed = math.prod(len(each) for each in values if isinstance(each, list))
+    ranges = sum(not isinstance(each, list) for each in values)
+    points = int((trials / listed) ** (1 / ranges) + 1e-9) if ranges else 0
+    if ranges and points < 2:
+        raise UserError(f"--trials: {trials} leave a range of --over fewer than two values; give {listed * 2**ranges} or more")
+    spelt = [each if isinstance(each, list) else _spaced(*each, points) for each in values]
+    found = [[f"{key}={value}" for key, value in zip(keys, chosen, strict=True)] for chosen in product(*spelt)]
+    if len(found) < 2:
+        raise UserError("--over: there is one setting to try; give a range or several values")
+    return found
+
+
+def _range(said: str, text: str) -> tuple[float, float, bool]:
+    low, _, high = text.partition("..")
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        raise UserError(f"--over: '{said}' has ends that are no numbers; write KEY=1e-5..1e-3") from None
+    if not 0 < ends[0] < ends[1] < math.inf:
+        raise UserError(f"--over: '{said}' does not rise from a number above 0, as it must to be spaced in the logarithm")
+    return (*ends, low.strip().isdigit() and high.strip().isdigit())
+
+
+def _spaced(low: float, high: float, whole: bool, points: int) -> list[str]:
+    """Evenly in the logarithm, to three digits, so that what is printed is what was run."""
+    values = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+    return list(dict.fromkeys(str(round(value)) if whole else f"{value:.3g}" for value in values))
+
+
+def rungs_of(steps: int, trials: int, factor: int) -> list[int]:
+    """After how many steps trials are judged; the last: all. Each is a multiple of the first, but for the last."""
+    rounds = math.ceil(math.log(trials, factor) - 1e-9)
+    first = max(1, steps // factor**rounds)
+    return [*(rung for rung in (first * factor**i for i in range(rounds)) if rung < steps), steps]
+
+
+def best_first(scores: Scores) -> list[int]:
+    """Trials by score, lower first, the earlier of equals first; those that have none are left out."""
+    return sorted((i for i, score in scores.items() if score < math.inf), key=lambda i: (scores[i], i))
+
+
+def survivors(scores: Scores, factor: int) -> list[int]:
+    """The best in `factor`, rounded up."""
+    return best_first(scores)[: math.ceil(len(scores) / factor)]
+
+
+def _lengths(stage: str, words: list[str], trials: int, factor: int, config_dir: Path | None) -> tuple[int, list[int]]:
+    """Steps of a whole run, and those after which trials are judged."""
+    if factor < 2:
+        raise UserError("--factor: one in so many goes on, so give 2 or more")
+    if odd := next((word for word in words if word.lstrip("+").startswith(("train.eval_steps", "run.stop_after"))), None):
+        raise UserError(f"{odd}: tune says itself when a trial stops and is measured; leave it out")
+    steps = composing.compose_run(stage, words, config_dir)["train"]["max_steps"]
+    if steps is None:
+        raise UserError("train.max_steps: tune has to know how long a run is; give train.max_steps=...")
+    return steps, rungs_of(steps, trials, factor)
+
+
+def _directory(stage: str, configs: list[dict[str, Any]], words: list[str], over: Sequence[str], metric: str) -> Path:
+    """run.dir, or one whose name follows from what is tuned. Raises UserError for another tune's."""
+    what = content_hash([digest(config) for config in configs], metric)
+    given = configs[0]["run"]["dir"]
+    place = (Path(given).expanduser() if given else Path("runs") / "tune" / f"{stage}-{what[:8]}").resolve()
+    state = {"stage": stage, "words": words, "over": list(over), "metric": metric, "of": what}
+    if (place / STATE).exists() and json.loads((place / STATE).read_text(encoding="utf-8"))["of"] != what:
+        raise UserError(f"run.dir: {place} is of another tune; give it another")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {place}: {error.strerror}; give another run.dir") from None
+    if not (place / STATE).exists():
+        write_json(place / STATE, state)
+    return place
+
+
+def _advance(
+    stage: str, words: list[str], config_dir: Path | None, place: Path, jobs: list[dict[str, Any]], rung: int, steps: int
+) -> None:
+    """Have these trials go on to a step, through the launcher of sweeps."""
+    say(f"{len(jobs)} trials to step {rung} of {steps}")
+    for job in jobs:
+        file = Path(job["dir"]).with_suffix(".yaml")
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        begun, _ = newest_checkpoint(Path(job["dir"]) / "checkpoints")
+        config["run"]["stop_after"] = None if rung == steps else rung - (begun.step if begun else 0)
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    # Hydra's launcher is to call so many jobs: each finds what it is by its number
+    numbers = "run.stop_after=" + ",".join(str(i + 1) for i in range(len(jobs)))
+    if launch_jobs(stage, [*words, numbers], config_dir, place, [{**job, "rung": rung} for job in jobs]):
+        raise Stopped(f"tune was stopped by a signal; the same command goes on, in {place}")
+
+
+def _score(job: dict[str, Any], rung: int, metric: str, highest: bool) -> float | None:
+    """What a trial has reached at a step, lower better; None where it has not been there."""
+    file = Path(job["dir"]) / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    found = [row[metric] for row in map(_row, lines) if row.get("step") == rung and metric in row]
+    if not found or found[-1] is None or not math.isfinite(found[-1]):
+        return None
+    return -found[-1] if highest else found[-1]
+
+
+def _row(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:  # it was being written
+        return {}
+
+
+def _has_failed(job: dict[str, Any]) -> bool:
+    """Did it end by itself, other than well?"""
+    return last_line(Path(job["dir"]) / "job.log").startswith(("failed:", "error:"))
+
+
+def _outcome(
+    stage: str, words: list[str], place: Path, jobs: list[dict[str, Any]], table: dict[int, Scores], best: int, metric: str,
+    highest: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Say it, write it down, and make the page."""
+    from posttrain.reports.sweep_page import sweep_page
+
+    sign = -1 if highest else 1
+    rows = [_told(job, i, table, sign, metric, best) for i, job in enumerate(jobs)]
+    said = [f"{key}={value}" for key, value in jobs[best]["overrides"].items()]
+    kept = [word for word in words if not word.lstrip("+").startswith("run.dir=")]
+    command = " ".join(["posttrain", stage, *kept, *said])
+    spent = sum(max(rung for rung, scores in table.items() if i in scores) for i in range(len(jobs)))
+    found = {"best": best, "overrides": jobs[best]["overrides"], "dir": jobs[best]["dir"], "command": command}
+    found |= {"rungs": list(table), "steps": spent, "trials": rows}
+    state = json.loads((place / STATE).read_text(encoding="utf-8"))
+    write_json(place / STATE, state | found)
+    shown = Table(*jobs[0]["overrides"], *(f"step {rung}" for rung in table), "")
+    for i in sorted(range(len(jobs)), key=lambda i: [-len(rows[i]["scores"]), sign * (rows[i]["scores"][-1] or math.inf)]):
+        figures = [*(f"{s:.4f}" if s is not None else "failed" for s in rows[i]["scores"]), *([""] * len(table))][: len(table)]
+        shown.add_row(*rows[i]["overrides"].values(), *figures, "best" if i == best else "")
+    console.print(shown)
+    whole = len(jobs) * max(table)
+    say(f"{spent} steps, {spent / whole:.0%} of the {whole} that all trials would take")
+    say(f"best   {command}")
+    say(f"run    {jobs[best]['dir']}")
+    say(f"report {sweep_page(rows, place / 'report.html')}")
+    return found
+
+
+def _told(job: dict[str, Any], i: int, table: dict[int, Scores], sign: int, metric: str, best: int) -> dict[str, Any]:
+    """A trial as the page has it. Only the best has figures of a whole run; others' are of fewer steps."""
+    scores = [None if scores[i] == math.inf else sign * scores[i] for scores in table.values() if i in scores]
+    last = max(rung for rung, found in table.items() if i in found)
+    status = "failed" if scores[-1] is None else "done" if last == max(table) else f"out at step {last}"
+    metrics = {metric: scores[-1]} if i == best else {}
+    return {"overrides": job["overrides"], "dir": job["dir"], "status": status, "metrics": metrics, "scores": scores}

@@ -1,0 +1,138 @@
+"""Successive halving: which settings are tried, which go on, and that who goes on is the run that never stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch import tune as tuning
+from posttrain.launch.tune import best_first, rungs_of, settings, survivors, tune
+
+WORDS = ["model=tiny", "train.max_steps=18", "data.max_rows=30", "data.eval_rows=4", "train.batch_size=2", "train.grad_accum=1"]
+
+
+def test_survivors_by_hand() -> None:
+    scores = dict(enumerate([2.0, 1.5, math.inf, 1.5, 1.9, 3.0, 1.8]))
+    assert survivors(scores, 3) == [1, 3, 6]  # 7 / 3, rounded up; the first of equals first
+    assert survivors(scores, 2) == [1, 3, 6, 4]
+    assert survivors({4: math.inf, 5: 2.0, 6: math.inf}, 2) == [5]
+    assert best_first({1: math.inf}) == []
+
+
+def test_rungs_by_hand() -> None:
+    assert rungs_of(90, 9, 3) == [10, 30, 90]
+    assert rungs_of(100, 9, 3) == [11, 33, 100]
+    assert rungs_of(40, 8, 3) == [4, 12, 40]  # 8 -> 3 -> 1
+    assert rungs_of(40, 2, 3) == [13, 40]
+    assert rungs_of(4, 27, 3) == [1, 3, 4]
+    assert rungs_of(1, 4, 2) == [1]
+
+
+def test_settings_by_hand() -> None:
+    assert settings(["optim.lr=1e-5..1e-3"], 5) == [
+        [f"optim.lr={lr}"] for lr in ("1e-05", "3.16e-05", "0.0001", "0.000316", "0.001")
+    ]
+    assert settings(["optim.lr=1e-4..1e-2", "peft.r=8,16"], 6) == [
+        [f"optim.lr={lr}", f"peft.r={r}"] for lr in ("0.0001", "0.001", "0.01") for r in (8, 16)
+    ]
+    assert settings(["peft.r=4..64"], 3) == [["peft.r=4"], ["peft.r=16"], ["peft.r=64"]]
+    assert len(settings(["a=1e-3..1", "b=1e-3..1"], 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("over", "trials", "match"),
+    [
+        (["optim.lr"], 9, "--over: 'optim.lr' is none"),
+        (["optim.lr=1e-3..1e-5"], 9, "does not rise"),
+        (["optim.lr=0..1"], 9, "does not rise"),
+        (["optim.lr=a..b"], 9, "ends that are no numbers"),
+        (["optim.lr=1e-5..1e-3", "peft.r=1,2,3,4,5,6"], 9, "--trials: 9 .* give 12 or more"),
+        (["optim.lr=1e-4"], 9, "one setting"),
+    ],
+)
+def test_what_is_no_range_is_refused(over: list[str], trials: int, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        settings(over, trials)
+
+
+# losses at steps 4, 8 and 18 by learning rate: the best at first is not the best at the end, and one diverges
+LOSSES = {"1e-4": [4.6], "1e-3": [4.0, 3.0, 2.0], "2e-3": [3.9, 3.1], "1e-2": [None]}
+OVER = ["optim.lr=" + ",".join(LOSSES)]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Jobs that have the losses of LOSSES, of which the second start is stopped after one; what is started, each time."""
+    started: list[list[str]] = []
+
+    def launch(stage: str, words: list[str], config_dir: Any, place: Path, jobs: list[dict[str, Any]]) -> bool:
+        started.append([job["overrides"]["optim.lr"] for job in jobs])
+        stopped = len(started) == 2
+        for job in jobs[: 1 if stopped else None]:
+            directory = Path(job["dir"])
+            directory.mkdir(exist_ok=True)
+            config = yaml.safe_load(directory.with_suffix(".yaml").read_text())
+            assert config["train"]["max_steps"] == 18 and config["train"]["eval_steps"] == 4  # of the full length
+            assert config["run"]["stop_after"] == {4: 4, 8: 8, 18: None}[job["rung"]]  # from 0, as there is no checkpoint
+            loss = LOSSES[job["overrides"]["optim.lr"]][{4: 0, 8: 1, 18: 2}[job["rung"]]]
+            with (directory / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": job["rung"], "eval/loss": loss}) + "\n")
+            (directory / "job.log").write_text("failed: diverged\n" if loss is None else "stopped: as asked\n")
+        return stopped
+
+    monkeypatch.setattr(tuning, "launch_jobs", launch)
+    return started
+
+
+def test_the_choice_on_a_made_up_table(made_up: list[list[str]], tmp_path: Path) -> None:
+    words = [*WORDS, f"run.dir={tmp_path}"]
+    with pytest.raises(Stopped, match="the same command goes on"):
+        tune("sft", words, OVER, 9, 2, "eval/loss", False)
+    found = tune("sft", words, OVER, 9, 2, "eval/loss", False)
+    assert made_up == [list(LOSSES), ["2e-3", "1e-3"], ["1e-3"], ["1e-3"]]  # what has been at its step is not begun again
+    assert found["overrides"] == {"optim.lr": "1e-3"} and found["rungs"] == [4, 8, 18]
+    assert found["steps"] == 2 * 4 + 8 + 18
+    assert found["command"] == f"posttrain sft {' '.join(WORDS)} optim.lr=1e-3"
+    assert [row["status"] for row in found["trials"]] == ["out at step 4", "done", "out at step 8", "failed"]
+    assert (tmp_path / "report.html").exists()
+    with pytest.raises(UserError, match="is of another tune"):
+        tune("sft", [*words, "train.seed=1"], ["optim.lr=1e-4,1e-3"], 9, 2, "eval/loss", False)
+
+
+def test_where_all_fail(made_up: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_advance", lambda *_: None)
+    with pytest.raises(RunError, match="no trial has eval/loss at step 9"):
+        tune("sft", [*WORDS, f"run.dir={tmp_path}"], ["optim.lr=1e-3,1e-2"], 9, 2, "eval/loss", False)
+
+
+def test_what_tune_cannot_know(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.max_steps: tune has to know"):
+        tune("sft", ["model=tiny"], ["optim.lr=1e-4..1e-2"], 9, 3, "eval/loss", False)
+    with pytest.raises(UserError, match=r"train.eval_steps=3: tune says itself"):
+        tune("sft", [*WORDS, "train.eval_steps=3"], ["optim.lr=1e-4..1e-2"], 9, 3, "eval/loss", False)
+
+
+@pytest.mark.slow
+def test_who_goes_on_has_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> None:
+    import posttrain
+    from posttrain.commands.compare_runs import compare_runs
+
+    words = [*WORDS, "+peft=lora", "eval.rows=4"]
+    over = ["optim.lr=1e-3,1e-2", "peft.r=2,4"]
+    found = tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 2, "eval/loss", False)
+    assert found["rungs"] == [4, 8, 18] and found["steps"] == 2 * 4 + 8 + 18
+    chosen = [f"{key}={value}" for key, value in found["overrides"].items()]
+    posttrain.run("sft", *words, *chosen, "train.eval_steps=4", f"run.dir={tmp_path / 'straight'}")
+    compared = compare_runs(tmp_path / "straight", Path(found["dir"]))
+    assert compared and all(each.same for each in compared), compared
+    (best,) = (row for row in found["trials"] if row["status"] == "done")
+    assert best["scores"][-1] == json.loads((tmp_path / "straight" / "manifest.json").read_text())["metrics"]["eval/loss"]
+    began = (tmp_path / "tune" / "tune.json").stat().st_mtime_ns
+    assert tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 2, "eval/loss", False)["best"] == found["best"]
+    assert (tmp_path / "tune" / "tune.json").stat().st_mtime_ns >= began
