@@ -36,6 +36,7 @@ from posttrain.models.peft.factors import Factors, joined
 from posttrain.models.peft.kinds import ROWS as OWN_ROWS
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter, copy_tokenizer
+from posttrain.reports.card import write_card
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import same_base
@@ -216,6 +217,7 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
         manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)
+    write_card(out)
     say(f"composed adapter {out / 'adapter'}")
     return manifest.to_dict()
 

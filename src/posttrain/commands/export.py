@@ -25,6 +25,7 @@ from posttrain.models.language.loading import LoadedModel, load_model
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.files import by_umask, copy_own, scratch_beside, write_json, write_text
+from posttrain.runs.manifest import CARD
 
 FIGURES = "export.json"
 PROMPT, PROMPTS, ANSWER = 16, 4, 24  # tokens of a prompt, prompts, tokens of a greedy answer
@@ -78,7 +79,7 @@ def _copy(artifact: Artifact, made: Path) -> None:
     """The result's files that the manifest lists."""
     listed = {Path(name).name for name in artifact.weight_files}
     weights = artifact.verified().weights
-    if left := copy_own((file for file in weights.iterdir() if file.is_file()), weights, made, listed | {"README.md"}):
+    if left := copy_own((file for file in weights.iterdir() if file.is_file()), weights, made, listed | {CARD}):
         say(f"{weights}: {', '.join(left)} left out: links to elsewhere, or files that its manifest does not list")
 
 

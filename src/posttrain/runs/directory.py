@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
 from posttrain.runs.files import by_umask, file_hashes, sweep_leftovers, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
-from posttrain.runs.manifest import MANIFEST, SCHEMA, Manifest, is_finished
+from posttrain.runs.manifest import CARD, MANIFEST, SCHEMA, Manifest, is_finished
 from posttrain.runs.yaml_files import read_yaml
 from posttrain.secrets import redact
 
@@ -62,7 +62,8 @@ class Run:
         run has."""
         by_umask(self.dir)
         record = {"schema": SCHEMA, **said, "config_digest": digest(self.config), "code": code_state()}
-        record |= {"versions": library_versions(), "files": file_hashes(self.dir)}
+        files = {name: value for name, value in file_hashes(self.dir).items() if Path(name).name != CARD}
+        record |= {"versions": library_versions(), "files": files}
         manifest = Manifest.model_validate(record)
         write_json(self.manifest, manifest.to_dict())
         return manifest

@@ -12,6 +12,7 @@ from posttrain.errors import UserError
 from posttrain.runs.files import is_inside, sha256
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # a result's model card, for people to change: no part of what `files` lists
 SCHEMA = 1  # to be raised when what is written can no longer be read by the code before
 Number = int | float
 

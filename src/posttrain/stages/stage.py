@@ -24,6 +24,7 @@ from posttrain.console import say
 from posttrain.devices.device import Device
 from posttrain.errors import Stopped
 from posttrain.models.counting import in_words
+from posttrain.reports.card import write_card
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
@@ -192,6 +193,7 @@ def _measure(training: Training[Any], done: int, stop: StopSignal, after: bool) 
 def _finish(cfg: Any, run: Run, record: dict[str, Any], session: Session) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         finished = run.finish(record | session.tracker.record())
+        write_card(run.dir)
         page = run_page(run.dir)
         show_outcome(run, finished, page)
         if cfg.track.artifacts:

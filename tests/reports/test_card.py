@@ -1,0 +1,78 @@
+"""The model card: read by the hub's own library, true to the manifest, and its code loads the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import posttrain
+from posttrain.models.language.loading import load_model
+from posttrain.reports.card import hub_name, write_card
+from posttrain.runs.directory import read_config
+from posttrain.runs.files import write_text
+from posttrain.runs.manifest import Base, read_manifest
+
+WORDS = ("model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=30", "data.eval_rows=4", "optim.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card") / "mine"
+    posttrain.run("sft", *WORDS, "peft=lora", "peft.r=4", f"run.dir={folder}")
+    return folder
+
+
+def test_the_hub_reads_it_and_figures_are_the_manifest_s(run: Path) -> None:
+    card = ModelCard.load(run / "adapter" / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "peft", "license": "unknown", "pipeline_tag": "text-generation", "tags": ["posttrain", "sft", "lora"],
+    }  # fmt: skip
+    metrics = read_manifest(run).metrics
+    assert f"| eval/loss | {metrics['eval/loss_before']:.4f} | {metrics['eval/loss']:.4f} | — |" in card.text
+    assert f"Forgetting: {metrics['forgetting/percent']:+.2f} %" in card.text
+    assert re.search(r"\| 100\.0% \| \d+ \| \d+ \|", card.text) and "posttrain reproduce mine" in card.text
+    assert not re.search(r"(?<![\w.)])/(tmp|root|home)\b", card.text)
+
+
+def test_its_code_loads_the_result(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), re.S)
+    assert code
+    monkeypatch.chdir(run / "adapter")
+    names: dict[str, object] = {}
+    exec(code[1], names)
+    ids = names["prompt"]["input_ids"]  # pyright: ignore
+    live = load_model(run, dtype="float32").model
+    assert (names["model"].float()(ids).logits - live(ids).logits).abs().max() < 1e-4  # pyright: ignore
+
+
+def test_it_may_be_changed_and_no_digest_knows_it(run: Path) -> None:
+    assert not [name for name in read_manifest(run).files if name.endswith("README.md")]
+    before = (run / "manifest.json").read_bytes()
+    (run / "adapter" / "README.md").write_text("Mine.")
+    assert load_model(run).artifact.verified()
+    write_card(run)
+    assert (run / "manifest.json").read_bytes() == before
+
+
+def test_intervals_stand_beside_their_figure_and_paths_are_cut(run: Path, tmp_path: Path) -> None:
+    found = json.loads((run / "manifest.json").read_text())
+    found["metrics"] = {"eval/accuracy": 0.75, "eval/accuracy_before": 0.5, "eval/accuracy_low": 0.6, "eval/accuracy_high": 0.85}
+    found["data"][0]["source"] = "/home/someone/secret place/rows.jsonl"
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json",):
+        write_text(tmp_path / "adapter" / name, (run / "adapter" / name).read_text())
+    write_text(tmp_path / "config.yaml", (run / "config.yaml").read_text())
+    write_text(tmp_path / "manifest.json", json.dumps(found))
+    text = write_card(tmp_path).read_text()
+    assert "| eval/accuracy | 50.0% | 75.0% | 60.0% to 85.0% |" in text and "| rows.jsonl | 100.0% |" in text
+    assert "someone" not in text and read_config(tmp_path)["stage"] == "sft"
+
+
+def test_names_of_bases() -> None:
+    assert hub_name(Base(name="org/model", path="x")) == "org/model"
+    assert hub_name(Base(name="smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert [hub_name(Base(name=name)) for name in ("tiny", "/some/where", "./here/there", "tests/reports")] == [None] * 4
