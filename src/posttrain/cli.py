@@ -332,6 +332,26 @@ def rebuild(
     _end(command)
 
 
+@app.command("import", rich_help_panel="Before a run")
+def bring(
+    file: Annotated[Path, typer.Argument(help="axolotl.yml, llamafactory.yaml, trl.yaml or args.json.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Write it here; default: print it.")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Which of ours it is; default: as the file says.")] = None,
+) -> None:
+    """The config of Axolotl, LLaMA-Factory, TRL or transformers as a file for --config."""
+
+    def command() -> None:
+        from posttrain.commands.bring.bring import import_config
+        from posttrain.console import console
+
+        console.stderr = to is None  # the file alone on standard output
+        text = import_config(file, to, stage)
+        if to is None:
+            print(text, end="")
+
+    _end(command)
+
+
 @app.command("verify-resume", cls=_StageCommand, rich_help_panel="Before a run")
 def verify(
     stage: Annotated[str, typer.Argument(help=", ".join(stages()))],

@@ -28,12 +28,12 @@ _WHOLE = {"stage", "init", "full_lr", "tracker", "model", "data", "train", "opti
 _OF_ONE_RUN = ("run", "resume", "track.id", "stage")
 
 
-class _Loader(Loader):
+class Loader12(Loader):
     """With 1e-4 as a number, which it is in YAML 1.2 and on the command line."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in Loader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
+Loader12.yaml_implicit_resolvers = {key: list(value) for key, value in Loader.yaml_implicit_resolvers.items()}
+Loader12.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -131,7 +131,7 @@ def read_file(path: Path, stage: str) -> ConfigFile:
     if path.is_dir():
         raise UserError(f"--config: {path} is a directory; name a file in it, such as {path / 'config.yaml'}")
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = Loader12(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         settings = list(_settings(loader, node, "", path)) if node else []
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -153,7 +153,7 @@ def read_file(path: Path, stage: str) -> ConfigFile:
     return ConfigFile(path, tree, lines, top >= _WHOLE)
 
 
-def _settings(loader: _Loader, node: yaml.Node, prefix: str, path: Path) -> Iterator[tuple[str, Any, int]]:
+def _settings(loader: Loader12, node: yaml.Node, prefix: str, path: Path) -> Iterator[tuple[str, Any, int]]:
     """(dotted key, value, line) of every leaf; what the user names himself is one leaf, the mapping as it is."""
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"--config: {path} holds no settings; write lines such as optim.lr: 1e-4")
