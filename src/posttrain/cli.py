@@ -295,6 +295,23 @@ def export(
     _end(command)
 
 
+@app.command("push", rich_help_panel="Chains and results")
+def push(
+    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
+    repository: Annotated[str, typer.Argument(help="On the hub, as ORG/NAME.")],
+    update: Annotated[bool, typer.Option("--update", help="Write over the files of a repository that exists.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Put a run's adapter or model, with its card, on the hub: in a private repository."""
+
+    def command() -> None:
+        from posttrain.commands.push import push_run
+
+        push_run(run, repository, update, public)
+
+    _end(command)
+
+
 @app.command("compose", rich_help_panel="Chains and results")
 def compose_adapters(
     runs: Annotated[list[str], typer.Argument(help='Run directories, or one sum: "A + B - C", "0.5*A + B".')],

@@ -1,0 +1,93 @@
+"""`posttrain push`: a run's result, with its card, to a repository of the hub: a private one, and never over another's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from posttrain.console import say
+from posttrain.errors import RunError, UserError
+from posttrain.models.builtin import offline
+from posttrain.reports.card import hub_name, write_card
+from posttrain.runs.artifact import ADAPTER_CONFIG, Artifact, open_artifact
+from posttrain.runs.manifest import CARD
+from posttrain.secrets import redact
+
+T = TypeVar("T")
+
+
+def push_run(run: Path, repository: str, update: bool = False, public: bool = False) -> str:
+    """Write a run's adapter or model, and its card, to `repository` (org/name) in one commit; returns its address.
+
+    The token is that of HF_TOKEN or of `hf auth login`. update: where the repository exists already, else it is refused.
+    public: whether a new one is. Raises UserError before anything is sent, and RunError for what the hub answers.
+    """
+    artifact = open_artifact(run, "run")
+    artifact.finished()
+    files = _operations(artifact.verified(), run)
+    api = HfApi(token=_token(repository))
+    exists = _asked(lambda: api.repo_exists(repository))
+    if exists and not update:
+        raise UserError(f"push: {repository} exists already; give another name, or --update to write over its files")
+    if not exists:
+        _asked(lambda: api.create_repo(repository, private=not public))
+        say(f"{repository} made, {'public' if public else 'private'}")
+    elif public:
+        say(f"{repository} exists already: --public changes nothing")
+    message = f"posttrain: {artifact.finished().stage} run {run.resolve().name}"
+    after = "" if exists else f" ({repository} is there and empty: --update goes on)"
+    _asked(lambda: api.create_commit(repository, files, commit_message=message), after)
+    address = f"{api.endpoint}/{repository}"
+    say(f"pushed {len(files)} files to {address}")
+    return address
+
+
+def _token(repository: str) -> str:
+    """Raises UserError for a name that is none, without a network and without a token."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        raise UserError(f"push: '{repository}' is no name of a repository; write org/name") from None
+    if repository.count("/") != 1:
+        raise UserError(f"push: '{repository}' does not say whose it is; write org/name")
+    if offline():
+        raise UserError("push: HF_HUB_OFFLINE is set, so nothing is sent; unset it")
+    if not (token := get_token()):
+        raise UserError("push: no token for the hub; run `hf auth login`, or set HF_TOKEN to one that may write")
+    return token
+
+
+def _operations(artifact: Artifact, run: Path) -> list[CommitOperationAdd]:
+    """The files that the manifest lists, and the card; an adapter's config with the base's name on the hub in place of a path."""
+    if not (artifact.weights / CARD).is_file():
+        write_card(run)
+    prefix = f"{artifact.finished().weights.path}/"
+    found: dict[str, Any] = {name.removeprefix(prefix): run / name for name in sorted(artifact.weight_files)}
+    if ADAPTER_CONFIG in found and Path(artifact.base.path).is_dir():
+        name = hub_name(artifact.base)
+        if name is None:
+            say(f"the base is a directory here, {Path(artifact.base.path).name}: whoever loads the adapter has to have it too")
+        config = artifact.adapter.whole | {"base_model_name_or_path": name or Path(artifact.base.path).name}
+        found[ADAPTER_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    found[CARD] = run / prefix / CARD
+    return [CommitOperationAdd(name, content) for name, content in found.items()]
+
+
+def _asked(question: Callable[[], T], after: str = "") -> T:
+    """The hub's answer. Raises RunError, in one line without secrets."""
+    try:
+        return question()
+    except Exception as error:  # of the client, of the network, of the hub: all are one line here
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        reason = {401: "it does not take the token", 403: "the token may not write there", 409: "the name is taken"}.get(
+            status or 0
+        )
+        line = reason or (f"it answered {status}" if status else (str(error).splitlines() or [""])[0] or type(error).__name__)
+        raise RunError(f"push: the hub could not be written to: {redact(line)}{after}") from None

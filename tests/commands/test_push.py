@@ -1,0 +1,144 @@
+"""Pushing, against a stand-in of the hub's HTTP interface: what is sent, what is refused, and that no token is shown."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+import posttrain
+from posttrain.commands.push import push_run
+from posttrain.errors import RunError, UserError
+
+TOKEN = "hf_" + "a" * 34
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One hub: its repositories, and what was asked of it."""
+
+    repositories: dict[str, dict[str, bytes]]
+    asked: list[tuple[str, Any]]
+    refuses = False
+
+    def answer(self, status: int, content: Any, **headers: str) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self) -> None:
+        name = self.path.split("?")[0].removeprefix("/api/models/")
+        if name in self.repositories:
+            self.answer(200, {"id": name, "modelId": name, "private": True, "tags": [], "siblings": []})
+        else:
+            self.answer(404, {"error": "not found"}, **{"X-Error-Code": "RepoNotFound"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not path.endswith("validate-yaml"):
+            return self.answer(401, {"error": "no"})
+        lines = [json.loads(line) for line in body.decode().splitlines()]
+        self.asked.append((path, lines))
+        if path == "/api/repos/create":
+            name = "/".join(part for part in (lines[0].get("organization"), lines[0]["name"]) if part)
+            self.repositories[name] = {}
+            return self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "id": name})
+        if path.endswith("/preupload/main"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
+            return self.answer(200, {"files": files})
+        if path.endswith("/commit/main"):
+            if self.refuses:
+                return self.answer(403, {"error": "no"})
+            name = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.repositories[name] |= {f["path"]: base64.b64decode(f["content"]) for f in files}
+            return self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/1", "commitOid": "1"})
+        return self.answer(200, {"errors": [], "warnings": []})
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[type[Hub]]:
+    made = type("ThisHub", (Hub,), {"repositories": {}, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), made)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push") / "mine"
+    words = ("model=tiny", "train.max_steps=1", "train.batch_size=2", "data.max_rows=10", "data.eval_rows=2", "eval.sets=null")
+    posttrain.run("sft", *words, "peft=lora", "peft.r=4", f"run.dir={folder}")
+    return folder
+
+
+def test_adapter_and_card_in_one_commit_to_a_private_repository(
+    hub: type[Hub], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_run(run, "me/mine")
+    made = next(lines[0] for path, lines in hub.asked if path == "/api/repos/create")
+    assert made.get("private") is True or made.get("visibility") == "private"
+    files = hub.repositories["me/mine"]
+    listed = {
+        name.removeprefix("adapter/") for name in json.loads((run / "manifest.json").read_text())["files"] if "adapter/" in name
+    }
+    assert set(files) == listed | {"README.md"}
+    weights = "adapter_model.safetensors"
+    assert files[weights] == (run / "adapter" / weights).read_bytes()
+    assert files["README.md"] == (run / "adapter" / "README.md").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-v1"  # no path of this machine
+    assert len([path for path, _ in hub.asked if path.endswith("/commit/main")]) == 1
+    said = capsys.readouterr()
+    assert "me/mine made, private" in said.out + said.err and TOKEN not in said.out + said.err
+
+
+def test_what_exists_is_written_over_only_with_update(hub: type[Hub], run: Path) -> None:
+    hub.repositories["me/mine"] = {"other.txt": b"1"}
+    with pytest.raises(UserError, match="me/mine exists already"):
+        push_run(run, "me/mine")
+    assert hub.repositories["me/mine"] == {"other.txt": b"1"} and not hub.asked
+    push_run(run, "me/mine", update=True)
+    assert "adapter_model.safetensors" in hub.repositories["me/mine"]
+
+
+def test_refusals_are_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "a/b/c", "me/my run"):
+        with pytest.raises(UserError, match="write org/name"):
+            push_run(run, name)
+    hub.refuses = True
+    with pytest.raises(RunError, match=r"the token may not write there \(me/mine is there and empty: --update goes on\)"):
+        push_run(run, "me/mine")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "b" * 34)
+    with pytest.raises(RunError, match="does not take the token") as error:
+        push_run(run, "me/other")
+    assert "bbb" not in str(error.value)
+    monkeypatch.setattr("posttrain.commands.push.get_token", lambda: None)
+    with pytest.raises(UserError, match="no token for the hub"):
+        push_run(run, "me/other")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        push_run(run, "me/other")
+
+
+def test_no_network_is_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(RunError, match="the hub could not be written to"):
+        push_run(run, "me/mine")
