@@ -171,6 +171,10 @@ class Method(Strict):
         """By what a parameter's learning rate differs from the run's."""
         return 1.0
 
+    def auto_factors(self, num_steps: int) -> dict[str, float]:
+        """By what the rate of `optim.lr=auto` is multiplied beside `lr_factor`, and why."""
+        return {}
+
     def step_callback(self, model: Any) -> Any:
         """What it does in an optimizer step (training/objective.py: StepCallback), or None."""
         return None

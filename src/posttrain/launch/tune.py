@@ -20,7 +20,7 @@ from rich.table import Table
 from posttrain.config import compose as composing
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
-from posttrain.launch.sweep import last_line, launch_jobs, prepared_job
+from posttrain.launch.sweep import launch_jobs, prepared_job
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import content_hash, digest
 from posttrain.training.checkpoint import newest_checkpoint
@@ -47,7 +47,7 @@ def tune(
     say(f"{len(jobs)} trials, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
     alive, table = list(range(len(jobs))), dict[int, Scores]()
     for rung in rungs:
-        waiting = [i for i in alive if _score(jobs[i], rung, metric, highest) is None and not _has_failed(jobs[i])]
+        waiting = [i for i in alive if _score(jobs[i], rung, metric, highest) is None]
         if waiting:
             _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
         found = {i: _score(jobs[i], rung, metric, highest) for i in alive}
@@ -164,12 +164,14 @@ def _advance(
 
 
 def _score(job: dict[str, Any], rung: int, metric: str, highest: bool) -> float | None:
-    """What a trial has reached at a step, lower better; None where it has not been there."""
+    """What a trial has reached at a step, lower better, infinite where that is no number; None where it has not been there."""
     file = Path(job["dir"]) / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     found = [row[metric] for row in map(_row, lines) if row.get("step") == rung and metric in row]
-    if not found or found[-1] is None or not math.isfinite(found[-1]):
+    if not found:
         return None
+    if found[-1] is None or not math.isfinite(found[-1]):
+        return math.inf
     return -found[-1] if highest else found[-1]
 
 
@@ -178,11 +180,6 @@ def _row(line: str) -> dict[str, Any]:
         return json.loads(line)
     except ValueError:  # it was being written
         return {}
-
-
-def _has_failed(job: dict[str, Any]) -> bool:
-    """Did it end by itself, other than well?"""
-    return last_line(Path(job["dir"]) / "job.log").startswith(("failed:", "error:"))
 
 
 def _outcome(

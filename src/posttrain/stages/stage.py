@@ -22,7 +22,7 @@ from torch import nn
 
 from posttrain.console import say
 from posttrain.devices.device import Device
-from posttrain.errors import Stopped
+from posttrain.errors import Stopped, UserError, of_all
 from posttrain.models.counting import in_words
 from posttrain.reports.card import write_card
 from posttrain.reports.run_page import run_page
@@ -76,6 +76,8 @@ def _run(
         for line in prepared.lines:
             say(line)
         tracker.begin(cfg.tracker, cfg.track, run.config, history.first_step)
+        cfg = _with_rate(cfg, prepared)
+        context = replace(context, cfg=cfg)
         built = steps.build(context, prepared, accelerator)
         for line in in_words(built.module):
             say(line)
@@ -100,6 +102,15 @@ def _run(
         prepared = replace(prepared, data=training.data)
     record = steps.save(context, prepared, built, outcome, accelerator)
     return _finish(cfg, run, record | common_record(cfg, outcome, accelerator), session)
+
+
+def _with_rate(cfg: Any, prepared: Prepared[Any]) -> Any:
+    """With `optim.lr` a number."""
+    if cfg.optim.lr != "auto":
+        return cfg
+    if prepared.lr is None:
+        raise of_all(UserError(f"optim.lr: auto is a rule of language models, which {cfg.stage} does not train; give a number"))
+    return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"lr": prepared.lr})})
 
 
 def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Accelerator) -> tuple[nn.Module, Any]:

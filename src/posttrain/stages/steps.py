@@ -73,6 +73,7 @@ class Prepared(Generic[D]):
         order: which units a step draws.
         lines: what is about to happen, in the user's words.
         where: what messages call the row of a batch.
+        lr: what `optim.lr=auto` is; None where it is a number.
     """
 
     data: D
@@ -80,6 +81,7 @@ class Prepared(Generic[D]):
     order: BatchSampler
     lines: list[str]
     where: Callable[[int], str]
+    lr: float | None = None
 
     @property
     def num_steps(self) -> int:

@@ -15,7 +15,7 @@ class OptimConfig(Strict):
     """`optim`: the optimizer and the schedule of its learning rate."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-    lr: Rate
+    lr: Rate | Literal["auto"]
     betas: tuple[Share, Share]
     eps: Rate
     weight_decay: Annotated[float, Field(ge=0)]

@@ -38,6 +38,7 @@ from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent, TemplateRecord
 from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
+from posttrain.stages.language.learning_rate import auto_rate
 from posttrain.stages.language.shapes import check_shapes
 from posttrain.stages.language.summary import lines_of, lines_of_template
 from posttrain.stages.spec import spec_of
@@ -140,7 +141,11 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     if opened.new_tokens:
         lines.insert(1, line_of(opened.new_tokens, opened.rows))
     lines[-1:-1] = [*spec_of(cfg.stage).lines_of(cfg), *lines_of_parents(cfg, template.rows)]
-    return Prepared(found, identity, order, lines, data.where)
+    if cfg.optim.lr != "auto":
+        return Prepared(found, identity, order, lines, data.where)
+    rate = auto_rate(cfg, order.num_steps, context.processes, resolve(base.path, base.revision, weights=False).directory)
+    lines.insert(-1, rate.line)
+    return Prepared(found, identity | {"optim.lr": rate.value}, order, lines, data.where, rate.value)
 
 
 def lines_of_parents(cfg: LanguageStage, template: str) -> list[str]:

@@ -79,7 +79,7 @@ class PpoSteps:
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
         lines = [*language.lines[:-1], *lines_of_method(cfg), *language.lines[-1:]]
-        return Prepared(data, language.identity, language.order, lines, language.where)
+        return Prepared(data, language.identity, language.order, lines, language.where, language.lr)
 
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         """Policy, reference, value and reward, on one base where they can share it."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.config.fields import Rate
 from posttrain.config.interfaces import AdapterKind, Quantizer
 from posttrain.models.peft.base import Targeted, check_same, has_no_weights
-from posttrain.models.peft.methods.lora import LoraKind, lora_config
+from posttrain.models.peft.methods.lora import LoraKind, lora_config, lora_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,9 @@ class Dora(Targeted):
     for_ppo = True
     method: Literal["dora"]
     alpha: Rate
+
+    def auto_factors(self, num_steps: int) -> dict[str, float]:
+        return lora_factors(num_steps, self.alpha)
 
     def check_base(self, quant: Quantizer) -> None:
         super().check_base(quant)

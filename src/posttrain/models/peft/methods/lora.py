@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from posttrain.models.peft.factors import Factors
 
+SHORT, ALPHA = 100, 32  # steps below which LoRA's best rate is 15 and not 10 times full training's; alpha of those rates
 UNDERSTOOD = {
     "r",
     "lora_alpha",
@@ -82,6 +83,13 @@ def _by_pattern(config: dict[str, Any], which: str, layer: str) -> Any:
 LORA = LoraKind("lora", "LORA")
 
 
+def lora_factors(num_steps: int, alpha: float) -> dict[str, float]:
+    """Of `optim.lr=auto`. alpha: by which B A is scaled, times the rank. While B is small a step changes a layer by as much as
+    alpha and rate together say; at alpha / r the best rate is the same for every rank."""
+    short = {f"fewer than {SHORT} steps": 1.5} if num_steps < SHORT else {}
+    return short | ({f"alpha {alpha:g} at 1/r": ALPHA / alpha} if alpha != ALPHA else {})
+
+
 class SavedAsLora(Targeted):
     """Whatever it trains, what it leaves is a plain LoRA: the whole change from the base, in float32."""
 
@@ -132,6 +140,9 @@ class LoraFamily(SavedAsLora):
         super().check_continued(found)
         root, asked_root = (self.r**0.5 if rooted else self.r for rooted in (found.use_rslora, self.options.get("use_rslora")))
         check_same("alpha", found.lora_alpha / root * asked_root, self.alpha)
+
+    def auto_factors(self, num_steps: int) -> dict[str, float]:
+        return lora_factors(num_steps, self.alpha * (self.r**0.5 if self.options.get("use_rslora") else 1))
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
         from posttrain.models.peft.attach import NEW

@@ -25,6 +25,9 @@ class Pissa(LoraFamily):
     def in_words(self) -> str:
         return "by pissa, which writes into the base"
 
+    def auto_factors(self, num_steps: int) -> dict[str, float]:
+        return {}  # B is not zero at the start
+
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         # a randomised SVD: exact ones of large matrices take minutes
         start = True if has_no_weights(model) else "pissa_niter_16"
