@@ -81,6 +81,29 @@ def test_the_settings_that_help_names_exist(stage: str) -> None:
             assert named in known
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_values_that_help_names_are_the_defaults_and_its_examples_compose(stage: str) -> None:
+    import shlex
+
+    from posttrain.config.compose import compose_run, expand
+    from posttrain.stages.spec import usual_rates
+
+    given = {
+        "ppo": ["init_reward=runs/rm/RUN"],
+        "dreambooth": ["data.instance_dir=p", "data.instance_prompt=a", "data.class_prompt=b"],
+    }
+    words = given.get(stage, [])
+    named = [key for key, _ in spec_of(stage).settings if not key.startswith("+") and not key.rpartition("=")[2].isupper()]
+    usual = compose_run(stage, words)
+    assert compose_run(stage, [*words, *named]) == usual and len(named) >= 5
+    rates = (compose_run(stage, [*words, "peft=lora"])["optim"]["lr"], usual["optim"]["lr"])
+    assert usual_rates(stage) == pytest.approx(rates)
+    assert f"optim.lr={rates[0]:.6g}".replace("e-0", "e-") in invoke(stage, "--help")[1]
+    for example in spec_of(stage).examples:
+        job = expand(stage, [word for word in shlex.split(example) if word != "-m"])[0]
+        assert compose_run(stage, job)["stage"] == stage
+
+
 def test_cfg_prints_what_would_run_and_info_where_it_comes_from() -> None:
     code, text = invoke("sft", "+peft=qlora", "--cfg", "job", "peft.r=4")
     config = yaml.safe_load(text)

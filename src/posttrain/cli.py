@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from posttrain import __version__
 from posttrain.config import completion
 from posttrain.launch.exit_codes import guarded
-from posttrain.stages.spec import StageSpec, spec_of, stages
+from posttrain.stages.spec import StageSpec, spec_of, stages, usual_rates
 
 app = typer.Typer(
     name="posttrain",
@@ -58,9 +58,15 @@ def _words(overrides: list[str] | None, config: Path | None) -> list[str]:
 
 
 def _epilog(spec: StageSpec) -> str:
-    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in spec.settings)
+    rates = [f"{rate:.6g}".replace("e-0", "e-") for rate in usual_rates(spec.name) or ()]
+    full = f"with LoRA, {rates[1]} in full; " if rates else ""
+    settings = [
+        (key.replace("RATE", rates[0]), full + meaning) if rates and key == "optim.lr=RATE" else (key, meaning)
+        for key, meaning in spec.settings
+    ]
+    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in settings)
     examples = "\n\n".join(f"posttrain {spec.name} {words}" for words in spec.examples)
-    return f"[bold]Main settings[/]  (all of them: posttrain {spec.name} --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
+    return f"[bold]Main settings[/]  (all of them: an example with --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
 
 
 class _StageCommand(TyperCommand):

@@ -7,9 +7,11 @@ YAML of its name under configs/.
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.config.paths import root
 from posttrain.config.stages import REGISTRY
 from posttrain.data.row_use import RowUse
 from posttrain.errors import UserError, did_you_mean
@@ -104,13 +106,21 @@ OF_LANGUAGE = (
     ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
     ("quant=none", "or nf4 (qlora chooses it)"),
     ("data.path=FILE", "JSONL, JSON, CSV, Parquet, text, or a hub id; data.split, data.max_rows"),
-    ("train.max_steps=100", "or train.epochs; train.batch_size, train.grad_accum, train.max_length"),
+    ("train.epochs=1", "or train.max_steps; train.batch_size, train.grad_accum, train.max_length"),
 )
 OF_ALL = (
-    ("optim.lr=2e-4", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),
-    ("train.save_steps=50", "also train.eval_steps, train.log_steps, train.seed, train.processes"),
+    ("optim.lr=RATE", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),  # help puts the stage's own in
+    ("train.seed=42", "also train.save_steps, train.eval_steps, train.log_steps, train.processes"),
     ("run.dir=DIR", "default runs/STAGE/TIME-ID; the same command goes on where it stopped"),
 )
+
+
+def usual_rates(stage: str) -> tuple[float, float] | None:
+    """The learning rates (with LoRA, in full) of the stage's shipped YAML, read without Hydra; None where it has none."""
+    file = root("configs") / f"{stage}.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = {name: float(value) for name, value in re.findall(r"^(full_lr|lora_lr): *([\d.e-]+)", text, re.MULTILINE)}
+    return (found.get("lora_lr", 10 * found["full_lr"]), found["full_lr"]) if "full_lr" in found else None  # 10: of peft=lora
 
 
 def stages() -> dict[str, StageSpec]:

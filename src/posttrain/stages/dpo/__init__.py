@@ -10,7 +10,11 @@ SPEC = StageSpec(
     position=5,
     about="Preference losses: DPO and others on pairs, KTO and BCO on labelled answers.",
     examples=("+peft=qlora init=runs/sft/RUN data.path=pairs.jsonl", "+peft=lora init=runs/sft/RUN dpo.beta=0.05"),
-    settings=OF_LANGUAGE + OF_ALL,
+    settings=(
+        *OF_LANGUAGE,
+        ("dpo.loss=sigmoid", "or ipo, simpo, orpo, kto, ...; dpo.beta, dpo.label_smoothing, dpo.options"),
+        *OF_ALL,
+    ),
     config="posttrain.stages.dpo.config:Dpo",
     steps="posttrain.stages.dpo.stage:steps",
     rows=RowUse("dpo", ("pairs",), "pairs", "prompt, chosen and rejected"),

@@ -18,6 +18,7 @@ SPEC = StageSpec(
         ("+peft=qlora", "or lora; without it every weight is trained. peft.r, peft.alpha, peft.targets"),
         ("data.instance_dir=DIR", "pictures of one individual; data.instance_prompt, data.class_prompt"),
         ("train.max_steps=800", "train.batch_size, train.grad_accum"),
+        ("prior.weight=1", "of class images; prior.images, sample.images, dreambooth.text_encoder"),
         *OF_ALL,
     ),
     config="posttrain.stages.dreambooth.config:Dreambooth",

@@ -12,9 +12,15 @@ SPEC = StageSpec(
     about="Policy optimisation (PPO, GRPO, RLOO) against a reward.",
     examples=(
         "+peft=qlora init=runs/sft/RUN init_reward=runs/rm/RUN",
-        "+peft=lora init=runs/sft/RUN reward.function=my_rewards:short ppo.advantage=grpo ppo.samples=4",
+        "+peft=lora init=runs/sft/RUN reward.function=length +reward.options.length.at_most=50 ppo.advantage=grpo ppo.samples=4",
     ),
-    settings=OF_LANGUAGE + OF_ALL,
+    settings=(
+        *OF_LANGUAGE,
+        ("init_reward=RUN", "the reward: a finished rm run, or reward.function=length (exact, code, ..., module:name)"),
+        ("ppo.advantage=gae", "or grpo, rloo, with ppo.samples; ppo.loss, ppo.kl_coef, ppo.clip"),
+        ("rollout.temperature=1", "rollout.max_new_tokens, rollout.engine"),
+        *OF_ALL,
+    ),
     config="posttrain.stages.ppo.config:Ppo",
     steps="posttrain.stages.ppo.stage:steps",
     rows=RowUse(

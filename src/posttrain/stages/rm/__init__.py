@@ -10,7 +10,7 @@ SPEC = StageSpec(
     position=3,
     about="Reward model on preference pairs.",
     examples=("+peft=qlora init=runs/sft/RUN data.path=pairs.jsonl", "+peft=lora init=runs/sft/RUN rm.centering=0.01"),
-    settings=OF_LANGUAGE + OF_ALL,
+    settings=(*OF_LANGUAGE, ("rm.centering=0.01", "rm.policy, rm.rule: pairs of the policy's own answers"), *OF_ALL),
     config="posttrain.stages.rm.config:Rm",
     steps="posttrain.stages.rm.stage:steps",
     rows=RowUse("rm", ("pairs",), "scored_pairs", "prompt, chosen and rejected"),

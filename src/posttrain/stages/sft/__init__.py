@@ -10,7 +10,11 @@ SPEC = StageSpec(
     position=2,
     about="Supervised fine-tuning on conversations.",
     examples=("+peft=qlora data.path=chat.jsonl", "+peft=lora -m peft.r=4,8,16 peft.alpha=16,32"),
-    settings=OF_LANGUAGE + OF_ALL,
+    settings=(
+        *OF_LANGUAGE,
+        ("cot.marker=null", "text before the final answer, such as '####'; cot.reasoning_weight, weights.gamma"),
+        *OF_ALL,
+    ),
     config="posttrain.stages.sft.config:Sft",
     steps="posttrain.stages.sft.stage:steps",
     rows=RowUse(
