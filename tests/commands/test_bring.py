@@ -140,9 +140,9 @@ def test_the_rates_of_grpo_and_data_that_cannot_be_found(tmp_path: Path) -> None
 
 
 def test_what_the_schema_refuses_becomes_a_comment(tmp_path: Path) -> None:
-    text = import_config(written(tmp_path, "model_name_or_path: m\nlearning_rate: -1\ndataset_name: a/b\n"), None)
-    assert "# learning_rate: -1 - optim.lr: input should be greater than 0 (got -1)" in text
-    assert "\noptim.lr:" not in text
+    text = import_config(written(tmp_path, "model_name_or_path: m\nadam_epsilon: -1\ndataset_name: a/b\n"), None)
+    assert "# adam_epsilon: -1 - optim.eps: input should be greater than 0 (got -1)" in text
+    assert "\noptim.eps:" not in text
 
 
 def test_a_key_with_a_line_of_its_own_stays_a_comment(tmp_path: Path) -> None:

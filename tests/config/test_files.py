@@ -86,7 +86,7 @@ def test_what_follows_from_a_runs_choices_follows_a_new_choice(tmp_path: Path) -
 
 BAD = [
     ("optim:\n  lrr: 1\n", "unknown key 'optim.lrr' - did you mean 'optim.lr'?", 2),
-    ("train.epochs: 1\noptim.lr: -1\n", "optim.lr: input should be greater than 0 (got -1)", 2),
+    ("train.epochs: 1\noptim.eps: -1\n", "optim.eps: input should be greater than 0 (got -1)", 2),
     ("peft: qlorra\n", "peft: there is no 'qlorra' - did you mean 'qlora'?", 1),
     ("peft.r: 8\n", "peft.r does not belong to the chosen peft; it needs +peft=lora", 1),
     ("model: tiny\n\nquant: nf4\n", "quant=nf4 cannot be trained in full", 3),
