@@ -126,7 +126,7 @@ def test_labelled_answers(tmp_path: Path, loss: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = TEMPLATE
     order = BatchSampler.shuffled(2, BATCH, 1, 1, SEED, 2 * STEPS)
-    settings = COMMON | {"gradient_accumulation_steps": 1}
+    settings: dict[str, Any] = COMMON | {"gradient_accumulation_steps": 1}
     job = KTOTrainer(
         model=with_lora(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)),
         args=KTOConfig(output_dir=str(tmp_path / "trl"), loss_type=loss, beta=0.1, **settings),

@@ -1,12 +1,14 @@
 """Which keys go with which launcher, and that none of them is a part of the run."""
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
 
 from posttrain.config.compose import compose_run
 from posttrain.errors import UserError
+from posttrain.launch.launchers.ray_cluster import _knock
 from posttrain.launch.worker import run_config
 from posttrain.runs.identity import digest, identity_of
 
@@ -71,3 +73,15 @@ def test_without_ray_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"train.launcher: ray is not installed; pip install 'posttrain\[ray\]'"):
         run_config(asked)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_nobody_listens_is_known_at_once() -> None:
+    """Ray itself would try it again for minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        with pytest.raises(OSError, match="refused"):
+            _knock(f"127.0.0.1:{port}")
+        free.listen()
+        _knock(f"ray://127.0.0.1:{port}")
+    _knock("auto")

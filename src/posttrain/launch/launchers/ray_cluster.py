@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +56,7 @@ def _connect(address: str | None) -> None:
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _knock(where)
         ray.init(address=where, logging_level=logging.ERROR, log_to_driver=True)
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
@@ -62,6 +64,13 @@ def _connect(address: str | None) -> None:
             f"launch.address: no Ray cluster answers at {where} ({why}); start one with `ray start --head`, or say "
             "launch.address=HOST:6379"
         ) from None
+
+
+def _knock(where: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself would try again for minutes."""
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _require_room(count: int) -> bool:
