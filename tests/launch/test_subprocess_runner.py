@@ -25,10 +25,11 @@ def test_a_worker_runs_no_module_of_the_working_directory(tmp_path: Path) -> Non
 
 
 def test_every_python_that_we_start_is_started_so() -> None:
+    """-I is all of -P and more."""
     found = {path: re.findall(r"sys\.executable(?!\)\()(.{6})", path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
     places = {path.name: rest for path, rest in found.items() if rest}
     assert len(places) >= 2
-    assert all(each == ', "-P"' for rest in places.values() for each in rest), places
+    assert all(each in (', "-P"', ', "-I"') for rest in places.values() for each in rest), places
 
 
 def test_a_folder_of_reward_functions_shadows_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -23,6 +23,7 @@ from posttrain.runs.manifest import Manifest
 from posttrain.stages.language.init import InitSource
 from posttrain.stages.language.prepare import open_language, rows_of
 from posttrain.stages.language.summary import lines_of_data, lines_of_start
+from posttrain.stages.spec import spec_of
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def said_by_a_run(found: Preview, stage: str, words: list[str], cache: Path) -> 
     opened = open_language(cfg, weights=False)
     data = read_mixture(cfg.data, rows_of(cfg), opened.encoder, cfg.example_length, cache)
     lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, data, opened.tokenizer)
+    lines += spec_of(stage).lines_of(cfg)
     assert found.lines == lines and len(lines) > 2
 
 

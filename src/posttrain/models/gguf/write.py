@@ -85,7 +85,8 @@ class _Form:
         """Vectors stay in 32 bits; a matrix whose rows do not fill the quantizer's blocks is kept in f16."""
         if tensor.dim() < 2:
             return Kind.F32
-        kind = DTYPES[self.dtype][name in ENDS]
+        matrices, ends, _ = DTYPES[self.dtype]
+        kind = ends if name in ENDS else matrices
         return Kind.F16 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
