@@ -113,7 +113,7 @@ def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
 
     take_device()
     options = InitProcessGroupKwargs(timeout=PATIENCE).to_kwargs()
-    state = PartialState(cpu=not torch.accelerator.is_available(), **options)
+    state = PartialState(cpu=not torch.accelerator.is_available(), **options, **_meeting())
     keep_group()
     opened: list[Run] = []
 
@@ -124,6 +124,17 @@ def _open_shared(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
 
     directory, finished = Processes(state.num_processes, state.process_index, state.device or torch.device("cpu")).told(open_here)
     return opened[0] if opened else Run(Path(directory), config), finished
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes find one another: in a part of the launcher's store that is of this try alone. A launcher that starts
+    them again may keep its store, and in it the addresses of those that have ended."""
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": PrefixStore(f"try {again}", store), "rank": rank, "world_size": count}
 
 
 def take_device() -> None:

@@ -173,9 +173,9 @@ def _alone(descriptor: int) -> bool:
 @lru_cache
 def _refusal(directory: Path) -> str:
     """Why nothing may be written into `directory`, in the system's words; '' where it may."""
-    probe = temporary_beside(directory / "probe")
     try:
-        make_directory(directory)
+        there = next(path for path in (directory, *directory.parents) if path.is_dir())  # who only reads makes no directory
+        probe = temporary_beside(there / "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -19,8 +19,10 @@ WORDS = (
     *("model=tiny", "train.max_steps=60", "train.batch_size=1", "train.save_steps=2", "+peft=lora", "peft.dropout=0.1"),
     *("data.max_rows=20", "data.eval_rows=2", "eval.sets=null", "train.max_length=128"),
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "posttrain", "sft", *WORDS)
-OURS = ("-m", "posttrain", "sft", *WORDS, "train.processes=2", "launch.restarts=1")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
+C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+SFT = ("-m", "posttrain", "sft", *WORDS)
+OURS = (*SFT, "train.processes=2", "launch.restarts=1")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def kill_rank(launcher: subprocess.Popen[str], rank: int, when: Path) -> None:
     raise AssertionError(f"no rank {rank}")
 
 
-@pytest.mark.parametrize("command", [TORCHRUN, OURS], ids=["torchrun", "launch.restarts"])
+@pytest.mark.parametrize(
+    "command", [(*TORCHRUN, *SFT), (*TORCHRUN, *C10D, *SFT), OURS], ids=["torchrun", "c10d", "launch.restarts"]
+)
 def test_a_lost_process_is_started_again(command: tuple[str, ...], straight: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

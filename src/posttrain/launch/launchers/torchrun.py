@@ -43,8 +43,6 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # a step may be long, and saving takes its time
     os.environ["OMP_NUM_THREADS"] = threads(here)
-    if launch["restarts"]:  # a store for each try: in one of all tries the new processes find the old ones' addresses
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if launch["nodes"] > 1:
         say(f"machine {launch['node_rank']} of {launch['nodes']}, {here} processes; waits for the others at {launch['master']}")
     with config_file(config) if first else _private_file(config) as file:
