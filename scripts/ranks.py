@@ -44,6 +44,13 @@ class Ranks:
     said: list[str]
 
 
+def result(run: Path) -> str:
+    """A hash of the adapter that a run has left."""
+    from posttrain.runs.files import sha256
+
+    return sha256(run / "adapter" / "adapter_model.safetensors")
+
+
 class Nursery:
     """The process that the ranks are forked from, while inside."""
 

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 
 def whole(tensor: Tensor) -> Tensor:
     """A copy on the CPU; of a tensor that FSDP has sharded, every process must ask for it."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", copy=True).contiguous()
+    return undivided(tensor).detach().to("cpu", copy=True).contiguous()
 
 
 def undivided(tensor: Tensor) -> Tensor:
@@ -30,7 +29,7 @@ def all_whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     known: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if id(tensor) not in known:
-            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            value = undivided(tensor)
             known[id(tensor)] = value.detach().cpu() if keep else value.new_empty(0)
         found[name] = known[id(tensor)]
     return found if keep else {}

@@ -27,7 +27,7 @@ from posttrain.models.language.generation import Answer, Sampling, sample
 from posttrain.models.language.loading import LoadedModel, device_here, load_model
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
-from posttrain.rewards import RewardFunction, combined, load_function
+from posttrain.rewards import RewardFunction, check_options, columns_by_name, combined, load_function
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.files import write_text
 from posttrain.training.seeding import row_seed
@@ -140,8 +140,7 @@ def _rewards(settings: dict[str, str]) -> tuple[RewardConfig, list[RewardFunctio
         from posttrain.config.compose import first_complaint
 
         raise UserError(first_complaint(error, {"reward": given})) from None
-    if unused := sorted({*(reward.options or {})} - {*reward.function}):
-        raise UserError(f"reward.options.{unused[0]}: no reward.function is so called; add it, or leave its options out")
+    check_options(reward.options, reward.function)
     if reward.weights and len(reward.weights) != len(reward.function):
         raise UserError(f"reward.weights: {len(reward.weights)} for {len(reward.function)} functions; give one each")
     return reward, [load_function(name, "reward.function", reward.options, reward.timeout) for name in reward.function]
@@ -155,9 +154,7 @@ def _try_out(function: RewardFunction, rows: list[tuple[int, CanonicalRow]]) -> 
 
 
 def _columns(rows: list[CanonicalRow]) -> dict[str, list[Any]]:
-    """By name, a value for each row; None where it has none."""
-    names = dict.fromkeys(name for row in rows for name in row.get("columns", {}))
-    return {name: [row.get("columns", {}).get(name) for row in rows] for name in names}
+    return columns_by_name([row.get("columns", {}) for row in rows])
 
 
 def _key(made: list[Any], number: int, row: CanonicalRow) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from posttrain.console import say
-from posttrain.errors import RunError, UserError
+from posttrain.errors import RunError, UserError, first_line
 from posttrain.models.builtin import offline
 from posttrain.reports.card import hub_name, write_card
 from posttrain.runs.artifact import ADAPTER_CONFIG, Artifact, open_artifact
@@ -89,5 +89,5 @@ def _asked(question: Callable[[], T], after: str = "") -> T:
         reason = {401: "it does not take the token", 403: "the token may not write there", 409: "the name is taken"}.get(
             status or 0
         )
-        line = reason or (f"it answered {status}" if status else (str(error).splitlines() or [""])[0] or type(error).__name__)
+        line = reason or (f"it answered {status}" if status else first_line(error))
         raise RunError(f"push: the hub could not be written to: {redact(line)}{after}") from None

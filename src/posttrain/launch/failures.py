@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.console import is_main
-from posttrain.errors import RunError, UserError, is_out_of_memory
+from posttrain.errors import RunError, UserError, first_line, is_out_of_memory
 
 DISK = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -26,10 +26,8 @@ def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError
     from posttrain.training.processes import is_lost_process
 
     if is_lost_process(error):
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return RunError(
-            f"another process of the run has ended or cannot be reached ({said}); it has said why if it could; {GOES_ON}"
-        )
+        found = f"another process of the run has ended or cannot be reached ({first_line(error)})"
+        return RunError(f"{found}; it has said why if it could; {GOES_ON}")
     if is_out_of_memory(error):
         return RunError(f"out of memory; {_smaller(config)}; {GOES_ON}")
     where = getattr(error, "filename", None) or directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,15 @@ def config_file(config: dict[str, Any]) -> Generator[Path]:
         yield file
     finally:
         file.unlink(missing_ok=True)
+
+
+@contextmanager
+def private_config_file(config: dict[str, Any]) -> Generator[Path]:
+    """The config where it is nobody else's: a machine other than the first leaves the run's directory alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        yield file
 
 
 def run_child(config: dict[str, Any], what: str) -> int:

@@ -10,9 +10,10 @@ import re
 from collections import Counter
 
 from posttrain.rewards.combined import best_and_worst, combined, unscored
-from posttrain.rewards.function import RewardFunction, load_function
+from posttrain.rewards.function import RewardFunction, check_options, columns_by_name, load_function
 
-__all__ = ["RewardFunction", "best_and_worst", "brevity", "code_spans", "combined", "load_function", "overlap", "unscored"]
+__all__ = ["RewardFunction", "best_and_worst", "brevity", "check_options", "code_spans", "columns_by_name", "combined"]
+__all__ += ["load_function", "overlap", "unscored"]
 _WORD = re.compile(r"\w+")
 
 

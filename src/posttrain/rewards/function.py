@@ -172,6 +172,17 @@ def load_function(
     return RewardFunction(name, found, limit)
 
 
+def check_options(options: Mapping[str, Any] | None, names: Collection[str | None]) -> None:
+    """Raises UserError for options of a reward that is not among `names`."""
+    if unused := sorted({*(options or {})} - {*names}):
+        raise UserError(f"reward.options.{unused[0]}: no reward.function is so called; add it, or leave its options out")
+
+
+def columns_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """As functions are given them: by name, a value for each row; None where it has none."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
 def _built_in(name: str, field: str, options: Mapping[str, Any]) -> Any:
     if name not in REWARDS.names():
         known = ", ".join(REWARDS.names())

@@ -45,13 +45,13 @@ def average_gradients(module: nn.Module) -> None:
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one data type, in the parameters' order, which is the same at every step of every start."""
-    bucket: list[Tensor] = []
+    bucket, held = list[Tensor](), 0
     for gradient in gradients:
-        full = sum(each.nbytes for each in bucket) + gradient.nbytes > BUCKET_BYTES
-        if bucket and (full or gradient.dtype != bucket[0].dtype):
+        if bucket and (held + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, held = [], 0
         bucket.append(gradient)
+        held += gradient.nbytes
     yield bucket
 
 

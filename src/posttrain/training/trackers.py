@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from posttrain.config.schema import TrackConfig
 from posttrain.console import say
-from posttrain.errors import Stopped, UserError
+from posttrain.errors import Stopped, UserError, first_line
 from posttrain.runs.files import TRACKING, write_json
 from posttrain.runs.identity import flatten
 
@@ -227,11 +227,6 @@ def begin(kind: str, track: TrackConfig, directory: Path, config: dict[str, Any]
     where = f" in {names.place}" if names.place else ""
     say(f"tracker: {kind}, project {names.project}, run {names.id}{' goes on' if names.known else ''}{where}")
     return TrackedRun(kind, tracker, names)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _known(place: Path) -> dict[str, Any]:

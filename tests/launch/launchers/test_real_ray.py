@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from posttrain.config.compose import compose_run
-from posttrain.runs.files import sha256
-from ranks import Nursery
+from ranks import Nursery, result
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,10 +68,6 @@ def rank_of(rank: int) -> psutil.Process:
         except psutil.Error:  # it has ended meanwhile
             continue
     raise AssertionError(f"no rank {rank}")
-
-
-def result(run: Path) -> str:
-    return sha256(run / "adapter" / "adapter_model.safetensors")
 
 
 def test_on_a_cluster_with_a_stop_and_a_lost_process(cluster: str, tmp_path: Path) -> None:

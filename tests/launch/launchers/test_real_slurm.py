@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.compose import compose_run
-from posttrain.runs.files import sha256
-from ranks import Nursery
+from ranks import Nursery, result
 
 pytestmark = pytest.mark.slow
 DAEMONS = {name: shutil.which(name) or shutil.which(f"{name}-wlm") for name in ("slurmctld", "slurmd", "slurmstepd")}
@@ -109,10 +108,6 @@ def until(is_so: Callable[[], bool], seconds: float, what: str) -> None:
 
 def state(job: str) -> str:
     return asked("squeue", "-h", "-j", job, "-o", "%T").strip()
-
-
-def result(run: Path) -> str:
-    return sha256(run / "adapter" / "adapter_model.safetensors")
 
 
 def test_preempted_queued_again_and_the_same(slurm: None, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from posttrain.config.compose import compose_run
-from posttrain.runs.files import sha256
-from ranks import Nursery
+from ranks import Nursery, result
 
 pytestmark = pytest.mark.slow
 WORDS = (
@@ -32,10 +31,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
     with Nursery() as nursery:
         assert nursery.run(compose_run("sft", list(WORDS)), place, 2).codes == [0, 0]
     return result(place)
-
-
-def result(run: Path) -> str:
-    return sha256(run / "adapter" / "adapter_model.safetensors")
 
 
 def kill_rank(launcher: subprocess.Popen[str], rank: int, when: Path) -> None:

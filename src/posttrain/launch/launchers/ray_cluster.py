@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
@@ -19,13 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from posttrain.console import say
-from posttrain.errors import RunError, Stopped, UserError
+from posttrain.errors import RunError, Stopped, UserError, first_line
 from posttrain.launch.launchers.opened import finished, opened
-from posttrain.launch.subprocess_runner import worker_command
+from posttrain.launch.subprocess_runner import private_config_file, worker_command
 from posttrain.training.signals import PARENT, passing_on
 
 ENDS = (0, UserError.exit_code, Stopped.exit_code)  # exit codes that another try would not change
@@ -59,9 +57,8 @@ def _connect(address: str | None) -> None:
         _knock(where)
         ray.init(address=where, logging_level=logging.ERROR, log_to_driver=True)
     except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
         raise UserError(
-            f"launch.address: no Ray cluster answers at {where} ({why}); start one with `ray start --head`, or say "
+            f"launch.address: no Ray cluster answers at {where} ({first_line(e)}); start one with `ray start --head`, or say "
             "launch.address=HOST:6379"
         ) from None
 
@@ -130,7 +127,7 @@ def _wait(run: Future[Any], desk: Any) -> str | None:
                     desk.stop.remote()
                     told = True
             except Exception as e:
-                return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+                return first_line(e)[:200]
 
 
 def work(asked: dict[str, Any]) -> None:
@@ -145,9 +142,7 @@ def work(asked: dict[str, Any]) -> None:
             lock.acquire(timeout=PATIENCE)
         lock.release()
     _store, meeting = _meeting(rank)  # kept for as long as the process
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    with private_config_file(config) as file:
         child = subprocess.Popen(worker_command(str(file)), env=os.environ | meeting, cwd=asked["folder"])
         told = False
         while (code := _ended(child)) is None:

@@ -5,19 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import uuid
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from posttrain.console import say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.launchers.opened import finished, opened, threads
-from posttrain.launch.subprocess_runner import config_file, worker_command
+from posttrain.launch.subprocess_runner import config_file, private_config_file, worker_command
 from posttrain.runs.identity import digest
 from posttrain.training.signals import caught
 
@@ -45,7 +39,7 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = threads(here)
     if launch["nodes"] > 1:
         say(f"machine {launch['node_rank']} of {launch['nodes']}, {here} processes; waits for the others at {launch['master']}")
-    with config_file(config) if first else _private_file(config) as file:
+    with config_file(config) if first else private_config_file(config) as file:
         try:
             elastic_launch(_launch_config(config, here), sys.executable)(*worker_command(str(file))[1:])
         except SignalException:
@@ -84,12 +78,3 @@ def check_devices(count: int) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else count
     if count > found:
         raise UserError(f"train.processes: {count} on a machine with {found} GPUs; say train.processes={found}")
-
-
-@contextmanager
-def _private_file(config: dict[str, Any]) -> Generator[Path]:
-    """The config where it is nobody else's: a machine other than the first leaves the run's directory alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        yield file

@@ -19,7 +19,7 @@ from posttrain.devices.out_of_memory import in_parts
 from posttrain.evaluation.calibration import correlation
 from posttrain.models.language.actor_critic import ActorCritic, Role
 from posttrain.models.language.generation import Answer, Sampling
-from posttrain.rewards import RewardFunction, unscored
+from posttrain.rewards import RewardFunction, columns_by_name, unscored
 from posttrain.training.processes import Processes
 
 Seed = Callable[[int], int]  # of a prompt, by its place among all of a step
@@ -221,8 +221,7 @@ def texts_of(examples: Examples, units: list[int], tokenizer: Any) -> tuple[list
 
 def columns_of(examples: Examples, units: list[int]) -> dict[str, list[Any]]:
     """By name, the value in the row of each of the units; None where it has none."""
-    rows = [examples.columns_of(unit) for unit in units]
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    return columns_by_name([examples.columns_of(unit) for unit in units])
 
 
 def _group(examples: Examples, unit: int, border: int, answers: list[Answer], end: list[int], ends: list[int]) -> Group:

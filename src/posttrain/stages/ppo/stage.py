@@ -16,7 +16,7 @@ from posttrain.models.hub import context_length
 from posttrain.models.language.actor_critic import ActorCritic
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.peft.tokens import size_of
-from posttrain.rewards import RewardFunction, load_function
+from posttrain.rewards import RewardFunction, check_options, load_function
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.init import InitSource, resolve_reward
 from posttrain.stages.language.prepare import PreparedData, prepare_language, with_parents
@@ -150,8 +150,7 @@ class PpoSteps:
 def _rewards(cfg: Ppo, data: PreparedData, tries: bool) -> tuple[list[RewardFunction], RewardFunction | None]:
     """The functions that give the reward, and the one that checks it; tries: asked for the first rows."""
     reward, options = cfg.reward, cfg.reward.options
-    if unused := sorted({*(options or {})} - {*reward.function, reward.gold}):
-        raise UserError(f"reward.options.{unused[0]}: no reward.function is so called; add it, or leave its options out")
+    check_options(options, [*reward.function, reward.gold])
     is_function = bool(reward.gold) and is_reward_function(str(reward.gold))
     asked = [(name, "reward.function") for name in reward.function] + [(str(reward.gold), "reward.gold")] * is_function
     found = [load_function(name, field, options, reward.timeout) for name, field in asked]
