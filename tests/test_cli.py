@@ -136,6 +136,23 @@ def test_bad_words_are_one_line_and_exit_2(words: tuple[str, ...], message: str)
     assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: ")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_word_at_all_runs_the_defaults(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[object] = []
+    monkeypatch.setattr("posttrain.config.compose.compose_run", lambda *words: composed.append(words))
+    monkeypatch.setattr("posttrain.launch.worker.run_config", lambda cfg, **_: None)
+    assert invoke(stage) == (0, "") and composed == [(stage, [], None)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("sf", ["sft"]), ("sft +peft=ql", ["+peft=qlora"]), ("dpo dpo.be", ["dpo.beta="]), ("run py", ["python_expert"])],
+)
+def test_a_tab_offers_what_goes_on(typed: str, offered: list[str]) -> None:
+    words = {"_POSTTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": f"posttrain {typed}", "COMP_CWORD": str(len(typed.split()))}
+    assert runner.invoke(app, [], prog_name="posttrain", env=words).output.split() == offered
+
+
 def test_an_unknown_command_or_flag_is_refused() -> None:
     assert invoke("sftt")[0] == 2
     assert invoke("sft", "--bogus")[0] == 2

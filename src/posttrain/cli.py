@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +76,8 @@ class _StageCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As the base's, after a look at what the options are called."""
         known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
-        for word, after in zip(args, [*args[1:], ""], strict=True):
-            if word.startswith("--") and word.partition("=")[0] not in known:
+        for word, after in pairwise([*args, ""]):
+            if word.startswith("--") and word.partition("=")[0] not in known and not ctx.resilient_parsing:
                 _refuse_option(word, None if after.startswith("-") else after)
         return super().parse_args(ctx, args)
 
