@@ -1,7 +1,7 @@
 """Kills that no command may notice, beyond single runs: `make torture`, or `python scripts/torture_commands.py --count 100`.
 
 Recipes, sweeps, merge, compose, runs that find an empty cache, and runs of two processes, all with model=tiny. Each command runs
-straight through once. Then it is killed with SIGKILL at random moments, half of the times with all that it has started, and
+straight through twice. Then it is killed with SIGKILL at random moments, half of the times with all that it has started, and
 given again, until it ends by itself; what it leaves must be the same, bit for bit. (scripts/torture.py: every stage by itself.)
 """
 
@@ -128,12 +128,16 @@ class Torture:
         return place, self.home / f"cache-{case.name}-{number:03d}" if case.cold else Path(os.environ["POSTTRAIN_CACHE"])
 
     def straight(self, case: Case) -> tuple[dict[str, Any], float]:
-        place, cache = self.place(case, 0)
-        began = time.monotonic()
-        code = ended(start(case.words, place, cache), float("inf"), False)
-        if code:
-            sys.exit(f"{case.name} failed without any kill (exit {code}): see {place.with_suffix('.log')}")
-        return outcome(place), time.monotonic() - began
+        """What it leaves, and how long it takes where no other process has made it slow."""
+        seconds = []
+        for number in (0, 1000):
+            place, cache = self.place(case, number)
+            began = time.monotonic()
+            code = ended(start(case.words, place, cache), float("inf"), False)
+            if code:
+                sys.exit(f"{case.name} failed without any kill (exit {code}): see {place.with_suffix('.log')}")
+            seconds.append(time.monotonic() - began)
+        return outcome(place), min(seconds)
 
     def until_it_ends(self, case: Case, number: int, expected: dict[str, Any], seconds: float) -> None:
         place, cache = self.place(case, number)

@@ -310,3 +310,14 @@ def test_what_was_just_saved_is_kept_beside_a_newer_damaged_one(tmp_path: Path) 
     checkpoint, damaged = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint and checkpoint.step == 6 and len(damaged) == 1 and "step-000900 is damaged" in damaged[0]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000900"]
+
+
+def test_what_a_kill_after_the_last_save_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
+    """A process that was killed between its save and the deletion of older ones has one more: the run that goes on has not."""
+    loop = make_loop(tmp_path, 4, 1, save_steps=1)
+    loop.fit(0)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-000004").mkdir()
+    again = make_loop(tmp_path, 4, 1, save_steps=1)
+    again.fit(6)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000005", "step-000006"]

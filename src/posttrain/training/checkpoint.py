@@ -98,6 +98,11 @@ def _save(
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"checkpoint of step {step} could not be written to {directory}: {e}; earlier ones are kept") from None
+    delete_older(directory, step, keep, spare)
+
+
+def delete_older(directory: Path, step: int, keep: int, spare: int | None) -> None:
+    """Delete the checkpoints up to `step`, except the newest `keep` of them and that of step `spare`."""
     # what is newer was damaged, or this run would have gone on from it
     for old in [path for path in _newest_first(directory) if _step_of(path) <= step and _step_of(path) != spare][keep:]:
         shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ from posttrain.errors import BeforeStep, Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
 from posttrain.training.callbacks import StepCallback
-from posttrain.training.checkpoint import Checkpoint, newest_checkpoint, restore, save_checkpoint
+from posttrain.training.checkpoint import Checkpoint, delete_older, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.gradients import average_gradients
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, diverged, halved, not_finite
 from posttrain.training.metrics import Averages, total_over
@@ -89,6 +89,8 @@ class Loop(Generic[B]):
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
         self._last = start + self.stop_after if self.stop_after else None
         self.window.load(self.state.window, self.processes.rank, self.processes.count)
+        if self.processes.main:  # who was killed between a save and this has left one more
+            delete_older(self.checkpoints, start, self.config.keep_checkpoints, self.state.within_budget)
         if self.state.evaluation_owed:
             self.state.evaluation_owed = False
             self._evaluate(start)
