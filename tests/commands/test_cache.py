@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with two models, a merged base, tokens of 40 days ago, a figure, and something of an extension."""
     root = tmp_path / "cache"
     monkeypatch.setenv("POSTTRAIN_CACHE", str(root))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fill(root / "models" / "one-v1", 1000)
     fill(root / "models" / "two-v1", 500)
     fill(root / "models" / "merged-abc", 300)
@@ -67,6 +69,20 @@ def test_what_is_there_by_kind(root: Path) -> None:
     assert abs(data["unused_days"] - 40) < 0.1 and data["origin"] == "made of nothing"
     assert found["bytes"] == sum(kind["bytes"] for kind in found["kinds"])
     assert [kind["kind"] for kind in list_cache(["data", "data"])["kinds"]] == ["data"]
+
+
+def test_what_was_made_in_place_of_a_cache_that_may_not_be_written_is_there_too(root: Path, tmp_path: Path) -> None:
+    detour = tmp_path / f"posttrain-cache-{os.getuid()}"
+    assert list_cache([])["in its place"] == [] and not detour.exists()  # who lists makes nothing
+    detour.mkdir(mode=0o700)
+    fill(detour / "data" / "k2", 10)
+    found = list_cache(["data"])
+    assert found["in its place"] == [str(detour)] and names(found["kinds"][0], "entries") == ["k", "k2"]
+    shown = CliRunner().invoke(app, ["cache"]).output.replace("\n", "")
+    assert f"in {root} and {detour}" in shown.replace("  ", " ")
+    assert names(clean_cache(["data"], None, False), "removed") == ["k", "k2"] and not (detour / "data" / "k2").exists()
+    detour.chmod(0o755)  # another could have put something there: it is not taken for ours
+    assert list_cache([])["in its place"] == []
 
 
 def test_only_what_was_chosen_is_taken_away(root: Path) -> None:

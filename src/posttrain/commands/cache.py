@@ -16,7 +16,7 @@ from rich.table import Table
 from posttrain.console import console, say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.cache import NOTE
-from posttrain.runs.cache_place import KINDS, Kind, cache_root, unused
+from posttrain.runs.cache_place import KINDS, Kind, cache_places, unused
 from posttrain.runs.files import sweep_leftovers, temporary_beside
 
 CLEAN = "clean"
@@ -34,10 +34,11 @@ class Entry(NamedTuple):
     origin: str
 
 
-def kinds(root: Path) -> dict[str, Kind]:
+def kinds(places: list[Path]) -> dict[str, Kind]:
     """Those of posttrain, and each further folder, as an extension may have made it."""
     folders = {kind.pattern.split("/")[0] for kind in KINDS.values()}
-    others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in folders) if root.is_dir() else []
+    there = [path for place in places if place.is_dir() for path in place.iterdir()]
+    others = sorted({path.name for path in there if path.is_dir() and path.name not in folders})
     return KINDS | {name: Kind(name, f"{name}/*", "of an extension") for name in others if not name.startswith(".")}
 
 
@@ -50,12 +51,13 @@ def chosen_kinds(words: list[str], known: dict[str, Kind]) -> list[Kind]:
     return [known[word] for word in dict.fromkeys(words)] or list(known.values())
 
 
-def entries(root: Path, of: Iterable[Kind]) -> list[Entry]:
-    """What lies there, but for locks and what is being written, the least recently used first."""
+def entries(places: list[Path], of: Iterable[Kind]) -> list[Entry]:
+    """What lies in them, but for locks and what is being written, the least recently used first."""
     found = [
         _entry(kind.name, path)
         for kind in of
-        for path in root.glob(kind.pattern)
+        for place in places
+        for path in place.glob(kind.pattern)
         if path.suffix != ".lock" and not path.name.startswith(".")
     ]
     return sorted((entry for entry in found if entry), key=lambda entry: entry.used)
@@ -81,9 +83,9 @@ def _origin(path: Path) -> str:
 
 def list_cache(words: list[str]) -> dict[str, Any]:
     """Every kind with its entries, as JSON has it. words: the kinds that are meant; none: all."""
-    root, now = cache_root(), time.time()
-    of = chosen_kinds(words, kinds(root))
-    found = entries(root, of)
+    places, now = cache_places(), time.time()
+    of = chosen_kinds(words, kinds(places))
+    found = entries(places, of)
     rows: list[dict[str, Any]] = []
     for kind in of:
         mine = [entry for entry in found if entry.kind == kind.name]
@@ -92,7 +94,11 @@ def list_cache(words: list[str]) -> dict[str, Any]:
             for e in mine
         ]
         rows.append({"kind": kind.name, "about": kind.about, "bytes": sum(e.bytes for e in mine), "entries": told})
-    return {"directory": str(root), "bytes": sum(entry.bytes for entry in found), "kinds": rows}
+    return _directories(places) | {"bytes": sum(entry.bytes for entry in found), "kinds": rows}
+
+
+def _directories(places: list[Path]) -> dict[str, Any]:
+    return {"directory": str(places[0]), "in its place": [str(place) for place in places[1:]]}
 
 
 def clean_cache(words: list[str], days: float | None, everything: bool) -> dict[str, Any]:
@@ -103,17 +109,18 @@ def clean_cache(words: list[str], days: float | None, everything: bool) -> dict[
 
     Raises UserError where nothing was chosen.
     """
-    root, now = cache_root(), time.time()
-    of = chosen_kinds(words, kinds(root))
+    places, now = cache_places(), time.time()
+    known = kinds(places)
+    of = chosen_kinds(words, known)
     if days is not None and days < 0:
         raise UserError(f"--older-than: {days:g} days are none; give 0 or more")
     if everything and (words or days is not None):
         raise UserError("--all: takes everything, so leave out kinds and --older-than, or leave out --all")
     if not (words or everything or days is not None):
-        raise UserError(f"cache clean: say what: a kind ({', '.join(kinds(root))}), --older-than DAYS, or --all")
+        raise UserError(f"cache clean: say what: a kind ({', '.join(known)}), --older-than DAYS, or --all")
     of = [kind for kind in of if words or kind.again]
-    found = [entry for entry in entries(root, of) if days is None or now - entry.used >= days * DAY]
-    result: dict[str, Any] = {"directory": str(root), "bytes": 0, "removed": [], "left": []}
+    found = [entry for entry in entries(places, of) if days is None or now - entry.used >= days * DAY]
+    result: dict[str, Any] = _directories(places) | {"bytes": 0, "removed": [], "left": []}
     for entry in found:
         why = _remove(entry.path)
         told = {"kind": entry.kind, "path": str(entry.path), "bytes": entry.bytes}
@@ -122,7 +129,7 @@ def clean_cache(words: list[str], days: float | None, everything: bool) -> dict[
         else:
             result["removed"].append(told)
             result["bytes"] += entry.bytes
-    for folder in {root / kind.pattern.split("/")[0] for kind in of}:
+    for folder in {place / kind.pattern.split("/")[0] for place in places for kind in of}:
         sweep_leftovers(folder)
     return result
 
@@ -158,7 +165,7 @@ def show_cache(found: dict[str, Any], each: bool) -> None:
             newest = _days(min(entry["unused_days"] for entry in mine))
             table.add_row(kind["kind"], f"{len(mine):,}", size(kind["bytes"]), newest, kind["about"])
     console.print(table)
-    say(f"{size(found['bytes'])} in {found['directory']} (POSTTRAIN_CACHE moves it); posttrain cache clean frees some")
+    say(f"{size(found['bytes'])} in {_where(found)} (POSTTRAIN_CACHE moves it); posttrain cache clean frees some")
 
 
 def show_cleaned(found: dict[str, Any]) -> None:
@@ -169,7 +176,11 @@ def show_cleaned(found: dict[str, Any]) -> None:
     for why in dict.fromkeys(each["why"] for each in found["left"]):
         mine = [each for each in found["left"] if each["why"] == why]
         say(f"left: {_entries(len(mine))} ({why}), such as {mine[0]['path']}")
-    say(f"{size(found['bytes'])} freed in {found['directory']}")
+    say(f"{size(found['bytes'])} freed in {_where(found)}")
+
+
+def _where(found: dict[str, Any]) -> str:
+    return " and ".join([found["directory"], *found["in its place"]])
 
 
 def size(count: float) -> str:

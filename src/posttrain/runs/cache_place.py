@@ -71,6 +71,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "posttrain"
 
 
+def cache_places() -> list[Path]:
+    """The cache, and where it may not be written the directory that has what was made in its place."""
+    detour = _detour_path()
+    return [cache_root(), *([detour] if detour and _is_mine(detour) else [])]
+
+
 def place_of(path: Path) -> Path:
     """`path`, if its directory may be written; else the same name in a temporary directory of this user, which is said once."""
     reason = _refusal(path.parent)
@@ -192,14 +198,23 @@ def _say_once(root: Path, reason: str, detour: Path) -> None:
 @lru_cache
 def _detour() -> Path | None:
     """A directory that is this user's alone; None where there is none to be had."""
-    if not hasattr(os, "getuid"):
-        return Path(tempfile.mkdtemp(prefix="posttrain-cache-"))
-    path = Path(tempfile.gettempdir()) / f"posttrain-cache-{os.getuid()}"
+    path = _detour_path()
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            return Path(tempfile.mkdtemp(prefix="posttrain-cache-"))
+        if path:
+            path.mkdir(mode=0o700, exist_ok=True)
+        return path if path and _is_mine(path) else Path(tempfile.mkdtemp(prefix="posttrain-cache-"))
     except OSError:
         return None
-    return path
+
+
+def _detour_path() -> Path | None:
+    """Where a user's next process finds it again; None where a system has no numbers for users."""
+    return Path(tempfile.gettempdir()) / f"posttrain-cache-{os.getuid()}" if hasattr(os, "getuid") else None
+
+
+def _is_mine(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
