@@ -13,7 +13,7 @@ from posttrain.config.stages import typed_config
 from posttrain.devices.cards import CARDS, card_of
 from posttrain.devices.device import Device, Rates
 from posttrain.errors import UserError
-from posttrain.stages.precision import autocast_of, settled
+from posttrain.stages.precision import autocast_of, computes_in_float16, settled
 
 GIB = 2**30
 # (what torch reports, GiB that it shows) -> row of the table
@@ -80,11 +80,23 @@ def config(*words: str) -> Any:
 def test_a_card_without_bfloat16_computes_in_float32_and_says_so(name: str) -> None:
     cfg, line = settled(config("+peft=qlora"), Device.named(name))
     assert (cfg.base_dtype, cfg.quant.compute_dtype, autocast_of(cfg, Device.named(name))) == ("float32", "float32", "no")
-    assert "computes no bfloat16" in line and line.endswith("float32 in its place (model.dtype, quant.compute_dtype)")
+    assert (
+        "computes no bfloat16" in line
+        and "float32 in its place (model.dtype, quant.compute_dtype); model.dtype=float16 is faster" in line
+    )
     full, line = settled(config(), Device.named(name))
     assert (full.base_dtype, autocast_of(full, Device.named(name)), line) == ("float32", "no", "")
     half, line = settled(config("+peft=lora", "model.dtype=float16"), Device.named(name))
-    assert (half.base_dtype, line) == ("float16", "")
+    assert (half.base_dtype, line) == ("float16", "") and computes_in_float16(half) and not computes_in_float16(full)
+    four, line = settled(config("+peft=qlora", "model.dtype=float16"), Device.named(name))
+    assert (four.quant.compute_dtype, computes_in_float16(four)) == ("float16", True)
+    assert line.endswith("float16 in its place (quant.compute_dtype)")
+
+
+def test_weights_that_are_trained_are_not_in_float16() -> None:
+    for words in ((), ("+peft=pissa",), ("peft=partial",)):
+        with pytest.raises(UserError, match=r"model.dtype: float16 is too coarse for weights that are trained"):
+            config("model.dtype=float16", *words)
 
 
 def test_bfloat16_asked_for_by_name_is_refused_there() -> None:

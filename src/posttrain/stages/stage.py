@@ -22,6 +22,7 @@ from torch import nn
 
 from posttrain.console import say
 from posttrain.devices.device import Device
+from posttrain.devices.seen import remarks, seen
 from posttrain.errors import Stopped, UserError, of_all
 from posttrain.models.counting import in_words
 from posttrain.reports.card import write_card
@@ -30,9 +31,10 @@ from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
 from posttrain.stages.accelerator import make_accelerator, products_beside_autocast
 from posttrain.stages.manifest import common_record, show_outcome
-from posttrain.stages.precision import settled
+from posttrain.stages.precision import computes_in_float16, settled
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
+from posttrain.training import loss_scale
 from posttrain.training.checkpoint import check_room
 from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
@@ -48,11 +50,14 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
     """Train to the end, or go on where a checkpoint left off; returns the manifest. Raises UserError, RunError or Stopped."""
     stop = StopSignal()
     try:
-        device = Device.here(int(os.environ.get("LOCAL_RANK", "0")))
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        device = Device.here(index)
         cfg, line = settled(cfg, device)
         if line:
             say(line)
         accelerator = make_accelerator(cfg, device)
+        for remark in remarks(Processes.of(accelerator).gathered(seen(device, index))):
+            say(remark)
         with Tracker(run.metrics, accelerator) as tracker:
             return _run(cfg, run, steps, accelerator, tracker, stop)
     except Exception as error:
@@ -147,6 +152,8 @@ def _loop(
     stop: StopSignal,
 ) -> Loop[Any]:
     cfg = context.cfg
+    if computes_in_float16(cfg):
+        loss_scale.begin(session.state)
     config = LoopConfig(
         num_steps=prepared.num_steps,
         warmup_steps=math.ceil(cfg.optim.warmup_ratio * prepared.num_steps),

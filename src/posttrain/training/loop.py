@@ -26,6 +26,7 @@ from posttrain.training.callbacks import StepCallback
 from posttrain.training.checkpoint import Checkpoint, delete_older, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.gradients import average_gradients
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, diverged, halved, not_finite
+from posttrain.training.loss_scale import BEYOND, OVERFLOW, overflowed, unscale
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
 from posttrain.training.optimizer import Schedule, lr_factor
@@ -166,6 +167,7 @@ class Loop(Generic[B]):
         loss, metrics, parts = self._gradients(step, parts, batches, count)
         if self.processes.count > 1 and not isinstance(self.module, FSDPModule):  # which has done it in the backward
             average_gradients(self.module)
+        unscale((p.grad for p in self.module.parameters()), self.state)
         if self.callback:
             penalty = self.callback.penalty()
             self.window.add({"penalty": (penalty, 1.0)})
@@ -207,7 +209,7 @@ class Loop(Generic[B]):
 
     def _backward(self, step: int, parts: int, batches: list[B], count: float) -> tuple[Tensor, list[tuple[Metrics, float]], int]:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        scale = processes / count  # processes' gradients are averaged, sums are wanted
+        scale = processes / count * (self.state.loss_scale or 1.0)  # processes' gradients are averaged, sums are wanted
         total, metrics = torch.zeros((), device=self.accelerator.device), []
         for i, batch in enumerate(batches, parts):
             seed_step(self.config.seed, step, i * processes + rank)
@@ -227,13 +229,18 @@ class Loop(Generic[B]):
 
     def _is_fit(self, step: int, loss: float, norm: float, rows: list[int]) -> bool:
         """May the update be taken? Raises Spike, or RunError where no more may be left out."""
+        if overflowed(self.state, loss, norm):
+            self._write_down({"step": step, "loss": loss, "grad_norm": str(norm), "rows": rows, "why": OVERFLOW})
+            say(f"step {step}: {OVERFLOW}; left out, losses are multiplied by {self.state.loss_scale:g} from here on")
+            return False
         entry = check_update(self.guard, self.state, step, loss, norm, rows)
         if entry is None:
             return True
         before = sum(each["why"] == entry["why"] for each in self.state.left_out)
         entry = self._write_down(entry)
         if before >= self.guard.skip_nonfinite:
-            raise of_all(not_finite(entry, self.guard, diverged(self.module, step, self.config.lr)))
+            why = diverged(self.module, step, self.config.lr) or (BEYOND if self.state.loss_scale else "")
+            raise of_all(not_finite(entry, self.guard, why))
         say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
         return False
 

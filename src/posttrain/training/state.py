@@ -18,7 +18,8 @@ class TrainState:
     {step, change} of what was not the same at a later start. before: what was measured before the first step. seen: tokens
     (or images) that were trained on. drawn: hash of all rows drawn so far, in their order. halved: steps at which micro-
     batches were halved, for want of memory. left_out: updates that were not taken, and why. losses: the last ones, which a
-    spike is judged by. evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose
+    spike is judged by. loss_scale: what losses are multiplied by, None for no scaling; scale_held: updates since it was changed.
+    evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose
     weights the checkpoint gate let through. ended: {step, back_to} where the run ended before its last step. window: sums
     since the last logged step, of each process. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a
     dict as a checkpoint has it.
@@ -36,6 +37,8 @@ class TrainState:
     halved: list[int] = field(default_factory=list[int])
     left_out: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     losses: list[float] = field(default_factory=list[float])
+    loss_scale: float | None = None
+    scale_held: int = 0
     evaluation_owed: bool = False
     within_budget: int | None = None
     ended: dict[str, int] | None = None

@@ -49,6 +49,10 @@ class Stage(Strict):
         self.launch.check(self.train.launcher, self.train.processes)
         if self.quant.is_quantized and self.train.fsdp:
             raise ValueError(f"train.fsdp does not shard a base in {self.quant.name}; say quant=none, or train.fsdp=false")
+        if self.base_dtype == "float16" and (self.peft.writes_base or self.peft.output == "model"):
+            raise ValueError(
+                "model.dtype: float16 is too coarse for weights that are trained; say model.dtype=float32, or peft=lora"
+            )
         if self.train.fsdp and not self.peft.for_fsdp:
             raise ValueError(f"train.fsdp does not shard peft={self.peft.name}; use peft=lora, or train.fsdp=false")
         return self

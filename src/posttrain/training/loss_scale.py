@@ -1,0 +1,50 @@
+"""Loss scaling, for models that compute in float16: small gradients are zero there, and what is beyond 65,504 is infinite.
+
+Losses are multiplied by a power of two; gradients, which are in float32, are divided by it again before they are read. It is
+halved where a gradient overflows, and that update is left out; it is doubled after many that have not. The state is the run's
+(`TrainState`), so a run that goes on scales as it would have. Not by torch's GradScaler: that one waits for the device once more,
+and decides in an optimizer's step what this run decides by the norm that it reads anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from posttrain.training.state import TrainState
+
+FIRST, SMALLEST = 2.0**16, 2.0**-14
+GROWS_AFTER = 2000  # updates without an overflow, as in torch
+OVERFLOW = "a gradient is beyond float16"
+BEYOND = "numbers of the model itself may be beyond float16, which ends at 65,504; say model.dtype=float32, in a new run.dir"
+
+
+def begin(state: TrainState) -> None:
+    """Have the run's losses scaled, unless a checkpoint has said how."""
+    state.loss_scale = state.loss_scale or FIRST
+
+
+def unscale(gradients: Iterable[Tensor | None], state: TrainState) -> None:
+    """Divide by what the losses were multiplied by, in place and exactly: it is a power of two."""
+    if state.loss_scale:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(1 / state.loss_scale)
+
+
+def overflowed(state: TrainState, loss: float, norm: float) -> bool:
+    """After an update's figures are known: was it the scale that made the gradients infinite? Then it is half as large from here
+    on. A loss that is not finite, or a scale as small as it may be, is another fault."""
+    if not state.loss_scale:
+        return False
+    if not math.isfinite(norm):
+        if not math.isfinite(loss) or state.loss_scale <= SMALLEST:
+            return False
+        state.loss_scale, state.scale_held = state.loss_scale / 2, 0
+        return True
+    state.scale_held += 1
+    if state.scale_held == GROWS_AFTER:
+        state.loss_scale, state.scale_held = state.loss_scale * 2, 0
+    return False
