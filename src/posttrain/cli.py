@@ -165,7 +165,8 @@ def report(
 @app.command("eval", rich_help_panel="Chains and results")
 def evaluate(
     words: Annotated[
-        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.KEY, rows, max_length, tasks.")
+        list[str],
+        typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.KEY, rows, max_length, tasks, shots."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

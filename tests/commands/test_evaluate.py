@@ -78,7 +78,6 @@ def test_loss_of_text_by_hand(runs: dict[str, Path], tmp_path: Path) -> None:
         (["tiny"], "data.path: a bare model holds nothing out"),
         (["data.path=x"], "give a run directory"),
         (["tiny", "rows=x", "data.path=builtin:general"], "rows: 'x' is no whole number"),
-        (["tiny", "tasks=arc_easy"], r"pip install 'posttrain\[eval\]'"),
     ],
 )
 def test_bad_words(words: list[str], match: str) -> None:

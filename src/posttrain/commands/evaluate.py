@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -20,6 +19,8 @@ from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
+from posttrain.evaluation.tasks import KEYS as OF_TASKS
+from posttrain.evaluation.tasks import Tasks
 from posttrain.models.language.loading import LoadedModel, device_here, load_model, load_models, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import of_file
@@ -30,7 +31,7 @@ from posttrain.stages.language.summary import lines_of_source
 from posttrain.stages.rm.policy_pairs import PAIRS, data_of_pairs
 from posttrain.stages.spec import spec_of
 
-KEYS = ("rows", "max_length", "tasks", "limit")
+KEYS = ("rows", "max_length", *OF_TASKS)
 DEFAULTS = {"rows": 256, "max_length": 1024}
 
 
@@ -40,22 +41,25 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
 
     data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
     the model has by its own likelihood a token, with a 95 % interval. Without it: what the run's own config holds out. tasks=A,B:
-    tasks of lm-eval. Raises UserError before a model is loaded.
+    tasks of lm-eval (`evaluation.tasks`). Raises UserError before a model is loaded.
     """
     runs, settings, of_data = _sorted(words)
     if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
+    asked = Tasks.of(settings).prepared() if "tasks" in settings else None
     live, names = load_models(runs, device_here(), of_data)
-    if "tasks" in settings:
-        return {name: _lm_eval(live, names, name, settings) for name in names}
-    sets = _sets(live, settings)
+    sets = [] if asked else _sets(live, settings)
     found = {}
     for name in names:
         switch(live, names, name)
-        lm = PackedLM(live.model, kernels=live.kernels)
-        metrics = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
-        found[name] = metrics | _intervals(sets, metrics)
+        found[name] = asked(live.model, live.tokenizer, live.is_chat) if asked else _measured(live, sets)
     return found
+
+
+def _measured(live: LoadedModel, sets: list[EvalSet]) -> dict[str, float]:
+    lm = PackedLM(live.model, kernels=live.kernels)
+    metrics = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
+    return metrics | _intervals(sets, metrics)
 
 
 def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:
@@ -63,7 +67,9 @@ def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]
     runs, settings, of_data = runs_and_settings(words, KEYS)
     if not runs:
         raise UserError("give a run directory, or a model: posttrain eval RUN data.path=FILE")
-    for key in ("rows", "max_length", "limit"):
+    if extra := [key for key in OF_TASKS if key in settings and "tasks" not in settings]:
+        raise UserError(f"{extra[0]}: is about lm-eval's tasks; give tasks=NAME,NAME too")
+    for key in ("rows", "max_length"):
         if key in settings and not settings[key].isdigit():
             raise UserError(f"{key}: '{settings[key]}' is no whole number")
     return runs, settings, of_data
@@ -135,25 +141,6 @@ def _intervals(sets: list[EvalSet], metrics: dict[str, float]) -> dict[str, floa
             low, high = wilson(metrics[f"{each.name}/accuracy"], len(each.examples))
             found |= {f"{each.name}/accuracy_low": low, f"{each.name}/accuracy_high": high}
     return found
-
-
-def _lm_eval(live: LoadedModel, names: list[str], name: str, settings: dict[str, str]) -> dict[str, float]:
-    try:
-        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(f"tasks: lm-eval is not installed ({error}); pip install 'posttrain[eval]'") from None
-    switch(live, names, name)
-    limit = int(settings["limit"]) if "limit" in settings else None
-    found: Any = simple_evaluate(
-        model=HFLM(pretrained=live.model, tokenizer=live.tokenizer), tasks=settings["tasks"].split(","), limit=limit
-    )
-    return {
-        f"{task}/{metric.split(',')[0]}": value
-        for task, metrics in found["results"].items()
-        for metric, value in metrics.items()
-        if isinstance(value, float)
-    }
 
 
 def show_evaluation(found: dict[str, dict[str, float]]) -> None:

@@ -1,0 +1,97 @@
+"""Tasks of EleutherAI's lm-eval on a model that is loaded: which there are, how they are asked, what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from posttrain.console import say
+from posttrain.errors import UserError, did_you_mean, reading
+
+KEYS = ("tasks", "limit", "shots", "batch_size", "chat_template", "include")
+BATCH_SIZE = 8
+TRUTH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """names: as lm-eval lists them. shots: None for each task's own number of examples. chat_template: None for as the run's rows
+    were rendered. limit: questions of each, from the first; None for all. batch_size: of questions that are asked at once.
+    include: a directory of the user's own tasks, whose YAML may name Python functions."""
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    shots: int | None = None
+    batch_size: int = BATCH_SIZE
+    chat_template: bool | None = None
+    include: Path | None = None
+
+    @classmethod
+    def of(cls, words: Mapping[str, str]) -> Tasks:
+        """words: KEY=VALUE of `KEYS`. Raises UserError."""
+        for key in ("limit", "shots", "batch_size"):
+            if key in words and (not words[key].isdigit() or (key != "shots" and int(words[key]) == 0)):
+                raise UserError(f"{key}: '{words[key]}' is no whole number{'' if key == 'shots' else ' above 0'}")
+        if words.get("chat_template", "true") not in TRUTH:
+            raise UserError(f"chat_template: '{words['chat_template']}' is neither true nor false")
+        include = Path(words["include"]).expanduser() if "include" in words else None
+        if include and not include.is_dir():
+            raise UserError(f"include: {include} is no directory of tasks")
+        names = tuple(name.strip() for name in words["tasks"].split(",") if name.strip())
+        if not names:
+            raise UserError("tasks: give names of lm-eval's tasks, such as tasks=gsm8k,arc_easy")
+        limit, shots, size = (int(words[key]) if key in words else None for key in ("limit", "shots", "batch_size"))
+        return cls(names, limit, shots, size or BATCH_SIZE, TRUTH.get(words.get("chat_template", "")), include)
+
+    def prepared(self) -> Callable[[Any, Any, bool], dict[str, float]]:
+        """`measure`, with lm-eval's list of tasks. Raises UserError where lm-eval is missing, or one of the tasks."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError(f"tasks: lm-eval is not installed ({error}); pip install 'posttrain[eval]'") from None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        with reading("tasks: lm-eval cannot list its tasks", "mend the files in include=DIR"):
+            listed = TaskManager(include_path=self.include)
+        for name in self.names:
+            if not listed.match_tasks([name]):
+                near = did_you_mean(name, listed.all_tasks)
+                raise UserError(f"tasks: lm-eval has no '{name}'{near or '; `lm-eval ls tasks` lists them'}")
+        return partial(measure, self, listed)
+
+
+def measure(tasks: Tasks, listed: Any, model: Any, tokenizer: Any, is_chat: bool) -> dict[str, float]:
+    """Figures by task/metric, and by task/filter/metric where a filter picks the answer; a standard error under its metric's
+    name with _stderr. Raises UserError with what lm-eval says.
+
+    listed: lm-eval's TaskManager. is_chat: whether to ask by the chat template, where `tasks` leaves it open.
+    """
+    harness: Any = import_module("lm_eval")  # its types say other than it takes
+    chat = is_chat if tasks.chat_template is None else tasks.chat_template
+    if chat and not tokenizer.chat_template:
+        raise UserError("chat_template: this model has no chat template; leave chat_template=true out")
+    shots = "each task's own number of examples" if tasks.shots is None else f"{tasks.shots} examples"
+    say(f"tasks: asked {'by the chat template' if chat else 'as plain text'}, with {shots}, {tasks.batch_size} at a time")
+    fix = "a task that is downloaded needs a network once; one that runs code that a model writes is not asked here"
+    with reading(f"tasks: lm-eval cannot ask {', '.join(tasks.names)}", fix):
+        lm = import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size)
+        found: Any = harness.simple_evaluate(
+            model=lm, tasks=list(tasks.names), num_fewshot=tasks.shots, limit=tasks.limit, apply_chat_template=chat,
+            task_manager=listed, log_samples=False, bootstrap_iters=1000,
+        )  # fmt: skip
+    return {
+        _name(task, metric): float(value)
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "," in metric
+    }
+
+
+def _name(task: str, metric: str) -> str:
+    """metric: as lm-eval has it, "exact_match_stderr,strict-match"."""
+    figure, _, picked = metric.partition(",")
+    return "/".join([task, figure] if picked == "none" else [task, picked, figure])
