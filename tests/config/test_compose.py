@@ -83,6 +83,11 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
         (["data=file"], "data.path has no value; give data.path=..."),
         (["nonsense"], "'nonsense' is no override: write key=value"),
         (["data.path=[a"], "is no override"),
+        (["train.keep_best=eval/loss"], "train.keep_best: evaluations are compared, and there is none during training"),
+        (["train.early_stopping.patience=2"], "train.early_stopping.patience: evaluations are compared"),
+        (["train.early_stopping.metric=eval/loss"], "train.early_stopping: give its patience too"),
+        (["train.eval_steps=5", "train.keep_best=eval/odd"], "train.early_stopping.direction=lower or higher"),
+        (["train.eval_steps=5", "train.keep_best=eval/loss", "train.early_stopping.metric=eval/x"], "one metric decides"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(words: list[str], said: str) -> None:

@@ -305,6 +305,10 @@ def _particulars(record: Record) -> list[tuple[str, list[tuple[str, Any]]]]:
     if manifest is None:
         return []
     result: list[tuple[str, Any]] = [("dtype", manifest.dtype), ("seed", manifest.seed), ("device", manifest.device)]
+    if ended := manifest.ended:
+        result += [("ended", f"at step {ended.step}, with the weights of step {ended.back_to}")]
+    if best := manifest.best:
+        result += [(f"best {best.metric}", f"{best.value} at step {best.step}")]
     result += [(f"weights {key}", value) for key, value in manifest.weights.to_dict().items()]
     result += [(f"base {key}", value) for key, value in manifest.base.to_dict().items() if value]
     result += [(f"quant {key}", value) for key, value in manifest.quant.to_dict().items()]

@@ -12,14 +12,12 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
+from posttrain.config.directions import direction
 from posttrain.errors import UserError
 from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.earlier import current_figures
 from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
-
-LOWER_IS_BETTER = ("loss", "perplexity", "percent")
-HIGHER_IS_BETTER = ("accuracy", "margin", "gap", "reward", "gold", "logp", "clip_i", "clip_t", "dino")
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,6 @@ def as_written(what: Path) -> Generator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{what} is not as posttrain writes it ({reason}); is a file of it damaged?") from e
-
-
-def direction(name: str) -> int:
-    """-1 where lower is better, +1 where higher is, 0 where neither can be said."""
-    kind = name.rsplit("/", 1)[-1]
-    return -1 if kind in LOWER_IS_BETTER else int(kind in HIGHER_IS_BETTER)
 
 
 def show(name: str, value: float | None) -> str:

@@ -125,6 +125,15 @@ class Ended(Record):
     back_to: int
 
 
+class BestRecord(Record):
+    """The best evaluation by `metric`: its step and value, None where none was a number; waited: evaluations since."""
+
+    metric: str
+    step: int | None
+    value: Number | None
+    waited: int
+
+
 class TrackerRecord(Record):
     """The run of a tracker, by which it is found there. lost: lines of metrics that it was not told."""
 
@@ -172,6 +181,7 @@ class Manifest(Record):
     batches_left_out: tuple[dict[str, Any], ...] = ()
     halved: tuple[int, ...] = ()
     ended: Ended | None = None
+    best: BestRecord | None = None  # of evaluations, where they were compared
     tracker: TrackerRecord | None = None
     identity: dict[str, Any] = Field(default_factory=dict)  # see StageRun.identity
     made_with: dict[str, str] = Field(default_factory=dict)

@@ -42,7 +42,8 @@ def common_record(cfg: Stage, outcome: Outcome, accelerator: Accelerator) -> dic
         "identity": state.identity,
         "made_with": state.made_with,
     }
-    return record | ({"ended": state.ended} if state.ended else {})
+    record |= {"ended": state.ended} if state.ended else {}
+    return record | ({"best": {"metric": cfg.train.judged_by, **state.best}} if state.best else {})
 
 
 def _say_of_scores(metrics: dict[str, float]) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from posttrain.config.directions import direction
+from posttrain.config.schema import TrainConfig
 from posttrain.console import say
 from posttrain.devices.device import Device
 from posttrain.devices.seen import remarks, seen
@@ -35,6 +37,7 @@ from posttrain.stages.precision import computes_in_float16, settled
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
 from posttrain.training import loss_scale
+from posttrain.training.best import Judge
 from posttrain.training.checkpoint import check_room
 from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
@@ -97,7 +100,7 @@ def _run(
         loop.fit(start)
     with stop.at_once(alone):
         done = loop.state.ended["step"] if loop.state.ended else prepared.num_steps
-        measured = _measure(training, done, stop, after=True)
+        measured = _measure(training, done, stop)
         tracker.log(done, measured.metrics)
     steps_kept = loop.state.ended["back_to"] if loop.state.ended else prepared.num_steps
     before = loop.state.before
@@ -185,14 +188,27 @@ def _loop(
         callback=training.callback,
         checkpoint_gate=training.checkpoint_gate,
         state=session.state,
+        judge=_judge(cfg.train),
     )
+
+
+def _judge(train: TrainConfig) -> Judge | None:
+    """None where evaluations are not compared."""
+    if (metric := train.judged_by) is None:
+        return None
+    stopping = train.early_stopping
+    lower = stopping.direction == "lower" or (stopping.direction == "auto" and direction(metric) < 0)
+    return Judge(metric, lower, stopping.patience, bool(train.keep_best))
 
 
 def _begin(loop: Loop[Any], history: History, training: Training[Any], stop: StopSignal) -> int:
     """The step to go on from. A fresh run is measured first; a resumed one is put back as it was."""
     checkpoint = history.checkpoint
     if checkpoint is None:
-        before = _measure(training, 0, stop, after=False).metrics
+        before = training.measure(0, stop.check).metrics
+        if loop.judge:
+            loop.judge.check(before)
+        before = before | training.measure_around(False)
         loop.tracker.rewind(-1)
         loop.tracker.log(0, before)
         loop.state.before = before
@@ -203,9 +219,10 @@ def _begin(loop: Loop[Any], history: History, training: Training[Any], stop: Sto
     return checkpoint.step
 
 
-def _measure(training: Training[Any], done: int, stop: StopSignal, after: bool) -> Measured:
+def _measure(training: Training[Any], done: int, stop: StopSignal) -> Measured:
+    """What the result is worth."""
     own = training.measure(done, stop.check)
-    return Measured(own.metrics | training.measure_around(after), own.rows)
+    return Measured(own.metrics | training.measure_around(True), own.rows)
 
 
 def _finish(cfg: Any, run: Run, record: dict[str, Any], session: Session) -> dict[str, Any]:

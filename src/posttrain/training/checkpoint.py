@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ class Checkpoint:
 
 def save_checkpoint(
     directory: Path, step: int, module: nn.Module, optimizer: Optimizer, method: dict[str, Tensor], state: dict[str, Any],
-    *, keep: int, processes: Processes = ALONE, spare: int | None = None,
+    *, keep: int, processes: Processes = ALONE, spare: Collection[int | None] = (),
 ) -> None:  # fmt: skip
     """Write the checkpoint of `step` under another name, flush it, read it back and rename it. Then delete older ones, except the
-    newest `keep` and that of step `spare`. module: as `restore` will be given it. Every process must call it; rank 0 writes.
+    newest `keep` and those of steps in `spare`. module: as `restore` will be given it. Every process must call it; rank 0 writes.
 
     Raises RunError for values that are not finite, and when the disk refuses. The older checkpoints are then untouched.
     """
@@ -76,7 +77,12 @@ def save_checkpoint(
 
 
 def _save(
-    directory: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int, spare: int | None
+    directory: Path,
+    step: int,
+    parts: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    spare: Collection[int | None],
 ) -> None:
     final = directory / f"step-{step:06d}"
     if _is_whole(final):  # the very same, from before a stop that came before the next step
@@ -101,10 +107,10 @@ def _save(
     delete_older(directory, step, keep, spare)
 
 
-def delete_older(directory: Path, step: int, keep: int, spare: int | None) -> None:
-    """Delete the checkpoints up to `step`, except the newest `keep` of them and that of step `spare`."""
+def delete_older(directory: Path, step: int, keep: int, spare: Collection[int | None]) -> None:
+    """Delete the checkpoints up to `step`, except the newest `keep` of them and those of steps in `spare`."""
     # what is newer was damaged, or this run would have gone on from it
-    for old in [path for path in _newest_first(directory) if _step_of(path) <= step and _step_of(path) != spare][keep:]:
+    for old in [path for path in _newest_first(directory) if _step_of(path) <= step and _step_of(path) not in spare][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -158,6 +164,18 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     if damaged:
         raise UserError(f"run.dir: no usable checkpoint in {directory}: {'; '.join(damaged)}; remove {directory} to start over")
     return None, []
+
+
+def checkpoint_of(directory: Path, step: int) -> Checkpoint:
+    """The one of this step. Raises UserError where it is damaged or gone."""
+    path = directory / f"step-{step:06d}"
+    try:
+        return _verified(path)
+    except _DAMAGE as e:
+        raise UserError(
+            f"run.dir: checkpoint {path}, whose weights are the best so far, is damaged ({e}); put it back, or take the last "
+            "weights: train.keep_best=null resume.allow=train.keep_best"
+        ) from None
 
 
 def _is_whole(path: Path) -> bool:

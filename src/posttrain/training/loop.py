@@ -22,8 +22,9 @@ from posttrain.devices.out_of_memory import give_back
 from posttrain.errors import BeforeStep, Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
+from posttrain.training.best import Judge
 from posttrain.training.callbacks import StepCallback
-from posttrain.training.checkpoint import Checkpoint, delete_older, newest_checkpoint, restore, save_checkpoint
+from posttrain.training.checkpoint import Checkpoint, checkpoint_of, delete_older, newest_checkpoint, restore, save_checkpoint
 from posttrain.training.gradients import average_gradients
 from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, diverged, halved, not_finite
 from posttrain.training.loss_scale import BEYOND, OVERFLOW, overflowed, unscale
@@ -82,6 +83,7 @@ class Loop(Generic[B]):
     callback: StepCallback | None = None
     checkpoint_gate: Callable[[int], bool] | None = None  # may these weights be kept? if not, the run ends with the last kept
     guard: GuardConfig = field(default_factory=GuardConfig)
+    judge: Judge | None = None  # of evaluations, where the best of them decides something
     where: Callable[[int], str] = str  # what the number of a row is called
     state: TrainState = field(default_factory=TrainState)
     window: Averages = field(default_factory=Averages)  # since the last logged step
@@ -91,15 +93,15 @@ class Loop(Generic[B]):
         self._last = start + self.stop_after if self.stop_after else None
         self.window.load(self.state.window, self.processes.rank, self.processes.count)
         if self.processes.main:  # who was killed between a save and this has left one more
-            delete_older(self.checkpoints, start, self.config.keep_checkpoints, self.state.within_budget)
-        if self.state.evaluation_owed:
-            self.state.evaluation_owed = False
-            self._evaluate(start)
+            delete_older(self.checkpoints, start, self.config.keep_checkpoints, self._spared)
+        self._catch_up(start)
         if (self.guard.spike_mads is not None or self.checkpoint_gate) and not start:
             self._save(start)  # what the first spike, or an end before the first checkpoint, can go back to
-        began, window_tokens = time.monotonic(), 0
+        began, window_tokens, done = time.monotonic(), 0, start
         with Meter(self.name, self.config.num_steps, start) as meter:
             for step in range(start, self.config.num_steps):
+                if self.state.ended or self._is_over:
+                    break
                 stepped = time.monotonic()
                 norm, tokens = self._step(step)
                 done = step + 1
@@ -113,8 +115,8 @@ class Loop(Generic[B]):
                 else:
                     meter.advance()
                 self._boundary(done)
-                if self.state.ended:
-                    break
+        self._catch_up(done)
+        self._settle(done)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
@@ -305,7 +307,8 @@ class Loop(Generic[B]):
         config, last = self.config, done == self.config.num_steps
         signalled = self._stop_requested()
         stopping = signalled or done == self._last
-        if config.eval_steps and done % config.eval_steps == 0 and not last:
+        before = self.state.best
+        if self.judge and self.judge.keeps if last else config.eval_steps and done % config.eval_steps == 0:
             try:
                 self.state.evaluation_owed = True
                 if not signalled:
@@ -315,33 +318,80 @@ class Loop(Generic[B]):
                 raise self._kept(error, done) from error.__cause__
             except Stopped:
                 stopping = True
-        if stopping or last or (config.save_steps and done % config.save_steps == 0):
+        best = self._best_step == done
+        if stopping or last or best or self._is_over or (config.save_steps and done % config.save_steps == 0):
             if self.checkpoint_gate and not self.checkpoint_gate(done):
-                self._end(done)
+                self.state.best = before
+                self._refuse(done)
                 return
             self._save(done)
         if stopping and not last:
             why = "as run.stop_after says" if done == self._last else "by a signal"
             raise Stopped(f"stopped {why} after step {done} of {config.num_steps}, saved; the same command goes on")
 
-    def _end(self, done: int) -> None:
-        """End the run with the newest checkpoint's weights. The steps after it are printed and do not count."""
-        checkpoint = self._newest()
-        self.restore(checkpoint)
-        self.state.seen = TrainState.from_dict(checkpoint.state).seen
-        self.state.ended = {"step": done, "back_to": checkpoint.step}
+    def _end(self, done: int, checkpoint: Checkpoint | None = None) -> None:
+        """End the run, with a checkpoint's weights in place of today's. The steps after it were printed, and do not count."""
+        if checkpoint:
+            self.restore(checkpoint)
+            self.state.seen = TrainState.from_dict(checkpoint.state).seen
+        self.state.ended = {"step": done, "back_to": checkpoint.step if checkpoint else done}
+
+    def _refuse(self, done: int) -> None:
+        """End the run with the best checkpoint that there is, or else the newest: the weights of now may not be kept."""
+        checkpoint = self._best() or self._newest()
+        self._end(done, checkpoint)
         say(f"the run ends at step {done} with the weights of step {checkpoint.step}")
 
+    def _settle(self, done: int) -> None:
+        """After the last step, or the end of patience: the result is the best checkpoint, where it is looked for."""
+        best = self.state.best
+        if self.state.ended or self.judge is None or best is None:
+            return
+        say(self.judge.told(best, done, self.config.num_steps, self.state.before.get(self.judge.metric)))
+        checkpoint = None if self._best_step == done else self._best()
+        if checkpoint or done < self.config.num_steps:
+            self._end(done, checkpoint)
+
     def _evaluate(self, done: int) -> None:
+        """After the last step what the result measures is logged, by the run."""
         with self.stop.at_once(self.accelerator.num_processes == 1):
-            self.tracker.log(done, self.evaluate(done))
+            values = self.evaluate(done)
+            if done < self.config.num_steps:
+                self.tracker.log(done, values)
+        if judge := self.judge:
+            value = self.processes.told(lambda: float(values[judge.metric]))  # or machines that round differently part here
+            self.state.best = judge.judged(self.state.best, done, value)
+
+    def _catch_up(self, done: int) -> None:
+        """Make an evaluation that a stop came before."""
+        if self.state.evaluation_owed:
+            self._evaluate(done)
+            self.state.evaluation_owed = False
+
+    @property
+    def _is_over(self) -> bool:
+        return bool(self.judge and self.judge.is_over(self.state.best))
+
+    @property
+    def _best_step(self) -> int | None:
+        """Whose checkpoint stays, and is the result."""
+        return self.judge.kept(self.state.best) if self.judge else None
+
+    @property
+    def _spared(self) -> tuple[int | None, int | None]:
+        """Steps whose checkpoints stay, beside the newest."""
+        return self.state.within_budget, self._best_step
+
+    def _best(self) -> Checkpoint | None:
+        step = self._best_step
+        return None if step is None else self.processes.told(lambda: checkpoint_of(self.checkpoints, step))
 
     def _save(self, done: int) -> None:
         method = self.callback.state() if self.callback else {}
         self.state.window, self.state.lines = self.processes.gathered(self.window.state()), self.tracker.lines
         save_checkpoint(
             self.checkpoints, done, self.module, self.optimizer, method, self.state.to_dict(),
-            keep=self.config.keep_checkpoints, processes=self.processes, spare=self.state.within_budget,
+            keep=self.config.keep_checkpoints, processes=self.processes, spare=self._spared,
         )  # fmt: skip
 
     def _stop_requested(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from posttrain.training.best import Best
+
 # keys of checkpoints that version 0.1 wrote -> today's; what neither knows is the stage's own
 _EARLIER = {"tokens": "seen", "images": "seen", "owed": "evaluation_owed", "within": "within_budget"}
 
@@ -19,10 +21,10 @@ class TrainState:
     (or images) that were trained on. drawn: hash of all rows drawn so far, in their order. halved: steps at which micro-
     batches were halved, for want of memory. left_out: updates that were not taken, and why. losses: the last ones, which a
     spike is judged by. loss_scale: what losses are multiplied by, None for no scaling; scale_held: updates since it was changed.
-    evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose
-    weights the checkpoint gate let through. ended: {step, back_to} where the run ended before its last step. window: sums
-    since the last logged step, of each process. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a
-    dict as a checkpoint has it.
+    evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose weights the checkpoint gate
+    let through. best: of the evaluations, where they are compared. ended: {step, back_to} where the run ended before its last
+    step, or with earlier weights. window: sums since the last logged step, of each process. lines: of metrics.jsonl. stage: what
+    a stage keeps of its own; a dataclass, or a dict as a checkpoint has it.
     """
 
     identity: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -41,6 +43,7 @@ class TrainState:
     scale_held: int = 0
     evaluation_owed: bool = False
     within_budget: int | None = None
+    best: Best | None = None
     ended: dict[str, int] | None = None
     window: list[dict[str, tuple[float, float]]] = field(default_factory=list[dict[str, tuple[float, float]]])
     lines: int | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, StrictBool
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from posttrain.config.choices import Schedule
+from posttrain.config.directions import direction
 from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, Weight, listed
 from posttrain.config.schema.launch import Launcher
 
@@ -24,6 +25,14 @@ class OptimConfig(Strict):
     max_grad_norm: Rate | None
 
 
+class EarlyStopping(Strict):
+    """`train.early_stopping`: a run ends where evaluations get no better."""
+
+    patience: Positive | None  # evaluations that are not better than the best; None: the run goes on
+    metric: str | None
+    direction: Literal["auto", "lower", "higher"]
+
+
 class TrainConfig(Strict):
     """`train`: steps, batches, checkpoints, memory and processes."""
 
@@ -36,6 +45,8 @@ class TrainConfig(Strict):
     eval_steps: Positive | None
     save_steps: Positive | None
     keep_checkpoints: Positive
+    keep_best: str | None  # a metric of the evaluations; the result is then the best checkpoint
+    early_stopping: EarlyStopping
     skip_nonfinite: NonNegative
     spike_mads: Rate | None
     spike_steps: Annotated[int, Field(ge=8)]
@@ -44,6 +55,30 @@ class TrainConfig(Strict):
     processes: Positive  # of all machines together
     launcher: Launcher
     fsdp: bool
+
+    @property
+    def judged_by(self) -> str | None:
+        """The metric that evaluations are compared by; None where they are not."""
+        stopping = self.early_stopping
+        return self.keep_best or (stopping.metric or "eval/loss" if stopping.patience else None)
+
+    @model_validator(mode="after")
+    def _judged(self) -> TrainConfig:
+        stopping, metric = self.early_stopping, self.judged_by
+        if metric is None:
+            if stopping.metric or stopping.direction != "auto":
+                raise ValueError("train.early_stopping: give its patience too, in evaluations, or train.keep_best")
+            return self
+        key = "train.keep_best" if self.keep_best else "train.early_stopping.patience"
+        if self.eval_steps is None:
+            raise ValueError(f"{key}: evaluations are compared, and there is none during training; give train.eval_steps")
+        if self.keep_best and stopping.metric not in (None, self.keep_best):
+            raise ValueError(
+                f"train.early_stopping.metric: one metric decides, and train.keep_best is {self.keep_best}; leave one of them out"
+            )
+        if stopping.direction == "auto" and not direction(metric):
+            raise ValueError(f"{key}: is more or less of {metric} better? say train.early_stopping.direction=lower or higher")
+        return self
 
 
 class LanguageTrain(TrainConfig):
