@@ -1,4 +1,4 @@
-"""Hydra composes plain YAML, pydantic checks the result. The only file that imports Hydra."""
+"""Hydra composes plain YAML, pydantic checks the result. No file imports Hydra but this one and parsed_files.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra._internal.core_plugins.bash_completion import BashCompletion
@@ -28,6 +28,7 @@ from posttrain.config.code import refuse_targets, require_own_words
 from posttrain.config.complaints import first_complaint, unknown_key
 from posttrain.config.files import in_quotes, naming_place, split_words, with_files
 from posttrain.config.interfaces import REGISTRIES
+from posttrain.config.parsed_files import ParsedFiles
 from posttrain.config.paths import root
 from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
@@ -80,7 +81,9 @@ def opened(config_dir: Path | None, task: str = "posttrain") -> Iterator[Hydra]:
         path.prepend(provider="user", path=f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main"))
     GlobalHydra.instance().clear()
     try:
-        yield Hydra.create_main_hydra2(task_name=task, config_search_path=path)
+        hydra = Hydra.create_main_hydra2(task_name=task, config_search_path=path)
+        cast(Any, hydra.config_loader).repository = ParsedFiles(path)
+        yield hydra
     finally:
         GlobalHydra.instance().clear()
 
@@ -187,12 +190,9 @@ def _explain(hydra: Hydra, stage: str, message: str) -> str:
 
 def shipped_keys(hydra: Hydra, stage: str) -> list[str]:
     """Every key that this stage knows, in any of its variants: {"optim.lr", "peft.r", ...}."""
-    composed = plain(hydra.compose_config(stage, [], RunMode.RUN, with_log_configuration=False))
-    keys = set(flatten(composed))
+    keys = set(flatten(plain(hydra.compose_config(stage, [], RunMode.RUN, with_log_configuration=False))))
     for group in ("peft", "quant"):
-        for option in hydra.config_loader.get_group_options(group):
-            one = hydra.compose_config(stage, [f"{group}={option}"], RunMode.RUN, with_log_configuration=False)
-            keys |= set(flatten(plain(one)))
+        keys |= {f"{group}.{key}" for key in cast(Any, hydra.config_loader).repository.keys(group)}
     return sorted(keys | {key.rsplit(".", 1)[0] for key in keys if "." in key})
 
 
