@@ -78,6 +78,10 @@ class Mixture:
         """Tokens of each unit, by source."""
         return [part.train.unit_tokens() for part in self.parts]
 
+    def others(self, seed: int, total: int) -> list[int]:
+        """So many units beside the order of a run, by the same shares."""
+        return draw_units(self.sizes, self.shares, seed, total, None, "repeat").tolist()
+
     def where(self, sequence: int) -> str:
         """The row that a sequence of `train` is from, as messages say it, with its source where there are several."""
         starts = np.cumsum([0, *(len(part.train.rows) for part in self.parts)])

@@ -26,6 +26,16 @@ COMMON = (
 KINDS = {
     "ppo": ["train.grad_accum=2"],
     "grpo": ["train.grad_accum=2", "ppo.advantage=grpo", "ppo.samples=3", "ppo.stop_kl=0.0001", "ppo.kl_coef=0.05"],
+    "dynamic": [
+        "train.grad_accum=2",
+        "ppo.advantage=grpo",
+        "ppo.samples=3",
+        "ppo.dynamic_sampling=true",
+        "ppo.max_draws=3",
+        "ppo.target_kl=null",
+        "reward.whiten=false",
+        "reward.clip=0.95",  # which makes all of a group alike now and then
+    ],
     "rloo": ["train.grad_accum=2", "ppo.advantage=rloo", "ppo.samples=2"],
 }
 ONE, HALF = "train.batch_size=2", "train.batch_size=1"

@@ -99,6 +99,8 @@ class PpoConfig(Strict):
     advantage: Advantage
     loss: Annotated[str, OneOf(POLICY_LOSSES)]
     samples: Positive  # answers to a prompt
+    dynamic_sampling: bool
+    max_draws: Positive
     scale: AdvantageScale
     gamma: Share
     lam: Share

@@ -38,6 +38,8 @@ class Ppo(LanguageStage):
             raise ValueError(f"reward.weights: {len(self.reward.weights)} weights for {given} rewards (init_reward comes first)")
         if self.ppo.advantage != "gae" and self.ppo.samples < 2:
             raise ValueError(f"ppo.samples: {self.ppo.advantage} compares answers to one prompt; say ppo.samples=4")
+        if self.ppo.dynamic_sampling and self.ppo.advantage == "gae":
+            raise ValueError("ppo.dynamic_sampling: gae does not compare answers to one prompt; say ppo.advantage=grpo, or rloo")
         if self.example_length < 1:
             raise ValueError(
                 f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "

@@ -56,6 +56,13 @@ def alarms(found: dict[str, float], first: dict[str, float], cfg: PpoConfig) -> 
             "all answers to a prompt got the same reward: there is nothing to learn from; change the reward or raise ppo.samples",
         ),
         (
+            "unfilled",
+            found.get("filled", 1.0) < 1 and found.get("informative") != 0,
+            f"{found.get('prompts_drawn', 0):.0f} prompts were drawn, and only {found.get('prompts_kept', 0):.0f} have answers "
+            "of different reward, so the step is smaller: give prompts that are neither too easy nor too hard, raise ppo.samples "
+            "or ppo.max_draws",
+        ),
+        (
             "unscored",
             found.get("unscored", 0.0) > 0,
             f"no reward applies to {found.get('unscored', 0.0):.0%} of the answers, which count 0: give a reward for their rows",

@@ -29,25 +29,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Answers to prompts, and what each of their tokens was to policy and reference: of all processes, and the same in each.
+class Written:
+    """Answers to prompts, as many to each in turn, and what they are worth: of all processes, and the same in each.
 
-    packs: the answers in turn, as this process trains on them; own: their rows in the tables. mask: bool [A, T], the places that
-    an answer fills. old, reference, values (where they are wanted): [A, T], zero past an answer's end. scores: by name, [A]
-    each, the reward model's and then the functions'; gold: [A].
+    units: of the prompts, by micro-batch. prompts: of each answer. scores: by name, [A] each, the reward model's and then the
+    functions'; gold: [A].
     """
 
+    units: list[list[int]]
     prompts: list[str]
     answers: list[Answer]
     texts: list[str]
-    packs: list[PackedBatch]
-    own: list[int]
-    mask: Tensor
-    old: Tensor
-    reference: Tensor
-    values: Tensor | None
     scores: dict[str, Tensor]
     gold: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+        return len(self.answers) // sum(map(len, self.units))
+
+    @property
+    def by_unit(self) -> list[list[list[Answer]]]:
+        """The answers, by micro-batch and prompt."""
+        rest = iter(self.answers)
+        return [[[next(rest) for _ in range(self.samples)] for _ in units] for units in self.units]
 
     @property
     def ended(self) -> Tensor:
@@ -55,16 +60,32 @@ class Rollout:
         return torch.tensor([answer.ended for answer in self.answers])
 
     @property
+    def lengths(self) -> Tensor:
+        """int64 [A]: tokens of each answer."""
+        return torch.tensor([len(answer.tokens) for answer in self.answers])
+
+
+@dataclass(frozen=True)
+class Rollout(Written):
+    """Answers, and what each of their tokens was to policy and reference.
+
+    packs: the answers in turn, as this process trains on them; own: their rows in the tables. mask: bool [A, T], the places that
+    an answer fills. old, reference, values (where they are wanted): [A, T], zero past an answer's end.
+    """
+
+    packs: list[PackedBatch]
+    own: list[int]
+    mask: Tensor
+    old: Tensor
+    reference: Tensor
+    values: Tensor | None
+
+    @property
     def sampled(self) -> Tensor:
         """float32 [A, T]: log-probs of the tokens by what they were drawn from, zero past an answer's end."""
         table = torch.zeros(self.mask.shape)
         table[self.mask] = torch.tensor([logp for answer in self.answers for logp in answer.logps])
         return table
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [A]: tokens of each answer."""
-        return self.mask.sum(1)
 
     @property
     def kl(self) -> Tensor:
@@ -97,6 +118,10 @@ class Shares:
         """How many units come before a micro-batch."""
         return sum(len(units) for units in self.units[:number])
 
+    def own(self, each: list[T]) -> list[T]:
+        """Of what this process has for each of its micro-batches, that of those that have units."""
+        return [one for one, number in zip(each, self.mine, strict=True) if self.of(number)]
+
     def together(self, found: list[T]) -> list[T]:
         """What each process has found, for each of its micro-batches that has units, in the order of the micro-batches."""
         known = dict(zip([number for number in self.mine if self.of(number)], found, strict=True))
@@ -114,7 +139,7 @@ class Roller:
     """
 
     roles: ActorCritic
-    write: Write
+    writes: Write
     sampling: Sampling
     tokenizer: Any
     ends: list[int]
@@ -123,24 +148,23 @@ class Roller:
     gold: RewardFunction | None
     accelerator: Accelerator
 
-    @torch.no_grad()
     def roll(
         self, examples: Examples, micro: list[list[int]], samples: int, seed: Seed | None, with_values: bool = False
     ) -> Rollout:
-        """Answer the prompts of these units `samples` times each, every process those of its micro-batches. seed: None:
-        torch's global random numbers."""
+        """`write`, then `read`."""
+        return self.read(examples, self.write(examples, micro, samples, seed), with_values)
+
+    @torch.no_grad()
+    def write(self, examples: Examples, micro: list[list[int]], samples: int, seed: Seed | None) -> Written:
+        """Answer the prompts of these units `samples` times each, every process those of its micro-batches, and ask what the
+        answers are worth. seed: None: torch's global random numbers."""
         self.roles.eval()
         shares = Shares(micro, Processes.of(self.accelerator))
         answers = self._written(examples, shares, samples, seed)
         flat = [answer for some in answers for group in some for answer in group]
-        lengths = torch.tensor([len(answer.tokens) for answer in flat])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        packs = self._packed(examples, shares, answers, [])
-        with_units = [pack for pack, number in zip(packs, shares.mine, strict=True) if shares.of(number)]
-        read = partial(self._table, shares, with_units, mask)
         # scored as if it had ended: a reward model has learnt nothing about any other place
-        ended = self._packed(examples, shares, answers, self.ends[:1]) if self.scorers else []
-        scored = {role: torch.cat(shares.together(self._read(ended[: len(with_units)], role))) for role in self.scorers}
+        ended = shares.own(self._packed(examples, shares, answers, self.ends[:1])) if self.scorers else []
+        scored = {role: torch.cat(shares.together(self._said(ended, role))) for role in self.scorers}
         texts = [self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in flat]
         units = [unit for some in micro for unit in some for _ in range(samples)]
         prompts, known = texts_of(examples, units, self.tokenizer)
@@ -150,9 +174,20 @@ class Roller:
         for function in self.functions:
             scores[free_name(function.short_name, scores)] = judged(function)
         gold = judged(self.gold) if self.gold else scored.get("gold")
-        own = [row for number in shares.mine for row in _rows(shares, number, samples)]
+        return Written(micro, prompts, flat, texts, scores, gold)
+
+    @torch.no_grad()
+    def read(self, examples: Examples, written: Written, with_values: bool = False) -> Rollout:
+        """What policy, reference and, where wanted, values say of every token, in the packs that are trained on."""
+        self.roles.eval()
+        shares, lengths = Shares(written.units, Processes.of(self.accelerator)), written.lengths
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        packs = self._packed(examples, shares, written.by_unit, [])
+        read = partial(self._table, shares, shares.own(packs), mask)
+        own = [row for number in shares.mine for row in _rows(shares, number, written.samples)]
         values = read("value") if with_values else None
-        return Rollout(prompts, flat, texts, packs, own, mask, read("policy"), read("reference"), values, scores, gold)
+        tables = {"mask": mask, "old": read("policy"), "reference": read("reference"), "values": values}
+        return Rollout(**vars(written), packs=packs, own=own, **tables)
 
     def _written(self, examples: Examples, shares: Shares, samples: int, seed: Seed | None) -> list[list[list[Answer]]]:
         """By micro-batch and prompt, of all processes."""
@@ -161,7 +196,7 @@ class Roller:
         seeds = [seed(place) for place, _ in mine] if seed else None
         with self.accelerator.autocast():
             self.roles.set_role("policy")
-            found = iter(self.write(self.roles.policy, prompts, samples, self.sampling, self.ends, seeds) if prompts else [])
+            found = iter(self.writes(self.roles.policy, prompts, samples, self.sampling, self.ends, seeds) if prompts else [])
         return shares.together([[next(found) for _ in shares.of(number)] for number in shares.mine if shares.of(number)])
 
     def _packed(self, examples: Examples, shares: Shares, answers: list[list[list[Answer]]], end: list[int]) -> list[PackedBatch]:
@@ -181,10 +216,10 @@ class Roller:
     def _table(self, shares: Shares, packs: list[PackedBatch], mask: Tensor, role: Role) -> Tensor:
         """float32 [A, T]: what a role says of each token of all answers."""
         table = torch.zeros(mask.shape)
-        table[mask] = torch.cat(shares.together(self._read(packs, role)))
+        table[mask] = torch.cat(shares.together(self._said(packs, role)))
         return table
 
-    def _read(self, packs: list[PackedBatch], role: Role) -> list[Tensor]:
+    def _said(self, packs: list[PackedBatch], role: Role) -> list[Tensor]:
         options = {"temperature": self.sampling.temperature} if role in ("policy", "reference") else {}
 
         def read(pack: PackedBatch) -> Tensor:

@@ -15,6 +15,11 @@ def lines_of_method(cfg: Ppo) -> list[str]:
         f"ppo.advantage={ppo.advantage} ppo.loss={ppo.loss}: ratios from {1 - ppo.clip:g} to {1 + ppo.clip_high:g}; {kl}; "
         f"answers of up to {rollout.max_new_tokens} tokens, {ends}"
     ]
+    if ppo.dynamic_sampling:
+        lines.append(
+            f"ppo.dynamic_sampling: a step draws prompts until enough have answers of different reward, up to {ppo.max_draws} "
+            "times; train/reward is of those that are kept, train/drawn_reward of all"
+        )
     if ppo.minibatches > cfg.train.grad_accum:
         lines.append(
             f"ppo.minibatches={ppo.minibatches} of train.grad_accum={cfg.train.grad_accum} micro-batches: an update has "

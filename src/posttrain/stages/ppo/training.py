@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,13 +20,15 @@ from posttrain.runs.files import write_json
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.ppo.config import Ppo
 from posttrain.stages.ppo.diagnostics import alarms
-from posttrain.stages.ppo.rollout import Roller, Rollout, figures_of
+from posttrain.stages.ppo.draws import drawn_until_full
+from posttrain.stages.ppo.rollout import Roller, Rollout, Written, figures_of
 from posttrain.stages.ppo.updates import ppo_batches, ppo_loss
 from posttrain.stages.steps import Context, Measured, Session
 from posttrain.training.objective import Update, UpdateOutcome
 from posttrain.training.processes import Processes
 from posttrain.training.seeding import row_seed, seed_step
 
+DRAWS = 7999  # the part of a step's random numbers by which further prompts are drawn
 ROLLOUT = 8000  # the part of a step's random numbers that sampling uses; training takes those from 0
 SHOWN = 8  # held-out prompts whose answers are kept for the page
 
@@ -69,14 +71,11 @@ class PpoTraining:
         cfg = self.cfg.ppo
         began, clipped = time.monotonic(), _Ratio()
         seed_step(self.cfg.train.seed, step, ROLLOUT)
-        order, processes = self.data.order, self.session.processes
-        everyones = zip(*(order.micro(step, rank) for rank in range(order.world_size)), strict=True)
-        micro = [units for together in everyones for units in together if units]
-        rollout = self.roller.roll(
-            self.data.data.train, micro, cfg.samples, self._seeds(step, ROLLOUT), with_values=cfg.advantage == "gae"
-        )
+        processes = self.session.processes
+        rollout, drawn = self._rollout(step)
         parts, figures = ppo_batches(self.cfg, rollout, self.state.kl_coef)
-        figures["rollout_tokens_per_second"] = float(rollout.mask.sum()) / (time.monotonic() - began)
+        tokens = drawn.pop("drawn_tokens", float(rollout.mask.sum()))
+        figures |= drawn | {"rollout_tokens_per_second": tokens / (time.monotonic() - began)}
         began, tokens, updates = time.monotonic(), 0, 0
         for minibatch in self._minibatches(step, parts):
             if not sum(processes.gathered(sum(batch.loss_denominator for batch in minibatch))):
@@ -95,10 +94,39 @@ class PpoTraining:
         yield Update([], {name: (torch.tensor(value), 1.0) for name, value in figures.items()})
         self._watch(step + 1, figures, clipped.share(processes), len(rollout.answers))
 
-    def _seeds(self, step: int, part: int) -> Callable[[int], int] | None:
-        """Of the prompt at each place; None: torch's global numbers, which only one process can draw from."""
+    def _rollout(self, step: int) -> tuple[Rollout, dict[str, float]]:
+        """Answers to the step's own prompts, or with dynamic sampling to those of its draws that teach something, and the figures
+        of all draws."""
+        cfg, order, examples = self.cfg.ppo, self.data.order, self.data.data.train
+        everyones = zip(*(order.micro(step, rank) for rank in range(order.world_size)), strict=True)
+        micro = [units for together in everyones for units in together if units]
+        if not cfg.dynamic_sampling:
+            return self.roller.roll(examples, micro, cfg.samples, self._seeds(step, ROLLOUT), cfg.advantage == "gae"), {}
+        written, figures = drawn_until_full(self._draws(step, micro), self._shaped, sum(map(len, micro)), order.batch_size)
+        return self.roller.read(examples, written), figures
+
+    def _draws(self, step: int, micro: list[list[int]]) -> Iterator[Written]:
+        """Answers to the step's own prompts, then to others, as many at a time. Which those are follows from the seed and the
+        step: no state goes into a checkpoint."""
+        cfg, mixture = self.cfg.ppo, self.data.data
+        wanted, before = sum(map(len, micro)), 0
+        for number in range(cfg.max_draws):
+            if number == 1:
+                more = iter(mixture.others(row_seed(self.cfg.train.seed, step, DRAWS, 0), wanted * (cfg.max_draws - 1)))
+            if number:
+                micro = [[next(more) for _ in units] for units in micro]
+            yield self.roller.write(mixture.train, micro, cfg.samples, self._seeds(step, ROLLOUT, before))
+            before += wanted
+
+    def _shaped(self, written: Written) -> Tensor:
+        return combined(list(written.scores.values()), written.ended, self.cfg.reward, written.lengths)[1]
+
+    def _seeds(self, step: int, part: int, before: int = 0) -> Callable[[int], int] | None:
+        """Of the prompt at each place, that of the first being `before`; None: torch's global numbers, which only one process can
+        draw from."""
+        seed = partial(row_seed, self.cfg.train.seed, step, part)
         own = self.state.row_seeds or self.session.processes.count > 1
-        return partial(row_seed, self.cfg.train.seed, step, part) if own else None
+        return (lambda place: seed(before + place)) if own else None
 
     def _minibatches(self, step: int, parts: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
         """The rollout's packs dealt into minibatches, shuffled anew for each epoch."""
