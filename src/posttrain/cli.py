@@ -225,14 +225,17 @@ def answer_prompts(
     best_of: Annotated[Path | None, typer.Option("--best-of", help="Each prompt's best answer, as rows for sft.")] = None,
     at_least: Annotated[float | None, typer.Option("--at-least", help="--best-of: the score that it needs.")] = None,
     pairs: Annotated[Path | None, typer.Option("--pairs", help="Best and worst answer, as rows for dpo and rm.")] = None,
+    part: Annotated[str, typer.Option("--part", metavar="K/N", help="The k-th of n parts of the prompts.")] = "1/1",
 ) -> None:
     """Answer a file of prompts, with log-probs and, where a reward is named, scores; best-of-n and pairs are made of them."""
 
     def command() -> None:
-        from posttrain.commands.generate import Wanted, generate
+        from posttrain.commands.generate import Wanted, generate, part_of
+        from posttrain.training.signals import leave_with_parent
 
+        leave_with_parent()
         how = (samples, temperature, top_p, max_new_tokens, seed, batch_size)
-        generate(words, Wanted(to, *how, tuple(stop or ()), best_of, pairs, at_least))
+        generate(words, Wanted(to, *how, tuple(stop or ()), best_of, pairs, at_least, part_of(part)))
 
     _end(command)
 

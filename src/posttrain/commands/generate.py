@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ PROMPTS = RowUse(
 @dataclass(frozen=True)
 class Wanted:
     """What is asked for. temperature 0: the likeliest token. best_of, pairs: files of rows; at_least: the score that a row's best
-    answer needs to be one of them."""
+    answer needs to be one of them. part: (2, 3): the second of three parts of the prompts, every third one."""
 
     to: Path
     samples: int
@@ -58,16 +59,25 @@ class Wanted:
     best_of: Path | None = None
     pairs: Path | None = None
     at_least: float | None = None
+    part: tuple[int, int] = (1, 1)
 
     @property
     def drawing(self) -> dict[str, Any]:
         """What decides which answers are drawn, but for the model and the prompt."""
-        return {k: v for k, v in asdict(self).items() if k not in ("to", "best_of", "pairs", "at_least")}
+        return {k: v for k, v in asdict(self).items() if k not in ("to", "best_of", "pairs", "at_least", "part")}
 
     def sampling(self, decode: Callable[[list[int]], str]) -> Sampling:
         """As the sampler has it."""
         how = (self.temperature, self.top_p, 0) if self.temperature else (1.0, 1.0, 1)
         return Sampling(self.max_new_tokens, *how, max(self.batch_size, self.samples), self.stop, decode)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`2/3` -> (2, 3). Raises UserError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--part: '{text}' is no part; say 2/3 for the second of three")
+    return int(found[1]), int(found[2])
 
 
 class _Section(Strict):
@@ -90,7 +100,7 @@ def generate(words: list[str], wanted: Wanted) -> list[dict[str, Any]]:
     if artifact.reward_head:
         raise UserError(f"{given[0]} is a reward model: it scores, and cannot write; give the run that it was made from")
     data = of_file(data_of(artifact, of_data), given[1], 1).model_copy(update={"max_rows": None})
-    rows = canonical_rows(data, PROMPTS)
+    rows = canonical_rows(data, PROMPTS)[wanted.part[0] - 1 :: wanted.part[1]]
     if not rows:
         raise UserError(f"{given[1]}: it has no prompts")
     for function in functions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,23 +14,19 @@ from posttrain.config.paths import root
 from posttrain.config.schema import Guarded, Strict
 from posttrain.config.stages import config_classes
 from posttrain.errors import UserError, did_you_mean
+from posttrain.launch.answers_step import GENERATE
+from posttrain.launch.rounds import RawStep, unrolled
 from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import stages
 
 _SECTIONS = {*Guarded.model_fields, "experiment"}  # keys of every stage
 
 
-class _Step(Strict):
-    stage: str | None = None
-    init: str | None = None
-    overrides: tuple[str, ...] = ()
-
-
 class _Recipe(Strict):
     name: str = Field(pattern=r"^[\w-]+$")
     description: str
     overrides: tuple[str, ...] = ()
-    steps: dict[str, _Step] = Field(min_length=1)
+    steps: dict[str, RawStep] = Field(min_length=1)
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -60,12 +56,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """dir: where the steps' run directories go."""
+    """dir: where the steps' run directories go. names: the steps that a name of the file stands for, where it is not theirs:
+    those of every round."""
 
     name: str
     description: str
     dir: Path
     steps: list[Step]
+    names: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+    def of(self, name: str) -> list[str]:
+        """The steps that a name stands for; none where nothing is called so."""
+        return [name] if name in {step.name for step in self.steps} else self.names.get(name, [])
 
 
 def recipe_names() -> list[str]:
@@ -77,14 +79,18 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     """Raises UserError for a recipe that does not exist, a file that is wrong, or an override that fits nowhere."""
     path = _find(name_or_path)
     raw = _read(path)
-    order = list(raw.steps)
+    unrolled_steps, names, overrides = unrolled(raw.steps, overrides, f"{path}: steps")
+    makers: list[str] = []  # the steps so far that make a model
     steps: list[Step] = []
-    for name, spec in raw.steps.items():
-        step = Step(name, _stage(path, name, spec), None, None, (*raw.overrides, *spec.overrides))
-        given = "init" in spec.model_fields_set
-        steps.append(_start(step, spec.init if given or not steps else steps[-1].name, order, f"{path}: steps.{name}.init"))
+    for name, spec in unrolled_steps.items():
+        stage = _stage(path, name, spec)
+        step = Step(name, stage, None, None, (*(() if stage == GENERATE else raw.overrides), *spec.overrides))
+        before = makers[-1] if makers else None
+        init = spec.init if "init" in spec.model_fields_set else before
+        steps.append(_start(step, init, list(unrolled_steps), makers, f"{path}: steps.{name}.init"))
+        makers += [name] * (stage != GENERATE)
     run_dir = Path("runs") / "recipes" / raw.name
-    return _apply(Recipe(raw.name, raw.description, run_dir, steps), overrides)
+    return _apply(Recipe(raw.name, raw.description, run_dir, steps, names), overrides)
 
 
 def _find(name: str) -> Path:
@@ -116,28 +122,29 @@ def _complaint(error: ValidationError) -> str:
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = list((_Step if first["loc"][0] == "steps" else _Recipe).model_fields)
+        known = list((RawStep if first["loc"][0] == "steps" else _Recipe).model_fields)
         return f"unknown key '{where}'{did_you_mean(str(first['loc'][-1]), known)} (there are: {', '.join(known)})"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{where}: {message}" if where else message
 
 
-def _stage(path: Path, name: str, spec: _Step) -> str:
+def _stage(path: Path, name: str, spec: RawStep) -> str:
     where = f"{path}: steps.{name}"
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in _SECTIONS:
         raise UserError(f"{where}: a step's name is letters, digits, - and _, and not a config key such as '{name}'")
     stage = spec.stage or name
-    known = list(stages())
+    known = [*stages(), GENERATE]
     if stage not in known:
         raise UserError(f"{where}.stage: there is no stage '{stage}'{did_you_mean(stage, known)} (there are: {', '.join(known)})")
     return stage
 
 
-def _start(step: Step, init: str | None, order: list[str], where: str) -> Step:
-    """`init` as a step above, or as something outside of the recipe."""
-    above = order[: order.index(step.name)]
+def _start(step: Step, init: str | None, order: list[str], above: list[str], where: str) -> Step:
+    """`init` as a step above, or as something outside of the recipe. above: the steps before that make a model."""
     if init in above:
         return replace(step, parent=init, init=None)
+    if init in order[: order.index(step.name)]:
+        raise UserError(f"{where}: '{init}' makes rows, not a model; say data.path={init} for those")
     if init in order:
         raise UserError(f"{where}: '{init}' is no step above '{step.name}'")
     if init and "/" not in init and (near := did_you_mean(init, above)) and not Path(init).exists():
@@ -157,26 +164,33 @@ def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
         if key == "run.dir":
             recipe = replace(recipe, dir=Path(value[1:]).expanduser())
             continue
-        names, key = _addressed(steps, key)
+        names, key = _addressed(recipe, key)
         for name in names:
             if key == "run.dir":
                 raise UserError(f"{line}: steps lie in the recipe's directory; give run.dir={value[1:]} for all of it")
             if key == "init":
-                steps[name] = _start(steps[name], None if value == "=null" else value[1:], order, line)
+                above = [each for each in order[: order.index(name)] if steps[each].stage != GENERATE]
+                steps[name] = _start(steps[name], None if value == "=null" else value[1:], order, above, line)
             else:
                 steps[name] = replace(steps[name], said=(*steps[name].said, f"{sign}{key}{value}"))
     return replace(recipe, steps=[steps[name] for name in order])
 
 
-def _addressed(steps: dict[str, Step], key: str) -> tuple[list[str], str]:
-    """The steps that an override is for, and the key without their names. A bare `init` is for the first step."""
+def _addressed(recipe: Recipe, key: str) -> tuple[list[str], str]:
+    """The steps that an override is for, and the key without their names. A bare `init` is for the first step; what names none is
+    for those that train."""
+    stage_of = {step.name: step.stage for step in recipe.steps}
     head, _, rest = key.partition(".")
-    if head in steps and rest:
-        fields = config_classes()[steps[head].stage].model_fields
+    if (named := recipe.of(head)) and rest:
+        if stage_of[named[0]] == GENERATE:
+            return named, rest
+        fields = config_classes()[stage_of[named[0]]].model_fields
         # dpo.beta=0.2 in a step called dpo: the step's own section, as nothing else there is called beta
         own = head in fields and rest.lstrip("+").split(".")[0] not in {*fields, *_SECTIONS}
-        return [head], key if own else rest
-    sections = _SECTIONS.union(*(config_classes()[step.stage].model_fields for step in steps.values()))
+        return named, key if own else rest
+    training = [name for name, stage in stage_of.items() if stage != GENERATE]
+    sections = _SECTIONS.union(*(config_classes()[stage_of[name]].model_fields for name in training))
     if head not in sections:
-        raise UserError(f"'{key}': '{head}' is neither a step nor a config key{did_you_mean(head, [*steps, *sorted(sections)])}")
-    return ([next(iter(steps))] if key == "init" else list(steps)), key
+        known = [*stage_of, *recipe.names, *sorted(sections)]
+        raise UserError(f"'{key}': '{head}' is neither a step nor a config key{did_you_mean(head, known)}")
+    return ([next(iter(stage_of))] if key == "init" else training), key

@@ -11,12 +11,13 @@ from filelock import FileLock, Timeout
 
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
+from posttrain.launch.answers_step import GENERATE, ROWS, answers_command, answers_config
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
-from posttrain.launch.step_status import StepStatus, made_from, status_of
-from posttrain.launch.subprocess_runner import in_group, run_child
+from posttrain.launch.rounds import keys_that_name_steps
+from posttrain.launch.step_status import StepStatus, is_done, made_from, status_of
+from posttrain.launch.subprocess_runner import in_group, own_command, run_child, run_command
 from posttrain.runs.files import write_json
-from posttrain.runs.manifest import is_finished
-from posttrain.stages.spec import INIT, spec_of
+from posttrain.stages.spec import spec_of
 
 
 @dataclass(frozen=True)
@@ -76,39 +77,56 @@ def _list_recipes(list_only: bool) -> list[dict[str, Any]]:
 
 
 def _compose(recipe: Recipe) -> list[Planned]:
-    from posttrain.config.code import require_own_words
-    from posttrain.config.compose import compose, inherit_model, validate
+    from posttrain.config.compose import validate
 
     found: dict[str, Planned] = {}
     for number, step in enumerate(recipe.steps, 1):
-        words = list(step.words)
         directory, parent = recipe.dir / f"{number}-{step.name}", found[step.parent] if step.parent else None
         try:
-            config = compose(step.stage, words)
-            config["init"] = step.init
-            config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
-            config = in_group(config, recipe.dir.name)
-            config |= {"init": str(parent.dir) if parent else step.init, "run": config["run"] | {"dir": str(directory)}}
-            parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, {n: p.dir for n, p in found.items()})
-            require_own_words(config, step.said)
-            validate(config)
+            config = _answers(step, parent) if step.stage == GENERATE else _stage(step, parent, recipe, directory)
+            parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, found)
+            if step.stage != GENERATE:
+                validate(config)
         except UserError as e:
             raise UserError(f"step {step.name}: {e}") from None
         found[step.name] = Planned(step, directory, config, parents)
     return list(found.values())
 
 
-def _name_steps(config: dict[str, Any], above: dict[str, Path]) -> dict[str, Path]:
-    """Put the directories of steps above where the config names them as reward models; returns which they are."""
+def _answers(step: Step, parent: Planned | None) -> dict[str, Any]:
+    config = answers_config(step.overrides, step.said)
+    if not parent and not step.init:
+        raise UserError("init: nothing answers the prompts; put a step above that makes a model, or name one")
+    return config | {"init": str(parent.dir) if parent else step.init}
+
+
+def _stage(step: Step, parent: Planned | None, recipe: Recipe, directory: Path) -> dict[str, Any]:
+    from posttrain.config.code import require_own_words
+    from posttrain.config.compose import compose, inherit_model
+
+    words = list(step.words)
+    config = compose(step.stage, words)
+    config["init"] = step.init
+    config = {**config, "model": _model(parent, config, words)} if parent else inherit_model(config, words)
+    config = in_group(config, recipe.dir.name)
+    require_own_words(config, step.said)
+    return config | {"init": str(parent.dir) if parent else step.init, "run": config["run"] | {"dir": str(directory)}}
+
+
+def _name_steps(config: dict[str, Any], above: dict[str, Planned]) -> dict[str, Path]:
+    """Put the directories of steps above where the config names them as reward models, and their rows where it names them as
+    files; returns which they are."""
     found: dict[str, Path] = {}
-    for key in (parent.key for parent in spec_of(config["stage"]).parents if parent != INIT):
+    for key in keys_that_name_steps(config["stage"]):
         *sections, last = key.split(".")
         place: dict[str, Any] = config
         for section in sections:
             place = cast("dict[str, Any]", place.get(section, {}))
-        if place.get(last) in above:
-            found[key] = above[place[last]]
-            place[last] = str(found[key])
+        named = above.get(place[last]) if isinstance(place.get(last), str) else None
+        makes_rows, wants_rows = bool(named) and named.step.stage == GENERATE, key in spec_of(config["stage"]).files
+        if named and makes_rows == wants_rows:
+            found[key] = named.dir
+            place[last] = str(named.dir / ROWS if wants_rows else named.dir)
     return found
 
 
@@ -126,8 +144,11 @@ def _model(parent: Planned, config: dict[str, Any], words: list[str]) -> dict[st
 def _again(recipe: Recipe, from_step: str | None, fresh: bool) -> dict[str, str]:
     """Steps that the user wants done again, with the flag that says so."""
     order = [step.name for step in recipe.steps]
-    if from_step is not None and from_step not in order:
-        raise UserError(f"--from: there is no step '{from_step}'{did_you_mean(from_step, order)} (there are: {', '.join(order)})")
+    if from_step is not None:
+        if not (named := recipe.of(from_step)):
+            near = did_you_mean(from_step, [*order, *recipe.names])
+            raise UserError(f"--from: there is no step '{from_step}'{near} (there are: {', '.join(order)})")
+        from_step = named[0]
     if fresh:
         return dict.fromkeys(order, "--fresh")
     return dict.fromkeys(order[order.index(from_step) :], f"--from {from_step}") if from_step else {}
@@ -212,8 +233,11 @@ def _move_aside(directory: Path) -> Path:
 
 def _run_child(each: Planned) -> None:
     """Raise the error that the process's exit code means. The process has printed the details itself."""
-    name = each.step.name
-    code = run_child(each.config, f"step {name}")
+    name, what = each.step.name, f"step {each.step.name}"
+    if each.step.stage == GENERATE:
+        code = run_command(own_command(answers_command(each.config, each.dir)), what)
+    else:
+        code = run_child(each.config, what)
     if code == Stopped.exit_code:
         raise Stopped(f"in step {name}; the same command goes on")
     if code == UserError.exit_code:
@@ -221,7 +245,7 @@ def _run_child(each: Planned) -> None:
     goes_on = "the same command goes on from its last checkpoint"
     if code < 0:
         raise RunError(f"step {name} was killed by signal {-code} (out of memory?); {goes_on}")
-    if code or not is_finished(each.dir):
+    if code or not is_done(each.dir):
         raise RunError(f"step {name} failed (exit {code}), its own message is above; {goes_on}")
 
 
@@ -233,7 +257,8 @@ def _show(entries: list[dict[str, Any]]) -> None:
 
     from posttrain.reports.run_records import chain_table, duration, read_record
 
-    columns, rows = chain_table([(e["name"], read_record(Path(e["dir"]))) for e in entries])
+    trained = [e for e in entries if e["stage"] != GENERATE]
+    columns, rows = chain_table([(e["name"], read_record(Path(e["dir"]))) for e in trained])
     table = Table(
         "held out",
         *(column.replace("/", "\n") for column in columns),
@@ -242,7 +267,7 @@ def _show(entries: list[dict[str, Any]]) -> None:
         pad_edge=False,
         collapse_padding=True,
     )
-    times = ["", *(duration(e["seconds"]) for e in entries)]
+    times = ["", *(duration(e["seconds"]) for e in trained)]
     for row, spent in zip(rows, times, strict=True):
         changes = [row.change(column) for column in columns]
         style = {"better": "green", "worse": "red", "": "default"}

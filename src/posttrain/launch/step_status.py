@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.launch.answers_step import GENERATE, ROWS
 from posttrain.reports.run_records import plain
 from posttrain.runs.artifact import open_artifact
 from posttrain.runs.earlier import as_of_today, same_base
@@ -35,7 +36,7 @@ def made_from(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, Any
     kept = flatten(part_of_a_run(config))
     flat = {key: value for key, value in kept.items() if key not in parents}  # where a parent lies does not matter
     identities = {key: _identity(parent) for key, parent in parents.items()}
-    parts = {"config": flat, "input": identities, "files": _local_files(config, parents)}
+    parts: dict[str, Any] = {"config": flat, "input": identities, "files": _local_files(config, parents)}
     return {"digest": digest(parts), **parts, "input_name": {key: p.name.partition("-")[2] for key, p in parents.items()}}
 
 
@@ -51,12 +52,19 @@ def status_of(directory: Path, record: Path, parts: dict[str, Any], again: str |
         return StepStatus("redo", "redone, there is no record of what it was made from")
     if then["digest"] != parts["digest"] and not _is_the_same(then, parts):
         return StepStatus("redo", f"redone, {_difference(then, parts)}")
-    if not is_finished(directory):
+    if not is_done(directory):
         return StepStatus("resume", "goes on where it stopped", then["seconds"])
+    if not is_finished(directory):  # rows, which are there
+        return StepStatus("skip", "done already (same settings, prompts and model)", then["seconds"])
     gone = [name for name in open_artifact(directory, "run.dir").weight_files if not (directory / name).exists()]
     if gone:
         return StepStatus("redo", f"redone, its {gone[0]} is missing")
     return StepStatus("skip", "done already (same config, data and input)", then["seconds"])
+
+
+def is_done(directory: Path) -> bool:
+    """Has the step made what it is for, a result or rows?"""
+    return is_finished(directory) or (directory / ROWS).exists()
 
 
 def _is_the_same(then: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -81,6 +89,8 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _identity(run_dir: Path) -> dict[str, Any] | None:
+    if (run_dir / ROWS).exists():
+        return {"rows": sha256(run_dir / ROWS)}
     if not is_finished(run_dir):
         return None
     artifact = open_artifact(run_dir, "init")
@@ -89,13 +99,17 @@ def _identity(run_dir: Path) -> dict[str, Any] | None:
 
 def _local_files(config: dict[str, Any], parents: dict[str, Path]) -> dict[str, str]:
     """Hashes of the data, template and model that the config names and this disk has."""
-    flat, spec = flatten(config), spec_of(config["stage"])
-    run_keys = [parent.key for parent in spec.parents]
-    said = [*(flat.get(key) for key in spec.files), *(value for key, value in flat.items() if key.startswith("eval.sets."))]
+    flat, is_stage = flatten(config), config["stage"] != GENERATE
+    files, run_keys = ("prompts",), ["init"]
+    if is_stage:
+        spec = spec_of(config["stage"])
+        files, run_keys = spec.files, [parent.key for parent in spec.parents]
+    said = [flat.get(key) for key in files if key not in parents]
+    said += [value for key, value in flat.items() if key.startswith("eval.sets.")]
     named: list[Any] = []
     for value in said:
         named += value if isinstance(value, list) else [value]
-    models = [config["model"]["name"], *(flat.get(key) for key in run_keys if key not in parents)]
+    models = [flat.get("model.name"), *(flat.get(key) for key in run_keys if key not in parents)]
     found = {str(name): _content(Path(name).expanduser()) for name in named if name}
     found |= {str(name): _model(Path(name).expanduser()) for name in models if name}
     return {name: value for name, value in found.items() if value}

@@ -58,9 +58,19 @@ def private_config_file(config: dict[str, Any]) -> Generator[Path]:
 def run_child(config: dict[str, Any], what: str) -> int:
     """The exit code of a worker with this config; signals go on to it. Raises Stopped, about `what`, after one."""
     with config_file(config) as file:
-        child = subprocess.Popen(worker_command(str(file)), env={**os.environ, PARENT: str(os.getpid())})
-        with forward_to(child) as stop:
-            code = child.wait()
+        return run_command(worker_command(str(file)), what)
+
+
+def own_command(words: list[str]) -> list[str]:
+    """This program with other words."""
+    return [*PYTHON, "-m", "posttrain", *words]
+
+
+def run_command(command: list[str], what: str) -> int:
+    """The exit code of a process; signals go on to it. Raises Stopped, about `what`, after one."""
+    child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())})
+    with forward_to(child) as stop:
+        code = child.wait()
     if stop.requested and code in (Stopped.exit_code, *range(-64, 1)):
         raise Stopped(f"in {what}; the same command goes on")
     return code

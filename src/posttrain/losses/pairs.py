@@ -25,7 +25,7 @@ class Pairs:
         policy: under the model in training, float32 [2P], in nats.
         reference: under the stage's start, [2P]; None for a loss that needs none.
         lengths: tokens of each answer, [2P].
-        step: what `OverStep.values` says of each pair, [P], for a loss that has such.
+        step: what `OverStep.values` says of each pair, [P] or [P, n], for a loss that has such.
     """
 
     policy: Tensor
@@ -46,7 +46,8 @@ class OverStep:
     cut into micro-batches and processes.
 
     Args:
-        values: (all `Pairs`, or all `Answers`, of the step, under the weights before it) -> a value of each pair or answer.
+        values: (all `Pairs`, or all `Answers`, of the step, under the weights before it) -> a value of each pair or answer,
+            or several as columns.
         figure: what the mean of the values is called in reports; "": it is not reported.
         mismatched: the answers that it is shown are those of other prompts.
     """

@@ -123,13 +123,14 @@ def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
     listed = [_step(s, records.get(s["name"]), path) for s in steps]
     curves = [figure for name, record in records.items() if (figure := _loss_figure(name, record))]
     failed = [s["name"] for s in steps if s["status"] == "failed"]
+    ended = all(s["status"] in ("done", "skipped") for s in steps)
     return write_page(
         path,
         "recipe.html",
         title=f"recipe {run_name(path.parent)}",
         kicker="recipe",
         heading=run_name(path.parent),
-        state="failed" if failed else "done" if len(finished) == len(steps) else "running",
+        state="failed" if failed else "done" if ended else "running",
         lead=" → ".join(s["name"] for s in steps),
         columns=columns,
         rows=table,

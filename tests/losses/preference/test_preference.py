@@ -20,8 +20,8 @@ from posttrain.losses.preference import chosen_loss
 POLICY = torch.tensor([-10.0, -12.0, -5.0, -4.0])  # two pairs: chosen, rejected, chosen, rejected
 REFERENCE = torch.tensor([-11.0, -11.0, -5.0, -5.0])  # log-ratios +1, -1 and 0, +1: margins of 2 and -1
 PAIRS = Pairs(POLICY, REFERENCE, torch.tensor([2.0, 4.0, 5.0, 2.0]))
-LOSSES = """aot apo_down apo_zero apo_zero_unpaired bco bco_pair cpo discopop exo_pair hinge ipo kto nca_pair orpo robust sft
-sigmoid sigmoid_norm simpo sppo_hard""".split()
+LOSSES = """aot aot_unpaired apo_down apo_zero apo_zero_unpaired bco bco_pair cpo discopop exo_pair hinge ipo kto nca_pair
+orpo robust sft sigmoid sigmoid_norm simpo sppo_hard""".split()
 
 
 def means(output: posttrain.batch.LossOutput) -> dict[str, float]:  # type: ignore[name-defined]

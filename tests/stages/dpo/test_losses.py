@@ -116,7 +116,7 @@ def test_eval_measures_what_a_run_on_labelled_answers_holds_out(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["kto", "bco", "aot"])
+@pytest.mark.parametrize("loss", ["kto", "bco", "aot", "aot_unpaired"])
 def test_how_a_step_is_cut_does_not_matter(loss: str, tmp_path: Path) -> None:
     """One micro-batch, four, and two processes (tests/stages/test_distributed.py) take the same steps."""
     rows = [{"prompt": f"{k} is", "chosen": f" {k * k}" * (1 + k % 3), "rejected": " no"} for k in range(12)]

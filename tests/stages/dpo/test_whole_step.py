@@ -12,6 +12,7 @@ from posttrain.batch import PackedBatch
 from posttrain.data.collate import pack_labelled, pack_mismatched, pack_pairs, zero_weight
 from posttrain.data.examples import build
 from posttrain.losses.preference.aot import same_rank
+from posttrain.losses.preference.aot_unpaired import rivals
 from posttrain.losses.preference.bco import shift
 from posttrain.losses.preference.kto import drift
 from posttrain.stages.dpo.whole_step import over_step
@@ -50,7 +51,12 @@ def logps(batch: PackedBatch) -> Tensor:
     return (REFERENCE + MOVED)[units, :columns].reshape(-1)
 
 
-CASES = [(drift, pack_labelled, pack_mismatched), (shift, pack_labelled, pack_labelled), (same_rank, pack_pairs, pack_pairs)]
+CASES = [
+    (drift, pack_labelled, pack_mismatched),
+    (shift, pack_labelled, pack_labelled),
+    (same_rank, pack_pairs, pack_pairs),
+    (lambda pairs: rivals(pairs)[:, 0], pack_pairs, pack_pairs),
+]
 
 
 def values_of(case: Any, cut: list[list[tuple[list[int], bool]]]) -> list[dict[int, float]]:
@@ -78,7 +84,7 @@ def values_of(case: Any, cut: list[list[tuple[list[int], bool]]]) -> list[dict[i
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=["kto", "bco", "aot"])
+@pytest.mark.parametrize("case", CASES, ids=["kto", "bco", "aot", "aot_unpaired"])
 def test_however_a_step_is_cut(case: Any) -> None:
     (whole,) = values_of(case, [[([0, 1, 2, 3, 4, 5], False)]])
     assert set(whole) == set(range(COUNT)) and any(whole.values())

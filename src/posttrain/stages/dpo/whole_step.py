@@ -64,7 +64,7 @@ def _dealt(values: Tensor, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
     start = 0
     for batch in batches:
         count = len(batch.rows)
-        part = values[start : start + count].clone() if batch.loss_denominator else torch.zeros(count)
+        part = values[start : start + count].clone() if batch.loss_denominator else torch.zeros(count, *values.shape[1:])
         start += count if batch.loss_denominator else 0
         found.append(replace(batch, extra={**batch.extra, "step": part}))
     return found
