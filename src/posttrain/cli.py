@@ -523,11 +523,27 @@ def cache(
 
 
 @app.command(rich_help_panel="Before a run")
-def doctor() -> None:
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Try everything that a run uses of the card; on a CPU what it can.")] = False,
+    report: Annotated[Path | None, typer.Option("--json", help="With --gpu: a file for the report.")] = None,
+) -> None:
     """What this machine has: libraries, device, memory, disk, and whether the hub can be reached."""
-    from posttrain.commands.doctor import examine
 
-    _end(examine)
+    def command() -> None:
+        from posttrain.errors import UserError
+
+        if report and not gpu:
+            raise UserError("--json: it is the report of --gpu; say posttrain doctor --gpu --json FILE")
+        if gpu:
+            from posttrain.commands.checks.every import check_device
+
+            check_device(report)
+            return
+        from posttrain.commands.doctor import examine
+
+        examine()
+
+    _end(command)
 
 
 def _version(wanted: bool) -> None:

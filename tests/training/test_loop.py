@@ -332,3 +332,22 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Tensor, "to", counted)
     loop._step(1)
     assert asked == ["tolist"]
+
+
+def test_out_of_memory_in_the_optimizer_is_never_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be half changed: the run ends, with the checkpoint before; its moments were there before the first step."""
+    loop = make_loop(tmp_path, 4, 1, save_steps=1)
+    own, steps = loop.optimizer.step, []
+
+    def step() -> None:
+        steps.append(len(loop.optimizer.state))
+        if len(steps) == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        own()
+
+    monkeypatch.setattr(loop.optimizer, "step", step)
+    with pytest.raises(RunError, match=r"^step 3: out of memory while weights were changed.*goes on from the last checkpoint$"):
+        loop.fit(0)
+    checkpoint, _ = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint and checkpoint.step == 2
+    assert steps == [len(trainable(loop.module))] * 3 and steps[0] > 0

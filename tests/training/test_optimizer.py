@@ -2,14 +2,26 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from posttrain.errors import UserError
 from posttrain.training.checkpoint import newest_checkpoint, restore, save_checkpoint
-from posttrain.training.optimizer import LARGE_MOMENTS, in_place_of, lr_factor, make_optimizer
+from posttrain.training.optimizer import (
+    LARGE_MOMENTS,
+    going_on,
+    in_place_of,
+    lr_factor,
+    make_moments,
+    make_optimizer,
+    optimizer_used,
+)
 
 
 def factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
@@ -155,3 +167,84 @@ def test_state_comes_back_and_lies_where_the_optimizer_wants_it(name: str, tmp_p
         restore(checkpoint, elsewhere, moved)
         left = {s for state in moved.state.values() for s, v in state.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
         assert left == ({"step"} if name == "adamw" and not fused else set())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_moments_that_are_made_first_change_no_bit(name: str) -> None:
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for first in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(96, 64)
+        optimizer = optimizer_of(name, module, fused=name == "adamw")
+        if first:
+            make_moments(optimizer)
+        for step in range(3):
+            for p in module.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+        slots = {slot: torch.as_tensor(value) for slot, value in optimizer.state[module.weight].items()}
+        found.append((module.weight.detach().clone(), slots))
+    (weight, slots), (expected, others) = found
+    assert torch.equal(weight, expected) and set(slots) == set(others)
+    assert all(torch.equal(slots[slot].float(), others[slot].float()) for slot in slots)
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the largest tensor that is not one of those given."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in pytree.tree_leaves(out):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, each.untyped_storage().nbytes())
+        return out
+
+
+def test_a_step_makes_nothing_as_large_as_a_weight_once_the_moments_are_there() -> None:
+    """What a run has on CUDA, AdamW in one kernel, on the CPU; without the moments it makes two such tensors."""
+    for first, most in ((False, 96 * 64 * 4), (True, 0)):
+        module = nn.Linear(96, 64, bias=False)
+        optimizer, _ = make_optimizer(
+            "adamw", module, lambda name: 1.0, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1
+        )  # fmt: skip
+        if first:
+            make_moments(optimizer)
+        module.weight.grad = torch.ones_like(module.weight)
+        known = [module.weight, module.weight.grad, *(v for state in optimizer.state.values() for v in state.values())]
+        with Made(known) as seen:
+            optimizer.step()
+        assert seen.largest <= most + 64 and seen.largest >= most
+
+
+def test_a_run_goes_on_with_the_moments_that_it_has() -> None:
+    """Begun with paged moments of 0.31 GiB, by an earlier version; begun on a CPU; and where it cannot go on."""
+    paged, numbers = "paged_adamw_8bit", 41_943_040
+    assert going_on(paged, *optimizer_used(paged, numbers, "cuda", False), "bitsandbytes") == (paged, None)
+    assert going_on(paged, *optimizer_used(paged, 10 * numbers, "cuda", False), "bitsandbytes") == (paged, None)
+    used, line = going_on(paged, *optimizer_used(paged, 10 * numbers, "cuda", False), "adamw")
+    assert used == "adamw" and line and "began with plain AdamW" in line
+    assert going_on("adamw", "adamw", None, "adamw") == ("adamw", None)
+    for asked in ((paged, *optimizer_used(paged, numbers, "cpu", False)), (paged, *optimizer_used(paged, numbers, "cuda", True))):
+        with pytest.raises(
+            UserError, match=r"^run.dir: the checkpoint has the moments of bitsandbytes' .* plain AdamW takes its"
+        ):
+            going_on(*asked, "bitsandbytes")
+    with pytest.raises(UserError, match="optim=adamw is asked for"):
+        going_on("adamw", "adamw", None, "bitsandbytes")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("adamw", "adamw"), ("paged_adamw_8bit", "bitsandbytes")])
+def test_a_checkpoint_says_whose_moments_it_has(name: str, kept: str, tmp_path: Path) -> None:
+    module = nn.Linear(96, 64)
+    optimizer = optimizer_of(name, module, fused=False)
+    save_checkpoint(tmp_path, 1, module, optimizer, {}, {}, keep=1)
+    first, _ = newest_checkpoint(tmp_path)
+    assert first and first.moments is None
+    make_moments(optimizer)
+    save_checkpoint(tmp_path, 2, module, optimizer, {}, {}, keep=1)
+    second, _ = newest_checkpoint(tmp_path)
+    assert second and second.moments == kept

@@ -38,7 +38,7 @@ from posttrain.stages.resume import History, agree_on, open_history, order_hash
 from posttrain.stages.steps import Context, Measured, Outcome, Prepared, Session, Steps, Trainable, Training
 from posttrain.training import loss_scale
 from posttrain.training.best import Judge
-from posttrain.training.checkpoint import check_room
+from posttrain.training.checkpoint import Checkpoint, check_room
 from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
 from posttrain.training.loop import Loop, LoopConfig
@@ -89,7 +89,7 @@ def _run(
         built = steps.build(context, prepared, accelerator)
         for line in in_words(built.module):
             say(line)
-        module, optimizer = _prepare_module(cfg, run, built, accelerator)
+        module, optimizer = _prepare_module(cfg, run, built, accelerator, history.checkpoint)
         session = Session(module, accelerator, run, history.state, tracker)
         with built.as_given():
             training = steps.training(context, prepared, built, session)
@@ -121,7 +121,9 @@ def _with_rate(cfg: Any, prepared: Prepared[Any]) -> Any:
     return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"lr": prepared.lr})})
 
 
-def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Accelerator) -> tuple[nn.Module, Any]:
+def _prepare_module(
+    cfg: Any, run: Run, built: Trainable[Any], accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> tuple[nn.Module, Any]:
     """The module and its optimizer, wrapped by accelerate; sharded before the optimizer sees it."""
     optim, module = cfg.optim, built.module
     if cfg.train.fsdp:
@@ -134,6 +136,7 @@ def _prepare_module(cfg: Any, run: Run, built: Trainable[Any], accelerator: Acce
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
+        kept=Processes.of(accelerator).told(lambda: checkpoint.moments) if checkpoint else None,
     )
     if note:
         say(note)

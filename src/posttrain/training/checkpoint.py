@@ -28,7 +28,7 @@ from posttrain.errors import RunError, UserError, of_all
 from posttrain.runs.earlier import current_parameter
 from posttrain.runs.files import by_umask, flush, free_bytes, sha256
 from posttrain.tensors import all_whole
-from posttrain.training.optimizer import MOMENTS, in_place_of
+from posttrain.training.optimizer import MOMENTS, Kept, in_place_of
 from posttrain.training.processes import Processes
 
 RECORD = "checkpoint.json"
@@ -55,6 +55,13 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Tensor]:
         """The state of the optimizer."""
         return load_file(self.path / FILES[1])
+
+    @property
+    def moments(self) -> Kept | None:
+        """Whose moments it has; None where it has none."""
+        with safe_open(self.path / FILES[1], framework="pt") as file:
+            slots = {key.rpartition("|")[2] for key in file.keys()}  # noqa: SIM118
+        return "bitsandbytes" if "state1" in slots else "adamw" if "exp_avg" in slots else None
 
     @property
     def method(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from posttrain.batch import Metrics
 from posttrain.console import Meter, say
 from posttrain.devices.out_of_memory import give_back
-from posttrain.errors import BeforeStep, Stopped, is_out_of_memory, of_all
+from posttrain.errors import BeforeStep, RunError, Stopped, is_out_of_memory, of_all
 from posttrain.runs.files import write_json
 from posttrain.tensors import undivided
 from posttrain.training.best import Judge
@@ -30,7 +30,7 @@ from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update,
 from posttrain.training.loss_scale import BEYOND, OVERFLOW, overflowed, unscale
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
-from posttrain.training.optimizer import Schedule, lr_factor
+from posttrain.training.optimizer import Schedule, lr_factor, make_moments
 from posttrain.training.processes import Processes
 from posttrain.training.seeding import seed_step
 from posttrain.training.signals import StopSignal
@@ -97,6 +97,7 @@ class Loop(Generic[B]):
         self._catch_up(start)
         if (self.guard.spike_mads is not None or self.checkpoint_gate) and not start:
             self._save(start)  # what the first spike, or an end before the first checkpoint, can go back to
+        make_moments(getattr(self.optimizer, "optimizer", self.optimizer))
         began, window_tokens, done = time.monotonic(), 0, start
         with Meter(self.name, self.config.num_steps, start) as meter:
             for step in range(start, self.config.num_steps):
@@ -180,13 +181,24 @@ class Loop(Generic[B]):
         if self._is_fit(step + 1, loss, norm, rows):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._lr(step) * group["lr_ratio"]
-            self.optimizer.step()
+            self._change_weights(step + 1)
             for each, share in metrics:
                 self.window.add(each, share)
             if self.callback:
                 self.callback.after_step(step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return _Updated(norm, tokens, parts, UpdateOutcome([each for each, share in metrics if share]))
+
+    def _change_weights(self, step: int) -> None:
+        """The optimizer's step. Its moments are there and it works in place, so memory is no reason to fail; if it does, some
+        weights may be changed, and trying again would change those twice."""
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            line = f"step {step}: out of memory while weights were changed, some of them perhaps; this step is not saved"
+            raise RunError(f"{line}, the same command goes on from the last checkpoint") from error
 
     def _gradients(
         self, step: int, parts: int, batches: list[B], count: float

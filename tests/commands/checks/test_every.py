@@ -1,0 +1,110 @@
+"""The checks of `doctor --gpu`: what a CPU can do here, all of them where there is a card; and that a wrong one is seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.commands.checks import every
+from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, compared, numbers, run_check, within
+from posttrain.commands.checks.every import CHECKS, check_device
+from posttrain.commands.checks.kernels import rms_norm
+from posttrain.errors import RunError, UserError
+from posttrain.models.kernels import fused
+
+CPU = torch.device("cpu")
+LONG = ("attention: documents", "attention: dense", "a training step", "a short sft, memory and plan")
+# kills and two processes on a CPU: tests/stages/test_interruptions.py, test_distributed.py
+ON_A_CPU = [check for check in CHECKS if not check.cards and (not check.slow or check.name in LONG)]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(each, marks=pytest.mark.slow if each.name in LONG else (), id=each.name) for each in ON_A_CPU],
+)
+def test_what_a_cpu_can_do_is_right_here(check: Check) -> None:
+    found = run_check(check, CPU, 0)
+    assert found.outcome == "ok" and found.figures, f"{found.says}\n{found.trace}"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_all_of_it_is_right_on_this_card(check: Check) -> None:
+    found = run_check(check, torch.device("cuda"), torch.cuda.device_count())
+    assert found.outcome != "wrong", f"{found.says}\n{found.trace}"
+
+
+def test_what_needs_a_card_says_so_on_a_cpu() -> None:
+    needing = [check for check in CHECKS if check.cards]
+    assert {each.name for each in needing} == {"attention: varlen", "attention: flex", "liger-kernel"}
+    assert {run_check(each, CPU, 0).says for each in needing} == {"needs CUDA"}
+    two = run_check(replace(needing[0], cards=2), CPU, 1)
+    assert (two.outcome, two.says) == ("not here", "needs 2 CUDA cards")
+
+
+def test_an_error_is_relative_and_has_the_gradients() -> None:
+    """2 % more in the values alone, and then in the gradient alone."""
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *grads: Tensor) -> Tensor:
+            return 1.02 * grads[0]
+
+    given = numbers((4, 5))
+    assert compared(lambda x: x * 1, lambda x: x * 1, given, CPU, torch.float32) == 0
+    assert compared(lambda x: x + 0.02 * x.detach(), lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
+    assert compared(Off.apply, lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
+    assert compared(lambda x: x * torch.nan, lambda x: x * 1, given, CPU, torch.float32) == float("inf")
+
+
+def test_errors_that_are_too_large_are_named() -> None:
+    with pytest.raises(Wrong, match=r"^relative error above 1e-02: b 2.0e-02, c nan$"):
+        within({"a": 0.001, "b": 0.02, "c": float("nan")}, 1e-2)
+
+
+def test_a_kernel_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = fused.RMSNorm.forward
+    monkeypatch.setattr(fused.RMSNorm, "forward", staticmethod(lambda ctx, x, weight, eps: 1.05 * own(ctx, x, weight, eps)))
+    with pytest.raises(Wrong, match="relative error above"):
+        rms_norm(CPU)
+
+
+def made_up(*outcomes: str) -> tuple[Check, ...]:
+    """Checks that end so."""
+
+    def work(device: torch.device, how: str) -> Figures:
+        if how == "ok":
+            return {"GB/s": 12.5}
+        raise {"wrong": Wrong("it is 3"), "not here": NotHere("no tool"), "fails": RuntimeError("a driver\nsaid so")}[how]
+
+    return tuple(Check(how, lambda device, how=how: work(device, how)) for how in outcomes)
+
+
+def test_what_is_wrong_ends_with_an_error_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match=r"^wrong here: wrong, fails; --json FILE writes"):
+        check_device(tmp_path / "report.json", made_up("ok", "wrong", "not here", "fails"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = {each["name"]: (each["outcome"], each["says"]) for each in report["checks"]}
+    assert found == {
+        "ok": ("ok", ""), "wrong": ("wrong", "it is 3"), "not here": ("not here", "no tool"),
+        "fails": ("wrong", "fails: a driver"),
+    }  # fmt: skip
+    assert report["checks"][0]["figures"] == {"GB/s": 12.5} and "driver" in report["checks"][3]["trace"]
+    assert report["device"] == "cpu" and {"torch", "bitsandbytes"} <= set(report["libraries"]) and report["cards"] == []
+    assert "not here: no tool" in " ".join(capsys.readouterr().out.split())
+
+
+def test_where_all_is_well_nothing_is_raised(tmp_path: Path) -> None:
+    assert [each.outcome for each in check_device(None, made_up("ok", "not here"))] == ["ok", "not here"]
+    with pytest.raises(UserError, match="--json: there is no directory"):
+        every.check_device(tmp_path / "no" / "report.json", made_up("ok"))
