@@ -26,7 +26,9 @@ def scores(
 
 
 def test_there_are_these() -> None:
-    assert REWARDS.names() == ["classifier", "code", "exact", "json_schema", "judge", "length", "maths", "numeric", "regex"]
+    assert REWARDS.names() == [
+        *("classifier", "code", "exact", "f1", "json_schema", "judge", "length", "maths", "numeric", "regex", "rouge_l"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ NAMES_CODE = {
     "reward.gold": ("reward.gold",),
     "rm.rule": ("rm.rule",),
     "reward.options.judge.url": ("reward.options.judge.url",),
+    "eval.generate.metrics": ("eval.generate.metrics",),
+    "eval.generate.options.judge.url": ("eval.generate.options.judge.url",),
     "launch.sbatch": ("launch.sbatch",),
 }
 OURS = ("posttrain.rewards:", "posttrain.rules:")  # functions that come with the package

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from posttrain.config.directions import ANSWERS
 from posttrain.reports.forgetting import forgetting_matrix
 from posttrain.reports.pages import best_of, metric_grid, overlays, page_link, run_name, write_page
 from posttrain.reports.plots import Curve, Figure, line_figure
@@ -244,7 +245,12 @@ def _run_curves(record: Record) -> list[Figure]:
     known = {name for _, names in groups for name in names}
     seen = dict.fromkeys(n.removeprefix("train/") for line in record.history for n in line if n.startswith("train/"))
     groups += [(name.replace("_", " "), (name,)) for name in seen if name not in known]
-    return [figure for title, names in groups if (figure := _curve_figure(title, names, record))]
+    scores = dict.fromkeys(n for line in record.history for n in line if n.startswith(f"{ANSWERS}/"))
+    figures = [_curve_figure(title, names, record) for title, names in groups]
+    for name in scores:
+        curve = Curve("held out", *record.series(name), color=2, style="points")
+        figures.append(line_figure(f"Answers to held-out prompts: {name.partition('/')[2]}", [curve]))
+    return [figure for figure in figures if figure]
 
 
 def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:

@@ -7,8 +7,8 @@ functions to begin with. `reward.gold` and `rm.rule` take the same names.
 from __future__ import annotations
 
 import re
-from collections import Counter
 
+from posttrain.rewards.builtin._words import word_f1
 from posttrain.rewards.combined import best_and_worst, combined, unscored
 from posttrain.rewards.function import RewardFunction, check_options, columns_by_name, load_function
 
@@ -19,7 +19,7 @@ _WORD = re.compile(r"\w+")
 
 def overlap(prompts: list[str], answers: list[str], references: list[str]) -> list[float]:
     """F1 of the words that an answer shares with the known one: 0 to 1 (as SQuAD scores answers, arXiv 1606.05250)."""
-    return [_f1(answer, reference) for answer, reference in zip(answers, references, strict=True)]
+    return [word_f1(answer, reference) for answer, reference in zip(answers, references, strict=True)]
 
 
 def brevity(prompts: list[str], answers: list[str]) -> list[float]:
@@ -30,9 +30,3 @@ def brevity(prompts: list[str], answers: list[str]) -> list[float]:
 def code_spans(prompts: list[str], answers: list[str]) -> list[float]:
     """How many `code` spans an answer has. It is easy to game, and here to show what that looks like."""
     return [float(answer.count("`") // 2) for answer in answers]
-
-
-def _f1(answer: str, reference: str) -> float:
-    said, known = (Counter(_WORD.findall(text.lower())) for text in (answer, reference))
-    shared = sum((said & known).values())
-    return 2 * shared / (said.total() + known.total()) if shared else 0.0

@@ -172,10 +172,15 @@ def load_function(
     return RewardFunction(name, found, limit)
 
 
-def check_options(options: Mapping[str, Any] | None, names: Collection[str | None]) -> None:
-    """Raises UserError for options of a reward that is not among `names`."""
+def check_options(
+    options: Mapping[str, Any] | None,
+    names: Collection[str | None],
+    key: str = "reward.options",
+    where: str = "reward.function",
+) -> None:
+    """Raises UserError for options, which are those of `key`, of a reward that is not among the `names` of `where`."""
     if unused := sorted({*(options or {})} - {*names}):
-        raise UserError(f"reward.options.{unused[0]}: no reward.function is so called; add it, or leave its options out")
+        raise UserError(f"{key}.{unused[0]}: no {where} is so called; add it, or leave its options out")
 
 
 def columns_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

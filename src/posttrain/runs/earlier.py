@@ -10,7 +10,7 @@ RENAMED_FIGURES = {"clip_share": "clip_fraction", "learnt": "shaped_reward"}  # 
 # below these the keys are the user's own
 NAMED_BY_USER = (
     *("data.sources.", "data.general.", "data.columns.", "data.template_kwargs.", "eval.sets."),
-    *("dpo.loss.", "dpo.options.", "reward.options."),
+    *("dpo.loss.", "dpo.options.", "reward.options.", "eval.generate.options."),
 )
 _DPO = {
     "dpo.beta": 0.1,

@@ -110,7 +110,7 @@ OF_LANGUAGE = (
 )
 OF_ALL = (
     ("optim.lr=RATE", "also optim=paged_adamw_8bit, optim.schedule, optim.warmup_ratio"),  # help puts the stage's own in
-    ("train.seed=42", "also train.save_steps, train.eval_steps, train.log_steps, train.processes"),
+    ("train.seed=42", "also train.save_steps, train.eval_steps, train.keep_best, train.early_stopping.patience, train.processes"),
     ("run.dir=DIR", "default runs/STAGE/TIME-ID; the same command goes on where it stopped"),
 )
 

@@ -371,7 +371,9 @@ class Loop(Generic[B]):
             if done < self.config.num_steps:
                 self.tracker.log(done, values)
         if judge := self.judge:
-            value = self.processes.told(lambda: float(values[judge.metric]))  # or machines that round differently part here
+            value = self.processes.told(
+                lambda: float(values.get(judge.metric, math.nan))
+            )  # or machines that round differently part here
             self.state.best = judge.judged(self.state.best, done, value)
 
     def _catch_up(self, done: int) -> None:

@@ -92,6 +92,14 @@ class LanguageStage(Stage):
         return self
 
     @model_validator(mode="after")
+    def _can_answer(self) -> LanguageStage:
+        if self.eval.generate.prompts and self.train.fsdp:
+            raise ValueError("eval.generate.prompts: sharded layers write no answers; say eval.generate.prompts=0")
+        if self.eval.generate.prompts and self.train.offload == "layers":
+            raise ValueError("eval.generate.prompts: each token would read all layers; say it 0, or train.offload=none")
+        return self
+
+    @model_validator(mode="after")
     def _layers_can_go(self) -> LanguageStage:
         if self.train.offload != "layers":
             return self

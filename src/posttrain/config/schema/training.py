@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
@@ -91,12 +91,23 @@ class LanguageTrain(TrainConfig):
     offload: Literal["none", "activations", "layers"]  # what leaves the device's memory while it is not computed with
 
 
+class GenerateConfig(Strict):
+    """`eval.generate`: answers to held-out prompts at every evaluation."""
+
+    prompts: NonNegative
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    metrics: Annotated[list[str], BeforeValidator(listed)]  # rewards by name, or module:name
+    options: dict[str, dict[str, Any] | None] | None  # of built-in ones, by their names
+
+
 class EvalConfig(Strict):
     """`eval` of language models: sets that are measured before and after a stage."""
 
     sets: dict[str, str] | None  # name -> path; each is measured before and after the stage
     rows: Positive
     max_length: Annotated[int, Field(ge=8)]
+    generate: GenerateConfig
 
 
 class RunConfig(Strict):

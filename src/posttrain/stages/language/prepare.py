@@ -36,6 +36,7 @@ from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import content_hash
 from posttrain.runs.manifest import Parent, TemplateRecord
+from posttrain.stages.language.answers import HeldOutPrompts, held_out_prompts
 from posttrain.stages.language.checkpoint import check_checkpoint
 from posttrain.stages.language.init import InitSource, find_base, merged_start, resolve_start
 from posttrain.stages.language.learning_rate import auto_rate
@@ -73,6 +74,7 @@ class PreparedData:
     ewc_text: Examples | None = None
     new_tokens: Sequence[NewToken] = ()
     template: TemplateRecord = field(default=TemplateRecord(rows="none", texts="none"))
+    prompts: HeldOutPrompts | None = None
 
     def function(self, cfg: LanguageStage, base: str | None = None, adapter: str | None = None) -> str:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
@@ -127,8 +129,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     template = template_of(data, opened.encoder, rows_of(cfg).examples == "documents")
     found = PreparedData(
         start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text,
-        opened.new_tokens,
-        template,
+        opened.new_tokens, template, held_out_prompts(cfg, data.held_out, opened.tokenizer, opened.encoder.end_tokens()),
     )  # fmt: skip
     identity = {
         "data.content": data.content,

@@ -22,6 +22,7 @@ from posttrain.models.language.routers import router_coefficient
 from posttrain.runs.cache_place import cache_root
 from posttrain.runs.earlier import CURRICULUM
 from posttrain.runs.identity import content_hash
+from posttrain.stages.language.answers import keeper
 from posttrain.stages.language.balance import with_balance
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.curriculum import apply_curriculum
@@ -74,7 +75,12 @@ def train_language(
 
     def measure(done: int, check: Callable[[], None]) -> Measured:
         held_out = references.before_measuring(references.held_out)
-        return Measured(*own_metrics(session.module, held_out, objective, context.device, check))
+        metrics, rows = own_metrics(session.module, held_out, objective, context.device, check)
+        if data.prompts:
+            keep = keeper(context.directory, done, data.order.num_steps)
+            with session.accelerator.autocast():
+                metrics |= data.prompts.measure(cast(PackedLM, session.module), session.processes, keep)
+        return Measured(metrics, rows)
 
     return Training(
         updates=updates,

@@ -45,6 +45,8 @@ class Ppo(LanguageStage):
                 f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leave no room for a prompt within "
                 f"train.max_length={self.train.max_length}; raise train.max_length"
             )
+        if self.eval.generate.prompts or self.eval.generate.metrics:
+            raise ValueError("eval.generate: ppo answers its held-out prompts by itself, and scores them by reward.function")
         if self.train.fsdp:
             raise ValueError("train.fsdp: ppo does not shard its roles; say train.fsdp=false")
         if self.train.processes > 1 and self.rollout.engine == "vllm":

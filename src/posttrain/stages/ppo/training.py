@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from posttrain.batch import LossOutput, PackedBatch
 from posttrain.console import say
 from posttrain.losses.advantages import adapted
 from posttrain.rewards import combined
-from posttrain.runs.files import write_json
 from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.language.samples import keep_samples
 from posttrain.stages.ppo.config import Ppo
 from posttrain.stages.ppo.diagnostics import alarms
 from posttrain.stages.ppo.draws import drawn_until_full
@@ -30,7 +29,6 @@ from posttrain.training.seeding import row_seed, seed_step
 
 DRAWS = 7999  # the part of a step's random numbers by which further prompts are drawn
 ROLLOUT = 8000  # the part of a step's random numbers that sampling uses; training takes those from 0
-SHOWN = 8  # held-out prompts whose answers are kept for the page
 
 
 @dataclass
@@ -151,7 +149,9 @@ class PpoTraining:
         check()
         reward, _ = combined(list(rollout.scores.values()), rollout.ended, self.cfg.reward)
         rows = {"reward": reward.tolist(), "kl": rollout.kl.tolist(), "length": rollout.lengths.tolist()}
-        self._keep_samples(rollout, reward, done)
+        if self.context.main:
+            scores = [{"reward": float(each)} for each in reward]
+            keep_samples(self.context.directory, done, self.data.order.num_steps, rollout.prompts, rollout.texts, scores)
         return Measured({f"eval/{name}": value for name, value in figures_of(rollout, reward).items()}, rows)
 
     def _watch(self, step: int, figures: dict[str, float], clip_fraction: float, answers: int) -> None:
@@ -165,21 +165,6 @@ class PpoTraining:
                 say(f"step {step}: {line}")
                 state.alarms.append({"step": step, "text": line})
         state.ringing = sorted(ringing)
-
-    def _keep_samples(self, rollout: Rollout, reward: Tensor, done: int) -> None:
-        """Add these answers to the page's table."""
-        if not self.context.main:
-            return
-        path = self.context.directory / "samples.json"
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        label = {0: "before", self.data.order.num_steps: "after"}.get(done, f"step {done}")
-        for i in range(min(SHOWN, len(rollout.texts))):
-            if i == len(kept):
-                kept.append({"prompt": rollout.prompts[i], "answers": []})
-            earlier = [answer for answer in kept[i]["answers"] if answer["step"] < done]
-            new = {"step": done, "label": label, "text": rollout.texts[i], "reward": round(float(reward[i]), 4)}
-            kept[i]["answers"] = [*earlier, new]
-        write_json(path, kept)
 
 
 class _Ratio:

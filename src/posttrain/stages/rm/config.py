@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from posttrain.config.schema import LanguageStage, RmConfig
 
 
@@ -9,3 +11,9 @@ class Rm(LanguageStage):
     """Config of `posttrain rm`."""
 
     rm: RmConfig
+
+    @model_validator(mode="after")
+    def _writes_nothing(self) -> Rm:
+        if self.eval.generate.prompts or self.eval.generate.metrics:
+            raise ValueError("eval.generate: a reward model scores, and writes nothing; leave it out")
+        return self

@@ -13,6 +13,7 @@ SPEC = StageSpec(
     settings=(
         *OF_LANGUAGE,
         ("cot.marker=null", "text before the final answer, such as '####'; cot.reasoning_weight, weights.gamma"),
+        ("eval.generate.prompts=0", "held-out prompts that are answered at every evaluation; eval.generate.metrics=[f1]"),
         *OF_ALL,
     ),
     config="posttrain.stages.sft.config:Sft",
