@@ -45,7 +45,7 @@ made_up: 7
 """
 FROM_AXOLOTL = {
     "peft": "qlora", "peft.r": 32, "peft.alpha": 16, "peft.dropout": 0.05, "peft.targets": "all-linear",
-    "optim": "paged_adamw_8bit", "optim.lr": 2e-4, "optim.schedule": "linear", "optim.warmup_ratio": 0.05,
+    "optim": "paged_adamw_8bit", "optim.lr": 2e-4, "optim.schedule": "linear", "optim.warmup_steps": 10,
     "optim.weight_decay": 0.0, "data.path": "org/set", "data.shape": "alpaca", "data.split": "train[:10%]",
     "data.eval_share": 0.02,
     "model.name": "org/model", "train.max_length": 2048, "train.grad_accum": 4, "train.batch_size": 2, "train.epochs": 3,

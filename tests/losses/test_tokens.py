@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.losses.tokens import answer_sums, token_loss
+from posttrain.config.choices import TOKEN_LOSSES
+from posttrain.losses.tokens import answer_sums, shaped_token_loss, token_loss
 
 
 def test_sum_of_weighted_negative_log_probs() -> None:
@@ -47,3 +48,26 @@ def test_sums_of_answers_by_hand_and_in_one_order_off_the_cpu() -> None:
     with Operations() as run:
         assert answer_sums(values.detach().to("meta"), owner.to("meta"), 5).shape == (5,)
     assert "index_put.default" in run.names and not any("index_add" in name or "scatter" in name for name in run.names)
+
+
+def test_dft_by_hand_and_its_gradient_is_that_of_the_chance() -> None:
+    """-p log p: of .5 it is .3466, of .25 .3466 too. d/dl of it is -p, of the plain loss -1."""
+    logps = torch.tensor([0.5, 0.25]).log().requires_grad_()
+    output = shaped_token_loss(TOKEN_LOSSES.get("dft"), logps, torch.tensor([1.0, 2.0]))
+    assert output.total.item() == pytest.approx(0.5 * math.log(2) + 2 * 0.25 * 2 * math.log(2), abs=1e-6)
+    (gradient,) = torch.autograd.grad(output.total, logps)
+    assert gradient.tolist() == pytest.approx([-0.5, -2 * 0.25])
+    assert float(output.metrics["nll"][0]) == pytest.approx(5 * math.log(2), abs=1e-6)  # the plain one stands beside it
+
+
+def test_smoothing_and_z_loss_by_hand() -> None:
+    """(1 - .1) ln 2 + .1 * 3 + .5 * 2^2, of weight 2."""
+    spread = torch.tensor([[-3.0], [2.0]])
+    output = shaped_token_loss(TOKEN_LOSSES.get("nll"), torch.tensor([0.5]).log(), torch.tensor([2.0]), 0.1, 0.5, spread)
+    assert output.total.item() == pytest.approx(2 * (0.9 * math.log(2) + 0.3 + 2.0), abs=1e-6)
+
+
+def test_without_anything_it_is_the_plain_loss_to_the_bit() -> None:
+    logps, weight = torch.randn(9).sub(3).requires_grad_(), torch.rand(9)
+    shaped = shaped_token_loss(TOKEN_LOSSES.get("nll"), logps, weight)
+    assert torch.equal(shaped.total, token_loss(logps, weight).total)

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from posttrain.errors import UserError
 from posttrain.training.checkpoint import newest_checkpoint, restore, save_checkpoint
 from posttrain.training.optimizer import (
-    LARGE_MOMENTS,
     going_on,
     in_place_of,
     lr_factor,
@@ -22,6 +21,7 @@ from posttrain.training.optimizer import (
     make_optimizer,
     optimizer_used,
 )
+from posttrain.training.optimizers._bitsandbytes import LARGE_MOMENTS
 
 
 def factors(schedule: str, num_steps: int, warmup_steps: int) -> list[float]:
@@ -248,3 +248,27 @@ def test_a_checkpoint_says_whose_moments_it_has(name: str, kept: str, tmp_path: 
     save_checkpoint(tmp_path, 2, module, optimizer, {}, {}, keep=1)
     second, _ = newest_checkpoint(tmp_path)
     assert second and second.moments == kept
+
+
+def test_wsd_and_the_least_rate_are_those_of_transformers() -> None:
+    """Equal to transformers' schedules at every step; by hand the last but one of 3 falling steps is at 2/3 of the way."""
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
+
+    def theirs(make: Any, **options: Any) -> list[float]:
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        schedule = make(optimizer, **options)
+        return [schedule.lr_lambdas[0](step) for step in range(20)]
+
+    ours = [lr_factor("wsd", step, 20, 0, 0.1, 3) for step in range(20)]
+    assert ours[17:] == pytest.approx([1.0, 0.1 + 0.9 * 2 / 3, 0.1 + 0.9 / 3]) and set(ours[:18]) == {1.0}
+    options = {"num_warmup_steps": 0, "num_training_steps": 20}
+    wsd = theirs(get_wsd_schedule, num_decay_steps=3, min_lr_ratio=0.1, decay_type="linear", **options)
+    assert ours == pytest.approx(wsd)
+    cosine = theirs(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=0.1, **options)
+    assert [lr_factor("cosine", step, 20, 0, 0.1) for step in range(20)] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_the_least_rate_is_reached_one_step_after_the_last(schedule: Any) -> None:
+    assert lr_factor(schedule, 20, 20, 4, 0.25, 2) == pytest.approx(0.25)
+    assert lr_factor(schedule, 5, 4, 4, 0.25, 2) <= 1.0  # a run that is all warm-up divides by nothing

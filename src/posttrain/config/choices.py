@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from posttrain.registry import Registry
 
-Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate
+Schedule = Literal["constant", "linear", "cosine", "wsd"]  # of the learning rate
+RATE_GROUPS = ("embeddings", "head", "experts")  # what `optim.lr_groups` knows by name
 KlEstimator = Literal["k1", "k2", "k3"]
 GroupAdvantage = Literal["grpo", "rloo"]  # against the other answers to the same prompt
 Advantage = Literal["gae", GroupAdvantage]
@@ -16,6 +17,10 @@ Correction = Literal["none", "truncate", "mask"]  # of samples that another poli
 
 Kernels = Literal["auto", "reference"]
 
+# a file an optimizer, a `posttrain.training.optimizers._kind.OptimizerKind` in each
+OPTIMIZERS: Registry[Any] = Registry("posttrain.training.optimizers", "posttrain.optimizers", "OPTIMIZER", "optimizer")
+# a file a loss, a `posttrain.losses.tokens.TokenLoss` in each
+TOKEN_LOSSES: Registry[Any] = Registry("posttrain.losses.token", "posttrain.token_losses", "LOSS", "token loss")
 # a file a loss, a `posttrain.losses.pairs.PreferenceLoss` in each
 PREFERENCE_LOSSES: Registry[Any] = Registry(
     "posttrain.losses.preference", "posttrain.preference_losses", "LOSS", "preference loss"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from posttrain.runs.identity import flatten
 from posttrain.runs.yaml_files import check_aliases
 
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
-OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
 OmegaConf.register_new_resolver("by", lambda name, known, other: known.get(name, other), replace=True)
 OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 else lora * f / LORA_FACTOR, replace=True)
 

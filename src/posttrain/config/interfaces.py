@@ -116,7 +116,7 @@ class Method(Strict):
     is. is_additive: a layer's change is B A throughout training, so it can lie on top of another's, and both are one of summed
     rank. writes_base: it changes weights of the base, at its start or in training. can_continue: it can go on with what a run of
     it has left. adds_tokens: it trains rows of the embedding and of the head, those of `model.add_tokens`. own_parts: what the
-    names of parameters have in them that it adds to the base's modules.
+    names of parameters have in them that it adds to the base's modules. several_rates: not all that it trains has one rate.
     """
 
     output: ClassVar[Literal["model", "adapter"]] = "adapter"
@@ -130,6 +130,7 @@ class Method(Strict):
     for_vllm: ClassVar[bool] = False
     for_fsdp: ClassVar[bool] = False
     adds_tokens: ClassVar[bool] = False
+    several_rates: ClassVar[bool] = False
     own_parts: ClassVar[tuple[str, ...]] = ()
     lr_factor: Rate
 

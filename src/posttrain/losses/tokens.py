@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from posttrain.batch import LossOutput
+from posttrain.batch import LossOutput, Metrics
 
 
 def token_loss(logps: Tensor, weight: Tensor) -> LossOutput:
@@ -15,6 +18,40 @@ def token_loss(logps: Tensor, weight: Tensor) -> LossOutput:
     """
     total = -(weight * logps).sum()
     return LossOutput(total, {"loss": (total.detach(), weight.sum())})
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """One loss of `sft.loss`.
+
+    Args:
+        per_token: log-probs of the tokens [N] -> the loss of each, [N].
+        smooths: `sft.label_smoothing` goes with it.
+    """
+
+    per_token: Callable[[Tensor], Tensor]
+    smooths: bool = False
+
+
+def shaped_token_loss(
+    loss: TokenLoss, logps: Tensor, weight: Tensor, smoothing: float = 0.0, z_loss: float = 0.0, spread: Tensor | None = None
+) -> LossOutput:
+    """Sum over N tokens of w_t [(1 - s) l_t - s mean_v log p(v | x_<t) + z (log Z_t)^2], l_t by `loss`.
+
+    s: label smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7). z: z-loss (Chowdhery et al. 2022, arXiv 2204.02311,
+    section 5). spread: [2, N], the mean log-prob of all words and log Z, where s or z is not zero. Beside the loss, `nll` is the
+    plain one.
+    """
+    losses = loss.per_token(logps)
+    if spread is not None and smoothing:
+        losses = (1 - smoothing) * losses - smoothing * spread[0]
+    count = weight.sum()
+    metrics: Metrics = {"nll": ((weight * -logps).sum().detach(), count)}
+    if spread is not None and z_loss:
+        losses = losses + z_loss * spread[1] ** 2
+        metrics["log_z"] = ((weight * spread[1]).sum().detach(), count)
+    total = (weight * losses).sum()
+    return LossOutput(total, {"loss": (total.detach(), count), **metrics})
 
 
 def answer_sums(values: Tensor, owner: Tensor, num_answers: int) -> Tensor:

@@ -42,7 +42,7 @@ from posttrain.training.checkpoint import Checkpoint, check_room
 from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
 from posttrain.training.loop import Loop, LoopConfig
-from posttrain.training.optimizer import make_optimizer
+from posttrain.training.optimizer import group_rates, make_optimizer, require_optimizer
 from posttrain.training.processes import Processes, is_lost_process
 from posttrain.training.sharding import shard
 from posttrain.training.signals import StopSignal
@@ -58,6 +58,7 @@ def run_stage(cfg: Any, run: Run, steps: Steps[Any, Any, Any]) -> dict[str, Any]
         cfg, line = settled(cfg, device)
         if line:
             say(line)
+        require_optimizer(cfg.optim.name)
         accelerator = make_accelerator(cfg, device)
         for remark in remarks(Processes.of(accelerator).gathered(seen(device, index))):
             say(remark)
@@ -85,6 +86,7 @@ def _run(
             say(line)
         tracker.begin(cfg.tracker, cfg.track, run.config, history.first_step)
         cfg = _with_rate(cfg, prepared)
+        _warmup_steps(cfg, prepared.num_steps)
         context = replace(context, cfg=cfg)
         built = steps.build(context, prepared, accelerator)
         for line in in_words(built.module):
@@ -118,7 +120,19 @@ def _with_rate(cfg: Any, prepared: Prepared[Any]) -> Any:
         return cfg
     if prepared.lr is None:
         raise of_all(UserError(f"optim.lr: auto is a rule of language models, which {cfg.stage} does not train; give a number"))
+    if cfg.optim.min_lr > prepared.lr:
+        raise of_all(UserError(f"optim.min_lr: {cfg.optim.min_lr:g} is above the rate that optim.lr=auto found, {prepared.lr:g}"))
     return cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"lr": prepared.lr})})
+
+
+def _warmup_steps(cfg: Any, num_steps: int) -> int:
+    """Raises UserError where they are all there are."""
+    steps = cfg.optim.warmup_steps
+    if steps is None:
+        return math.ceil(cfg.optim.warmup_ratio * num_steps)
+    if steps and steps >= num_steps:
+        raise of_all(UserError(f"optim.warmup_steps: {steps} leave none of the run's {num_steps} steps; give fewer"))
+    return steps
 
 
 def _prepare_module(
@@ -131,11 +145,12 @@ def _prepare_module(
     optimizer, note = make_optimizer(
         optim.name,
         module,
-        cfg.peft.rate_of,
+        group_rates(module, cfg.peft.rate_of, optim.lr, optim.lr_groups),
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
+        options=optim.options,
         kept=Processes.of(accelerator).told(lambda: checkpoint.moments) if checkpoint else None,
     )
     if note:
@@ -162,7 +177,7 @@ def _loop(
         loss_scale.begin(session.state)
     config = LoopConfig(
         num_steps=prepared.num_steps,
-        warmup_steps=math.ceil(cfg.optim.warmup_ratio * prepared.num_steps),
+        warmup_steps=_warmup_steps(cfg, prepared.num_steps),
         log_steps=cfg.train.log_steps,
         eval_steps=cfg.train.eval_steps,
         save_steps=cfg.train.save_steps,
@@ -171,6 +186,8 @@ def _loop(
         schedule=cfg.optim.schedule,
         max_grad_norm=cfg.optim.max_grad_norm,
         seed=cfg.train.seed,
+        min_lr=cfg.optim.min_lr,
+        decay_steps=round(cfg.optim.decay_ratio * prepared.num_steps),
     )
     return Loop(
         name=cfg.stage,

@@ -28,13 +28,14 @@ from posttrain.errors import RunError, UserError, of_all
 from posttrain.runs.earlier import current_parameter
 from posttrain.runs.files import by_umask, flush, free_bytes, sha256
 from posttrain.tensors import all_whole
-from posttrain.training.optimizer import MOMENTS, Kept, in_place_of
+from posttrain.training.optimizer import Kept, optimizer_used, plain_optimizer, state_bytes
 from posttrain.training.processes import Processes
 
 RECORD = "checkpoint.json"
 FILES: tuple[str, ...] = ("weights.safetensors", "optimizer.safetensors", "method.safetensors")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 ALONE = Processes()
+GROUP = "group."  # before what an optimizer keeps of a group, beside the state of its first parameter
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -79,7 +80,8 @@ def save_checkpoint(
     Raises RunError for values that are not finite, and when the disk refuses. The older checkpoints are then untouched.
     """
     weights = all_whole(trainable(module), processes.main)
-    parts = dict(zip(FILES, (weights, all_whole(_slots(module, optimizer), processes.main), method), strict=True))
+    slots = _slots(module, plain_optimizer(optimizer))
+    parts = dict(zip(FILES, (weights, all_whole(slots, processes.main), method), strict=True))
     processes.told(lambda: _save(directory, step, parts, state, keep, spare))
 
 
@@ -140,9 +142,9 @@ def _write(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], stat
 def check_room(directory: Path, module: nn.Module, optimizer: str) -> None:
     """Raises UserError unless two checkpoints of this module fit: the last good one stays while the next is written."""
     params = trainable(module).values()
-    plain = bool(in_place_of(optimizer, sum(p.numel() for p in params), torch.cuda.is_available()))
-    moments = 2 if "8bit" in optimizer and not plain else MOMENTS
-    size = sum(p.nbytes + moments * p.numel() for p in params)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    used, _ = optimizer_used(optimizer, sum(p.numel() for p in params), kind, False)
+    size = sum(p.nbytes for p in params) + state_bytes(used, module)
     free = free_bytes(directory.parent)
     if free < 2 * size:
         raise UserError(
@@ -229,9 +231,14 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer, pro
         for position, p in enumerate(grouped["params"]):
             if hasattr(optimizer, "init_state"):  # bitsandbytes: keep its paged buffers, fill them in place
                 optimizer.init_state(grouped, p, number, position)  # type: ignore[attr-defined]
+            else:
+                optimizer.state.pop(p, None)  # of the steps after the checkpoint, which may have been before the first
             prefix = names[id(p)] + "|"
             for key in (key for key in slots if key.startswith(prefix)):
                 value, slot = _like(kept.get(key), *slots[key], p, processes), key.removeprefix(prefix)
+                if slot.startswith(GROUP):
+                    grouped[slot.removeprefix(GROUP)] = _number(value)
+                    continue
                 on_host = _is_on_host(optimizer.state[p], slot, grouped)
                 _fill(optimizer.state[p], slot, value.cpu() if on_host else value.to(p.device))
 
@@ -246,10 +253,21 @@ def _fill(slots: dict[str, Any], slot: str, value: Tensor) -> None:
     """Put a value back into an optimizer's state."""
     if isinstance(slots.get(slot), Tensor) and slots[slot].shape == value.shape:
         slots[slot].copy_(value)
-    elif isinstance(slots.get(slot), int):
-        slots[slot] = int(value)
+    elif not value.ndim and value.dtype in (torch.int64, torch.float64):  # as `_tensor` has made it of a number
+        slots[slot] = _number(value)
     else:
         slots[slot] = value
+
+
+def _tensor(value: Any) -> Tensor:
+    """A number of Python's, whole; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def _number(value: Tensor) -> float | int:
+    return value.item()
 
 
 class _Tensors:
@@ -276,9 +294,13 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def _slots(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, by parameter and slot."""
     found = {}
+    names = {id(p): name for name, p in trainable(module).items()}
     for name, p in trainable(module).items():
         for slot, value in optimizer.state.get(p, {}).items():
-            found[f"{name}|{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            found[f"{name}|{slot}"] = _tensor(value)
+    for group in optimizer.param_groups:
+        kept = group.get("keeps", ())  # with the group's first parameter, which names it
+        found |= {f"{names[id(group['params'][0])]}|{GROUP}{key}": _tensor(group[key]) for key in kept if key in group}
     return found
 
 

@@ -30,7 +30,7 @@ from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update,
 from posttrain.training.loss_scale import BEYOND, OVERFLOW, overflowed, unscale
 from posttrain.training.metrics import Averages, total_over
 from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
-from posttrain.training.optimizer import Schedule, lr_factor, make_moments
+from posttrain.training.optimizer import Schedule, as_left, leave, lr_factor, make_moments, plain_optimizer
 from posttrain.training.processes import Processes
 from posttrain.training.seeding import seed_step
 from posttrain.training.signals import StopSignal
@@ -52,6 +52,8 @@ class LoopConfig:
     schedule: Schedule
     max_grad_norm: float | None
     seed: int
+    min_lr: float = 0.0
+    decay_steps: int = 0
 
 
 class _Updated(NamedTuple):
@@ -97,7 +99,7 @@ class Loop(Generic[B]):
         self._catch_up(start)
         if (self.guard.spike_mads is not None or self.checkpoint_gate) and not start:
             self._save(start)  # what the first spike, or an end before the first checkpoint, can go back to
-        make_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+        make_moments(plain_optimizer(self.optimizer))
         began, window_tokens, done = time.monotonic(), 0, start
         with Meter(self.name, self.config.num_steps, start) as meter:
             for step in range(start, self.config.num_steps):
@@ -118,10 +120,11 @@ class Loop(Generic[B]):
                 self._boundary(done)
         self._catch_up(done)
         self._settle(done)
+        leave(self.optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
-        restore(checkpoint, self.module, getattr(self.optimizer, "optimizer", self.optimizer), self.processes)
+        restore(checkpoint, self.module, plain_optimizer(self.optimizer), self.processes)
         if self.callback:
             self.callback.load(self.processes.told(lambda: checkpoint.method))
 
@@ -285,7 +288,9 @@ class Loop(Generic[B]):
         self.state.drawn = hashlib.sha256(said.encode()).hexdigest()
 
     def _lr(self, step: int) -> float:
-        return self.config.lr * lr_factor(self.config.schedule, step, self.config.num_steps, self.config.warmup_steps)
+        config = self.config
+        least = config.min_lr / config.lr
+        return config.lr * lr_factor(config.schedule, step, config.num_steps, config.warmup_steps, least, config.decay_steps)
 
     def _add_penalty(self, penalty: Tensor) -> None:
         """Add the penalty's gradient. It depends on the weights alone, and all processes have the same gradients by now."""
@@ -332,7 +337,7 @@ class Loop(Generic[B]):
                 stopping = True
         best = self._best_step == done
         if stopping or last or best or self._is_over or (config.save_steps and done % config.save_steps == 0):
-            if self.checkpoint_gate and not self.checkpoint_gate(done):
+            if not self._may_keep(done):
                 self.state.best = before
                 self._refuse(done)
                 return
@@ -366,7 +371,7 @@ class Loop(Generic[B]):
 
     def _evaluate(self, done: int) -> None:
         """After the last step what the result measures is logged, by the run."""
-        with self.stop.at_once(self.accelerator.num_processes == 1):
+        with self.stop.at_once(self.accelerator.num_processes == 1), as_left(self.optimizer):
             values = self.evaluate(done)
             if done < self.config.num_steps:
                 self.tracker.log(done, values)
@@ -399,6 +404,13 @@ class Loop(Generic[B]):
     def _best(self) -> Checkpoint | None:
         step = self._best_step
         return None if step is None else self.processes.told(lambda: checkpoint_of(self.checkpoints, step))
+
+    def _may_keep(self, done: int) -> bool:
+        """As `checkpoint_gate` says of what the run would leave now."""
+        if self.checkpoint_gate is None:
+            return True
+        with as_left(self.optimizer):
+            return self.checkpoint_gate(done)
 
     def _save(self, done: int) -> None:
         method = self.callback.state() if self.callback else {}

@@ -25,6 +25,7 @@ class Objective(Generic[B]):
         summary: metrics of all held-out units together, from the values of each.
         scores: the model is one that scores answers (models/language/reward_model.py).
         perplexity: exp(loss) means something, and is reported.
+        training_loss: of one micro-batch in training, where that is another than what is measured.
     """
 
     pack: Callable[[Any, Sequence[int]], B]
@@ -33,6 +34,7 @@ class Objective(Generic[B]):
     summary: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
     scores: bool = False
     perplexity: bool = False
+    training_loss: LossFunction[B] | None = None
 
 
 @dataclass(frozen=True)

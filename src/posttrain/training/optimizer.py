@@ -1,88 +1,104 @@
-"""Optimizers and learning-rate schedules."""
+"""The optimizer of a run, what it keeps, and how its learning rate goes. The optimizers themselves are files of optimizers/."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from posttrain.config.choices import Schedule
+from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
 from posttrain.errors import UserError, of_all
-
-MOMENTS = 8  # bytes a trained number, in float32
-# From here on moments are worth paging: LoRA of rank 16 on 8 billion weights has 0.31 GiB of them, of rank 64 1.25.
-LARGE_MOMENTS = 2**30
-SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
-BLOCK_OF_MOMENTS = 256  # that share a constant
-WAITS = "waits for the device at every weight"
-Kept = Literal["adamw", "bitsandbytes"]  # whose moments a checkpoint has
+from posttrain.training.optimizers._bitsandbytes import WAITS
+from posttrain.training.optimizers._kind import Kept, Settings
 
 
 def make_optimizer(
     name: str, module: nn.Module, lr_ratio: Callable[[str], float],
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, kept: Kept | None = None,
+    *, lr: float, betas: tuple[float, float] | None, eps: float | None, weight_decay: float,
+    options: dict[str, Any] | None = None, kept: Kept | None = None,
 ) -> tuple[Optimizer, str | None]:  # fmt: skip
     """The optimizer, and a line to show when it is not the one that was asked for.
 
-    bitsandbytes' 8-bit and paged optimizers exist on CUDA; elsewhere plain AdamW takes their place (see `in_place_of`). Weight
-    decay leaves out vectors (norms, biases), as is usual. lr_ratio: parameter name -> its learning rate divided by the run's.
+    bitsandbytes' 8-bit and paged AdamW exist on CUDA; elsewhere plain AdamW takes their place (see `in_place_of`). Weight decay
+    leaves out vectors (norms, biases), as is usual. lr_ratio: parameter name -> its learning rate divided by the run's.
     kept: see `going_on`.
     """
-    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+    grouped: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    matrices = hidden_matrices(module) if OPTIMIZERS.get(name).whole_matrices else set[int]()
     for full_name, p in module.named_parameters():
         if p.requires_grad:
-            grouped.setdefault((weight_decay if p.ndim >= 2 else 0.0, lr_ratio(full_name)), []).append(p)
-    groups = [{"params": ps, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), ps in grouped.items()]
+            key = (weight_decay if p.ndim >= 2 else 0.0, lr_ratio(full_name), id(p) in matrices)
+            grouped.setdefault(key, []).append(p)
+    groups = [
+        {"params": ps, "weight_decay": decay, "lr_ratio": ratio, "is_matrix": is_matrix, "keeps": OPTIMIZERS.get(name).keeps}
+        for (decay, ratio, is_matrix), ps in grouped.items()
+    ]
     params = [p for group in grouped.values() for p in group]
     kind, numbers = params[0].device.type, sum(p.numel() for p in params)
     used, note = optimizer_used(name, numbers, kind, any(isinstance(p, DTensor) for p in params))
-    if kept:
+    if kept and OPTIMIZERS.get(name).moments:
         used, note = going_on(name, used, note, kept)
-    if used == "adamw":
-        fused = kind == "cuda" or all(p.dtype == torch.float32 for p in params)
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused), note
-    return bitsandbytes_optimizer(used)(groups, lr=lr, betas=betas, eps=eps), note
+    if OPTIMIZERS.get(used).whole_matrices:
+        note = _dealt(name, grouped)
+    return OPTIMIZERS.get(used).make(groups, Settings(lr, betas, eps, options or {})), note
 
 
-def bitsandbytes_optimizer(name: str) -> Callable[..., Optimizer]:
-    """The class for a name of `optim` other than adamw."""
-    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+def _dealt(name: str, grouped: dict[tuple[float, float, bool], list[nn.Parameter]]) -> str:
+    counts = {which: sum(p.numel() for key, ps in grouped.items() if key[2] is which for p in ps) for which in (True, False)}
+    return (
+        f"optim={name}: {counts[True]:,} numbers of hidden matrices learn by it, {counts[False]:,} others (embeddings, head, "
+        f"vectors, fused experts) by AdamW"
+    )
 
-    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
+
+def make_moments(optimizer: Any) -> None:
+    """Have all of AdamW's state now, as its first step would make it: then a step allocates nothing on CUDA, and cannot end half
+    applied for want of memory. What is there already, of a checkpoint, stays. Other optimizers make theirs by themselves."""
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for number, group in enumerate(part.param_groups):
+            for position, p in enumerate(group["params"]):
+                if part.state[p]:
+                    continue
+                if hasattr(part, "init_state"):  # bitsandbytes
+                    part.init_state(group, p, number, position)
+                elif isinstance(part, torch.optim.AdamW):
+                    counter = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")
+                    slots = ("exp_avg", "exp_avg_sq")
+                    moments = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in slots}
+                    part.state[p] = {"step": counter, **moments}
 
 
-def make_moments(optimizer: Optimizer) -> None:
-    """Have all of an optimizer's state now, as its first step would make it: then a step allocates nothing on CUDA, and
-    cannot end half applied for want of memory. What is there already, of a checkpoint, stays."""
-    for number, group in enumerate(optimizer.param_groups):
-        for position, p in enumerate(group["params"]):
-            if optimizer.state[p]:
-                continue
-            if hasattr(optimizer, "init_state"):  # bitsandbytes
-                optimizer.init_state(group, p, number, position)  # type: ignore[attr-defined]
-                continue
-            counter = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")
-            moments = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": counter, **moments}
+def hidden_matrices(module: nn.Module) -> set[int]:
+    """Ids of the parameters that are matrices and neither an embedding's nor the output head's."""
+    outside = set[int]()
+    for each in module.modules():
+        for part in (each if isinstance(each, nn.Embedding) else None, _head_of(each)):
+            outside |= {id(p) for p in part.parameters()} if isinstance(part, nn.Module) else set()
+    return {id(p) for p in module.parameters() if p.ndim == 2 and min(p.shape) > 1 and id(p) not in outside}
+
+
+def _head_of(module: Any) -> Any:
+    return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
+def require_optimizer(name: str) -> None:
+    """Raises UserError for an optimizer whose package is not installed."""
+    package = OPTIMIZERS.get(name).package
+    if package and not find_spec(package):
+        raise UserError(f"optim.name: {name} needs the package {package}: pip install 'posttrain[optimizers]'")
 
 
 def in_place_of(name: str, numbers: int, on_cuda: bool, sharded: bool = False) -> str:
     """'' or why plain AdamW takes the place of this optimizer. numbers: that are trained."""
-    if name == "adamw":
-        return ""
-    if sharded:
-        return "does not shard (train.fsdp)"
-    if not on_cuda:
-        return "needs CUDA"
-    size = MOMENTS * numbers
-    if name.startswith("paged_") and size < LARGE_MOMENTS:
-        return f"{WAITS}, to page moments that would take {size / 2**30:.2f} GiB"
-    return ""
+    return OPTIMIZERS.get(name).instead(numbers, on_cuda, sharded)
 
 
 def optimizer_used(name: str, numbers: int, kind: str, sharded: bool) -> tuple[str, str | None]:
@@ -110,23 +126,91 @@ def going_on(name: str, used: str, note: str | None, kept: Kept) -> tuple[str, s
     )
 
 
-def moment_bytes(used: str, numbers: int, itemsize: int) -> float:
-    """AdamW's two moments of one tensor. used: by `optimizer_used`. itemsize: of the tensor's own numbers."""
-    if used == "adamw":
-        return 2.0 * numbers * itemsize
-    if "8bit" in used and numbers >= SMALLEST_IN_8_BIT:
-        return 2.0 * (numbers + 4 * -(-numbers // BLOCK_OF_MOMENTS))
-    return 2.0 * numbers * 4
+def state_bytes(used: str, module: nn.Module) -> float:
+    """What the optimizer keeps for all that is trained of a module, on the meta device too. used: by `optimizer_used`."""
+    kind, matrices = OPTIMIZERS.get(used), hidden_matrices(module)
+    trained = {id(p): p for p in module.parameters() if p.requires_grad}
+    return sum(kind.state_bytes(p.shape, p.element_size(), key in matrices) for key, p in trained.items())
 
 
-def lr_factor(schedule: Schedule, step: int, num_steps: int, warmup_steps: int) -> float:
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer within accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+@contextmanager
+def as_left(optimizer: Any) -> Generator[None]:
+    """Inside, the weights are those that a run would leave now. Those under training come back, to the bit."""
+    plain = plain_optimizer(optimizer)
+    if not hasattr(plain, "eval"):
+        yield
+        return
+    params = [p for group in plain.param_groups for p in group["params"]]
+    kept = [p.detach().clone() for p in params]
+    plain.eval()
+    try:
+        yield
+    finally:
+        plain.train()
+        with torch.no_grad():
+            for p, value in zip(params, kept, strict=True):
+                p.copy_(value)
+
+
+def leave(optimizer: Any) -> None:
+    """Training is over: the weights are what it leaves."""
+    plain = plain_optimizer(optimizer)
+    if hasattr(plain, "eval"):
+        plain.eval()
+
+
+def group_rates(
+    module: nn.Module, own: Callable[[str], float], lr: float, groups: dict[str, float] | None
+) -> Callable[[str], float]:
+    """Parameter name -> its rate divided by the run's: by `optim.lr_groups`, times what the method says (`own`).
+
+    Raises UserError for a group that nothing trained is of.
+    """
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    ratios = dict[str, float]()
+    for group, rate in (groups or {}).items():
+        found = [name for name in trained if _is_of(module, group)(name)]
+        if not found:
+            raise UserError(
+                f"optim.lr_groups: nothing that is trained is of '{group}'; a tied head is the embedding; leave it out"
+            )
+        ratios |= {name: rate / lr for name in found if name not in ratios}
+    return lambda name: ratios.get(name, 1.0) * own(name)
+
+
+def _is_of(module: nn.Module, group: str) -> Callable[[str], bool]:
+    """Of embeddings, head, experts, or what a regular expression finds in a parameter's name."""
+    if group == "experts":
+        return lambda name: "experts" in name.split(".")
+    if group not in RATE_GROUPS:
+        return lambda name: re.search(group, name) is not None
+    modules: dict[str, nn.Module] = dict(cast("Any", module).named_modules())
+    if group == "embeddings":
+        places = [name for name, each in modules.items() if isinstance(each, nn.Embedding)]
+    else:
+        heads = {id(_head_of(each)) for each in modules.values()}
+        places = [name for name, each in modules.items() if id(each) in heads]
+    return lambda name: any(name.startswith(f"{place}.") for place in places)
+
+
+def lr_factor(
+    schedule: Schedule, step: int, num_steps: int, warmup_steps: int, least: float = 0.0, decay_steps: int = 0
+) -> float:
     """Factor on the learning rate of optimizer step `step` (from 0): a pure function, so resuming needs no state.
 
-    Warm-up is linear and its first step is not zero; linear and cosine end at zero one step after the last.
+    Warm-up is linear and its first step is not zero. linear, cosine and, over its last `decay_steps`, wsd (Hu et al. 2024, arXiv
+    2404.06395) fall to `least` of the rate, which they reach one step after the last.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    begin = max(warmup_steps, num_steps - decay_steps) if schedule == "wsd" else warmup_steps
+    done = max(0, step - begin) / max(1, num_steps - begin)
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
+    return least + (1.0 - least) * left

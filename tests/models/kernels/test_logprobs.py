@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, LagunaConfig, PreTrainedConfig, RecurrentGemmaConfig, xLSTMConfig
 
-from posttrain.models.kernels.logprobs import Head, head_bytes, head_of, plain_logprobs, token_entropies, token_logprobs
+from posttrain.models.kernels.logprobs import (
+    Head,
+    head_bytes,
+    head_of,
+    plain_logprobs,
+    token_entropies,
+    token_logprobs,
+    token_spread,
+)
 
 N, H, V = 11, 6, 17
 
@@ -175,3 +183,19 @@ def test_the_heads_memory_is_what_it_is(tokens: int, dtype: torch.dtype, trained
         token_logprobs(hidden[torch.arange(tokens)], torch.randint(vocabulary, (tokens,)), head).sum().backward()
     counted = head_bytes(head.weight, tokens, "cpu")
     assert counted == pytest.approx(seen.peak, rel=0.04)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (3.0, 2.0)])
+def test_the_spread_is_that_of_all_logits(scale: float, softcap: float | None, trained: bool) -> None:
+    """Mean log-prob of all words and log Z, with their gradients: what label smoothing and z-loss are made of."""
+    hidden, target, head, chooses = case(scale, softcap, trained)
+    leaves = [hidden, head.weight, head.bias] if trained else [hidden]
+    logits = (hidden @ head.weight.T + head.bias) * head.scale
+    logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+    wanted = torch.stack([logits.log_softmax(-1).mean(-1), logits.logsumexp(-1)])
+    got = token_spread(hidden, target, token_logprobs(hidden, target, head), head)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
+    pairs = zip(*(torch.autograd.grad((x * chooses).sum(), leaves) for x in (got, wanted)), strict=True)
+    for have, need in pairs:
+        torch.testing.assert_close(have, need, rtol=1e-5, atol=5e-6)

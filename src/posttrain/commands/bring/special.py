@@ -111,13 +111,11 @@ def _is_place(text: str) -> bool:
 def read_numbers(found: Translation) -> None:
     """Warm-up, betas, held-out rows, targets and trackers."""
     if found.has("warmup_steps"):
-        steps, total = float(found.take("warmup_steps")), found.tree.get("max_steps") or 0
-        if steps < 1 or total > 0:
-            found.put("optim.warmup_ratio", min(1.0, steps if steps < 1 else steps / total), "warmup_steps")
-            if found.has("warmup_ratio"):
-                found.note("warmup_ratio", found.take("warmup_ratio"), "warmup_steps comes first")
-        else:
-            found.note("warmup_steps", int(steps), "optim.warmup_ratio is a share; posttrain plan says how many steps there are")
+        steps = float(found.take("warmup_steps"))
+        key, value = ("optim.warmup_ratio", steps) if 0 < steps < 1 else ("optim.warmup_steps", int(steps))
+        found.put(key, value, "warmup_steps")
+        if found.has("warmup_ratio"):
+            found.note("warmup_ratio", found.take("warmup_ratio"), "warmup_steps comes first")
     if found.has("adam_beta1") or found.has("adam_beta2"):
         betas = [found.take("adam_beta1") or 0.9, found.take("adam_beta2") or 0.999]
         found.put("optim.betas", betas, "adam_beta1, adam_beta2")

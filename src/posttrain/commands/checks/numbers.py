@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from posttrain.commands.checks.check import Check, Figures, Wrong, apart, numbers, within
+from posttrain.config.choices import OPTIMIZERS
 from posttrain.training.checkpoint import newest_checkpoint, restore, save_checkpoint
-from posttrain.training.optimizer import bitsandbytes_optimizer, make_moments
+from posttrain.training.optimizer import make_moments
+from posttrain.training.optimizers._kind import Settings
 
 SIDE = 256
 NF4_ERROR = 0.12  # of Gaussian weights it is 0.09: half of the mean distance of its sixteen values
@@ -86,10 +88,7 @@ class _Trained:
 
 
 def _optimizer(name: str, module: nn.Module) -> Optimizer:
-    groups, settings = [{"params": list(module.parameters())}], {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
-    made = (
-        torch.optim.AdamW(groups, fused=True, **settings) if name == "adamw" else bitsandbytes_optimizer(name)(groups, **settings)
-    )
+    made = OPTIMIZERS.get(name).make([{"params": list(module.parameters())}], Settings(1e-2, (0.9, 0.99), 1e-8))
     make_moments(made)
     return made
 

@@ -18,7 +18,7 @@ from posttrain.models.layers import fused_experts
 from posttrain.models.offload.store import layer_names
 from posttrain.models.peft.targets import linears
 from posttrain.stages.precision import autocast_of
-from posttrain.training.optimizer import moment_bytes, optimizer_used
+from posttrain.training.optimizer import optimizer_used, state_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,7 +124,7 @@ def tally(
     """base: the model within, which a method may be on; quantizable: the weights that `quant=` takes. gone: ids of parameters of
     layers whose weights are elsewhere, unless they are the method's."""
     linear = {id(weight) for weight in quantizable}
-    weights = quantized = constants = adapters = gradients = optimizer = 0.0
+    weights = quantized = constants = adapters = gradients = 0.0
     total = trained = 0
     numbers = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad)
     used, note = optimizer_used(cfg.optim.name, numbers, device.kind, cfg.train.fsdp)
@@ -135,7 +135,6 @@ def tally(
         if p.requires_grad:
             trained += numbers
             gradients += size
-            optimizer += moment_bytes(used, numbers, p.element_size())
         if id(p) not in own:
             adapters += size
         elif id(p) in gone:
@@ -145,7 +144,7 @@ def tally(
         else:
             weights += size
     parts = {"weights": weights, "quantized weights": quantized, "quantization constants": constants, "adapters": adapters}
-    return Tally(parts | {"gradients": gradients, "optimizer": optimizer}, total, trained, used, note)
+    return Tally(parts | {"gradients": gradients, "optimizer": state_bytes(used, model)}, total, trained, used, note)
 
 
 def _base(module: Any) -> Any:

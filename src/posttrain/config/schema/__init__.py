@@ -3,7 +3,7 @@
 from posttrain.config.fields import Rate, Strict
 from posttrain.config.schema.data import DataConfig, MixedSource, ReplayConfig, SourceConfig
 from posttrain.config.schema.images import DreamboothConfig, DriftConfig, ImageData, PriorConfig, SampleConfig
-from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig
+from posttrain.config.schema.language import DpoConfig, PpoConfig, RewardConfig, RmConfig, RolloutConfig, SftConfig
 from posttrain.config.schema.stages import Conversational, Guarded, LanguageStage, Stage
 from posttrain.config.schema.training import TrackConfig, TrainConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "RmConfig",
     "RolloutConfig",
     "SampleConfig",
+    "SftConfig",
     "SourceConfig",
     "Stage",
     "Strict",

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from posttrain.config.choices import (
     POLICY_LOSSES,
     PREFERENCE_LOSSES,
+    TOKEN_LOSSES,
     Advantage,
     AdvantageScale,
     Correction,
@@ -16,6 +17,25 @@ from posttrain.config.choices import (
     KlPlace,
 )
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, SumOf, Weight, listed
+
+
+class SftConfig(Strict):
+    """`sft`: the loss that is trained by; held-out figures are of the plain one."""
+
+    loss: Annotated[str, OneOf(TOKEN_LOSSES)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    z_loss: Weight
+    neftune_noise_alpha: Rate | None
+
+    @property
+    def spread(self) -> bool:
+        """Does it ask for more of a prediction than its log-prob?"""
+        return bool(self.label_smoothing or self.z_loss)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is it the loss that is measured?"""
+        return self.loss == "nll" and not self.spread and self.neftune_noise_alpha is None
 
 
 class DpoConfig(Strict):

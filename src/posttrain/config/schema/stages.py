@@ -43,6 +43,7 @@ class Stage(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
         self.peft.check_base(self.quant)
+        self.optim.check(self.peft, self.train.fsdp)
         for key in ("id", "artifacts") if self.tracker == "tensorboard" else ():
             if getattr(self.track, key):
                 raise ValueError(f"track.{key}: tensorboard has none; leave it out, or say tracker=wandb, trackio or mlflow")

@@ -2,27 +2,94 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
-from posttrain.config.choices import Schedule
+from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
 from posttrain.config.directions import direction
-from posttrain.config.fields import NonNegative, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
+from posttrain.config.interfaces import Method
 from posttrain.config.schema.launch import Launcher
+from posttrain.errors import did_you_mean
+
+LEAST_FACTOR = 0.01  # of an optimizer that finds its rate: below it `optim.lr` was meant as a rate
 
 
 class OptimConfig(Strict):
     """`optim`: the optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+    name: Annotated[str, OneOf(OPTIMIZERS)]
     lr: Rate | Literal["auto"]
-    betas: tuple[Share, Share]
-    eps: Rate
+    lr_factor: Rate
+    lr_groups: dict[str, Rate] | None
+    betas: tuple[Share, Share] | None
+    eps: Rate | None
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Schedule
     warmup_ratio: Share
+    warmup_steps: NonNegative | None
+    min_lr: Weight
+    decay_ratio: Share
     max_grad_norm: Rate | None
+    options: dict[str, float | bool] | None
+
+    @model_validator(mode="after")
+    def _has_what_it_takes(self) -> OptimConfig:
+        kind = OPTIMIZERS.get(self.name)
+        for key in ("betas", "eps"):
+            if (getattr(self, key) is not None) != (key in kind.takes):
+                other = "give it" if key in kind.takes else "say null"
+                raise ValueError(f"optim.{key}: {self.name} {'needs it' if key in kind.takes else 'has none'}; {other}")
+        for key, value in (self.options or {}).items():
+            if key not in kind.options:
+                known = f"it has {', '.join(kind.options)}" if kind.options else "it has none"
+                raise ValueError(f"optim.options.{key}: no option of {self.name}{did_you_mean(key, list(kind.options))}; {known}")
+            if (kind.options[key] is bool) != isinstance(value, bool):
+                raise ValueError(f"optim.options.{key}: {value} should be a {kind.options[key].__name__}")
+        if kind.averages and self.betas and not self.betas[0]:
+            raise ValueError(f"optim.betas: the first is how {self.name} averages, and must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rate_goes_with_it(self) -> OptimConfig:
+        kind = OPTIMIZERS.get(self.name)
+        if kind.schedules and self.schedule not in kind.schedules:
+            raise ValueError(f"optim.schedule: {self.name} takes the place of a schedule; say optim.schedule={kind.schedules[0]}")
+        if kind.finds_rate and (self.lr == "auto" or self.lr < LEAST_FACTOR):
+            raise ValueError(f"optim.lr: {self.name} finds the rate, and optim.lr multiplies it; say optim.lr=1")
+        if kind.one_rate and self.lr_groups:
+            raise ValueError(f"optim.lr_groups: {self.name} has one rate for all; leave them out, or say optim=adamw")
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError("optim.min_lr: a constant schedule does not fall; say optim.schedule=cosine, linear or wsd")
+        if self.lr != "auto" and self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr: {self.min_lr:g} is above optim.lr={self.lr:g}")
+        for key in self.lr_groups or {}:
+            _check_group(key)
+        return self
+
+    def check(self, peft: Method, fsdp: bool) -> None:
+        """Raises ValueError where it does not go with a method, or with sharding."""
+        kind = OPTIMIZERS.get(self.name)
+        if kind.whole_matrices and peft.output == "adapter":
+            raise ValueError(
+                f"optim.name: {self.name} turns the update of a whole weight matrix, which peft={peft.name} does not train; "
+                f"use peft=none, or optim=adamw"
+            )
+        if kind.one_rate and peft.several_rates:
+            raise ValueError(f"optim.name: {self.name} has one rate, and peft={peft.name} two; use peft=lora, or optim=adamw")
+        if fsdp and not kind.shards:
+            raise ValueError(f"optim.name: {self.name} does not shard; say train.fsdp=false, or optim=adamw")
+
+
+def _check_group(key: str) -> None:
+    if key not in RATE_GROUPS and key.isalpha() and (near := did_you_mean(key, list(RATE_GROUPS))):
+        raise ValueError(f"optim.lr_groups.{key}: no such group{near}")
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise ValueError(f"optim.lr_groups: '{key}' is no regular expression ({error})") from error
 
 
 class EarlyStopping(Strict):

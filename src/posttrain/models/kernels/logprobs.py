@@ -118,6 +118,21 @@ def token_entropies(hidden: Tensor, head: Head) -> Tensor:
     return _by_chunks(lambda logps: -(logps.exp() * logps).sum(-1), hidden, head)
 
 
+def token_spread(hidden: Tensor, target: Tensor, logps: Tensor, head: Head) -> Tensor:
+    """[2, N]: the mean log-prob of all words, and log Z, the log of the sum of exp(logit). logps: of the targets [N].
+
+    log Z is the target's logit less its log-prob, and the mean of logits that are linear is one product with the mean word: no
+    logits are needed beside those of `token_logprobs`.
+    """
+    products = (hidden.float() * head.weight[target].float()).sum(-1)
+    partition = head.shaped(products if head.bias is None else products + head.bias[target].float()) - logps
+    if head.softcap is not None:
+        return torch.stack([_by_chunks(lambda all_logps: all_logps.mean(-1), hidden, head), partition])
+    mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+    mean = mean if head.bias is None else mean + head.bias.float().mean()
+    return torch.stack([head.shaped(mean) - partition, partition])
+
+
 def _by_chunks(figure: Callable[..., Tensor], hidden: Tensor, head: Head, *others: Tensor) -> Tensor:
     """figure(log-probs of all words [n, V], `others`) of all rows, in chunks of n, each computed again in the backward."""
 

@@ -17,9 +17,10 @@ from posttrain.batch import PackedBatch
 from posttrain.config.choices import Kernels
 from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
-from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs
+from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs, token_spread
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.decoder import before_head, decoder_of, last_hidden
+from posttrain.models.language.neftune import check_noise, noisy
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.offload.activations import ActivationsAway
 from posttrain.models.peft import soft_prompts as prompts
@@ -191,26 +192,39 @@ class PackedLM(nn.Module):
         longest = max(s.stop - s.start + s.prefix_stop - s.prefix_start for s in mask.segments)
         return self.border is not None and longest + mask.size > self.border
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """log p(target | all that its source sees), of the softmax of logits / temperature: float32 [N]."""
-        hidden, source = self.read(batch, batch.logit_index)
-        return self.logprobs(hidden[source], batch.target, temperature)
+    def forward(self, batch: PackedBatch, temperature: float = 1.0, spread: bool = False, noise: float = 0.0) -> Tensor:
+        """log p(target | all that its source sees), of the softmax of logits / temperature: float32 [N].
+
+        spread: [3, N], with the two rows of `token_spread` below. noise: NEFTune's alpha.
+        """
+        hidden, source = self.read(batch, batch.logit_index, noise)
+        found = self.logprobs(hidden[source], batch.target, temperature)
+        if not spread:
+            return found
+        return torch.cat([found[None], token_spread(hidden[source], batch.target, found, self.head.at(temperature))])
 
     def logprobs(self, hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
         """[N, H], int64 [N] -> float32 [N]."""
         compute = token_logprobs if self.report.kernels == "auto" else plain_logprobs
         return compute(hidden, target, self.head.at(temperature))
 
-    def read(self, batch: PackedBatch, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Last hidden states [T', H], and where in them `places` of the pack stand: virtual tokens move them."""
+    def read(self, batch: PackedBatch, places: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Last hidden states [T', H], and where in them `places` of the pack stand: virtual tokens move them. noise: NEFTune's
+        alpha."""
         device, model, kind = batch.tokens.device, self.model, self.prompt_kind
         if kind == "prompt":
             virtual = prompts.soft_prompt(model)
             layout = prompts.insert_virtual(batch.segments, batch.positions, len(virtual))
-            embeddings = self.causal.get_input_embeddings()(batch.tokens)[0]
+            embeddings = self._embedded(batch, noise)
             mask = DocumentMask(layout.segments, layout.positions.shape[1], device)
             inputs = prompts.embed(layout, embeddings, virtual)
             return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[places]
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
         mask = DocumentMask(batch.segments, batch.size, device, memory)
-        return self.hidden(batch.positions + mask.size, mask, input_ids=batch.tokens), places
+        inputs = {"inputs_embeds": self._embedded(batch, noise)[None]} if noise else {"input_ids": batch.tokens}
+        return self.hidden(batch.positions + mask.size, mask, **inputs), places
+
+    def _embedded(self, batch: PackedBatch, noise: float) -> Tensor:
+        if noise:
+            check_noise(self.causal)
+        return noisy(self.causal.get_input_embeddings()(batch.tokens)[0], batch.segments, noise)

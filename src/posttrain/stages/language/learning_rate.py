@@ -43,6 +43,7 @@ def auto_rate(cfg: LanguageStage, num_steps: int, processes: int, base: Path) ->
         f"full training at width {WIDTH}": FULL * cfg.full_lr,
         cfg.peft.name: cfg.peft.lr_factor,
         **cfg.peft.auto_factors(num_steps),
+        f"optim={cfg.optim.name}": cfg.optim.lr_factor,
         f"width {width}, as {whose}": (WIDTH / width) ** exponent,
         f"batch {batch}": (batch / BATCH) ** 0.25,
     }

@@ -20,7 +20,7 @@ from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
-from posttrain.training.optimizer import moment_bytes, optimizer_used
+from posttrain.training.optimizer import optimizer_used, state_bytes
 
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
 
@@ -85,7 +85,7 @@ def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch
     width = built.module.causal.config.get_text_config().hidden_size
     itemsize = built.dtype.itemsize
     used, _ = optimizer_used(cfg.optim.name, built.trained, device.type, cfg.train.fsdp)
-    fixed = sum(p.nbytes + moment_bytes(used, p.numel(), p.itemsize) for p in built.module.parameters() if p.requires_grad)
+    fixed = sum(p.nbytes for p in built.module.parameters() if p.requires_grad) + state_bytes(used, built.module)
     return fixed + head_bytes(built.module.head.weight, tokens, device.type), kept - first, float(tokens * width * itemsize)
 
 

@@ -101,7 +101,7 @@ def balanced_loss(context: Context, objective: Objective[PackedBatch], session: 
     coefficient = router_coefficient(lm.causal, context.cfg.train.router_aux_loss)
     if coefficient:
         say(f"the loss has {coefficient:g} times the routers' balance (train.router_aux_loss)")
-    return with_balance(objective.loss, lm, coefficient)
+    return with_balance(objective.training_loss or objective.loss, lm, coefficient)
 
 
 def _batches(

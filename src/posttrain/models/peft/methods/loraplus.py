@@ -11,6 +11,7 @@ from posttrain.models.peft.methods.lora import LoraFamily
 class LoraPlus(LoraFamily):
     """LoRA whose B learns faster than its A."""
 
+    several_rates = True
     method: Literal["loraplus"]
     lr_ratio: Rate  # learning rate of B over that of A
 

@@ -1,0 +1,1 @@
+"""Losses of `sft.loss`: a file each."""

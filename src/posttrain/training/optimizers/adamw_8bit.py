@@ -1,0 +1,7 @@
+"""AdamW of bitsandbytes (Dettmers et al. 2021, arXiv 2110.02861): moments in 8 bits."""
+
+from __future__ import annotations
+
+from posttrain.training.optimizers._bitsandbytes import adamw_of
+
+OPTIMIZER = adamw_of("AdamW8bit", eight_bit=True)
