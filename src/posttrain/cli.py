@@ -408,6 +408,7 @@ def tune_stage(
     factor: Annotated[int, typer.Option("--factor", help="One in so many goes on, to so many times the steps.")] = 3,
     metric: Annotated[str, typer.Option("--metric", help="By which trials are judged.")] = "eval/loss",
     highest: Annotated[bool, typer.Option("--highest", help="A higher metric is better.")] = False,
+    sampler: Annotated[str, typer.Option("--sampler", help="auto, grid, random; with Optuna tpe, qmc.")] = "auto",
     config: ConfigFile = None,
     config_dir: ConfigDir = None,
 ) -> None:
@@ -417,7 +418,7 @@ def tune_stage(
         from posttrain.launch.tune import tune
 
         spec_of(stage)  # refuses a name that is none
-        tune(stage, _words(overrides, config), over, trials, factor, metric, highest, config_dir)
+        tune(stage, _words(overrides, config), over, trials, factor, metric, highest, config_dir, sampler)
 
     _end(command)
 

@@ -272,3 +272,29 @@ def test_wsd_and_the_least_rate_are_those_of_transformers() -> None:
 def test_the_least_rate_is_reached_one_step_after_the_last(schedule: Any) -> None:
     assert lr_factor(schedule, 20, 20, 4, 0.25, 2) == pytest.approx(0.25)
     assert lr_factor(schedule, 5, 4, 4, 0.25, 2) <= 1.0  # a run that is all warm-up divides by nothing
+
+
+def test_going_back_to_the_start_forgets_the_moments(tmp_path: Path) -> None:
+    """A step after it is the first step of a new optimizer, with its bits."""
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer, gradient: float) -> None:
+        for p in module.parameters():
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+
+    module = nn.Linear(3, 2)
+    optimizer = optimizer_of("adamw", module, fused=False)
+    save_checkpoint(tmp_path, 0, module, optimizer, {}, {}, keep=1)
+    start, _ = newest_checkpoint(tmp_path)
+    assert start is not None
+    for gradient in (5.0, -2.0):
+        step(module, optimizer, gradient)
+    restore(start, module, optimizer)
+    assert not any(optimizer.state.values())
+    step(module, optimizer, 0.5)
+    fresh = nn.Linear(3, 2)
+    new = optimizer_of("adamw", fresh, fused=False)
+    restore(start, fresh, new)
+    step(fresh, new, 0.5)
+    for mine, its in zip(module.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, its) and optimizer.state[mine]["step"] == new.state[its]["step"] == 1

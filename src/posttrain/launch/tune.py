@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from rich.table import Table
 from posttrain.config import compose as composing
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.proposals import Grid, Proposer, proposer
 from posttrain.launch.sweep import launch_jobs, prepared_job
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import content_hash, digest
@@ -31,27 +31,38 @@ Scores = dict[int, float]  # of trials by their numbers; infinite where there is
 
 def tune(
     stage: str, words: list[str], over: Sequence[str], trials: int, factor: int, metric: str, highest: bool,
-    config_dir: Path | None = None,
+    config_dir: Path | None = None, sampler: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Find the best of `trials` settings; returns {best, overrides, dir, command, rungs, steps, trials}.
 
-    over: `KEY=LOW..HIGH`, spaced evenly in the logarithm, or `KEY=a,b`. factor: one in so many goes on to so many times the
-    steps. The same command goes on where it was stopped. Raises UserError before a trial starts, RunError where all have failed,
-    Stopped.
+    over: `KEY=LOW..HIGH`, in the logarithm, or `KEY=a,b`. sampler: what chooses among them (launch/proposals.py). factor: one in
+    so many goes on to so many times the steps. The same command goes on where it was stopped. Raises UserError before a trial
+    starts, RunError where all have failed, Stopped.
     """
-    sets = [[*words, *chosen] for chosen in settings(over, trials)]
-    steps, rungs = _lengths(stage, words, len(sets), factor, config_dir)
-    configs = [composing.compose_run(stage, [*each, f"train.eval_steps={rungs[0]}"], config_dir) for each in sets]
-    place = _directory(stage, configs, words, over, metric)
-    jobs = [prepared_job(place, i, each, sets, config) for i, (each, config) in enumerate(zip(sets, configs, strict=True))]
-    say(f"{len(jobs)} trials, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
+    asked = proposer(sampler, over, trials)
+    steps, rungs = _lengths(stage, words, asked.count, factor, config_dir)
+    place, jobs, first = Path(), list[dict[str, Any]](), Scores()
+
+    def judged(which: list[int], rung: int) -> Scores:
+        if waiting := [i for i in which if _score(jobs[i], rung, metric, highest) is None]:
+            _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
+        found = {i: _score(jobs[i], rung, metric, highest) for i in which}
+        return {i: math.inf if score is None else score for i, score in found.items()}
+
+    while wave := asked.wave(list(first.values())):
+        configs = [_config(stage, [*words, *chosen], rungs[0], config_dir) for chosen in wave]
+        if not jobs:
+            place = _directory(stage, configs, words, over, metric, asked)
+            say(f"{asked.count} trials, {asked.line}, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
+        new = zip(wave, configs, strict=True)
+        other = [*words, *("" for _ in over)]  # so that each is called by all that is tuned
+        jobs += [
+            prepared_job(place, len(first) + i, [*words, *chosen], [other], config) for i, (chosen, config) in enumerate(new)
+        ]
+        first |= judged(list(range(len(first), len(jobs))), rungs[0])
     alive, table = list(range(len(jobs))), dict[int, Scores]()
     for rung in rungs:
-        waiting = [i for i in alive if _score(jobs[i], rung, metric, highest) is None]
-        if waiting:
-            _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
-        found = {i: _score(jobs[i], rung, metric, highest) for i in alive}
-        table[rung] = {i: math.inf if score is None else score for i, score in found.items()}
+        table[rung] = first if rung == rungs[0] else judged(alive, rung)
         if all(score == math.inf for score in table[rung].values()):
             raise RunError(f"no trial has {metric} at step {rung}; see {Path(jobs[alive[0]]['dir']) / 'job.log'}")
         staying = survivors(table[rung], factor) if rung != steps else best_first(table[rung])[:1]
@@ -59,45 +70,6 @@ def tune(
             shutil.rmtree(Path(jobs[i]["dir"]) / "checkpoints", ignore_errors=True)  # it will not go on
         alive = staying
     return _outcome(stage, words, place, jobs, table, alive[0], metric, highest)
-
-
-def settings(over: Sequence[str], trials: int) -> list[list[str]]:
-    """Every combination of the values that `over` names, the last key varying fastest. Ranges share what `trials` leaves them
-    beside the lists. Raises UserError."""
-    keys, values = list[str](), list[list[str] | tuple[float, float, bool]]()
-    for each in over:
-        key, separator, text = each.partition("=")
-        if not separator or not text:
-            raise UserError(f"--over: '{each}' is none; write KEY=LOW..HIGH or KEY=a,b, as in optim.lr=1e-5..1e-3")
-        keys.append(key)
-        values.append(_range(each, text) if ".." in text else text.split(","))
-    listed = math.prod(len(each) for each in values if isinstance(each, list))
-    ranges = sum(not isinstance(each, list) for each in values)
-    points = int((trials / listed) ** (1 / ranges) + 1e-9) if ranges else 0
-    if ranges and points < 2:
-        raise UserError(f"--trials: {trials} leave a range of --over fewer than two values; give {listed * 2**ranges} or more")
-    spelt = [each if isinstance(each, list) else _spaced(*each, points) for each in values]
-    found = [[f"{key}={value}" for key, value in zip(keys, chosen, strict=True)] for chosen in product(*spelt)]
-    if len(found) < 2:
-        raise UserError("--over: there is one setting to try; give a range or several values")
-    return found
-
-
-def _range(said: str, text: str) -> tuple[float, float, bool]:
-    low, _, high = text.partition("..")
-    try:
-        ends = float(low), float(high)
-    except ValueError:
-        raise UserError(f"--over: '{said}' has ends that are no numbers; write KEY=1e-5..1e-3") from None
-    if not 0 < ends[0] < ends[1] < math.inf:
-        raise UserError(f"--over: '{said}' does not rise from a number above 0, as it must to be spaced in the logarithm")
-    return (*ends, low.strip().isdigit() and high.strip().isdigit())
-
-
-def _spaced(low: float, high: float, whole: bool, points: int) -> list[str]:
-    """Evenly in the logarithm, to three digits, so that what is printed is what was run."""
-    values = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
-    return list(dict.fromkeys(str(round(value)) if whole else f"{value:.3g}" for value in values))
 
 
 def rungs_of(steps: int, trials: int, factor: int) -> list[int]:
@@ -129,9 +101,17 @@ def _lengths(stage: str, words: list[str], trials: int, factor: int, config_dir:
     return steps, rungs_of(steps, trials, factor)
 
 
-def _directory(stage: str, configs: list[dict[str, Any]], words: list[str], over: Sequence[str], metric: str) -> Path:
-    """run.dir, or one whose name follows from what is tuned. Raises UserError for another tune's."""
-    what = content_hash([digest(config) for config in configs], metric)
+def _config(stage: str, words: list[str], rung: int, config_dir: Path | None) -> dict[str, Any]:
+    return composing.compose_run(stage, [*words, f"train.eval_steps={rung}"], config_dir)
+
+
+def _directory(
+    stage: str, configs: list[dict[str, Any]], words: list[str], over: Sequence[str], metric: str, asked: Proposer
+) -> Path:
+    """run.dir, or one whose name follows from what is tuned. configs: of the first trials. Raises UserError for
+    another tune's."""
+    how = [] if isinstance(asked, Grid) else [list(over), asked.line]
+    what = content_hash([digest(config) for config in configs], metric, *how)
     given = configs[0]["run"]["dir"]
     place = (Path(given).expanduser() if given else Path("runs") / "tune" / f"{stage}-{what[:8]}").resolve()
     state = {"stage": stage, "words": words, "over": list(over), "metric": metric, "of": what}

@@ -76,7 +76,15 @@ def test_at_the_last_draw_the_step_is_smaller_and_that_is_said() -> None:
     flat, none = drawn_until_full(iter([nothing, nothing]), by_f, 2, 1)
     assert flat is nothing and none["prompts_kept"] == none["informative"] == 0
     cfg: Any = typed_config(compose_run("ppo", [*GRPO, "reward.function=length"]))
-    healthy = {"kl": 0, "entropy": 1, "clip_fraction": 0, "explained_variance": 0, "reward_std": 1, "ended": 1, "reward": 0}
+    healthy: dict[str, float] = {
+        "kl": 0,
+        "entropy": 1,
+        "clip_fraction": 0,
+        "explained_variance": 0,
+        "reward_std": 1,
+        "ended": 1,
+        "reward": 0,
+    }
     healthy |= {"length_correlation": 0, "answers": 9, "step": 1}
     said = alarms(healthy | figures, healthy, cfg.ppo)
     assert list(said) == ["unfilled"] and "6 prompts were drawn, and only 2 have answers of different reward" in said["unfilled"]

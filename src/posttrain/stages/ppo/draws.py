@@ -49,7 +49,9 @@ def chosen(written: Written, places: list[int], size: int) -> Written:
     rows = [place * written.samples + i for place in places for i in range(written.samples)]
     return Written(
         [units[i : i + size] for i in range(0, len(units), size)],
-        *([each[row] for row in rows] for each in (written.prompts, written.answers, written.texts)),
+        [written.prompts[row] for row in rows],
+        [written.answers[row] for row in rows],
+        [written.texts[row] for row in rows],
         {name: score[rows] for name, score in written.scores.items()},
         None if written.gold is None else written.gold[rows],
     )
@@ -60,7 +62,9 @@ def joined(some: list[Written]) -> Written:
     first = some[0]
     return Written(
         [units for each in some for units in each.units],
-        *([one for each in some for one in getattr(each, name)] for name in ("prompts", "answers", "texts")),
+        [prompt for each in some for prompt in each.prompts],
+        [answer for each in some for answer in each.answers],
+        [text for each in some for text in each.texts],
         {name: torch.cat([each.scores[name] for each in some]) for name in first.scores},
         None if first.gold is None else torch.cat([each.gold for each in some if each.gold is not None]),
     )

@@ -107,14 +107,14 @@ class PpoTraining:
         """Answers to the step's own prompts, then to others, as many at a time. Which those are follows from the seed and the
         step: no state goes into a checkpoint."""
         cfg, mixture = self.cfg.ppo, self.data.data
-        wanted, before = sum(map(len, micro)), 0
+        wanted = sum(map(len, micro))
+        more: Iterator[int] = iter(())
         for number in range(cfg.max_draws):
             if number == 1:
                 more = iter(mixture.others(row_seed(self.cfg.train.seed, step, DRAWS, 0), wanted * (cfg.max_draws - 1)))
             if number:
                 micro = [[next(more) for _ in units] for units in micro]
-            yield self.roller.write(mixture.train, micro, cfg.samples, self._seeds(step, ROLLOUT, before))
-            before += wanted
+            yield self.roller.write(mixture.train, micro, cfg.samples, self._seeds(step, ROLLOUT, number * wanted))
 
     def _shaped(self, written: Written) -> Tensor:
         return combined(list(written.scores.values()), written.ended, self.cfg.reward, written.lengths)[1]
