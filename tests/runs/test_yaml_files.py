@@ -31,6 +31,13 @@ def test_a_bomb_of_aliases_is_refused_wherever_yaml_is_read(text: str, said: str
         compose_run("sft", ["+experiment=e"], tmp_path)
 
 
+def test_an_experiment_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "deep.yaml").write_text("{" * 5000)
+    with pytest.raises(UserError, match=r"--config-dir: .*deep.yaml: it is nested too deep"):
+        compose_run("sft", ["+experiment=deep"], tmp_path)
+
+
 def test_aliases_as_people_write_them_are_read(tmp_path: Path) -> None:
     """Up to the limit exactly: the list, its items, and each alias written out."""
     file = tmp_path / "a.yaml"

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ def test_arrow_and_what_datasets_saves(tmp_path: Path) -> None:
     assert len(list(read_rows(str(tmp_path / "several"), split="test"))) == 50
     with pytest.raises(UserError, match=r"data\.split: .* has no split 'train' \(there are: test\)"):
         list(read_rows(str(tmp_path / "several")))
+
+
+def test_arrow_whose_texts_end_before_they_begin_is_named(tmp_path: Path) -> None:
+    """pyarrow checks no offsets, and says what Python's own text says: no error of pyarrow's."""
+    import pyarrow
+
+    offsets = pyarrow.py_buffer(struct.pack("<3i", 0, 5, 2))
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"abcde")])
+    table = pyarrow.Table.from_arrays([texts], ["text"])
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"a.arrow: not valid Arrow \(.*egative"):
+        list(read_rows(str(tmp_path / "a.arrow")))
 
 
 def test_a_list_of_json_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,20 @@ def header(size: int, text: bytes) -> Callable[[Path], object]:
     return lambda base: (base / "model.safetensors").write_bytes(struct.pack("<Q", size) + text)
 
 
+def rewritten(name: str, change: Callable[[Any], None]) -> Callable[[Path], object]:
+    def damage(base: Path) -> None:
+        content = json.loads((base / name).read_text())
+        change(content)
+        (base / name).write_text(json.dumps(content))
+
+    return damage
+
+
+def lose_a_word(tokenizer: Any) -> None:
+    """A merge whose result is no word of the vocabulary."""
+    del tokenizer["model"]["vocab"]["".join(tokenizer["model"]["merges"][-1])]
+
+
 LIES = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()
 
 
@@ -55,6 +69,8 @@ LIES = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets"
         (setting("dtype", "nope"), "'nope'"),
         (lambda base: (base / "tokenizer_config.json").write_text("[]"), "no tokenizer can be loaded from"),
         (lambda base: (base / "tokenizer.json").write_text("{}"), "no tokenizer can be loaded from"),
+        (rewritten("tokenizer.json", lose_a_word), "no tokenizer can be loaded from"),
+        (rewritten("tokenizer_config.json", lambda found: found.update(model_max_length=[])), "the tokenizer of"),
         (lambda base: (base / "generation_config.json").write_text("{"), "generation_config.json cannot be read ("),
         (lambda base: (base / "generation_config.json").write_text('{"eos_token_id": "x"}'), "generation_config.json cannot be"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import reading
 
 ParsedRows = Iterator[tuple[int, Any]]  # what a file's reader yields: number from 1, and a value that may be no row
 
@@ -40,12 +40,8 @@ def arrow_rows(file: Path, name: str, _: str) -> ParsedRows:
 def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind: str) -> ParsedRows:
     if not file.stat().st_size:
         return
-    import pyarrow
-
-    try:
+    with reading(f"{name}: not valid {kind}", "write it again, as pyarrow or datasets does"):
         yield from enumerate((without_nulls(row) for batch in batches() for row in batch.to_pylist()), 1)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
-        raise UserError(f"{name}: not valid {kind} ({str(error).splitlines()[0]})") from error
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def make_encoder(
 
     Raises UserError where the options ask for a chat template, and there is none.
     """
-    encoder = Encoder(tokenizer, stop_tokens(source, revision, tokenizer), weighing, options)
+    stops = stop_tokens(source, revision, tokenizer)
+    with reading(f"model.name: the tokenizer of {source} cannot be used", "give the files of one made by save_pretrained"):
+        encoder = Encoder(tokenizer, stops, weighing, options)
     if options is None:
         return encoder
     if options.template and not tokenizer.chat_template:
