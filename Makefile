@@ -33,10 +33,11 @@ slow: setup ## the slow tests alone; with `make check` these are all tests
 test: setup ## all tests
 	$(BIN)/pytest -q -n 2
 
-docs: setup ## docs/configuration.md and docs/api, from the configs' comments, the schema and the docstrings
+docs: setup ## docs/configuration.md, docs/gpu.md and docs/api, from the configs' comments, the schema and the docstrings
 	$(BIN)/python scripts/configuration_page.py
 	$(BIN)/python scripts/api_pages.py
 	$(BIN)/python scripts/templates_page.py
+	$(BIN)/python scripts/gpu_page.py
 
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
 	mkdir -p $(dir $(GOLDEN))
@@ -65,16 +66,8 @@ models: setup ## every causal class of transformers, tiny, through every stage a
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
 
-bench-gpu: setup ## 8B in bfloat16 and NF4 beside TRL, its rollout, 65B in NF4: a line of JSON each
-	$(BIN)/python benchmarks/gpu.py
-	$(BIN)/python benchmarks/gpu.py --trl
-	$(BIN)/python benchmarks/gpu.py --quant nf4
-	$(BIN)/python benchmarks/gpu.py --quant nf4 --trl
-	$(BIN)/python benchmarks/gpu.py --quant nf4 --tokens 2048 --documents 1
-	$(BIN)/python benchmarks/gpu.py --quant nf4 --tokens 2048 --documents 1 --dense 32
-	$(BIN)/python benchmarks/gpu.py --rollout --documents 32
-	$(BIN)/python benchmarks/gpu.py --generate --documents 32
-	$(BIN)/python benchmarks/gpu.py --shape 65b --quant nf4 --tokens 2048 --documents 1 --rank 64
+bench-gpu: setup ## 1B to 65B, SFT lora, qlora, full, rollouts, beside TRL, Unsloth and torchtune where they install: one JSON
+	$(BIN)/python benchmarks/gpu_all.py --to gpu.json
 
 clean: ## remove .venv and caches of the tools; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build dist

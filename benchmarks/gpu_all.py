@@ -1,0 +1,118 @@
+"""make bench-gpu: every case of benchmarks/gpu.py, ours and the peers', each in a process of its own, into a JSON and a picture.
+
+python benchmarks/gpu_all.py [--to gpu.json] [--minutes 25] [--only 8b] [--toy]
+
+Cases go in the order in which they are worth most, and none is begun after so many minutes; those left out are named in it. What
+fails, or has no tool installed, stands there with its last line. --toy: the same on small shapes, for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("gpu.py")
+PEERS = ("trl", "trl-best", "unsloth", "torchtune")
+LORA, QLORA, FULL = "--quant none", "--quant nf4", "--full --tokens 4096"
+# (name, words for gpu.py, which peers do the same)
+CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("8b lora", f"--shape 8b {LORA}", PEERS),
+    ("8b qlora", f"--shape 8b {QLORA}", PEERS),
+    ("8b qlora, one row", f"--shape 8b {QLORA} --tokens 2048 --documents 1", PEERS),
+    ("1b full", f"--shape 1b {FULL}", PEERS),
+    ("8b rollout", "--shape 8b --rollout --documents 32", ()),
+    ("8b rollout by generate", "--shape 8b --generate --documents 32", ()),
+    ("65b qlora", f"--shape 65b {QLORA} --tokens 2048 --documents 1 --rank 64", ()),
+    ("30b-moe lora", f"--shape 30b-moe {LORA} --tokens 4096", ("trl",)),
+    ("1b lora", f"--shape 1b {LORA} --tokens 16384", PEERS),
+    ("8b qlora, dense copies", f"--shape 8b {QLORA} --tokens 2048 --documents 1 --dense 32", ()),
+)
+TOY: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("toy lora", "--shape toy --tokens 128 --documents 2", ("trl", "unsloth")),
+    ("toy full", "--shape toy --full --tokens 128 --documents 2", ()),
+    ("toy-moe lora", "--shape toy-moe --tokens 128 --documents 2", ()),
+    ("toy fails", "--shape toy-moe --quant nf4", ()),
+)
+
+
+def run_case(words: str, timeout: float) -> dict[str, Any]:
+    """What gpu.py prints with these words, or why it prints nothing."""
+    try:
+        done = subprocess.run([sys.executable, str(SCRIPT), *words.split()], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"failed": lines[-1] if lines else f"exit code {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_all(cases: tuple[tuple[str, str, tuple[str, ...]], ...], minutes: float) -> dict[str, Any]:
+    """Every case and contender, ours first; the ratio of ours to each peer, by the medians and by the worst of both spreads."""
+    ends, found, left = time.monotonic() + 60 * minutes, list[dict[str, Any]](), list[str]()
+    for name, words, peers in cases:
+        for peer in (None, *peers):
+            rest, contender = ends - time.monotonic(), peer or "posttrain"
+            if rest <= 0:
+                left.append(f"{name}: {contender}")
+                continue
+            result = run_case(f"{words} --peer {peer}" if peer else words, max(60.0, rest))
+            found.append({"case": name, "contender": contender, **{k: v for k, v in result.items() if k != "contender"}})
+            print(json.dumps(found[-1]), flush=True)
+    return {"cases": found, "left_out": left, "ratios": ratios(found)}
+
+
+def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours over each peer's tokens a second, of cases that both have."""
+    ours = {each["case"]: each for each in found if each["contender"] == "posttrain" and "spread" in each}
+    pairs = [
+        (ours[each["case"]], each)
+        for each in found
+        if each["contender"] != "posttrain" and "spread" in each and each["case"] in ours
+    ]
+    return [
+        {
+            "case": a["case"], "peer": b["contender"], "ratio": a["tokens_per_second"] / b["tokens_per_second"],
+            "spread": [a["spread"][0] / b["spread"][1], a["spread"][1] / b["spread"][0]],
+        }
+        for a, b in pairs
+    ]  # fmt: skip
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Tokens a second by case and contender."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    there = [each for each in report["cases"] if "tokens_per_second" in each]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(there)))
+    axes.barh([f"{each['case']}: {each['contender']}" for each in there], [each["tokens_per_second"] for each in there])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens a second")
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    cases = tuple(case for case in (TOY if options.toy else CASES) if options.only in case[0])
+    report = run_all(cases, options.minutes)
+    options.to.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw(report, options.to.with_suffix(".svg"))
+    print(f"wrote {options.to} and {options.to.with_suffix('.svg')}")
+
+
+if __name__ == "__main__":
+    main()
