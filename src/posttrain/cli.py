@@ -380,6 +380,30 @@ def bring(
     _end(command)
 
 
+@app.command("new", rich_help_panel="Before a run")
+def new_file(
+    stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings that go into the file too.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A name such as smollm2, a hub id or a directory.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file of rows, or a hub id.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="lora, qlora, full, ...")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Fit in so much, such as 24GB; auto: this machine's; skip.")
+    ] = None,
+    to: Annotated[Path, typer.Option("--to", help="The file.")] = Path("my.yaml"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: defaults for what is not given.")] = False,
+) -> None:
+    """A few questions, and a commented YAML of the answers for --config."""
+
+    def command() -> None:
+        from posttrain.commands.new import new_config, question_on_terminal
+
+        given = {"model": model, "data.path": data, "peft": method, "memory": memory}
+        new_config(stage, given, words or [], to, None if yes else question_on_terminal())
+
+    _end(command)
+
+
 @app.command("verify-resume", cls=_StageCommand, rich_help_panel="Before a run")
 def verify(
     stage: Annotated[str, typer.Argument(help=", ".join(stages()))],
