@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from posttrain.config.schema import TrackConfig
 from posttrain.errors import RunError
 from posttrain.runs.files import write_text
+from posttrain.training.listeners import tell
 from posttrain.training.processes import Processes
 from posttrain.training.trackers import TrackedRun, begin
 
@@ -68,6 +69,7 @@ class Tracker:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **values}) + "\n")
+            tell(step, values)
         if self.told:
             self.told.log(values, step)
 

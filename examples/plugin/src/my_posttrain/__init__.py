@@ -1,0 +1,1 @@
+"""What posttrain finds by the entry points of pyproject.toml."""
