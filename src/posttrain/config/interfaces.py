@@ -117,6 +117,7 @@ class Method(Strict):
     rank. writes_base: it changes weights of the base, at its start or in training. can_continue: it can go on with what a run of
     it has left. adds_tokens: it trains rows of the embedding and of the head, those of `model.add_tokens`. own_parts: what the
     names of parameters have in them that it adds to the base's modules. several_rates: not all that it trains has one rate.
+    reads_weight: it computes with a layer's whole weight, which a quantized base must stand for.
     """
 
     output: ClassVar[Literal["model", "adapter"]] = "adapter"
@@ -131,6 +132,7 @@ class Method(Strict):
     for_fsdp: ClassVar[bool] = False
     adds_tokens: ClassVar[bool] = False
     several_rates: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
     own_parts: ClassVar[tuple[str, ...]] = ()
     lr_factor: Rate
 
@@ -148,6 +150,10 @@ class Method(Strict):
         """Raises ValueError where it cannot be trained on a base that is kept so."""
         if quant.is_quantized and not self.on_quantized:
             raise ValueError(f"quant={quant.name} cannot be trained {self.in_words}; add +peft=qlora, or say quant=none")
+        if quant.is_quantized and self.reads_weight and not quant.is_readable:
+            raise ValueError(
+                f"quant={quant.name} cannot be trained by {self.name}, which has to read the whole weight; say quant=nf4"
+            )
 
     def check_steps(self, num_steps: int) -> None:
         """Raises UserError where it cannot be trained in so few steps."""

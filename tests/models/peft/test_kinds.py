@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import FourierFTConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,8 @@ from posttrain.models.peft.kinds import is_plain_sum, kind_of
 from posttrain.models.peft.merge import Adapter
 
 WORDS = ("model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=20", "data.eval_rows=4", "eval.sets=null")
-UNKNOWN = r"its adapter is of peft's type LOHA, which is not known here \(what can be merged: dora, lora, vera\)"
+KNOWN = "c3a, dora, gralora, hira, ia3, loha, lokr, lora, miss, oft, shira, vera"
+UNKNOWN = rf"its adapter is of peft's type FOURIERFT, which is not known here \(what can be merged: {KNOWN}\)"
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +46,28 @@ def altered(run: Path, out: Path, change: Callable[[Path], None]) -> Path:
     return out
 
 
-def into_loha(adapter: Path) -> None:
-    """The files that plain peft writes of a LoHa, whose change is no zero."""
+def into_fourierft(adapter: Path) -> None:
+    """The files that plain peft writes of a FourierFT, which is no method here, and whose change is no zero."""
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     torch.manual_seed(0)
-    config = LoHaConfig(r=2, alpha=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
+    config = FourierFTConfig(n_frequency=9, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(adapter))
 
 
-def test_loha_files_are_refused_everywhere(lora: Path, tmp_path: Path) -> None:
-    loha = altered(lora, tmp_path / "loha", into_loha)
-    assert set(load_file(loha / "adapter" / "adapter_model.safetensors"))
+def test_fourierft_files_are_refused_everywhere(lora: Path, tmp_path: Path) -> None:
+    strange = altered(lora, tmp_path / "strange", into_fourierft)
+    assert set(load_file(strange / "adapter" / "adapter_model.safetensors"))
     with pytest.raises(UserError, match=f"run: {UNKNOWN}"):
-        merge_run(loha, tmp_path / "merged", 1e9)
+        merge_run(strange, tmp_path / "merged", 1e9)
     with pytest.raises(UserError, match=f"compose: {UNKNOWN}"):
-        compose_runs([str(loha), str(lora)], tmp_path / "composed", None, None)
+        compose_runs([str(strange), str(lora)], tmp_path / "composed", None, None)
     for mode in ("auto", "merge", "continue", "stack"):
         for method in ("lora", "none"):
             with pytest.raises(UserError, match=f"init: {UNKNOWN}"):
                 posttrain.run(
-                    "sft", *WORDS, f"peft={method}", f"init={loha}", f"chain.mode={mode}", f"run.dir={tmp_path}/{mode}{method}"
+                    "sft", *WORDS, f"peft={method}", f"init={strange}", f"chain.mode={mode}", f"run.dir={tmp_path}/{mode}{method}"
                 )
     assert not (tmp_path / "merged").exists() and not (tmp_path / "composed").exists()
 
@@ -119,13 +120,19 @@ CONFIGS = {
     "rslora": LoraConfig(r=4, use_rslora=True, lora_dropout=0.1, rank_pattern={"q_proj": 2}),
     "dora": LoraConfig(use_dora=True),
     "vera": VeraConfig(),
-    "loha": LoHaConfig(),
+    "fourierft": FourierFTConfig(),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "is_sum"),
-    [("lora", "lora", True), ("rslora", "lora", True), ("dora", "dora", False), ("vera", "vera", False), ("loha", None, False)],
+    [
+        ("lora", "lora", True),
+        ("rslora", "lora", True),
+        ("dora", "dora", False),
+        ("vera", "vera", False),
+        ("fourierft", None, False),
+    ],
 )
 def test_kinds_of_what_peft_writes(name: str, kind: str | None, is_sum: bool, tmp_path: Path) -> None:
     CONFIGS[name].save_pretrained(str(tmp_path))

@@ -91,23 +91,27 @@ class Adapted(Method):
         return model
 
 
-class Targeted(Adapted):
+class Placed(Adapted):
     """On linear layers and fused experts: all-linear, a list of names, or a regular expression over full names.
 
-    on_parameters: it can be put on what is no linear layer: fused experts, bare routers.
+    on_parameters: it can be put on what is no linear layer: fused experts, bare routers. on_transposed: on layers that keep their
+    weight as [in, out], as GPT-2's do.
     """
 
     on_parameters: ClassVar[bool] = False
+    on_transposed: ClassVar[bool] = True
     targets: str | list[str]
-    r: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
     experts: bool
     router: bool
 
     @property
     def least_width(self) -> int:
         """What both sides of a layer must reach."""
-        return self.r
+        return 1
+
+    def misfit(self, size_in: int, size_out: int) -> str:
+        """Why a layer of these sides, which are wide enough, cannot have it; '' where it can."""
+        return ""
 
     def targets_in(self, model: Any) -> Targets:
         """What of a model it goes on; what it leaves out is said. Raises UserError where that is all."""
@@ -123,7 +127,8 @@ class Targeted(Adapted):
         from posttrain.models.peft.targets import Limits, targets_of
 
         limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
-        return targets_of(model, self.targets, limits._replace(writes_base=self.writes_base))
+        limits = limits._replace(writes_base=self.writes_base, transposed=self.on_transposed, misfit=self.misfit)
+        return targets_of(model, self.targets, limits)
 
     def record(self, model: Any) -> dict[str, Any]:
         left = self._found_in(model.get_base_model()).left
@@ -138,21 +143,37 @@ class Targeted(Adapted):
             return self.model_copy(update={"targets": named[self.targets]})
         return self
 
-    def check_continued(self, found: Any) -> None:
-        check_same("r", found.r, self.r)
-
     def places(self, model: Any) -> set[str]:
         found = self.targets_in(model)
         return {*found.layers, *(name.removesuffix(".weight") for name in found.parameters)}
+
+    def _ready(self, model: Any) -> Any:
+        from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.shared import share
+
+        share(model, NEW)
+        return super()._ready(model)
+
+
+class Targeted(Placed):
+    """With a rank, and dropout of its input."""
+
+    r: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    @property
+    def least_width(self) -> int:
+        return self.r
+
+    def check_continued(self, found: Any) -> None:
+        check_same("r", found.r, self.r)
 
     def _ready(self, model: Any) -> Any:
         """With the dropout that was asked for: peft has one for all layers and none for experts, and a file keeps none."""
         from torch import nn
 
         from posttrain.models.peft.attach import NEW
-        from posttrain.models.peft.shared import share
 
-        share(model, NEW)
         for module in model.modules():
             for kind in ("lora_dropout", "vera_dropout"):
                 if NEW in getattr(module, kind, {}) and not hasattr(module, "parameter_name"):

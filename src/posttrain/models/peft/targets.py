@@ -25,7 +25,8 @@ class Targets(NamedTuple):
 
 class Limits(NamedTuple):
     """What a method can be put on. rank: what a layer must be as wide as. renamed: which of some linear layers plain peft would
-    not find again by name. writes_base: does it take a part out of a layer's weight?"""
+    not find again by name. writes_base: does it take a part out of a layer's weight? transposed: can it be put on layers that
+    keep their weight as [in, out]? misfit: (in, out) -> why a layer that is wide enough cannot have it, or ''."""
 
     method: str
     rank: int = 1
@@ -34,6 +35,8 @@ class Limits(NamedTuple):
     on_parameters: bool = False
     renamed: Callable[[Iterable[str]], set[str]] = lambda names: set()
     writes_base: bool = False
+    transposed: bool = True
+    misfit: Callable[[int, int], str] = lambda size_in, size_out: ""
 
 
 def targets_of(model: nn.Module, targets: str | list[str], limits: Limits) -> Targets:
@@ -96,11 +99,15 @@ class _Reasons:
             return "peft.router=true trains them"
         if layer.module is None and not limits.on_parameters:
             return f"peft={limits.method} cannot be put on them"
+        if isinstance(layer.module, Conv1D) and not limits.transposed:
+            return f"peft={limits.method} cannot be put on weights that are kept transposed"
         if layer.name in self.renamed:
             return f"plain peft takes their names for others, and would not load peft={limits.method} on them"
         if layer.name in self.shared:
             return f"peft={limits.method} would write into a weight that other layers share"
-        return f"narrower than rank {limits.rank}" if min(layer.shape) < limits.rank else ""
+        if min(layer.shape) < limits.rank:
+            return f"narrower than rank {limits.rank}"
+        return limits.misfit(*layer.shape)
 
 
 def _nothing_left(found: dict[str, Layer], reasons: _Reasons, left: list[str]) -> str:

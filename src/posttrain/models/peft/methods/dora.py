@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.config.fields import Rate
-from posttrain.config.interfaces import AdapterKind, Quantizer
+from posttrain.config.interfaces import AdapterKind
 from posttrain.models.peft.base import Targeted, check_same, has_no_weights
 from posttrain.models.peft.methods.lora import LoraKind, lora_config, lora_factors
 
@@ -46,6 +46,7 @@ class Dora(Targeted):
     can_continue = True
     adds_tokens = True
     on_quantized = True
+    reads_weight = True
     for_images = True
     for_ppo = True
     method: Literal["dora"]
@@ -53,11 +54,6 @@ class Dora(Targeted):
 
     def auto_factors(self, num_steps: int) -> dict[str, float]:
         return lora_factors(num_steps, self.alpha)
-
-    def check_base(self, quant: Quantizer) -> None:
-        super().check_base(quant)
-        if not quant.is_readable:
-            raise ValueError(f"quant={quant.name} cannot be trained by dora, which has to read the whole weight; say quant=nf4")
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
         return lora_config(self, model, task, self.alpha, use_dora=not has_no_weights(model))
