@@ -1,7 +1,7 @@
 """A training step of a large random model on a GPU: tokens a second, share of the card's own matmul rate, peak memory.
 
-python benchmarks/gpu.py [--shape 8b] [--quant none | --full] [--tokens 8192] [--documents 4] [--rank 16] [--recompute auto]
-                         [--dense 0] [--peer trl | --rollout | --generate]
+python benchmarks/gpu.py [--shape 8b] [--stage sft] [--quant none | --full] [--tokens 8192] [--documents 4] [--rank 16]
+                         [--recompute auto] [--dense 0] [--peer trl | --rollout | --generate]
 --rollout measures a rollout instead of a step: --new answers' tokens to each of --documents prompts, --tokens in all; --generate
 the same by transformers' own `generate`. --peer: another tool instead of posttrain (gpu_peers.py). make bench-gpu runs all of
 gpu_all.py, each in a process of its own, into one JSON. On a CPU: --shape toy or toy-moe.
@@ -12,96 +12,36 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from gpu_model import SHAPES, config_of, needed, random_model
 from posttrain.batch import PackedBatch
 from posttrain.commands.checks.rates import copy_rate, matmul_rate
-from posttrain.data.collate import pack
+from posttrain.data.collate import pack, pack_pairs
 from posttrain.data.examples import build
-from posttrain.losses.tokens import token_loss
+from posttrain.losses.pairs import margins
+from posttrain.losses.policy.ppo import ppo
+from posttrain.losses.surrogates import Sampled
+from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.peft.methods.none import Full
 from posttrain.models.quantization.nf4 import keep_dense
 from posttrain.training.optimizer import make_optimizer
 
-LLAMA = {"architecture": "llama", "tie_word_embeddings": False}
-MOE = {"architecture": "qwen3_moe", "head_dim": 128, "norm_topk_prob": True, "tie_word_embeddings": False}
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "8b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "30b-moe": {**MOE, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
-                "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
-                "vocab_size": 151936},
-    "65b": {**LLAMA, "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "num_key_value_heads": 64, "vocab_size": 32000},
-    "toy": {**LLAMA, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 1024},
-    "toy-moe": {**MOE, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-                "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
-                "vocab_size": 1024},
-}  # fmt: skip
 WARM, TIMED = 2, 5
-
-
-def config_of(shape: str, **other: Any) -> Any:
-    """transformers' config of a shape."""
-    settings = {**SHAPES[shape], **other}
-    return AutoConfig.for_model(settings.pop("architecture"), **settings, max_position_embeddings=8192, pad_token_id=0)
-
-
-def random_model(shape: str, quant: str, device: str, trained: bool = False) -> Any:
-    """Layer by layer, so that no more than one of them is ever there in 16 bit on the way to NF4. trained: in float32."""
-    config = config_of(shape)
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = 0
-    torch.set_default_dtype(torch.float32 if trained else torch.bfloat16)
-    try:
-        with torch.device(device):
-            model: Any = AutoModelForCausalLM.from_config(config)
-        config.num_hidden_layers = layers
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config_of(shape, num_hidden_layers=1)).model.layers[0])
-        for i in range(layers):
-            with torch.device(device):
-                layer = kind(config, i)
-                for weight in layer.parameters():  # experts have none of their own
-                    if weight.ndim > 1:
-                        weight.data.normal_(std=0.02)
-            if quant == "nf4":
-                _to_nf4(layer, device)
-            model.model.layers.append(layer)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.config.num_hidden_layers = layers
-    model.is_loaded_in_4bit = quant == "nf4"
-    return model.requires_grad_(trained)
-
-
-def _to_nf4(layer: nn.Module, device: str) -> None:
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    for part in layer.children():
-        for name, linear in list(part.named_children()):
-            if isinstance(linear, nn.Linear):
-                small = Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
-                dense: Any = linear.weight.data.cpu()
-                small.weight = Params4bit(dense, requires_grad=False, quant_type="nf4", module=small)  # pyright: ignore
-                setattr(part, name, small.to(device))
 
 
 def random_batch(tokens: int, documents: int, vocabulary: int) -> PackedBatch:
@@ -109,6 +49,39 @@ def random_batch(tokens: int, documents: int, vocabulary: int) -> PackedBatch:
     length = tokens // documents
     rows = [(torch.randint(vocabulary, (length,), generator=generator).tolist(), [1.0] * length, i) for i in range(documents)]
     return pack(build(rows), range(documents))
+
+
+def random_pairs(tokens: int, pairs: int, vocabulary: int) -> PackedBatch:
+    """Of each pair's tokens half are the prompt, which is there once, and a quarter each answer."""
+    generator = torch.Generator().manual_seed(0)
+    half, quarter = tokens // pairs // 2, tokens // pairs // 4
+    rows, weights = (
+        torch.randint(vocabulary, (pairs, half + 2 * quarter), generator=generator),
+        [0.0] * half + [1.0] * 2 * quarter,
+    )
+    made = build([(row, weights, i) for i, row in enumerate(rows.tolist())], splits=[(half, half + quarter)] * pairs)
+    return pack_pairs(made, range(pairs))
+
+
+def _dpo(logps: Tensor, batch: PackedBatch) -> Tensor:
+    """Against a reference of zeros: what it says does not change the work."""
+    sums = answer_sums(logps, batch.sequence_id, batch.num_answers)
+    return -logsigmoid(0.1 * margins(sums)).sum()
+
+
+def _rm(scores: Tensor, batch: PackedBatch) -> Tensor:
+    return -logsigmoid(margins(scores)).sum()
+
+
+def _ppo(logps: Tensor, batch: PackedBatch) -> Tensor:
+    """The first update after a rollout, every other answer better than its group."""
+    advantages = 1.0 - 2.0 * (batch.sequence_id % 2)
+    return ppo(Sampled(logps, logps.detach(), advantages, batch.sequence_id), low=0.2, high=0.2)[0].sum()
+
+
+LOSSES: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
+    "sft": lambda logps, batch: token_loss(logps, batch.weight).total, "dpo": _dpo, "rm": _rm, "ppo": _ppo,
+}  # fmt: skip
 
 
 def _wait(device: str) -> None:
@@ -149,7 +122,7 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
 def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """share_of_matmul_rate: of the products that a step needs, nothing computed again counted."""
     model, method = adapted(options, device)
-    lm = PackedLM(model).train()
+    lm = (PackedScorer if options.stage == "rm" else PackedLM)(model).train()
     if options.dense:
         keep_dense(lm.layers[: options.dense])
     layers = recomputed(model, method, options, device)
@@ -157,21 +130,24 @@ def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
         lm.recompute(layers)
     name = "paged_adamw_8bit" if options.quant == "nf4" else "adamw"
     optimizer, _ = make_optimizer(name, model, lambda _: 1.0, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    batch = random_batch(options.tokens, options.documents, SHAPES[options.shape]["vocab_size"]).to(device)
+    words = SHAPES[options.shape]["vocab_size"]
+    batch = (random_batch if options.stage == "sft" else random_pairs)(options.tokens, options.documents, words).to(device)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=options.full and device == "cuda"):
-            loss = token_loss(lm(batch), batch.weight).total / batch.loss_denominator
-        loss.backward()
+            loss = LOSSES[options.stage](lm(batch), batch)
+        (loss / batch.loss_denominator).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     seconds = timed(step, device)
     rate = matmul_rate(torch.device(device), 8192 if device == "cuda" else 1024)
+    body, head = needed(model, options.shape)
+    operations = options.tokens * body + (0 if options.stage == "rm" else len(batch.target)) * head
     return {
         **speed(options.tokens, seconds),
         "matmul_tflops": rate / 1e12,
-        "share_of_matmul_rate": options.tokens * needed(model, options.shape) / statistics.median(seconds) / rate,
+        "share_of_matmul_rate": operations / statistics.median(seconds) / rate,
         "layers_recomputed": layers,
         "peak_gb": peak(device),
     }
@@ -201,18 +177,6 @@ def speed(tokens: int, seconds: list[float]) -> dict[str, Any]:
 def peak(device: str) -> float | None:
     """The most memory, in GB."""
     return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-
-
-def needed(model: Any, shape: str) -> float:
-    """Operations of products that a token needs: 2 a number forward and 2 backward through it, 2 more where it is trained. Of
-    experts those that a token goes to; the embedding is none."""
-    settings, found = SHAPES[shape], 0.0
-    share = settings["num_experts_per_tok"] / settings["num_experts"] if "num_experts" in settings else 1.0
-    for name, p in model.named_parameters():
-        if "embed_tokens" in name or _numbers(p) == max(p.shape, default=0):  # a norm's
-            continue
-        found += (6.0 if p.requires_grad else 4.0) * _numbers(p) * (share if ".experts." in name else 1.0)
-    return found
 
 
 def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -245,17 +209,14 @@ def run_rollout(options: argparse.Namespace, device: str) -> dict[str, Any]:
     }
 
 
-def _numbers(p: torch.Tensor) -> int:
-    state = getattr(p, "quant_state", None)
-    return state.shape.numel() if state is not None else p.numel()
-
-
-def main() -> None:
+def measure(words: list[str]) -> dict[str, Any]:
+    """What the command line of these words measures."""
     from gpu_peers import PEERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--quant", choices=["none", "nf4"], default="none")
+    parser.add_argument("--stage", choices=list(LOSSES), default="sft", help="whose loss; of ppo an update")
     parser.add_argument("--full", action="store_true", help="every weight is trained, in float32")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--documents", type=int, default=4)
@@ -267,16 +228,22 @@ def main() -> None:
     what.add_argument("--peer", choices=list(PEERS), help="another tool instead of posttrain")
     what.add_argument("--rollout", action="store_true", help="a rollout instead of a step")
     what.add_argument("--generate", action="store_true", help="the same by transformers' generate")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     if options.quant == "nf4" and "moe" in options.shape:
         parser.error("--quant nf4: fused experts are not quantized here; say --quant none")
+    if options.peer and options.stage != "sft":
+        parser.error("--peer: the others are asked for sft alone; say --stage sft")
     run = PEERS[options.peer] if options.peer else run_rollout if options.rollout or options.generate else run_ours
     found = run(options, device)
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     contender = options.peer or ("transformers" if options.generate else "posttrain")
-    print(json.dumps({"device": card, "contender": contender, **vars(options), **found}))
+    return {"device": card, "contender": contender, **vars(options), **found}
+
+
+def main() -> None:
+    print(json.dumps(measure(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from gpu import SHAPES, TIMED, WARM, _wait, peak, random_batch, random_model, speed, timed
+from gpu import TIMED, WARM, _wait, peak, random_batch, speed, timed
+from gpu_model import SHAPES, random_model
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATE = 1e-4  # of learning; what is learnt of random rows does not matter

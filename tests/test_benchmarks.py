@@ -1,9 +1,6 @@
 """The GPU benchmark runs as it is, on a toy shape."""
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,9 @@ import pytest
 
 import gpu
 import gpu_all
+import gpu_model
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+TOY = ["--shape", "toy", "--tokens", "128", "--documents", "2"]
 
 
 @pytest.mark.slow
@@ -23,14 +21,27 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
         (["--quant", "nf4", "--recompute", "2", "--dense", "1"], "share_of_matmul_rate"),
         (["--full"], "share_of_matmul_rate"),
         (["--shape", "toy-moe"], "share_of_matmul_rate"),
+        (["--stage", "dpo"], "share_of_matmul_rate"),
+        (["--stage", "rm"], "share_of_matmul_rate"),
+        (["--stage", "ppo"], "share_of_matmul_rate"),
         (["--rollout", "--new", "6"], "floor_share"),
         (["--generate", "--new", "6"], "floor_share"),
     ],
 )
 def test_gpu_benchmark_on_a_toy_shape(words: list[str], share: str) -> None:
-    command = [sys.executable, str(SCRIPT), "--shape", "toy", "--tokens", "128", "--documents", "2", *words]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    found = gpu.measure([*TOY, *words])
     assert found["tokens_per_second"] > 0 and 0 < found[share] < 1
+
+
+@pytest.mark.slow
+def test_a_case_is_a_process_that_says_why_it_fails() -> None:
+    found = gpu_all.run_case(f"{' '.join(TOY)} --stage dpo --peer trl", 300)
+    assert found == {"failed": "gpu.py: error: --peer: the others are asked for sft alone; say --stage sft"}
+
+
+def test_pairs_have_their_prompt_once() -> None:
+    batch = gpu.random_pairs(256, 2, 50)
+    assert batch.tokens.shape == (1, 256) and len(batch.target) == 2 * 2 * 32 and batch.num_answers == 4
 
 
 OPTIONS: dict[str, Any] = {"quant": "none", "rank": 4, "full": False}
@@ -41,12 +52,12 @@ def test_the_products_that_a_token_needs_by_hand() -> None:
     attention, mlp, head = 2 * 128 * 128 + 2 * 128 * 64, 3 * 128 * 384, 1024 * 128
     lora = 4 * (2 * 256 + 2 * 192 + 3 * 512)
     model, _ = gpu.adapted(argparse.Namespace(shape="toy", **OPTIONS), "cpu")
-    assert gpu.needed(model, "toy") == 4 * (4 * (attention + mlp) + head) + 6 * 4 * lora
+    assert gpu_model.needed(model, "toy") == (4 * 4 * (attention + mlp) + 6 * 4 * lora, 4 * head)
     full, _ = gpu.adapted(argparse.Namespace(shape="toy", **{**OPTIONS, "full": True}), "cpu")
-    assert gpu.needed(full, "toy") == 6 * (4 * (attention + mlp) + head)
+    assert gpu_model.needed(full, "toy") == (6 * 4 * (attention + mlp), 6 * head)
     experts, router, mix = 8 * 3 * 64 * 32, 8 * 64, 2 * 64 * 64 + 2 * 64 * 32
-    moe = gpu.random_model("toy-moe", "none", "cpu")
-    assert gpu.needed(moe, "toy-moe") == 4 * (2 * (mix + router + experts / 4) + 1024 * 64)
+    moe = gpu_model.random_model("toy-moe", "none", "cpu")
+    assert gpu_model.needed(moe, "toy-moe") == (4 * 2 * (mix + router + experts / 4), 4 * 1024 * 64)
 
 
 @pytest.mark.parametrize(("shape", "billions"), [("1b", 1.24 + 0.26), ("8b", 8.03), ("30b-moe", 30.5), ("65b", 65.3)])
@@ -56,10 +67,10 @@ def test_the_shapes_are_those_that_they_are_called_after(shape: str, billions: f
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(gpu.config_of(shape, num_hidden_layers=1))
+        model: Any = AutoModelForCausalLM.from_config(gpu_model.config_of(shape, num_hidden_layers=1))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     rest = sum(p.numel() for p in model.parameters()) - layer
-    assert (gpu.SHAPES[shape]["num_hidden_layers"] * layer + rest) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert (gpu_model.SHAPES[shape]["num_hidden_layers"] * layer + rest) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_all_of_it_is_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
