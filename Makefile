@@ -25,13 +25,13 @@ check: setup ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -m "not slow" -n 2
+	$(BIN)/pytest -q -m "not slow" -n 2 --dist worksteal
 
 slow: setup ## the slow tests alone; with `make check` these are all tests
-	$(BIN)/pytest -q -m slow -n 2
+	$(BIN)/pytest -q -m slow -n 2 --dist worksteal
 
 test: setup ## all tests
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 docs: setup ## docs/configuration.md, docs/gpu.md and docs/api, from the configs' comments, the schema and the docstrings
 	$(BIN)/python scripts/configuration_page.py

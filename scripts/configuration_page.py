@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def as_word(value: Any) -> str:
     return text.removesuffix("\n...\n").strip()
 
 
+@cache
 def stage_keys() -> dict[str, Key]:
     """Every key that does not depend on a method, with the stages that have it."""
     keys: dict[str, Key] = {}
@@ -138,6 +140,7 @@ def stage_keys() -> dict[str, Key]:
     return keys
 
 
+@cache
 def variant_keys(group: str) -> dict[str, Key]:
     """Every key of a group whose files have keys of their own, with the files that have it."""
     keys: dict[str, Key] = {}

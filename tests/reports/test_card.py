@@ -17,6 +17,7 @@ from posttrain.runs.files import write_text
 from posttrain.runs.manifest import Base, read_manifest
 
 WORDS = ("model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=30", "data.eval_rows=4", "optim.lr=0.02")
+WORDS += ("eval.rows=4",)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def logp_chosen(model: Any, run_dir: Path, words: tuple[str, ...]) -> float:
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["stack", "merge", "continue"])
+@pytest.mark.parametrize("mode", ["stack", pytest.param("merge", marks=pytest.mark.slow), "continue"])
 def test_three_stages_by_plain_peft(mode: str, method: str, tmp_path: Path) -> None:
     words, quantized = (*TINY, *METHODS[method]), method == "qlora"
     run("cpt", *words, f"run.dir={tmp_path}/cpt")
@@ -136,6 +136,7 @@ def test_a_method_goes_on_with_its_own_adapter(method: str, tmp_path: Path) -> N
     assert again["metrics"]["eval/loss"] != again["metrics"]["eval/loss_before"]
 
 
+@pytest.mark.slow
 def test_other_methods_start_from_the_merged_model(tmp_path: Path) -> None:
     """auto: DoRA, a prefix and full training on a LoRA run begin where that run ended."""
     common = [word for word in TINY if word != "peft.r=4"]

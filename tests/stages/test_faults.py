@@ -187,6 +187,7 @@ def test_references_that_follow_from_an_allowed_change_are_not_asked_about(tmp_p
     assert [change["change"].split()[0] for change in manifest["changes"]] == ["train.max_steps", "dpo.reference"]
 
 
+@pytest.mark.slow
 def test_other_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log-probs that DPO compares with are a part of the run, though they lie in the cache."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))

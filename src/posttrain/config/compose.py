@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -104,8 +105,7 @@ def plain(config: Any) -> dict[str, Any]:
 def normalise(hydra: Hydra, stage: str, overrides: list[str]) -> list[str]:
     """`+peft=qlora`, `++peft=qlora`, `peft=qlora`, `peft=null` and `~peft` all mean what they say; odd values are quoted. What
     `--config=FILE` says stands before all else."""
-    known = _group_choices(hydra, stage)
-    return [_normal(hydra, known, quoted(hydra, _renamed(line))) for line in _with_files(hydra, stage, overrides)]
+    return [_normal(hydra, stage, quoted(hydra, _renamed(line))) for line in _with_files(hydra, stage, overrides)]
 
 
 def _with_files(hydra: Hydra, stage: str, words: list[str]) -> list[str]:
@@ -143,12 +143,15 @@ def parse(hydra: Hydra, line: str) -> Override | None:
         return None
 
 
-def _group_choices(hydra: Hydra, stage: str) -> dict[str, str | None]:
-    defaults = hydra.config_loader.compute_defaults_list(stage, [], RunMode.MULTIRUN)
-    return dict(defaults.overrides.known_choices)
+def _is_chosen_from(hydra: Hydra, stage: str, group: str) -> bool:
+    """Whether a stage's defaults, or what they include, take one of a group's options."""
+    own = cast(Any, hydra.config_loader).repository.load_config(stage).defaults_list
+    if group in {default.group for default in own if isinstance(default, GroupDefault)}:
+        return True  # nearly always; all of them takes Hydra as long as the composition itself
+    return group in hydra.config_loader.compute_defaults_list(stage, [], RunMode.MULTIRUN).overrides.known_choices
 
 
-def _normal(hydra: Hydra, known: dict[str, str | None], line: str) -> str:
+def _normal(hydra: Hydra, stage: str, line: str) -> str:
     override = parse(hydra, line)
     assert override is not None
     group = override.key_or_group
@@ -160,7 +163,8 @@ def _normal(hydra: Hydra, known: dict[str, str | None], line: str) -> str:
     value = line.split("=", 1)[1]
     if not override.is_sweep_override():
         _require_option(hydra, group, value)
-    return f"{group}={'none' if value == 'null' else value}" if group in known else f"+{group}={value}"
+    sign = "" if _is_chosen_from(hydra, stage, group) else "+"
+    return f"{sign}{group}={'none' if value == 'null' else value}"
 
 
 def _require_option(hydra: Hydra, group: str, value: str) -> None:

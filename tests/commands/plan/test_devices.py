@@ -122,6 +122,7 @@ def test_what_autocast_keeps_is_what_autocast_keeps() -> None:
     assert counted.kept == sum(kept.values())
 
 
+@pytest.mark.slow
 def test_the_largest_that_fits_fits_and_one_more_does_not(directory: str) -> None:
     memory = 4_000_000
     found = plan(directory, "4090", "+peft=lora", "peft.r=4", memory=memory)

@@ -123,6 +123,7 @@ def test_a_large_shape_takes_seconds_and_no_weights(tmp_path: Path) -> None:
     assert plan["fits"] and plan["tokens_are"] == "at most"
 
 
+@pytest.mark.slow
 def test_what_would_make_it_fit_does(directory: Path) -> None:
     words = [f"model.name={directory}", *WORDS, "train.batch_size=8", "train.gradient_checkpointing=false"]
     whole = make_plan("sft", words, 10**12)["total_bytes"]

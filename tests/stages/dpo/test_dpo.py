@@ -20,6 +20,7 @@ from posttrain.stages.ppo.diagnostics import alarms
 from posttrain.training.checkpoint import newest_checkpoint
 
 SMALL = ("model=tiny", "+peft=lora", "train.max_steps=2", "train.batch_size=2", "data.max_rows=12", "data.eval_rows=4")
+SMALL += ("eval.rows=4",)
 
 
 def test_rules_by_hand() -> None:
@@ -52,6 +53,8 @@ PAIRS = [
 ]
 RAGGED = [0.1, 4, 1, 0.5, 2, 7, 0.25, 1, 3, 0.3, 1, 1, 0.05, 2, 6, 1]
 
+STAGES = ["dpo", pytest.param("rm", marks=pytest.mark.slow)]
+
 
 def on_pairs(folder: Path, stage: str, rows: list[dict[str, Any]], batch: int, accumulation: int, *words: str) -> tuple[Any, Any]:
     """Loss, gradient norm and accuracy of each of three steps, and the weights that were trained."""
@@ -69,7 +72,7 @@ def on_pairs(folder: Path, stage: str, rows: list[dict[str, Any]], batch: int, a
     return steps, checkpoint.weights
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_pair_of_weight_3_is_that_pair_three_times(stage: str, tmp_path: Path) -> None:
     first, second = PAIRS[0], PAIRS[2]
     weighed, _ = on_pairs(tmp_path / "weighed", stage, [first, {**second, "weight": 3}], 2, 1)
@@ -80,7 +83,7 @@ def test_a_pair_of_weight_3_is_that_pair_three_times(stage: str, tmp_path: Path)
     assert abs(weighed[0][1] / plain[0][1] - 1) > 0.05, "the weight changes nothing, so nothing was compared"
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_how_a_step_is_split_does_not_matter_to_ragged_weights(stage: str, tmp_path: Path) -> None:
     rows = [{**pair, "weight": weight} for pair, weight in zip(PAIRS, RAGGED, strict=True)]
     whole, kept = on_pairs(tmp_path / "whole", stage, rows, 8, 1)
@@ -90,7 +93,7 @@ def test_how_a_step_is_split_does_not_matter_to_ragged_weights(stage: str, tmp_p
         torch.testing.assert_close(kept_split[name], value, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "rm"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_weights_of_1_are_no_weights(stage: str, tmp_path: Path) -> None:
     """Bit for bit, whichever way they are said."""
     plain, kept = on_pairs(tmp_path / "plain", stage, PAIRS, 4, 2)

@@ -92,7 +92,7 @@ def test_full_training_leaves_a_pipeline_to_go_on_from(photos: Path, tmp_path: P
         posttrain.run("sft", f"init={tmp_path / 'a'}")
 
 
-@pytest.mark.parametrize("method", ["none", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("none", marks=pytest.mark.slow), "lora"])
 def test_a_batch_of_4_is_four_of_1(method: str, photos: Path, tmp_path: Path) -> None:
     common = (f"peft={method}", "optim.lr=1e-3", "dreambooth.noise_offset=0.1")
     train(photos, tmp_path / "a", "train.batch_size=4", "train.grad_accum=1", *common)
@@ -168,7 +168,7 @@ def test_lambda_0_makes_no_class_images_and_trains_on_none(photos: Path, tmp_pat
     assert not any("train/loss_prior" in line for line in lines)
 
 
-@pytest.mark.parametrize("method", ["none", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("none", marks=pytest.mark.slow), "lora"])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(method: str, photos: Path, tmp_path: Path) -> None:
     more = (f"peft={method}", "dreambooth.text_encoder=true", "train.save_steps=null")
     train(photos, tmp_path / "straight", *more)
@@ -178,6 +178,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(method: str, photos: 
     assert apart(tmp_path / "straight", tmp_path / "stopped") == 0.0
 
 
+@pytest.mark.slow
 def test_adapters_take_turns_blend_and_merge(photos: Path, tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("first", "second")]
     for seed, run in enumerate(runs):

@@ -42,7 +42,7 @@ def first(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return next(line for line in lines if line["step"] == 1 and "train/loss" in line)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "ppo" else name for name in RUNS])
 def test_both_ways_give_the_same_run_within_rounding(name: str, tmp_path: Path) -> None:
     found = {}
     for kernels in ("auto", "reference"):

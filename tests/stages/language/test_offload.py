@@ -72,9 +72,9 @@ def mapped_under(folder: Path) -> set[str]:
     "words",
     [
         ("+peft=lora",),
-        ("+peft=qlora",),
+        pytest.param(("+peft=qlora",), marks=pytest.mark.slow),
         ("+peft=qlora", "peft.targets=[q_proj]", "quant.double_quant=false"),  # layers without an adapter are bitsandbytes' own
-        ("+peft=dora", "quant=nf4", "model.kernels=reference"),
+        pytest.param(("+peft=dora", "quant=nf4", "model.kernels=reference"), marks=pytest.mark.slow),
     ],
 )
 def test_gradients_have_the_same_bits_with_one_layer_in_memory(

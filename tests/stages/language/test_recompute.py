@@ -39,6 +39,7 @@ def trained(tmp_path: Path, name: str, *words: str) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_little_memory_recomputes_layers_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_little_memory_recomputes_layers_and_changes_nothing(
         assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_dense_copies_of_four_bit_weights_change_nothing_but_what_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

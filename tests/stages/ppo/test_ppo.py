@@ -32,7 +32,10 @@ TINY = (
     "train.batch_size=2",
     "data.max_rows=60",
     "data.eval_rows=4",
+    "eval.rows=4",
     "rollout.max_new_tokens=12",
+    "train.grad_accum=4",
+    "ppo.minibatches=2",
 )
 LORA = ("+peft=lora", "optim.lr=0.01")
 SMALL = (
@@ -42,6 +45,7 @@ SMALL = (
     "train.batch_size=2",
     "data.max_rows=40",
     "data.eval_rows=8",
+    "eval.rows=4",
     "optim.lr=0.01",
 )
 RULES = """
@@ -154,7 +158,7 @@ def test_without_a_value_model(advantage: str, tmp_path: Path) -> None:
     assert "train/value_loss" not in lines(tmp_path / "ppo")[1]
 
 
-FAST, SLOW = ("none", "adapter", "qlora"), ("head", "partial", "dora", "vera", "pissa", "rslora")
+FAST, SLOW = ("none", "adapter"), ("qlora", "head", "partial", "dora", "vera", "pissa", "rslora")
 
 
 @pytest.mark.parametrize("method", [*FAST, *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)])

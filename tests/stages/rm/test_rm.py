@@ -29,6 +29,7 @@ from posttrain.runs.cache_place import cache_root
 from posttrain.stages.spec import row_uses
 
 TINY = ("model=tiny", "train.max_steps=3", "train.batch_size=2", "optim.lr=0.01", "data.max_rows=40", "data.eval_rows=8")
+TINY += ("eval.rows=4",)
 METHODS = (
     "none",
     "head",

@@ -22,6 +22,7 @@ from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.training.optimizer import optimizer_used, state_bytes
 
+_COUNTED: dict[tuple[Any, ...], float] = {}  # by this process: jobs of a sweep have the same shapes, and counting takes a second
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
 
 
@@ -102,6 +103,12 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
         config.get_text_config().num_hidden_layers = layers
         if kinds := getattr(config.get_text_config(), "layer_types", None):
             config.get_text_config().layer_types = kinds[:layers]
-        return activations(model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels).whole
+        method, shapes = cfg.peft.model_dump_json(), config.to_json_string(use_diff=False)
+        asked = (type(config), shapes, built.dtype, method, tokens, sequences, cfg.model.kernels)
+        if asked not in _COUNTED:
+            _COUNTED[asked] = activations(
+                model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels
+            ).whole
+        return _COUNTED[asked]
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None
