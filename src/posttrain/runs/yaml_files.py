@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from posttrain.errors import first_line
+
 NODES = 100_000  # of a file with all its aliases written out; a config has some hundred
 
 
@@ -36,7 +38,7 @@ def check_aliases(folder: Path) -> None:
         except RecursionError:
             raise yaml.YAMLError(f"{file}: it is nested too deep") from None
         except yaml.YAMLError as error:
-            raise yaml.YAMLError(f"{file}: {error}") from None
+            raise yaml.YAMLError(f"{file}: {first_line(error)}") from None
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

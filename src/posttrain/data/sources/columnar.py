@@ -41,7 +41,13 @@ def _columnar(file: Path, name: str, batches: Callable[[], Iterator[Any]], kind:
     if not file.stat().st_size:
         return
     with reading(f"{name}: not valid {kind}", "write it again, as pyarrow or datasets does"):
-        yield from enumerate((without_nulls(row) for batch in batches() for row in batch.to_pylist()), 1)
+        yield from enumerate((without_nulls(row) for batch in batches() for row in _checked(batch).to_pylist()), 1)
+
+
+def _checked(batch: Any) -> Any:
+    """The batch. Raises ArrowInvalid for one that reaches beyond its own buffers, where pyarrow would read on, or crash."""
+    batch.validate(full=True)
+    return batch
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
