@@ -89,13 +89,16 @@ def test_an_adapter_of_someone_elses_making(tmp_path: Path) -> None:
     assert found.chat_template == hashlib.sha256(b"{{ x }}").hexdigest()
     files(directory, tokenizer_config__json={})
     assert open_artifact(directory, "init").tokenizer == str(directory)
-    with pytest.raises(UserError, match=r"init: .* is an adapter, but no finished run"):
-        found.supported()
+    assert found.supported() is found
     with pytest.raises(UserError, match=r"init: .* is no finished run"):
         found.finished()
     adapter(directory, task_type="SEQ_CLS")
     assert open_artifact(directory, "init").reward_head == directory
+    with pytest.raises(UserError, match=r"init: .* is an adapter of a classifier, and no run of posttrain rm"):
+        open_artifact(directory, "init").supported()
     adapter(directory, base_model_name_or_path=None)
+    with pytest.raises(UserError, match=r"adapter_config.json does not say which base the adapter belongs to"):
+        open_artifact(directory, "init").supported()
     with pytest.raises(UserError, match="nothing says where the base of the adapter"):
         open_artifact(directory, "init").source  # noqa: B018
 

@@ -26,7 +26,7 @@ from posttrain.data.prepare import prepare_set
 from posttrain.errors import UserError
 from posttrain.losses.tokens import token_loss
 from posttrain.models.hub import resolve
-from posttrain.models.language.loading import load_base
+from posttrain.models.language.loading import base_digest, load_base
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, differences, encoder_of, of_file
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -73,6 +73,8 @@ def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn
             raise UserError("--learn: weights of diffusion models' adapters are not learned; give --weights")
         return compose_pipelines(runs, factors, out)
     parts = [_read(*each) for each in zip(runs, artifacts, strict=True)]
+    if not artifacts[0].is_run:
+        raise UserError(f"compose: {runs[0]} is an adapter of others; name a run first, whose tokenizer and config the sum has")
     _require_one_base(parts)
     if learn:
         factors = learn_weights(parts, learn)
@@ -104,7 +106,7 @@ def _parse_expression(text: str) -> tuple[list[Path], list[float]]:
 
 
 def _read(run: Path, artifact: Artifact) -> Part:
-    artifact.finished()
+    artifact.supported()
     if artifact.kind == "model":
         raise UserError(f"{run} is a whole model; only adapters can be composed")
     refuse_scorer(artifact)
@@ -119,7 +121,7 @@ def _read(run: Path, artifact: Artifact) -> Part:
 def _require_one_base(parts: list[Part]) -> None:
     first, base = parts[0], parts[0].artifact.base
     for part in parts[1:]:
-        if not same_base(part.artifact.base.digest, base.digest):
+        if not same_base(base_digest(part.artifact), base_digest(first.artifact)):
             raise UserError(
                 f"{part.run} belongs to another base ({part.artifact.base.name}) than {first.run} ({base.name}): their changes "
                 "cannot be added"

@@ -19,7 +19,7 @@ from posttrain.evaluation.agreement import Agreement, agreement, held_out_rows, 
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.formats import Format
 from posttrain.models.hub import resolve
-from posttrain.models.language.loading import load_model
+from posttrain.models.language.loading import LOADED_AS, load_model
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import write_ends
 from posttrain.models.layers import fused_experts
@@ -40,8 +40,9 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
     nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. form: of FORMS. Raises
     UserError for what cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
     """
-    artifact = open_artifact(run, "run")
-    artifact.finished()
+    artifact = open_artifact(run, "run").supported()
+    if artifact.kind == "model":
+        artifact.finished()
     if form not in FORMS:
         raise UserError(f"--as: there is no '{form}'{did_you_mean(form, list(FORMS))} (there are: {', '.join(FORMS)})")
     if artifact.is_pipeline:
@@ -108,8 +109,13 @@ def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path, 
         if (scratch / name).exists():
             copy_tokenizer(artifact.weights, scratch / name)
             write_ends(scratch / name, ends)
-            found[name] = _compare(scratch, name, artifact.finished().dtype, rows)
+            found[name] = _compare(scratch, name, dtype_of(artifact), rows)
     return found
+
+
+def dtype_of(artifact: Artifact) -> str:
+    """In which it was trained; of an adapter of others as it is loaded."""
+    return artifact.manifest.dtype if artifact.manifest else LOADED_AS
 
 
 def _live_answers(

@@ -48,7 +48,9 @@ def read_result(run: str | Path) -> Result:
     artifact = open_artifact(run, "run")
     if artifact.is_run and not artifact.is_pipeline:
         raise UserError(f"run: {run} is a {artifact.stage} run, of a language model; posttrain chat talks with it")
-    artifact.supported().verified()
+    if artifact.kind == "adapter":
+        artifact.finished()
+    artifact.verified()
     name, base = Path(run).expanduser().name, find_pipeline(artifact.source, artifact.base.revision)
     if artifact.kind == "model":
         return Result(name, base, None, artifact)

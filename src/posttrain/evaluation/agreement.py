@@ -20,7 +20,6 @@ from posttrain.data.prepare import held_out_of, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.language.loading import LoadedModel
 from posttrain.runs.cache_place import cache_root
-from posttrain.runs.directory import read_config
 
 ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary
 
@@ -41,13 +40,21 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     live: the run's result, of load_model."""
     encoder = live.encoder
     sources = [prepare_set("builtin:general", ROWS, encoder, LENGTH).examples]
-    settings = completed(read_config(run))
+    if live.artifact.config is None:
+        say("what the adapter was trained on is not known: general text is used alone")
+        return _of(sources, live)
+    settings = completed(live.artifact.config)
     try:
         cfg = typed_config(settings)
         data, rows = cfg.data, REGISTRY.get(cfg.stage).rows_of(cfg)
         sources.append(held_out_of(data, rows, encoder, settings["train"]["max_length"], cache_root()))
     except (UserError, ValidationError) as error:
         say(f"the run's own rows cannot be read again, general text is used alone ({str(error).splitlines()[0]})")
+    return _of(sources, live)
+
+
+def _of(sources: list[Examples], live: LoadedModel) -> list[Tensor]:
+    """As many tokens of each source."""
     config = live.model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LENGTH
     length = min(LENGTH, context)

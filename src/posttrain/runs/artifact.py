@@ -155,11 +155,17 @@ class Artifact:
         return self.manifest
 
     def supported(self) -> Artifact:
-        """Itself. Raises UserError for what can be described, but is not taken yet: an adapter of someone else's making."""
+        """Itself. Raises UserError for an adapter of others that does not name its base, or is a reward model's."""
         if self.kind == "adapter" and not self.is_run:
-            raise UserError(
-                f"{self.field}: {self.name} is an adapter, but no finished run (no {MANIFEST}); give a run's directory"
-            )
+            if not self.base.path:
+                raise UserError(
+                    f"{self.field}: {self.weights / ADAPTER_CONFIG} does not say which base the adapter belongs to; write its "
+                    "hub id or directory there, as base_model_name_or_path"
+                )
+            if self.reward_head:
+                raise UserError(
+                    f"{self.field}: {self.name} is an adapter of a classifier, and no run of posttrain rm; give such a run"
+                )
         return self
 
     def verified(self) -> Artifact:
@@ -198,7 +204,8 @@ def open_artifact(x: str | Path, field: str) -> Artifact:
     if not directory.is_dir():
         if not directory.exists() and _can_only_be_a_path(name):
             raise UserError(f"{field}: {directory} does not exist{_siblings(directory)}")
-        return _plain(name, field, None)
+        cached = _cached_adapter(name)
+        return _bare_adapter(name, field, cached) if cached else _plain(name, field, None)
     if is_finished(directory):
         return _run(name, field, directory, read_manifest(directory))
     if (directory / PIPELINE_INDEX).is_file():
@@ -227,11 +234,25 @@ def _plain(name: str, field: str, directory: Path | None, is_pipeline: bool = Fa
 
 
 def _bare_adapter(name: str, field: str, directory: Path) -> Artifact:
-    """As peft has saved it; its tokenizer may lie beside it."""
+    """As peft has saved it; its tokenizer may lie beside it. Which weights its base had is known by their name alone."""
     found = Artifact(name, field, "adapter", directory, Base(name=""), name, {"method": "none"})
     base = found.adapter.base
-    tokenizer = name if (directory / "tokenizer_config.json").is_file() else base
+    tokenizer = str(directory) if (directory / "tokenizer_config.json").is_file() else base
     return replace(found, base=Base(name=base, path=base), tokenizer=tokenizer)
+
+
+def _cached_adapter(name: str) -> Path | None:
+    """The directory of an adapter of the hub that was fetched before; None for all else, of which nothing is asked of the hub."""
+    if "/" not in name:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, ADAPTER_CONFIG)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def is_classifier(directory: Path) -> bool:

@@ -25,6 +25,8 @@ from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
 
+LOADED_AS = "bfloat16"  # a model that no run of ours has made
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -69,10 +71,15 @@ class LoadedModel:
 
 
 def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> Any:
-    """The base that an adapter belongs to. Raises UserError where its weights are not those that the adapter was trained on."""
+    """The base that an adapter belongs to. Raises UserError where its weights are not those that it was trained on; of an adapter
+    of others they are known by their name alone, which is said."""
     base = artifact.base
     source = resolve(artifact.source, base.revision)
-    if not same_base(digest(source.directory), base.digest):
+    if base.digest is None:
+        say(
+            f"{artifact.name}: an adapter of others; its base is {base.path}, as it says; whether those are the weights is not known"
+        )
+    elif not same_base(digest(source.directory), base.digest):
         raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
     config = quantization(artifact.quantization, device) if quantized else "dequantize"
     return load_causal(base.path, base.revision, dtype, device, None, config, "say")
@@ -95,7 +102,7 @@ def load_model(
         raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
     data_of(artifact, words or {})
     artifact.verified()
-    precision = dtype or (artifact.manifest.dtype if artifact.manifest else "bfloat16")
+    precision = dtype or (artifact.manifest.dtype if artifact.manifest else LOADED_AS)
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
     if artifact.kind == "model":
         model = load_causal(artifact.source, None, precision, device, None, None, "say")
@@ -127,13 +134,19 @@ def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = 
     if len(set(names)) < len(names):
         raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
     for name, other in zip(names[1:], artifacts[1:], strict=True):
-        other.finished()
-        if "model" in (live.artifact.kind, other.kind) or not same_base(other.base.digest, live.artifact.base.digest):
+        if "model" in (live.artifact.kind, other.supported().kind) or not same_base(
+            base_digest(other), base_digest(live.artifact)
+        ):
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
         put_beside(live.model, other.verified().weights, name)
         if found := differences(live.artifact, other, live.words):
             say(f"{name}: {', '.join(found)} of its run was another; words are rendered as {names[0]} has them")
     return live, names
+
+
+def base_digest(artifact: Artifact) -> str:
+    """Of an adapter's base: as its run has it, of others' adapters that of the weights which are there today."""
+    return artifact.base.digest or digest(resolve(artifact.source, artifact.base.revision).directory)
 
 
 def switch(live: LoadedModel, names: list[str], name: str) -> None:

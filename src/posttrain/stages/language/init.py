@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import LanguageStage
+from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.peft.kinds import is_plain_sum, require_kind
@@ -114,6 +115,8 @@ def find_base(start: InitSource, revision: str | None, weights: bool = True) -> 
     and the digest empty. UserError where a finished run's adapter belongs to other weights."""
     source = resolve(start.source, revision, weights)
     base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
+    if start.adapter and not start.base_digest:
+        say(f"init: an adapter of others; its base is {start.name}, as it says; whether those are the very weights is not known")
     if weights and start.base_digest and not same_base(start.base_digest, base.digest):
         raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
     return base
