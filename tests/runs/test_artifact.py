@@ -79,6 +79,15 @@ def test_a_dora_run_and_a_run_of_pictures(tmp_path: Path) -> None:
     assert found.adapter.use_dora and found.adapter.rank == 4 and found.is_pipeline and found.kind == "adapter"
 
 
+def test_an_adapter_of_the_hub_that_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = adapter(tmp_path / "models--org--lora" / "snapshots" / "abc")
+    files(tmp_path / "models--org--lora" / "refs", main="abc")
+    found = open_artifact("org/lora", "init")
+    assert (found.kind, found.weights, found.source) == ("adapter", snapshot, "org/base")
+    assert open_artifact("org/other", "init").kind == "model"  # nothing is asked of the hub
+
+
 def test_an_adapter_of_someone_elses_making(tmp_path: Path) -> None:
     directory = files(adapter(tmp_path / "lora"), chat_template__jinja="{{ x }}")
     found = open_artifact(directory, "init")

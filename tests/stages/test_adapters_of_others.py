@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    made.save_pretrained(place / "adapter")
+    made.save_pretrained(str(place / "adapter"))
     rows = [{"prompt": f"Say {i}:", "completion": f" it is {i}."} for i in range(30)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
