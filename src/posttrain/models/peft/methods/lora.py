@@ -7,10 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from posttrain.config.fields import Rate
+from posttrain.config.fields import Positive, Rate
 from posttrain.config.interfaces import AdapterKind
-from posttrain.models.peft.base import Targeted, check_same
+from posttrain.models.peft.base import Targeted, check_same, has_no_weights
 from posttrain.models.peft.kinds import ROWS, ROWS_END, odd_setting, odd_tensor
+from posttrain.models.peft.starts import STARTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,9 +76,14 @@ class LoraKind(AdapterKind):
 def _by_pattern(config: dict[str, Any], which: str, layer: str) -> Any:
     """What an adapter_config.json says of one layer, which may stand there as its weight."""
     for key, value in (config.get(which) or {}).items():
-        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in (layer, f"{layer}.weight")):
+        if any(_matches(key, name) for name in (layer, f"{layer}.weight")):
             return value
     return None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As peft has it: the end of a name, from a dot on."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 LORA = LoraKind("lora", "LORA")
@@ -125,23 +131,68 @@ class LoraFamily(SavedAsLora):
     """B A throughout: variants differ in how they start, scale or learn."""
 
     is_additive = True
-    on_parameters = True
-    can_continue = True
     adds_tokens = True
     for_ppo = True
-    for_vllm = True
     for_fsdp = True
     options: ClassVar[dict[str, Any]] = {}  # of peft's LoraConfig
+    init: Literal["default", "pissa", "olora"]
+    rank_pattern: dict[str, Positive] | None  # layers that have another rank, by a regular expression over the ends of names
+    alpha_pattern: dict[str, Rate] | None
+
+    @property
+    def writes_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Does its start take a part out of the base?"""
+        return STARTS[self.init].writes_base
+
+    @property
+    def _leaves_base(self) -> bool:
+        return not self.writes_base
+
+    can_continue = on_quantized = on_parameters = for_vllm = _leaves_base  # pyright: ignore
+
+    @property
+    def in_words(self) -> str:
+        if not self.writes_base:
+            return super().in_words
+        return f"by {self.name}{'' if self.name == self.init else f' with peft.init={self.init}'}, which writes into the base"
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
-        return lora_config(self, model, task, self.alpha, **self.options)
+        start = True if has_no_weights(model) else STARTS[self.init].option
+        made = lora_config(self, model, task, self.alpha, init_lora_weights=start, **self.options)
+        made.rank_pattern, made.alpha_pattern = self._patterns("rank_pattern", model), self._patterns("alpha_pattern", model)
+        return made
+
+    def _patterns(self, key: str, model: Any) -> dict[str, Any]:
+        """Raises UserError for one that no layer with an adapter matches."""
+        from posttrain.errors import UserError, did_you_mean
+
+        patterns, layers = getattr(self, key) or {}, self._found_in(model).layers
+        for pattern in patterns:
+            if not any(_matches(pattern, name) for name in layers):
+                near = did_you_mean(pattern, sorted({layer.short for layer in layers.values()}))
+                raise UserError(f"peft.{key}: no layer that gets an adapter is called '{pattern}'{near}")
+        return dict(patterns)
+
+    def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
+        shapes_alone = has_no_weights(model)
+        made = super().attach(model, num_steps, task)
+        if self.writes_base and not shapes_alone:
+            _remember_start(made)
+        return made
 
     def check_continued(self, found: Any) -> None:
+        from posttrain.errors import UserError
+
         super().check_continued(found)
+        for key in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, key):
+                raise UserError(f"peft.{key}: chain.mode=continue goes on with the ranks that the adapter has; leave it out")
         root, asked_root = (self.r**0.5 if rooted else self.r for rooted in (found.use_rslora, self.options.get("use_rslora")))
         check_same("alpha", found.lora_alpha / root * asked_root, self.alpha)
 
     def auto_factors(self, num_steps: int) -> dict[str, float]:
+        if self.writes_base:  # B is not zero at the start
+            return {}
         return lora_factors(num_steps, self.alpha * (self.r**0.5 if self.options.get("use_rslora") else 1))
 
     def sums(self, model: PeftModel) -> tuple[float, dict[str, Factors]]:
@@ -153,7 +204,7 @@ class LoraFamily(SavedAsLora):
         return scale, {name: self.joined(layer, scale) for name, layer in layers.items()}
 
     def joined(self, layer: Any, scale: float) -> Factors:
-        """A layer's frozen adapter, if it has one, and its new one as one."""
+        """A layer's frozen adapter, if it has one, and its new one as one, without what that took from the base at its start."""
         from posttrain.models.peft.attach import INIT, NEW
         from posttrain.models.peft.factors import Factors, joined
         from posttrain.tensors import whole
@@ -162,7 +213,21 @@ class LoraFamily(SavedAsLora):
         for name in (name for name in (INIT, NEW) if name in layer.lora_A):
             a, b = (whole(half[name].weight).float() for half in (layer.lora_A, layer.lora_B))
             parts.append(Factors(a, b * (layer.scaling[name] / scale), getattr(layer, "num_experts", 1)))
+        if hasattr(layer, "taken"):
+            parts.append(Factors(layer.taken.a.float(), layer.taken.b.float() * (-layer.scaling[NEW] / scale)))
         return joined(parts)
+
+
+def _remember_start(model: Any) -> None:
+    """Keep what was taken from the base: the change is what the adapter has become beyond it."""
+    from posttrain.models.peft.attach import NEW
+    from posttrain.models.peft.export import lora_layers
+    from posttrain.models.peft.factors import Factors
+
+    for layer in lora_layers(model).values():
+        if NEW in layer.lora_A:
+            halves = (layer.lora_A[NEW], layer.lora_B[NEW])
+            layer.taken = Factors(*(half.weight.detach().cpu().clone() for half in halves))
 
 
 class Lora(LoraFamily):
