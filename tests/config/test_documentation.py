@@ -67,7 +67,7 @@ def test_rows_say_what_the_schema_and_the_files_say(rows: dict[str, list[str]]) 
     assert rows["full_lr"][0].startswith("`2e-5`; `1e-5` (rm); `1e-6` (ppo)")
     assert rows["optim.lr"][0] == "computed"
     assert rows["train.max_steps"][1] == "integer ≥ 1 or `null`"
-    assert rows["peft.alpha"][1] == "`32`; `16` (pissa, rslora)"
+    assert rows["peft.alpha"][1] == "`32`; `64` (gralora); `16` (loha, lokr, pissa, rslora)"
     assert rows["curriculum.by"][1] == "`length`, `perplexity` or `null`"
 
 
