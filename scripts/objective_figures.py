@@ -96,7 +96,7 @@ def rl(runs: Path) -> Any:
     for axis, title in zip(axes, ("reward, by loss", "reward of dapo", "prompts of 8 that teach"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure
 
 
