@@ -28,7 +28,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 STEPS = 10
 COMMON = ("model=tiny", f"train.max_steps={STEPS}", "train.batch_size=2", "train.save_steps=2", "train.eval_steps=3")
-LANGUAGE = ("data.max_rows=40", "eval.rows=1", "data.eval_rows=2", "train.max_length=128")
+LANGUAGE = ("data.max_rows=40", "eval.rows=1", "data.eval_rows=2", "train.max_length=256")
 PPO = ("rollout.max_new_tokens=8", "reward.function=posttrain.rewards:brevity", "train.grad_accum=2", "ppo.minibatches=2")
 STAGES: dict[str, list[tuple[str, ...]]] = {
     "cpt": [LANGUAGE, (*LANGUAGE, "+peft=adalora", "peft.r=2", "peft.init_r=4")],
