@@ -113,7 +113,9 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
         method: Any = Full.model_construct(method="none")
         return random_model(options.shape, "none", device, trained=True), method
     method = Lora(
-        method="lora", r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32",
+        method="lora",
+        init="default", rank_pattern=None, alpha_pattern=None,
+        r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32",
         lr_factor=1.0, experts=False, router=False,
     )  # fmt: skip
     return add_method(random_model(options.shape, options.quant, device), method), method

@@ -18,7 +18,18 @@ from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization.nf4 import Nf4, nf4, nf4_bytes
 
 LORA = Lora(
-    method="lora", r=4, alpha=8.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True, router=False
+    method="lora",
+    init="default",
+    rank_pattern=None,
+    alpha_pattern=None,
+    r=4,
+    alpha=8.0,
+    dropout=0.0,
+    targets="all-linear",
+    dtype="float32",
+    lr_factor=1.0,
+    experts=True,
+    router=False,
 )
 
 

@@ -72,7 +72,8 @@ def with_lora(model: Any) -> Any:
     """As a run of ours makes it."""
     seed_step(SEED, 0, 0)
     return add_method(
-        model, Lora(method="lora", r=4, alpha=8, dropout=0.0, targets="all-linear",
+        model, Lora(method="lora",
+        init="default", rank_pattern=None, alpha_pattern=None, r=4, alpha=8, dropout=0.0, targets="all-linear",
         dtype="float32", lr_factor=1, experts=True, router=False)
     )  # fmt: skip
 

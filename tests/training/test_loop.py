@@ -58,6 +58,9 @@ def make_loop(
     )
     lora = Lora(
         method="lora",
+        init="default",
+        rank_pattern=None,
+        alpha_pattern=None,
         r=4,
         alpha=8,
         dropout=dropout,

@@ -70,7 +70,12 @@ def model(dtype: torch.dtype = torch.float32, adapted: bool = False) -> nn.Modul
     if not adapted:
         return found
     settings: dict[str, Any] = {"dropout": 0.0, "dtype": "float32", "lr_factor": 1, "experts": True, "router": False}
-    return add_method(found, Lora(method="lora", r=4, alpha=8, targets="all-linear", **settings))
+    return add_method(
+        found,
+        Lora(
+            method="lora", init="default", rank_pattern=None, alpha_pattern=None, r=4, alpha=8, targets="all-linear", **settings
+        ),
+    )
 
 
 def logits_and_gradients(found: Any) -> list[Tensor]:

@@ -325,7 +325,20 @@ EXPERTS = ("gate_up_proj", "down_proj")
 def trained(model: Any) -> tuple[float, Tensor]:
     """Loss and gradients of LoRA on all linear layers and experts, the same for models of the same weights."""
     said: dict[str, Any] = {"dropout": 0.0, "targets": "all-linear", "dtype": "float32", "lr_factor": 1.0}
-    model = add_method(model, Lora(method="lora", r=2, alpha=4.0, experts=True, router=False, **said))
+    model = add_method(
+        model,
+        Lora(
+            method="lora",
+            init="default",
+            rank_pattern=None,
+            alpha_pattern=None,
+            r=2,
+            alpha=4.0,
+            experts=True,
+            router=False,
+            **said,
+        ),
+    )
     torch.manual_seed(1)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:

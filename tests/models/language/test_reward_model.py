@@ -80,6 +80,9 @@ def with_opinion(config: Any, lora: bool) -> PackedScorer:
     if lora:
         method = LORA(
             method="lora",
+            init="default",
+            rank_pattern=None,
+            alpha_pattern=None,
             targets="all-linear",
             r=4,
             alpha=8,

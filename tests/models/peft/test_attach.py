@@ -33,7 +33,19 @@ def base(tmp_path: Path) -> Path:
 
 def add_lora(model: Any, r: int, alpha: float, dropout: float, targets: str | list[str], dtype: Any) -> Any:
     said = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets, "dtype": dtype}
-    return add_method(model, Lora(method="lora", lr_factor=1.0, experts=True, router=False, **said))
+    return add_method(
+        model,
+        Lora(
+            method="lora",
+            init="default",
+            rank_pattern=None,
+            alpha_pattern=None,
+            lr_factor=1.0,
+            experts=True,
+            router=False,
+            **said,
+        ),
+    )
 
 
 Shape = tuple[int, float, Any]  # r, alpha, targets

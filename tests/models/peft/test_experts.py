@@ -30,7 +30,13 @@ EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES
 
 
 def lora(r: int = 4, alpha: float = 8.0, **more: Any) -> Lora:
-    return Lora(**(SAID | {"method": "lora", "r": r, "alpha": alpha} | more))
+    return Lora(
+        **(
+            SAID
+            | {"method": "lora", "init": "default", "rank_pattern": None, "alpha_pattern": None, "r": r, "alpha": alpha}
+            | more
+        )
+    )
 
 
 def base_of(name: str, folder: Path, **more: Any) -> Path:
@@ -131,7 +137,9 @@ def test_stacked_adapters_on_experts_become_one(name: str, tmp_path: Path) -> No
 
 def test_rslora_keeps_its_scale_on_experts(tmp_path: Path) -> None:
     base = base_of("qwen3_moe", tmp_path)
-    method = RsLora(**(SAID | {"method": "rslora", "r": 4, "alpha": 3.0}))
+    method = RsLora(
+        **(SAID | {"method": "rslora", "init": "default", "rank_pattern": None, "alpha_pattern": None, "r": 4, "alpha": 3.0})
+    )
     live = finished(base, tmp_path / "out", method)
     again = PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
     torch.testing.assert_close(logits(again), logits(live), rtol=0, atol=1e-5)

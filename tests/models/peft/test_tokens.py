@@ -41,7 +41,17 @@ def loaded(base: Path) -> Any:
 
 
 def lora() -> Any:
-    values: dict[str, Any] = {"method": "lora", "targets": ["q_proj"], "r": 4, "alpha": 8, "dropout": 0.0, "dtype": "float32"}
+    values: dict[str, Any] = {
+        "method": "lora",
+        "init": "default",
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "targets": ["q_proj"],
+        "r": 4,
+        "alpha": 8,
+        "dropout": 0.0,
+        "dtype": "float32",
+    }
     return LORA(**values, lr_factor=1, experts=True, router=False)
 
 

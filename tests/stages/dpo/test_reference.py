@@ -30,7 +30,18 @@ def lm() -> PackedLM:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     lora = Lora(
-        method="lora", r=4, alpha=8, dropout=0.5, targets="all-linear", dtype="float32", lr_factor=1, experts=True, router=False
+        method="lora",
+        init="default",
+        rank_pattern=None,
+        alpha_pattern=None,
+        r=4,
+        alpha=8,
+        dropout=0.5,
+        targets="all-linear",
+        dtype="float32",
+        lr_factor=1,
+        experts=True,
+        router=False,
     )
     model: Any = add_method(LlamaForCausalLM(config), lora)
     with torch.no_grad():

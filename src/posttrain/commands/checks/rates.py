@@ -81,7 +81,9 @@ def training_step(device: torch.device) -> Figures:
     with torch.device(device):
         base: Any = LlamaForCausalLM(config)
     method = Lora(
-        method="lora", r=16, alpha=32.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True,
+        method="lora",
+        init="default", rank_pattern=None, alpha_pattern=None,
+        r=16, alpha=32.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True,
         router=False,
     )  # fmt: skip
     model = add_method(base.to(dtype).requires_grad_(False), method)

@@ -135,10 +135,9 @@ class LoraFamily(SavedAsLora):
     for_ppo = True
     for_fsdp = True
     options: ClassVar[dict[str, Any]] = {}  # of peft's LoraConfig
-    # with defaults, for what makes one in Python: a plain LoRA has none of these
-    init: Literal["default", "pissa", "olora"] = "default"
-    rank_pattern: dict[str, Positive] | None = None  # by a regular expression over the ends of layers' names
-    alpha_pattern: dict[str, Rate] | None = None
+    init: Literal["default", "pissa", "olora"]
+    rank_pattern: dict[str, Positive] | None  # by a regular expression over the ends of layers' names
+    alpha_pattern: dict[str, Rate] | None
 
     @property
     def writes_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -11,7 +11,7 @@ class Pissa(LoraFamily):
     """LoRA that starts from the weights' principal components."""
 
     method: Literal["pissa"]
-    init: Literal["pissa"] = "pissa"  # pyright: ignore[reportIncompatibleVariableOverride]
+    init: Literal["pissa"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 METHOD = Pissa
