@@ -76,7 +76,7 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     base = artifact.base
     source = resolve(artifact.source, base.revision)
     if base.digest is None:
-        say(f"{artifact.name}: an adapter of others; its base is {base.path}, as it says; whether they are the same is not known")
+        say(f"{artifact.name}: an adapter of others; its base is {base.path}, as it says; whether that has changed is not known")
     elif not same_base(digest(source.directory), base.digest):
         raise UserError(f"base: {base.path} is not what the run was trained on (digests differ); give the run's own base")
     config = quantization(artifact.quantization, device) if quantized else "dequantize"

@@ -116,7 +116,7 @@ def find_base(start: InitSource, revision: str | None, weights: bool = True) -> 
     source = resolve(start.source, revision, weights)
     base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
     if start.adapter and not start.base_digest:
-        say(f"init: an adapter of others; its base is {start.name}, as it says; whether those are the very weights is not known")
+        say(f"init: an adapter of others; its base is {start.name}, as it says; whether that has changed is not known")
     if weights and start.base_digest and not same_base(start.base_digest, base.digest):
         raise UserError(f"init: its adapter belongs to another base than {base.path} (digests differ); give the run's own base")
     return base
