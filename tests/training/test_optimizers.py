@@ -118,11 +118,12 @@ def test_a_step_of_lion_by_hand() -> None:
 
 def test_a_step_of_muon_is_orthogonal_and_has_adamws_size() -> None:
     """0.2 sqrt(max(A, B)) U V': of 16 x 4 all singular values of the step are 0.8 lr, as far as five iterations take them."""
-    module = nn.Sequential(nn.Linear(4, 16, bias=False))
-    before = module[0].weight.detach().clone()
+    layer = nn.Linear(4, 16, bias=False)
+    module = nn.Sequential(layer)
+    before = layer.weight.detach().clone()
     optimizer = made("muon", module, lr=1.0)
     steps(module, optimizer, range(1))
-    values = torch.linalg.svdvals(before - module[0].weight.detach())
+    values = torch.linalg.svdvals(before - layer.weight.detach())
     assert bool((values > 0.8 * 0.6).all()) and bool((values < 0.8 * 1.3).all())
 
 

@@ -69,7 +69,7 @@ def make_moments(optimizer: Any) -> None:
                     continue
                 if hasattr(part, "init_state"):  # bitsandbytes
                     part.init_state(group, p, number, position)
-                elif isinstance(part, torch.optim.AdamW):
+                elif issubclass(type(part), torch.optim.AdamW):
                     counter = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")
                     slots = ("exp_avg", "exp_avg_sq")
                     moments = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in slots}

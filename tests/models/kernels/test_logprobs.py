@@ -191,6 +191,7 @@ def test_the_spread_is_that_of_all_logits(scale: float, softcap: float | None, t
     """Mean log-prob of all words and log Z, with their gradients: what label smoothing and z-loss are made of."""
     hidden, target, head, chooses = case(scale, softcap, trained)
     leaves = [hidden, head.weight, head.bias] if trained else [hidden]
+    assert head.bias is not None
     logits = (hidden @ head.weight.T + head.bias) * head.scale
     logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
     wanted = torch.stack([logits.log_softmax(-1).mean(-1), logits.logsumexp(-1)])

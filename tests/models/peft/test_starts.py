@@ -69,7 +69,8 @@ def test_ranks_and_numbers_by_hand(tmp_path: Path) -> None:
     for model in (make("llama"), shapes):
         found = count_parameters(add_method(model, method(PATTERN), 10))[0]
         assert found == plain + LAYERS * 4 * (96 + 64) - 2 * (64 + 64)
-    export_adapter(add_method(make("llama"), method(PATTERN), 10), tmp_path, "base")
+    model: Any = add_method(make("llama"), method(PATTERN), 10)
+    export_adapter(model, tmp_path, "base")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
 
 

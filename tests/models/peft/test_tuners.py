@@ -120,7 +120,8 @@ def test_it_goes_on_with_what_it_has_left(base: Path, name: str, tmp_path: Path)
 
 
 def test_going_on_with_other_settings_is_refused(base: Path, tmp_path: Path) -> None:
-    export_adapter(add_method(load(base), method("oft"), 10), tmp_path, str(base))
+    model: Any = add_method(load(base), method("oft"), 10)
+    export_adapter(model, tmp_path, str(base))
     with pytest.raises(UserError, match=r"^peft.block_size: the adapter that chain.mode=continue goes on with has 8, not 16"):
         method("oft", "peft.block_size=16").continue_from(load(base), tmp_path)
 

@@ -217,11 +217,11 @@ class PackedLM(nn.Module):
             layout = prompts.insert_virtual(batch.segments, batch.positions, len(virtual))
             embeddings = self._embedded(batch, noise)
             mask = DocumentMask(layout.segments, layout.positions.shape[1], device)
-            inputs = prompts.embed(layout, embeddings, virtual)
-            return self.hidden(layout.positions, mask, inputs_embeds=inputs), layout.token[places]
+            embedded = prompts.embed(layout, embeddings, virtual)
+            return self.hidden(layout.positions, mask, inputs_embeds=embedded), layout.token[places]
         memory = prompts.layer_prefixes(model) if kind == "prefix" else ()
         mask = DocumentMask(batch.segments, batch.size, device, memory)
-        inputs = {"inputs_embeds": self._embedded(batch, noise)[None]} if noise else {"input_ids": batch.tokens}
+        inputs: dict[str, Any] = {"inputs_embeds": self._embedded(batch, noise)[None]} if noise else {"input_ids": batch.tokens}
         return self.hidden(batch.positions + mask.size, mask, **inputs), places
 
     def _embedded(self, batch: PackedBatch, noise: float) -> Tensor:

@@ -46,7 +46,8 @@ class PackedScorer(PackedLM):
         # at random it would begin with an opinion on every pair, which a small set takes its whole length to unlearn
         nn.init.zeros_(self.score.weight)
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    # a score has no spread over words, and no noise is trained into it
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scores: float32 [num_answers]."""
         hidden, ends = self.read(batch, batch.eos_index)
         return self.score(hidden[ends].float())[:, 0]
