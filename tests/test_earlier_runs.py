@@ -146,7 +146,7 @@ def older(run: Path, *keys: str) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-LATER = {"dropout": 0.0, "experts": True, "router": False}
+LATER = {"dropout": 0.0, "experts": True, "router": False, "init": "default", "rank_pattern": None, "alpha_pattern": None}
 
 
 def test_a_key_that_came_later_has_todays_default(home: Path) -> None:

@@ -220,7 +220,7 @@ CASES = {
     "cache, json": Case("cache/measured/x.json", in_cache, again=True),
     "cache, tensors": Case("cache/reference/x.safetensors", in_cache, again=True),
 }  # fmt: skip
-HEAVY = ("page", "base,")  # in names of cases that take long
+HEAVY = ("page", "base,", "cache,")  # in names of cases that take long
 
 
 @pytest.fixture(scope="module")
