@@ -101,7 +101,9 @@ def _serve() -> None:
     import posttrain.launch.worker
     import posttrain.stages.stage  # noqa: F401
 
-    torch.set_num_threads(1)
+    # Not torch.set_num_threads: a pool of threads that a fork has broken is made anew by whoever asks first, and a second thread
+    # that asks meanwhile (transformers loads with several) finds none: "Invalid thread pool". OMP_NUM_THREADS says it as well.
+    assert torch.get_num_threads() == 1
     for line in sys.stdin:
         asked = json.loads(line)
         # As torchrun does: the launcher's own store, so that no other program can take the port in between.

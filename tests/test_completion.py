@@ -56,7 +56,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sf", "sft X"),
         ("sft +peft=ql", "sft +peft=qlora X"),
         ("sft peft=ql", "sft peft=qlora X"),
-        ("sft optim.l", "sft optim.lr=X"),
+        ("sft optim.sch", "sft optim.schedule=X"),
         ("dpo dpo.be", "dpo dpo.beta=X"),
         ("run py", "run python_expert X"),
         ("sft data.path=my", "sft data.path=my_rows.jsonl X"),

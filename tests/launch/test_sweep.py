@@ -83,7 +83,7 @@ def processes_of(place: Path) -> list[int]:
 def test_sigterm_to_a_parallel_sweep_saves_all_its_jobs_and_the_next_start_goes_on(warm: str, tmp_path: Path) -> None:
     """The sweep alone gets the signal. Jobs at work write a checkpoint; no process is left; the next start says what is what."""
     folder = tmp_path / "sweep"
-    words = [*TINY, "train.max_steps=60", "+peft=lora", "peft.r=2,4,8", "hydra/launcher=local", "hydra.launcher.n_jobs=2"]
+    words = [*TINY, "train.max_steps=200", "+peft=lora", "peft.r=2,4,8", "hydra/launcher=local", "hydra.launcher.n_jobs=2"]
     words += [f"run.warm={warm}", f"run.dir={folder}", "train.save_steps=null", "eval.sets=null"]
     command = [*PYTHON, "-m", "posttrain", "sft", "-m", *words]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

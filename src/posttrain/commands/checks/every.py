@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from transformers.utils import logging
 
 from posttrain.commands.checks.check import Check, Figures, Found, run_check
 from posttrain.commands.checks.kernels import KERNEL_CHECKS
@@ -35,10 +37,12 @@ def check_device(to: Path | None, checks: tuple[Check, ...] = CHECKS) -> list[Fo
         raise UserError(f"--json: there is no directory {to.parent}; make it, or give another file")
     device = torch.device(device_here())
     cards, found, began = torch.cuda.device_count() if device.type == "cuda" else 0, list[Found](), time.perf_counter()
-    with Meter("checks", len(checks)) as meter:
+    logging.disable_progress_bar()
+    with Meter("checks", len(checks)) as meter, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries say of a device: the table says it in figures
         for check in checks:
             found.append(run_check(check, device, cards))
-            meter.advance()
+            meter.advance(check.name)
     _show(found)
     if to:
         write_json(to, _report(device, cards, found, time.perf_counter() - began))
