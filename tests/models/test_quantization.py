@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional
+from tests.models.peft.plain import plain_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import UserError
@@ -14,23 +15,9 @@ from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import add_method
-from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization.nf4 import Nf4, nf4, nf4_bytes
 
-LORA = Lora(
-    method="lora",
-    init="default",
-    rank_pattern=None,
-    alpha_pattern=None,
-    r=4,
-    alpha=8.0,
-    dropout=0.0,
-    targets="all-linear",
-    dtype="float32",
-    lr_factor=1.0,
-    experts=True,
-    router=False,
-)
+LORA = plain_lora()
 
 
 @pytest.fixture

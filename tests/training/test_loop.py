@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tests.models.peft.plain import plain_lora
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +21,6 @@ from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
-from posttrain.models.peft.methods.lora import Lora
 from posttrain.training.checkpoint import newest_checkpoint, restore, trainable
 from posttrain.training.loop import Loop, LoopConfig
 from posttrain.training.objective import Update
@@ -56,20 +56,7 @@ def make_loop(
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    lora = Lora(
-        method="lora",
-        init="default",
-        rank_pattern=None,
-        alpha_pattern=None,
-        r=4,
-        alpha=8,
-        dropout=dropout,
-        targets="all-linear",
-        dtype="float32",
-        lr_factor=1,
-        experts=True,
-        router=False,
-    )
+    lora = plain_lora(dropout=dropout)
     model = add_method(LlamaForCausalLM(config), lora)
     module = PackedLM(model, "documents")
     accelerator = Accelerator(cpu=True)

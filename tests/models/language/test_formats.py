@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.peft.plain import plain_lora
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,6 @@ from posttrain.models.checkpoints.held import Held, carrier, elements_of
 from posttrain.models.counting import count_parameters
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.peft.attach import add_method
-from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.models.quantization.nf4 import nf4
 from posttrain.models.quantization.packed import packed_of
@@ -327,17 +327,7 @@ def trained(model: Any) -> tuple[float, Tensor]:
     said: dict[str, Any] = {"dropout": 0.0, "targets": "all-linear", "dtype": "float32", "lr_factor": 1.0}
     model = add_method(
         model,
-        Lora(
-            method="lora",
-            init="default",
-            rank_pattern=None,
-            alpha_pattern=None,
-            r=2,
-            alpha=4.0,
-            experts=True,
-            router=False,
-            **said,
-        ),
+        plain_lora(r=2, alpha=4.0, **said),
     )
     torch.manual_seed(1)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,13 +6,13 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
+from tests.models.peft.plain import plain_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.models.peft.attach import add_frozen, add_method, merge_into
 from posttrain.models.peft.export import export_adapter
-from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.quantization import keep_as_quantized
 from posttrain.models.quantization.nf4 import nf4
 
@@ -35,16 +35,7 @@ def add_lora(model: Any, r: int, alpha: float, dropout: float, targets: str | li
     said = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets, "dtype": dtype}
     return add_method(
         model,
-        Lora(
-            method="lora",
-            init="default",
-            rank_pattern=None,
-            alpha_pattern=None,
-            lr_factor=1.0,
-            experts=True,
-            router=False,
-            **said,
-        ),
+        plain_lora(**said),
     )
 
 

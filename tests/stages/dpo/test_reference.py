@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from tests.models.peft.plain import plain_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.data.collate import BatchSampler, pack_pairs
@@ -15,7 +16,6 @@ from posttrain.data.examples import Examples, build
 from posttrain.losses.tokens import answer_sums
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
-from posttrain.models.peft.methods.lora import Lora
 from posttrain.runs.cache import cached_tensors
 from posttrain.stages.dpo.reference import reference_logps, train_reference
 
@@ -29,20 +29,7 @@ def lm() -> PackedLM:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
-    lora = Lora(
-        method="lora",
-        init="default",
-        rank_pattern=None,
-        alpha_pattern=None,
-        r=4,
-        alpha=8,
-        dropout=0.5,
-        targets="all-linear",
-        dtype="float32",
-        lr_factor=1,
-        experts=True,
-        router=False,
-    )
+    lora = plain_lora(dropout=0.5)
     model: Any = add_method(LlamaForCausalLM(config), lora)
     with torch.no_grad():
         for name, p in model.named_parameters():
