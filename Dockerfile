@@ -1,4 +1,5 @@
-# posttrain on an NVIDIA card. The machine needs its driver and NVIDIA's container toolkit; CUDA's libraries come with torch's wheel.
+# posttrain on an NVIDIA card. The machine needs its driver (580 or newer, for torch's wheel is one for CUDA 13) and NVIDIA's container
+# toolkit; CUDA's libraries come with the wheel.
 #
 #   docker build -t posttrain .
 #   docker run --rm --gpus all --ipc=host -v posttrain-cache:/cache -v "$PWD":/work posttrain doctor --gpu
@@ -6,7 +7,7 @@
 #
 # Build with --build-arg UID=$(id -u), so that what a run leaves in /work is yours. --ipc=host: NCCL and the data's readers share memory.
 # --build-arg EXTRAS=liger,vllm: of the extras that pyproject.toml names.
-FROM nvidia/cuda:12.6.3-base-ubuntu24.04
+FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
 ARG EXTRAS=liger,sweep,tensorboard
 ARG UID=10001

@@ -66,7 +66,7 @@ models: setup ## every causal class of transformers, tiny, through every stage a
 bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
 
-bench-gpu: setup ## 1B to 65B, SFT lora, qlora, full, rollouts, beside TRL, Unsloth and torchtune where they install: one JSON
+bench-gpu: setup ## 1B to 65B, SFT lora, qlora, full, rollouts, beside TRL, Unsloth and torchtune where they install: one JSON, goals judged
 	$(BIN)/python benchmarks/gpu_all.py --to gpu.json
 
 clean: ## remove .venv and caches of the tools; runs/ stays

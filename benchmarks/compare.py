@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gpu_goals import page
 from posttrain.models.hub import resolve
 from rows import write_rows
 
@@ -56,7 +57,7 @@ weights, no checkpointing, rows grouped by length (SFT), packed blocks in which 
 that keeps them apart needs FlashAttention), and reference log-probs computed beforehand (DPO). posttrain runs with its
 defaults, under which nothing is computed twice while memory allows. *Recomputing* is
 `train.gradient_checkpointing=true`, which takes the least memory and is what TRL's defaults do.
-{ppo}{growth}"""
+{ppo}{growth}{gpu}"""
 
 PPO = """
 TRL has no PPO any more. `benchmarks/plain_ppo.py` takes its place, the loop that one writes with transformers and peft:
@@ -219,7 +220,7 @@ def main() -> None:
             date=time.strftime("%Y-%m-%d"), command=" ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
             tables="\n\n".join(table(found, stage) for stage in stages),
             ppo=PPO.format(new_tokens=NEW_TOKENS) if "ppo" in stages else "",
-            growth=GROWTH.format(lines=lines, rows=count) if lines else "",
+            growth=GROWTH.format(lines=lines, rows=count) if lines else "", gpu=page(),
             **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         )
     )  # fmt: skip

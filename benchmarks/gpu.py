@@ -1,10 +1,12 @@
 """A training step of a large random model on a GPU: tokens a second, share of the card's own matmul rate, peak memory.
 
 python benchmarks/gpu.py [--shape 8b] [--stage sft] [--quant none | --full] [--tokens 8192] [--documents 4] [--rank 16]
-                         [--recompute auto] [--dense 0] [--peer trl | --rollout | --generate]
+                         [--recompute auto] [--offload none] [--dense 0] [--cap 24]
+                         [--peer trl | --rollout | --generate | --longest 131072]
 --rollout measures a rollout instead of a step: --new answers' tokens to each of --documents prompts, --tokens in all; --generate
-the same by transformers' own `generate`. --peer: another tool instead of posttrain (gpu_peers.py). make bench-gpu runs all of
-gpu_all.py, each in a process of its own, into one JSON. On a CPU: --shape toy or toy-moe.
+the same by transformers' own `generate`. --peer: another tool instead of posttrain (gpu_peers.py). --longest looks for the
+longest context that a step fits of, up to so many tokens, all layers recomputed. --cap: as on a card of so many GB. make
+bench-gpu runs all of gpu_all.py, each in a process of its own, into one JSON. On a CPU: --shape toy or toy-moe.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gpu_model import SHAPES, config_of, needed, random_model
+from gpu_limits import cap, free_bytes, longest
+from gpu_model import SHAPES, config_of, floor_bytes, needed, random_model, share_of_rate
 from posttrain.batch import PackedBatch
 from posttrain.commands.checks.rates import copy_rate, matmul_rate
 from posttrain.data.collate import pack, pack_pairs
@@ -35,6 +38,7 @@ from posttrain.models.language.activations import activations, layers_to_recompu
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.offload.activations import check_offload
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
 from posttrain.models.peft.methods.none import Full
@@ -90,9 +94,11 @@ def _wait(device: str) -> None:
 
 
 def recomputed(model: Any, method: Any, options: argparse.Namespace, device: str) -> int:
-    """auto: by the same count as a run's own."""
+    """auto: by the same count as a run's own; all where activations go, or a long context is looked for."""
     if options.recompute != "auto":
         return int(options.recompute)
+    if options.offload != "none" or options.longest:
+        return SHAPES[options.shape]["num_hidden_layers"]
     if device != "cuda":
         return 0
     kept = []
@@ -103,8 +109,9 @@ def recomputed(model: Any, method: Any, options: argparse.Namespace, device: str
     inputs = 2.0 * options.tokens * SHAPES[options.shape]["hidden_size"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 12 * trained + head_bytes(model.get_output_embeddings().weight, options.tokens, device)
-    free = 0.9 * torch.cuda.mem_get_info()[0]
-    return layers_to_recompute(free, fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"])
+    return layers_to_recompute(
+        0.9 * free_bytes(options.cap), fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"]
+    )
 
 
 def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
@@ -121,38 +128,61 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
     return add_method(random_model(options.shape, options.quant, device), method), method
 
 
+class Ours:
+    """posttrain's model and optimizer as the options say."""
+
+    def __init__(self, options: argparse.Namespace, device: str) -> None:
+        check_offload(options.offload, torch.device(device))
+        self.options, self.device = options, device
+        self.model, method = adapted(options, device)
+        self.lm = (PackedScorer if options.stage == "rm" else PackedLM)(self.model).train()
+        self.lm.sends_away = options.offload == "activations"
+        if options.dense:
+            keep_dense(self.lm.layers[: options.dense])
+        self.layers = recomputed(self.model, method, options, device)
+        if self.layers:
+            self.lm.recompute(self.layers)
+        name, rates = "paged_adamw_8bit" if options.quant == "nf4" else "adamw", {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}
+        self.optimizer, _ = make_optimizer(name, self.model, lambda _: 1.0, **rates, weight_decay=0.0)
+
+    def batch(self, tokens: int, documents: int) -> PackedBatch:
+        """Of the stage's kind."""
+        make = random_batch if self.options.stage == "sft" else random_pairs
+        return make(tokens, documents, SHAPES[self.options.shape]["vocab_size"]).to(self.device)
+
+    def step(self, batch: PackedBatch) -> None:
+        """Forward, backward and the optimizer."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.options.full and self.device == "cuda"):
+            loss = LOSSES[self.options.stage](self.lm(batch), batch)
+        (loss / batch.loss_denominator).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """share_of_matmul_rate: of the products that a step needs, nothing computed again counted."""
-    model, method = adapted(options, device)
-    lm = (PackedScorer if options.stage == "rm" else PackedLM)(model).train()
-    if options.dense:
-        keep_dense(lm.layers[: options.dense])
-    layers = recomputed(model, method, options, device)
-    if layers:
-        lm.recompute(layers)
-    name = "paged_adamw_8bit" if options.quant == "nf4" else "adamw"
-    optimizer, _ = make_optimizer(name, model, lambda _: 1.0, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    words = SHAPES[options.shape]["vocab_size"]
-    batch = (random_batch if options.stage == "sft" else random_pairs)(options.tokens, options.documents, words).to(device)
-
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=options.full and device == "cuda"):
-            loss = LOSSES[options.stage](lm(batch), batch)
-        (loss / batch.loss_denominator).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = timed(step, device)
+    ours = Ours(options, device)
+    batch = ours.batch(options.tokens, options.documents)
+    seconds = timed(lambda: ours.step(batch), device)
     rate = matmul_rate(torch.device(device), 8192 if device == "cuda" else 1024)
-    body, head = needed(model, options.shape)
-    operations = options.tokens * body + (0 if options.stage == "rm" else len(batch.target)) * head
+    predictions = 0 if options.stage == "rm" else len(batch.target)
+    needs = needed(ours.model, options.shape)
+    floor = None if options.full else floor_bytes(options.shape, options.quant, options.rank, options.tokens)
     return {
         **speed(options.tokens, seconds),
         "matmul_tflops": rate / 1e12,
-        "share_of_matmul_rate": operations / statistics.median(seconds) / rate,
-        "layers_recomputed": layers,
+        "share_of_matmul_rate": share_of_rate(options.tokens, predictions, needs, statistics.median(seconds), rate),
+        "layers_recomputed": ours.layers,
         "peak_gb": peak(device),
+        "floor_gb": floor and floor / 1e9,
     }
+
+
+def run_longest(options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """longest_tokens: of one document that a step fits of."""
+    ours = Ours(options, device)
+    found = longest(lambda tokens: ours.step(ours.batch(tokens, 1)), ours.optimizer.zero_grad, options.longest)
+    return {"longest_tokens": found, "layers_recomputed": ours.layers}
 
 
 def timed(step: Callable[[], Any], device: str) -> list[float]:
@@ -226,10 +256,13 @@ def measure(words: list[str]) -> dict[str, Any]:
     parser.add_argument("--recompute", default="auto", help="layers, or auto")
     parser.add_argument("--dense", type=int, default=0, help="layers whose NF4 weights have a dense copy")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--offload", choices=["none", "activations"], default="none", help="as train.offload")
+    parser.add_argument("--cap", type=float, default=None, help="GB of the card that is to be had, as on a smaller one")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--peer", choices=list(PEERS), help="another tool instead of posttrain")
     what.add_argument("--rollout", action="store_true", help="a rollout instead of a step")
     what.add_argument("--generate", action="store_true", help="the same by transformers' generate")
+    what.add_argument("--longest", type=int, default=0, help="the longest context that fits, up to so many tokens")
     options = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -237,8 +270,10 @@ def measure(words: list[str]) -> dict[str, Any]:
         parser.error("--quant nf4: fused experts are not quantized here; say --quant none")
     if options.peer and options.stage != "sft":
         parser.error("--peer: the others are asked for sft alone; say --stage sft")
-    run = PEERS[options.peer] if options.peer else run_rollout if options.rollout or options.generate else run_ours
-    found = run(options, device)
+    if options.cap is not None:
+        cap(options.cap)
+    own = run_rollout if options.rollout or options.generate else run_longest if options.longest else run_ours
+    found = (PEERS[options.peer] if options.peer else own)(options, device)
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     contender = options.peer or ("transformers" if options.generate else "posttrain")
     return {"device": card, "contender": contender, **vars(options), **found}

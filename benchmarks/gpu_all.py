@@ -3,7 +3,8 @@
 python benchmarks/gpu_all.py [--to gpu.json] [--minutes 25] [--only 8b] [--toy]
 
 Cases go in the order in which they are worth most, and none is begun after so many minutes; those left out are named in it. What
-fails, or has no tool installed, stands there with its last line. --toy: the same on small shapes, for a CPU.
+fails, or has no tool installed, stands there with its last line. Goals (gpu_goals.py) are compared with what was found. --toy:
+the same on small shapes, for a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_goals import judged
+
 SCRIPT = Path(__file__).with_name("gpu.py")
 PEERS = ("trl", "trl-best", "unsloth", "torchtune")
 LORA, QLORA, FULL = "--quant none", "--quant nf4", "--full --tokens 4096"
@@ -24,19 +27,23 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("8b lora", f"--shape 8b {LORA}", PEERS),
     ("8b qlora", f"--shape 8b {QLORA}", PEERS),
     ("8b qlora, one row", f"--shape 8b {QLORA} --tokens 2048 --documents 1", PEERS),
+    ("8b qlora, least memory", f"--shape 8b {QLORA} --tokens 2048 --documents 1 --recompute 32", ()),
+    ("8b qlora, 24 GB", f"--shape 8b {QLORA} --tokens 8192 --cap 24", ("unsloth", "torchtune")),
+    ("8b qlora, 24 GB, longest", f"--shape 8b {QLORA} --offload activations --cap 24 --longest 131072", ()),
+    ("65b qlora, 48 GB", f"--shape 65b {QLORA} --tokens 2048 --documents 1 --rank 64 --recompute 80 --cap 48", ()),
     ("1b full", f"--shape 1b {FULL}", PEERS),
     ("8b dpo qlora", f"--shape 8b {QLORA} --stage dpo", ()),
     ("8b rm qlora", f"--shape 8b {QLORA} --stage rm", ()),
     ("8b ppo update, qlora", f"--shape 8b {QLORA} --stage ppo", ()),
     ("8b rollout", "--shape 8b --rollout --documents 32", ()),
     ("8b rollout by generate", "--shape 8b --generate --documents 32", ()),
-    ("65b qlora", f"--shape 65b {QLORA} --tokens 2048 --documents 1 --rank 64", ()),
     ("30b-moe lora", f"--shape 30b-moe {LORA} --tokens 4096", ("trl",)),
     ("1b lora", f"--shape 1b {LORA} --tokens 16384", PEERS),
     ("8b qlora, dense copies", f"--shape 8b {QLORA} --tokens 2048 --documents 1 --dense 32", ()),
 )
 TOY: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("toy lora", "--shape toy --tokens 128 --documents 2", ("trl", "unsloth")),
+    ("toy longest", "--shape toy --longest 256", ()),
     ("toy full", "--shape toy --full --tokens 128 --documents 2", ()),
     ("toy-moe lora", "--shape toy-moe --tokens 128 --documents 2", ()),
     ("toy fails", "--shape toy-moe --quant nf4", ()),
@@ -67,7 +74,7 @@ def run_all(cases: tuple[tuple[str, str, tuple[str, ...]], ...], minutes: float)
             result = run_case(f"{words} --peer {peer}" if peer else words, max(60.0, rest))
             found.append({"case": name, "contender": contender, **{k: v for k, v in result.items() if k != "contender"}})
             print(json.dumps(found[-1]), flush=True)
-    return {"cases": found, "left_out": left, "ratios": ratios(found)}
+    return {"cases": found, "left_out": left, "ratios": ratios(found), "goals": judged(found)}
 
 
 def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,17 +95,23 @@ def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Tokens a second by case and contender."""
+    """Tokens a second by case and contender; below, how far each goal is reached."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    there = [each for each in report["cases"] if "tokens_per_second" in each]
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.35 * len(there)))
-    axes.barh([f"{each['case']}: {each['contender']}" for each in there], [each["tokens_per_second"] for each in there])
-    axes.invert_yaxis()
-    axes.set_xlabel("tokens a second")
+    there, goals = [each for each in report["cases"] if "tokens_per_second" in each], report["goals"]
+    parts = [max(1, len(there)), max(1, len(goals))]
+    figure, (speeds, aims) = pyplot.subplots(2, figsize=(9, 2 + 0.35 * sum(parts)), height_ratios=parts)
+    speeds.barh([f"{each['case']}: {each['contender']}" for each in there], [each["tokens_per_second"] for each in there])
+    speeds.set_xlabel("tokens a second")
+    aims.barh([f"{each['goal']}: {each['state']}" for each in goals], [each["share"] or 0.0 for each in goals])
+    aims.axvline(1.0, color="#444444", linewidth=1)
+    aims.set_xlabel("of the goal")
+    for axes in (speeds, aims):
+        axes.invert_yaxis()
+    figure.tight_layout()
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -114,6 +127,8 @@ def main() -> None:
     report = run_all(cases, options.minutes)
     options.to.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, options.to.with_suffix(".svg"))
+    for goal in report["goals"]:
+        print(f"{goal['goal']}: {goal['state']} ({goal['says']})")
     print(f"wrote {options.to} and {options.to.with_suffix('.svg')}")
 
 

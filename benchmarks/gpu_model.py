@@ -27,6 +27,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "vocab_size": 1024},
 }  # fmt: skip
 
+OF_WEIGHT = {"none": 2.0, "nf4": 0.516}  # bytes of a linear layer's number
+
 
 def config_of(shape: str, **other: Any) -> Any:
     """transformers' config of a shape."""
@@ -86,6 +88,27 @@ def needed(model: Any, shape: str) -> tuple[float, float]:
             continue
         found["layers" in name] += (6.0 if p.requires_grad else 4.0) * _numbers(p) * (share if ".experts." in name else 1.0)
     return found[True], found[False]
+
+
+def share_of_rate(tokens: int, predictions: int, needs: tuple[float, float], seconds: float, rate: float) -> float:
+    """Of so many operations a second, the share that is needed ones. needs: as `needed` has them. Attention's own products, which
+    grow with the length, are not counted, so it is a little more."""
+    return (tokens * needs[0] + predictions * needs[1]) / seconds / rate
+
+
+def floor_bytes(shape: str, quant: str, rank: int, tokens: int) -> float | None:
+    """The least that LoRA on all linear layers can do with, for one micro-batch of so many tokens: weights in 2 bytes or in NF4
+    with double quantization, 6 bytes a trained number (16 bit, moments in 8), each layer's input, and all that one layer keeps.
+    None for experts, of which nobody has reckoned it."""
+    known = SHAPES[shape]
+    if known["architecture"] != "llama":
+        return None
+    width, inner, layers = known["hidden_size"], known["intermediate_size"], known["num_hidden_layers"]
+    keys = width // known["num_attention_heads"] * known["num_key_value_heads"]
+    linear = layers * (2 * width * width + 2 * width * keys + 3 * width * inner)
+    trained = layers * rank * (2 * (width + width) + 2 * (width + keys) + 3 * (width + inner))
+    inputs, inside = 2 * tokens * width * layers, 2 * tokens * (2 * width + 2 * (width + 2 * keys) + 3 * width + 4 * inner)
+    return OF_WEIGHT[quant] * linear + 4 * known["vocab_size"] * width + 6 * trained + inputs + inside
 
 
 def _numbers(p: torch.Tensor) -> int:

@@ -1,6 +1,8 @@
 """A base of a large shape, of random numbers, made layer by layer; and one step of QLoRA on it with `train.offload=layers`.
 
-    python scripts/offload_8b.py FOLDER [--layers 32] [--length 64] [--offload layers]
+    python scripts/offload_8b.py FOLDER [--layers 32] [--length 64] [--offload layers] [--alike]
+
+--alike: all layers have the same numbers, which are drawn once.
 
 FOLDER gets the model (16 GB at 32 layers) and the cache (4 GB). What is said at the end is the most memory that the run's process
 has had resident, mapped pages of files counted, in its first start, which makes the layers' files, and in a second one.
@@ -44,7 +46,7 @@ def random(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02)
 
 
-def make_model(folder: Path, layers: int) -> Path:
+def make_model(folder: Path, layers: int, alike: bool) -> Path:
     """A file a layer, each written before the next is made; with the tokenizer of the smallest model."""
     model = folder / f"model-{layers}"
     if (model / "config.json").exists():
@@ -53,8 +55,11 @@ def make_model(folder: Path, layers: int) -> Path:
     model.mkdir(parents=True)
     for file in resolve("tiny", None).directory.glob("token*"):
         shutil.copy(file, model)
+    drawn: dict[str, Tensor] = {}
     for i in range(layers):
-        tensors = {f"model.layers.{i}.{name}.weight": random(*shape) for name, shape in LINEARS.items()}
+        if not (drawn and alike):
+            drawn = {name: random(*shape) for name, shape in LINEARS.items()}
+        tensors = {f"model.layers.{i}.{name}.weight": value for name, value in drawn.items()}
         norms = ("input_layernorm", "post_attention_layernorm")
         tensors |= {f"model.layers.{i}.{name}.weight": torch.ones(WIDTH, dtype=torch.bfloat16) for name in norms}
         save_file(tensors, model / f"layer-{i:03}.safetensors", metadata={"format": "pt"})
@@ -99,8 +104,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--offload", default="layers")
+    parser.add_argument("--alike", action="store_true")
     asked = parser.parse_args()
-    model = make_model(asked.folder, asked.layers)
+    model = make_model(asked.folder, asked.layers, asked.alike)
     rows = make_rows(asked.folder, asked.length)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     print(f"{asked.layers} layers, {size / 1e9:.1f} GB in 16 bit")

@@ -60,5 +60,8 @@ def test_what_is_copied_is_there_is_let_in_and_is_all_that_the_wheel_is_made_of(
     assert {*wheel["force-include"], "pyproject.toml", "src", "README.md", "LICENSE"} == copied  # pyright: ignore
 
 
-def test_from_is_a_cuda_runtime_of_one_version() -> None:
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-(base|runtime)-ubuntu\d\d\.04", last("FROM"))
+def test_from_is_a_cuda_runtime_of_the_version_that_torchs_wheel_is_for() -> None:
+    """A driver that is too old for torch is then refused as the container starts, not in a run."""
+    found = re.fullmatch(r"nvidia/cuda:(\d+)\.\d+\.\d+-(base|runtime)-ubuntu\d\d\.04", last("FROM"))
+    said = re.search(r"its wheel on PyPI is for CUDA (\d+)", (ROOT / "docs" / "gpu.md").read_text())
+    assert found and said and found[1] == said[1] and "580" in (ROOT / "Dockerfile").read_text()

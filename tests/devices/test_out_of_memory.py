@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.batch import LossOutput
-from posttrain.data.collate import pack
-from posttrain.data.examples import build
+from posttrain.data.collate import pack, pack_pairs
+from posttrain.data.examples import Examples, build
 from posttrain.devices.out_of_memory import in_parts, in_two
 from posttrain.errors import UserError, is_out_of_memory
+from posttrain.models.language.generation import Sampling, sample
+from posttrain.models.language.objectives import TOKENS
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.stages.dpo.reference import reference_logps
+from posttrain.stages.language.curriculum import perplexities
+from posttrain.stages.ppo.rollout import Roller
 from posttrain.training.metrics import evaluate
+
+CPU = torch.device("cpu")
 
 # as libraries really say it
 SAID = [
@@ -103,3 +115,67 @@ def test_what_is_measured_in_parts_is_the_same(capsys: pytest.CaptureFixture[str
     parts, rows_parts = evaluate(*asked)
     assert parts == whole and torch.equal(rows_parts["each"], rows_whole["each"])
     assert capsys.readouterr().out.count("out of memory") == 1
+
+
+@pytest.fixture(scope="module")
+def lm() -> PackedLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return PackedLM(LlamaForCausalLM(config), "documents")
+
+
+def pairs() -> Examples:
+    """Six of a prompt of 3 tokens with answers of 2 to 4."""
+    drawn = torch.Generator().manual_seed(1)
+    rows = [(torch.randint(3, 64, (9,), generator=drawn).tolist(), [0.0] * 3 + [1.0] * 6, i) for i in range(6)]
+    return build(rows, splits=[(3, 5 + i % 3) for i in range(6)])
+
+
+def references(lm: PackedLM) -> Tensor:
+    return reference_logps(lm, pack_pairs(pairs(), range(6)), CPU)
+
+
+def read_by_a_role(lm: PackedLM) -> Tensor:
+    """Of a rollout."""
+    roller: Any = SimpleNamespace(roles=lambda pack, role, **options: lm(pack), sampling=Sampling(4, 1.0, 1.0, 0, 4))
+    return torch.cat(Roller._said(roller, [pack_pairs(pairs(), range(6))], "policy"))
+
+
+def difficulty(lm: PackedLM) -> Tensor:
+    return perplexities(lm, pairs(), TOKENS, CPU, lambda: None)
+
+
+def evaluation(lm: PackedLM) -> Tensor:
+    found, _ = evaluate(lm, [pack(pairs(), range(6))], TOKENS.loss, CPU, lambda: None)
+    return torch.tensor(list(found.values()))
+
+
+def answers(lm: PackedLM) -> Tensor:
+    """Each prompt has random numbers of its own, as in a run."""
+    prompts = [pairs().sequence(i)[0][:4].tolist() for i in range(6)]
+    written = sample(lm, prompts, 2, Sampling(5, 1.0, 1.0, 0, 12), [0], seeds=list(range(6)))
+    return torch.tensor([[float(token) for token in answer.tokens[:1]] + answer.logps[:1] for each in written for answer in each])
+
+
+@pytest.mark.parametrize("place", [references, read_by_a_role, difficulty, evaluation, answers])
+def test_where_a_model_reads_it_is_the_same_in_parts(
+    place: Callable[[PackedLM], Tensor], lm: PackedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has room for 12 tokens at a time, of an example in 9; and with room again nothing is split."""
+    whole, read, sizes, most = place(lm), PackedLM.hidden, list[int](), 12
+
+    def short(self: PackedLM, positions: Tensor, *given: Any, **inputs: Any) -> Tensor:
+        sizes.append(positions.numel())
+        if positions.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+        return read(self, positions, *given, **inputs)
+
+    monkeypatch.setattr(PackedLM, "hidden", short)
+    parts, largest = place(lm), max(sizes)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert largest > most and sizes.count(largest) == 1
+    most = largest
+    sizes.clear()
+    assert torch.equal(place(lm), whole) and sizes == [largest]

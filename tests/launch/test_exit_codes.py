@@ -2,6 +2,8 @@
 
 import os
 import sys
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from posttrain.errors import RunError, Stopped, UserError, of_all
 from posttrain.launch.exit_codes import guarded
 from posttrain.launch.launchers.torchrun import check_devices
-from posttrain.launch.worker import as_launched, choose_allocator, take_device
+from posttrain.launch.worker import _open_shared, as_launched, choose_allocator, take_device
 from posttrain.training.processes import Processes, is_lost_process
 
 
@@ -97,6 +99,22 @@ def test_each_process_takes_its_own_gpu_before_they_meet(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"^train.processes: 3 on a machine with 2 GPUs; say train.processes=2$"):
         take_device()
     assert taken == [1]
+
+
+def test_processes_wait_six_hours_for_each_other_and_meet_on_their_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes, NCCL's own limit, are too few while rank 0 tokenises (simulated: no GPU is there)."""
+    seen: list[Any] = []
+
+    def meets(**options: Any) -> None:
+        seen.append(options["timeout"])
+        raise Stopped("met")
+
+    monkeypatch.setattr("posttrain.launch.worker._meeting", dict)
+    monkeypatch.setattr("posttrain.launch.worker.take_device", lambda: seen.append("device"))
+    monkeypatch.setattr("accelerate.PartialState", meets)
+    with pytest.raises(Stopped, match="met"):
+        _open_shared({})
+    assert seen == ["device", timedelta(hours=6)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is set on Linux alone")

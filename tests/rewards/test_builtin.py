@@ -131,7 +131,7 @@ def test_code_that_does_not_end_is_ended() -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_classifier_of_any_source(tmp_path: Path) -> None:
+def test_a_classifier_of_any_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     from posttrain.models.builtin import builtin_directory
@@ -153,6 +153,16 @@ def test_a_classifier_of_any_source(tmp_path: Path) -> None:
             model(torch.tensor([tokenizer.encode("p" + each, add_special_tokens=False)])).logits[0, 1].item() for each in answers
         ]
     assert found == pytest.approx(alone, abs=1e-5) and len(set(found)) == 3
+    reads = LlamaForSequenceClassification.forward
+
+    def short(self: Any, input_ids: Any, **given: Any) -> Any:
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+        return reads(self, input_ids, **given)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", short)
+    parts = scores("classifier", answers, options={"path": str(tmp_path / "rm"), "label": 1, "batch_size": 3})
+    assert parts == pytest.approx(alone, abs=1e-5)
     with pytest.raises(UserError, match=r"reward.options.classifier.path: nowhere is no directory of a classifier"):
         load_function("classifier", "reward.function", {"classifier": {"path": "nowhere"}})
 

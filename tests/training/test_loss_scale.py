@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from posttrain.batch import LossOutput
 from posttrain.config.compose import compose_run
 from posttrain.errors import RunError
 from posttrain.launch.worker import run_config
+from posttrain.losses.ewc import fisher_diagonal, plain_gradients
 from posttrain.training.checkpoint import newest_checkpoint
 from posttrain.training.loop import Loop, LoopConfig
-from posttrain.training.loss_scale import FIRST, GROWS_AFTER, begin, overflowed, unscale
+from posttrain.training.loss_scale import FIRST, GROWS_AFTER, begin, overflowed, scaled_gradients, unscale
 from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.signals import StopSignal
@@ -126,6 +128,31 @@ def test_an_overflow_leaves_one_update_out_and_a_stop_changes_nothing(tmp_path: 
 def test_a_model_beyond_float16_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"step 3: .*numbers of the model itself may be beyond float16.*say model.dtype=float32"):
         make(tmp_path, FIRST, worst=1e6).fit(0)
+
+
+def test_fisher_by_way_of_float16_is_that_of_float32() -> None:
+    """Gradients of 3e-9 to each other sample's 3: the first are zero in float16, where 6e-8 is the least, and at the scale that
+    they need the others overflow. By hand: mean of g^2, of g = 3e-9 x and 3 x in turn."""
+    x, state = torch.tensor([1.0, -2.0, 0.5]), TrainState()
+    for factors in ((3e-9,), (3e-9, 3.0, 3e-9)):
+        w = torch.ones(3, requires_grad=True)
+
+        def likelihoods(w: Tensor = w, factors: tuple[float, ...] = factors) -> Any:
+            for factor in factors:
+                yield ((w * x).half().float() * factor).sum()
+
+        exact = sum(factor**2 for factor in factors) / len(factors) * x**2
+        (found,) = fisher_diagonal(likelihoods(), [w], partial(scaled_gradients, state=state))
+        torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)
+        assert state.loss_scale == (FIRST if len(factors) == 1 else FIRST / 4)  # 3 * 65,536 is beyond 65,504, half of it too
+    (lost,) = fisher_diagonal([((w * x).half().float() * 3e-9).sum()], [w], plain_gradients)
+    assert not lost.any()
+
+
+def test_gradients_that_no_scale_makes_finite_are_said() -> None:
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(RunError, match=r"^a gradient is beyond float16, whatever it is multiplied by.*say model.dtype=float32"):
+        scaled_gradients((w.half().float() * 1e12).sum(), [w], TrainState())
 
 
 @pytest.mark.slow

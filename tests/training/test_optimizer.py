@@ -128,7 +128,8 @@ WAITS = "waits for the device at every weight, to page moments that would take {
     ],
 )
 def test_moments_are_paged_where_they_are_large(name: str, numbers: int, on_cuda: bool, why: str) -> None:
-    assert in_place_of(name, numbers, on_cuda) == why
+    found = in_place_of(name, numbers, on_cuda)
+    assert (found.why if found else "") == why
 
 
 def optimizer_of(name: str, module: nn.Module, fused: bool) -> torch.optim.Optimizer:
@@ -223,18 +224,20 @@ def test_a_step_makes_nothing_as_large_as_a_weight_once_the_moments_are_there() 
 def test_a_run_goes_on_with_the_moments_that_it_has() -> None:
     """Begun with paged moments of 0.31 GiB, by an earlier version; begun on a CPU; and where it cannot go on."""
     paged, numbers = "paged_adamw_8bit", 41_943_040
-    assert going_on(paged, *optimizer_used(paged, numbers, "cuda", False), "bitsandbytes") == (paged, None)
-    assert going_on(paged, *optimizer_used(paged, 10 * numbers, "cuda", False), "bitsandbytes") == (paged, None)
-    used, line = going_on(paged, *optimizer_used(paged, 10 * numbers, "cuda", False), "adamw")
+    small, large = in_place_of(paged, numbers, True), in_place_of(paged, 10 * numbers, True)
+    assert small and small.runs and large is None
+    assert going_on(paged, small, "bitsandbytes") == going_on(paged, large, "bitsandbytes") == (paged, None)
+    used, line = going_on(paged, large, "adamw")
     assert used == "adamw" and line and "began with plain AdamW" in line
-    assert going_on("adamw", "adamw", None, "adamw") == ("adamw", None)
-    for asked in ((paged, *optimizer_used(paged, numbers, "cpu", False)), (paged, *optimizer_used(paged, numbers, "cuda", True))):
+    assert going_on(paged, small, "adamw") == optimizer_used(paged, numbers, "cuda", False)
+    assert going_on("adamw", None, "adamw") == ("adamw", None)
+    for instead in (in_place_of(paged, numbers, on_cuda=False), in_place_of(paged, numbers, on_cuda=True, sharded=True)):
         with pytest.raises(
             UserError, match=r"^run.dir: the checkpoint has the moments of bitsandbytes' .* plain AdamW takes its"
         ):
-            going_on(*asked, "bitsandbytes")
+            going_on(paged, instead, "bitsandbytes")
     with pytest.raises(UserError, match="optim=adamw is asked for"):
-        going_on("adamw", "adamw", None, "bitsandbytes")
+        going_on("adamw", None, "bitsandbytes")
 
 
 @pytest.mark.parametrize(("name", "kept"), [("adamw", "adamw"), ("paged_adamw_8bit", "bitsandbytes")])

@@ -9,10 +9,12 @@ and decides in an optimizer's step what this run decides by the norm that it rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
+from posttrain.errors import RunError, of_all
 from posttrain.training.state import TrainState
 
 FIRST, SMALLEST = 2.0**16, 2.0**-14
@@ -48,3 +50,19 @@ def overflowed(state: TrainState, loss: float, norm: float) -> bool:
     if state.scale_held == GROWS_AFTER:
         state.loss_scale, state.scale_held = state.loss_scale * 2, 0
     return False
+
+
+def scaled_gradients(value: Tensor, params: Sequence[Tensor], state: TrainState) -> list[Tensor | None]:
+    """float32, of a scalar by itself: with it multiplied as losses are. Where one overflows the scale is halved and it is done
+    again, so nothing is left out. state: keeps the scale for the next value. Raises RunError where no scale helps."""
+    begin(state)
+    while True:
+        scale = state.loss_scale or 1.0
+        raw = torch.autograd.grad(value * scale, params, retain_graph=True, allow_unused=True)
+        found = [None if gradient is None else gradient.float() / scale for gradient in raw]
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in found if gradient is not None))
+        if not overflowed(state, float(value.detach()), norm):
+            break
+    if not math.isfinite(norm):
+        raise of_all(RunError(f"{OVERFLOW}, whatever it is multiplied by: {BEYOND}"))
+    return found

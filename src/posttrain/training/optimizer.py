@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
 from posttrain.errors import UserError, of_all
-from posttrain.training.optimizers._bitsandbytes import WAITS
-from posttrain.training.optimizers._kind import Kept, Settings
+from posttrain.training.optimizers._kind import Instead, Kept, Settings
 
 
 def make_optimizer(
@@ -43,9 +42,10 @@ def make_optimizer(
     ]
     params = [p for group in grouped.values() for p in group]
     kind, numbers = params[0].device.type, sum(p.numel() for p in params)
-    used, note = optimizer_used(name, numbers, kind, any(isinstance(p, DTensor) for p in params))
+    instead = in_place_of(name, numbers, kind == "cuda", any(isinstance(p, DTensor) for p in params))
+    used, note = _used(name, instead)
     if kept and OPTIMIZERS.get(name).moments:
-        used, note = going_on(name, used, note, kept)
+        used, note = going_on(name, instead, kept)
     if OPTIMIZERS.get(used).whole_matrices:
         note = _dealt(name, grouped)
     return OPTIMIZERS.get(used).make(groups, Settings(lr, betas, eps, options or {})), note
@@ -96,28 +96,32 @@ def require_optimizer(name: str) -> None:
         raise UserError(f"optim.name: {name} needs the package {package}: pip install 'posttrain[optimizers]'")
 
 
-def in_place_of(name: str, numbers: int, on_cuda: bool, sharded: bool = False) -> str:
-    """'' or why plain AdamW takes the place of this optimizer. numbers: that are trained."""
+def in_place_of(name: str, numbers: int, on_cuda: bool, sharded: bool = False) -> Instead | None:
+    """Why plain AdamW takes the place of this optimizer; None where it does not. numbers: that are trained."""
     return OPTIMIZERS.get(name).instead(numbers, on_cuda, sharded)
 
 
 def optimizer_used(name: str, numbers: int, kind: str, sharded: bool) -> tuple[str, str | None]:
     """What `optim.name` comes to for so many trained numbers on a device of this kind, as torch calls it, and a line where that
     is not what was asked for."""
-    if why := in_place_of(name, numbers, kind == "cuda", sharded):
-        return "adamw", f"optim={name} {why}; plain AdamW takes its place here"
-    return name, None
+    return _used(name, in_place_of(name, numbers, kind == "cuda", sharded))
 
 
-def going_on(name: str, used: str, note: str | None, kept: Kept) -> tuple[str, str | None]:
-    """As `optimizer_used`, for a run that goes on from a checkpoint: with the moments that it has. kept: whose those are.
+def _used(name: str, instead: Instead | None) -> tuple[str, str | None]:
+    return ("adamw", f"optim={name} {instead.why}; plain AdamW takes its place here") if instead else (name, None)
+
+
+def going_on(name: str, instead: Instead | None, kept: Kept) -> tuple[str, str | None]:
+    """As `optimizer_used`, for a run that goes on from a checkpoint: with the moments that it has. instead: as `in_place_of` has
+    it. kept: whose those moments are.
 
     Raises UserError where this machine cannot go on with them."""
+    used, note = _used(name, instead)
     if kept == "adamw":
         line = f"optim={name}: the run began with plain AdamW, whose moments are in its checkpoint, and goes on with it"
         return "adamw", note or (None if used == "adamw" else line)
-    if used != "adamw" or (note and WAITS in note):
-        return name, None  # it waits at every weight, and its moments are there
+    if used != "adamw" or (instead and instead.runs):
+        return name, None
     raise of_all(
         UserError(
             f"run.dir: the checkpoint has the moments of bitsandbytes' optimizer, and {note or 'optim=adamw is asked for'}; go "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
-from posttrain.commands.plan.need import Need
+from posttrain.commands.plan.need import Need, largest
 from posttrain.commands.plan.plan import make_plan, on_devices
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
@@ -136,6 +136,29 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(directory: str) -> Non
     longest = found["longest_unit"]
     assert [each["micro_batch_tokens"] <= n * longest for each, n in zip(fits, whole.values(), strict=True)] == [True, True]
     assert fits[0]["fits"]
+
+
+@pytest.mark.slow
+def test_the_largest_grows_with_recomputation_and_with_offload(directory: str) -> None:
+    """As memory for activations does: all of them, layers' inputs and one layer, that layer alone; and without most weights."""
+    ways = ["train.gradient_checkpointing=false", "train.gradient_checkpointing=true", "train.offload=activations"]
+    found = [plan(directory, "4090", "+peft=qlora", "peft.r=4", way, memory=30_000_000) for way in ways]
+    kept = [each["memory"]["activations"] for each in found]
+    assert kept == sorted(set(kept), reverse=True)
+    inputs = kept[1] - kept[2]
+    assert inputs == found[1]["micro_batch_tokens"] * 3 * 64 * 2  # of three layers, in 16 bit
+    streamed = plan(directory, "4090", "+peft=qlora", "peft.r=4", "train.offload=layers", memory=30_000_000)
+    assert streamed["memory"]["activations"] == kept[1] and streamed["total_bytes"] < found[1]["total_bytes"]
+    for figure in ("largest_unit", "largest_batch_size"):
+        largest = [each[figure] for each in found]
+        assert largest == sorted(set(largest)) and streamed[figure] >= largest[1]
+
+
+def test_the_largest_multiple_up_to_a_border() -> None:
+    for end in range(40):
+        for most in (0, 1, 12, 31, 1000):
+            assert largest(lambda n, end=end: n <= end, 4, most) == min(end, most) // 4 * 4
+    assert largest(lambda n: n <= 1000) == 1000
 
 
 def test_layers_are_recomputed_as_a_run_chooses() -> None:

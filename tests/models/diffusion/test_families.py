@@ -13,6 +13,7 @@ from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.losses.diffusion import mixed
+from posttrain.models.diffusion import image_generation
 from posttrain.models.diffusion.denoiser import LORA_FILE, load_adapter, read_factors, save_adapter, save_pipeline, trained_parts
 from posttrain.models.diffusion.families import (
     FAMILIES,
@@ -75,6 +76,29 @@ def test_a_family_predicts_samples_and_learns(name: str) -> None:
     assert np.abs(np.asarray(images[1], dtype=int) - np.asarray(alone[0], dtype=int)).max() <= 1
     side, step = native_size(pipeline_directory(find_pipeline(name, None)))
     assert side == 32 and step == 4
+
+
+@pytest.mark.slow
+def test_pictures_are_the_same_where_memory_ends_at_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, how, decode, sizes = (
+        pipeline(next(iter(TINY))),
+        Drawing(32, 32, 1, None, 3),
+        image_generation.decode_latents,
+        list[int](),
+    )
+    given = {name: value.repeat(2, *[1] * (value.ndim - 1))[:3] for name, value in encode_texts(pipe, PROMPTS).items()}
+    whole = draw(pipe, given, negative_texts(pipe), [0, 1, 2], how)
+
+    def short(vae: Any, latents: Any) -> Any:
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (in a test)")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(image_generation, "decode_latents", short)
+    parts = draw(pipe, given, negative_texts(pipe), [0, 1, 2], how)
+    assert sizes == [3, 1, 2]
+    assert max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in zip(parts, whole, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -91,6 +91,17 @@ def test_blocks_and_relation_are_made_once_a_pack_and_window(eager: None, monkey
     assert sorted(made) == ["blocks", "blocks", "relation"]
 
 
+def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the layer that makes the blocks either: on a device of shapes alone any look at a number is an error."""
+    monkeypatch.setattr(flex, "compiled", lambda: lambda query, key, value, **options: query + key.sum() + value.sum())
+    numbers, mask = numbers_of("shared", dtype=torch.float32)
+    numbers = [x.detach().to("meta").requires_grad_() for x in numbers]
+    elsewhere = DocumentMask(mask.segments, mask.num_tokens, torch.device("meta"))
+    for window in (None, 5, None):
+        flex.by_flex(*numbers, mask=elsewhere, scaling=None, window=window, softcap=None, sinks=None).sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in numbers)
+
+
 def test_two_variants_are_compiled_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every length, window and number of documents: one with gradients, one without."""
     torch._dynamo.reset()

@@ -13,6 +13,7 @@ import torch
 from packs import PACKS, numbers_of, plain_varlen, values_and_gradients
 from posttrain.batch import Segment
 from posttrain.models.kernels import attention, varlen
+from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.kernels.varlen import stretches
 
 CPU = torch.device("cpu")
@@ -66,6 +67,18 @@ def test_the_layout_is_made_once_a_pack(monkeypatch: pytest.MonkeyPatch) -> None
     for window in (None, 5, None, 7):
         varlen.by_varlen(*numbers, mask=mask, scaling=None, window=window)
     assert len(made) == 1
+
+
+def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the layout is made, nor in the backward: on a device of shapes alone any look at a number is an error."""
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, *_, **options: query + key.sum() + value.sum())
+    for pack in ("documents", "shared", "group"):
+        numbers, mask = numbers_of(pack)
+        numbers = [x.detach().to("meta").requires_grad_() for x in numbers]
+        elsewhere = DocumentMask(mask.segments, mask.num_tokens, torch.device("meta"))
+        for window in (None, 5):
+            varlen.by_varlen(*numbers, mask=elsewhere, scaling=None, window=window).sum().backward()
+        assert all(x.grad is not None and x.grad.shape == x.shape for x in numbers)
 
 
 def test_shared_keys_gradients_are_added_up_in_float32() -> None:

@@ -65,6 +65,17 @@ def test_fisher_is_per_sample(tiny: PackedLM) -> None:
         params[name].sub_(0.1)
 
 
+def test_fisher_in_float16_is_that_of_float32(tiny: PackedLM) -> None:
+    """A sequence's log-likelihood times 65,536 overflows: the scale is halved on the way."""
+    examples = group(build([([5, 6, 7, 8], [1.0] * 4, 1), ([9, 10, 11], [1.0] * 3, 2)]), 16)
+    expected = fisher(tiny, examples, torch.device("cpu"), lambda: None)
+    directory, _ = builtin_directory("tiny")
+    half = PackedLM(load_causal(str(directory), None, "float16", "cpu", None, None), "documents")
+    found = fisher(half, examples, torch.device("cpu"), lambda: None, in_float16=True)
+    off = sum(float((found[name] - value).abs().sum()) for name, value in expected.items())
+    assert off < 0.02 * sum(float(value.sum()) for value in expected.values())
+
+
 def test_difficulty_is_the_mean_loss_of_each_unit(tiny: PackedLM) -> None:
     examples = group(build([([5, 6, 7, 8], [1.0] * 4, 1), ([9, 10, 11], [1.0] * 3, 2), (list(range(9)), [1.0] * 9, 3)]), 9)
     found = perplexities(tiny, examples, TOKENS, torch.device("cpu"), lambda: None)

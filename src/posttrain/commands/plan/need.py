@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -54,15 +55,23 @@ class Need:
 
     def most(self, step: int = 1) -> int:
         """The largest number of tokens that fits, a multiple of `step`; 0 where none does."""
-        if not self.fits(step):
-            return 0
-        low, high = 1, 2
-        while self.fits(high * step):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle * step) else (low, middle)
-        return low * step
+        return largest(self.fits, step)
+
+
+def largest(fits: Callable[[int], bool], step: int = 1, most: float = math.inf) -> int:
+    """The largest multiple of `step`, at most `most`, for which `fits`; 0 where there is none. What is smaller than one that fits
+    does too."""
+    if step > most or not fits(step):
+        return 0
+    low, high = 1, 2
+    while high * step <= most and fits(high * step):
+        low, high = high, 2 * high
+    if high * step > most:
+        high = int(most // step) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
 
 
 def micro_batch_seconds(found: Activations, recomputed: float, quantized: float, body: Rates, head: Rates) -> float:

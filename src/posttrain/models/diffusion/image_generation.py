@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.devices.out_of_memory import in_parts, in_two
 from posttrain.models.diffusion.families import FAMILIES, Texts, decode_latents, from_squares, latent_scale
 
 
@@ -28,11 +29,16 @@ def draw(
 
     What a picture looks like depends on its seed, its text and the model alone.
     """
+
+    def drawn(rows: list[int]) -> list[Any]:
+        chosen = {name: value[torch.tensor(rows, device=value.device)] for name, value in texts.items()}
+        latents = _latents(pipe, chosen, negative, [seeds[row] for row in rows], how)
+        return pipe.image_processor.postprocess(decode_latents(pipe.vae, latents), output_type="pil")
+
     found = []
     for start in range(0, len(seeds), how.batch_size):
-        part = slice(start, start + how.batch_size)
-        latents = _latents(pipe, {name: value[part] for name, value in texts.items()}, negative, seeds[part], how)
-        found += pipe.image_processor.postprocess(decode_latents(pipe.vae, latents), output_type="pil")
+        rows = list(range(start, min(start + how.batch_size, len(seeds))))
+        found += [image for some in in_parts(drawn, rows, in_two, "drawing pictures") for image in some]
         each()
     return found
 

@@ -30,19 +30,21 @@ class Classifier:
         return self  # it remembers nothing but its weights
 
     def __call__(self, prompts: list[str], answers: list[str]) -> list[float]:
+        from posttrain.devices.out_of_memory import in_parts, in_two
+
+        texts, found = [p + a for p, a in zip(prompts, answers, strict=True)], list[float]()
+        for start in range(0, len(texts), self.batch_size):
+            for some in in_parts(self._scores, texts[start : start + self.batch_size], in_two, "the classifier"):
+                found += some
+        return found
+
+    def _scores(self, texts: list[str]) -> list[float]:
         import torch
 
         tokenizer, model = self._model()
-        found: list[float] = []
-        for start in range(0, len(answers), self.batch_size):
-            texts = [
-                p + a
-                for p, a in zip(prompts[start : start + self.batch_size], answers[start : start + self.batch_size], strict=True)
-            ]
-            read = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=False).to(model.device)
-            with torch.no_grad():
-                found += model(**read).logits[:, self.label].float().tolist()
-        return found
+        read = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=False).to(model.device)
+        with torch.no_grad():
+            return model(**read).logits[:, self.label].float().tolist()
 
     def _model(self) -> Any:
         if self.loaded is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from posttrain.console import Meter
 from posttrain.data.collate import pack
 from posttrain.data.examples import Examples
-from posttrain.losses.ewc import ewc_penalty, fisher_diagonal
+from posttrain.losses.ewc import ewc_penalty, fisher_diagonal, plain_gradients
 from posttrain.training.checkpoint import trainable
+from posttrain.training.loss_scale import scaled_gradients
+from posttrain.training.state import TrainState
 
 
 class EwcPenalty:
@@ -42,9 +45,13 @@ class EwcPenalty:
         """Nothing, as `state`."""
 
 
-def fisher(module: nn.Module, examples: Examples, device: torch.device, check: Callable[[], None]) -> dict[str, Tensor]:
-    """Diagonal Fisher of what is trained, on every sequence of `examples`: parameter's name -> its shape."""
+def fisher(
+    module: nn.Module, examples: Examples, device: torch.device, check: Callable[[], None], in_float16: bool = False
+) -> dict[str, Tensor]:
+    """Diagonal Fisher of what is trained, on every sequence of `examples`: parameter's name -> its shape. in_float16: gradients
+    go through it, and are scaled on their way as those of a step."""
     named, count = trainable(module), len(examples.rows)
+    gradients = partial(scaled_gradients, state=TrainState()) if in_float16 else plain_gradients
     module.eval()
 
     def log_likelihoods() -> Iterator[Tensor]:
@@ -56,4 +63,4 @@ def fisher(module: nn.Module, examples: Examples, device: torch.device, check: C
                     meter.advance()
                     check()
 
-    return dict(zip(named, fisher_diagonal(log_likelihoods(), list(named.values())), strict=True))
+    return dict(zip(named, fisher_diagonal(log_likelihoods(), list(named.values()), gradients), strict=True))

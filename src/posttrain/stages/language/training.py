@@ -28,6 +28,7 @@ from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.curriculum import apply_curriculum
 from posttrain.stages.language.ewc import EwcPenalty, fisher
 from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.precision import computes_in_float16
 from posttrain.stages.resume import order_hash
 from posttrain.stages.steps import Context, Measured, Session, Training
 from posttrain.training.callbacks import StepCallback, together
@@ -148,7 +149,9 @@ def step_callback(context: Context, data: PreparedData, model: TrainableModel, s
         importance = None
         if data.ewc_text is not None:
             trained = [cfg.peft.model_dump(), cfg.train.seed, EvalSet("", data.ewc_text, "").fingerprint()]
-            make = partial(fisher, plain, data.ewc_text, context.device, context.check)
+            scaled = computes_in_float16(cfg)
+            trained += ["scaled"] if scaled else []  # caches of 0.1 have what float16 left of it
+            make = partial(fisher, plain, data.ewc_text, context.device, context.check, scaled)
             importance = session.cached("fisher", content_hash(data.function(cfg), trained), make)
         found.append(EwcPenalty(plain, importance, cfg.ewc.lam))
     return together(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from posttrain.training.optimizers._kind import Groups, OptimizerKind, Settings
+from posttrain.training.optimizers._kind import Groups, Instead, OptimizerKind, Settings
 
 if TYPE_CHECKING:
     from torch import Size
@@ -16,7 +16,6 @@ LARGE_MOMENTS = 2**30
 MOMENTS = 8  # bytes a trained number, in float32
 SMALLEST_IN_8_BIT = 4096  # numbers; bitsandbytes keeps the moments of smaller tensors in 32 bit
 BLOCK_OF_MOMENTS = 256  # that share a constant
-WAITS = "waits for the device at every weight"
 
 
 def adamw_of(name: str, paged: bool = False, eight_bit: bool = False) -> OptimizerKind:
@@ -27,14 +26,15 @@ def adamw_of(name: str, paged: bool = False, eight_bit: bool = False) -> Optimiz
 
         return getattr(adamw, name)(groups, lr=settings.lr, **settings.given)
 
-    def instead(numbers: int, on_cuda: bool, sharded: bool) -> str:
+    def instead(numbers: int, on_cuda: bool, sharded: bool) -> Instead | None:
         if sharded:
-            return "does not shard (train.fsdp)"
+            return Instead("does not shard (train.fsdp)")
         if not on_cuda:
-            return "needs CUDA"
+            return Instead("needs CUDA")
         if paged and MOMENTS * numbers < LARGE_MOMENTS:
-            return f"{WAITS}, to page moments that would take {MOMENTS * numbers / 2**30:.2f} GiB"
-        return ""
+            size = f"{MOMENTS * numbers / 2**30:.2f} GiB"
+            return Instead(f"waits for the device at every weight, to page moments that would take {size}", runs=True)
+        return None
 
     def in_8_bit(shape: Size) -> float:
         numbers = math.prod(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Size
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 Kept = Literal["adamw", "bitsandbytes"]  # whose moments a checkpoint has
 Groups = list[dict[str, Any]]  # of parameters, as torch takes them, with weight_decay and lr_ratio
+
+
+class Instead(NamedTuple):
+    """Why plain AdamW takes an optimizer's place. why: in words. runs: could it do its work here all the same, for a run that has
+    its moments?"""
+
+    why: str
+    runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class OptimizerKind:
         averages: what it leaves is an average of the weights that it trains; it has `eval` and `train`.
         shards: with FSDP.
         moments: whose moments of AdamW it keeps, where another AdamW can take its place.
-        instead: why plain AdamW takes its place, by (trained numbers, on CUDA, sharded); '' where it does not.
+        instead: why plain AdamW takes its place, by (trained numbers, on CUDA, sharded); None where it does not.
     """
 
     make: Callable[[Groups, Settings], Optimizer]
@@ -67,7 +75,7 @@ class OptimizerKind:
     averages: bool = False
     shards: bool = False
     moments: Kept | None = None
-    instead: Callable[[int, bool, bool], str] = lambda numbers, on_cuda, sharded: ""
+    instead: Callable[[int, bool, bool], Instead | None] = lambda numbers, on_cuda, sharded: None
 
     def state_bytes(self, shape: Size, itemsize: int, is_matrix: bool) -> float:
         """What is kept for a parameter of this shape. itemsize: of its own numbers. is_matrix: as `hidden_matrices` has it."""
