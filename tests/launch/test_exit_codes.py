@@ -1,6 +1,7 @@
 """What goes wrong is said once, and by whom: one process, or one of several with its number."""
 
 import os
+import subprocess
 import sys
 from datetime import timedelta
 from typing import Any
@@ -128,3 +129,17 @@ def test_the_allocators_blocks_can_grow_unless_it_was_told_otherwise(monkeypatch
     choose_allocator()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+
+
+def test_a_command_ends_without_a_last_search_for_garbage() -> None:
+    """After torch and its like that search takes two seconds, with all said and written."""
+    code = """
+import atexit, gc
+atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count() > 1000))  # the first in, the last out
+from posttrain.launch.exit_codes import guarded
+guarded(lambda: None)
+guarded(lambda: None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    left, frozen = ended.stdout.split()
+    assert int(left) < 1000 and frozen == "True"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -17,6 +19,7 @@ from posttrain.secrets import redact
 def guarded(command: Callable[[], Any]) -> int:
     """Run `command` and return the exit code; what went wrong is one line on standard error, never a traceback."""
     _quiet_libraries()
+    _end_at_once()
     try:
         command()
     except (UserError, RunError, Stopped) as e:
@@ -36,6 +39,12 @@ def guarded(command: Callable[[], Any]) -> int:
         _tell(f"failed: {type(e).__name__}: {first} (POSTTRAIN_DEBUG=1 shows the traceback)")
         return RunError.exit_code
     return 0
+
+
+def _end_at_once() -> None:
+    """The interpreter's last act is to search all objects for garbage, which takes two seconds after torch and its like."""
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 def _quiet_libraries() -> None:

@@ -8,6 +8,7 @@ environment (number of threads, paths, ...); the GPU may differ, as none has bee
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -206,6 +207,7 @@ def _import(names: Any) -> None:
         if name not in sys.modules:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    gc.freeze()  # a job's collector leaves alone what all jobs share; looking at it would copy it
 
 
 def _devices_serve() -> bool:
