@@ -33,7 +33,8 @@ from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch.recipe import load_recipe
 from posttrain.models.builtin import CHATML, builtin_directory
 from posttrain.models.language.tokenizer import load_tokenizer
-from posttrain.reports.run_page import compare_page, run_page
+from posttrain.reports.compare_page import compare_page
+from posttrain.reports.run_page import run_page
 from posttrain.reports.run_records import read_record
 from posttrain.runs.cache import cached_directory, cached_json, cached_tensors
 from posttrain.runs.directory import open_run

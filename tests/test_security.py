@@ -19,7 +19,7 @@ from posttrain.errors import Stopped, UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.models.diffusion.pipelines import find_pipeline, pipeline_directory
 from posttrain.models.language.loading import load_model
-from posttrain.reports.run_page import compare_page
+from posttrain.reports.compare_page import compare_page
 from posttrain.runs.files import write_json
 from posttrain.runs.manifest import read_manifest
 from posttrain.secrets import _SHAPES, HIDDEN, redact

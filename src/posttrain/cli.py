@@ -155,7 +155,7 @@ def report(
     """Put runs side by side on one page."""
 
     def command() -> None:
-        from posttrain.reports.run_page import compare_page
+        from posttrain.reports.compare_page import compare_page
 
         print(compare_page(runs, out))
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from posttrain.errors import UserError
+from posttrain.reports import pages
+from posttrain.reports.compare_page import compare_page
 from posttrain.reports.plots import Curve, line_figure, smoothed, thinned
-from posttrain.reports.run_page import _data_of, compare_page, recipe_page, run_page, sweep_page
+from posttrain.reports.recipe_page import recipe_page
+from posttrain.reports.run_page import _data_of, run_page
 from posttrain.reports.run_records import before_and_after, chain_table, compare, read_record
+from posttrain.reports.sweep_page import sweep_page
 
+TEMPLATES = Path(pages.__file__).parent / "templates"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>$x^2$'
 
 
@@ -69,7 +77,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.tags, self.links, self.loaded, self.rows, self.handlers = [], [], [], [], []
-        self.text, self.row = "", None
+        self.text, self.row, self.script, self.scripts, self.policy = "", None, None, [], ""
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
@@ -79,17 +87,27 @@ class Page(html.parser.HTMLParser):
         self.loaded += [found[name] for name in ("src", "xlink:href", "data") if found.get(name)]
         self.loaded += re.findall(r"url\(([^)]*)\)", found.get("style") or "")
         self.links += [found["href"]] if tag == "a" else []
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"] or ""
+        if tag in ("script", "style"):
+            self.script = (found.get("type"), "")
         if tag == "tr":
             self.row = []
         elif tag in ("td", "th") and self.row is not None:
             self.row.append("")
 
     def handle_endtag(self, tag):
+        if tag in ("script", "style"):
+            self.scripts += [self.script] if tag == "script" else []
+            self.script = None
         if tag == "tr" and self.row is not None:
             self.rows.append([" ".join(cell.split()) for cell in self.row])
             self.row = None
 
     def handle_data(self, data):
+        if self.script:
+            self.script = (self.script[0], self.script[1] + data)
+            return
         self.text += data
         if self.row:
             self.row[-1] += f" {data}"
@@ -99,13 +117,13 @@ def test_a_runs_page_has_its_numbers(tmp_path):
     metrics = {"eval/loss": 1.0, "eval/loss_before": 2.0, "pairs/accuracy": 0.75, "pairs/accuracy_before": 0.5}
     metrics |= {"general/loss": 3.03, "general/loss_before": 3.0, "forgetting/percent": 1.0}
     page = Page(run_page(make_run(tmp_path / "a", metrics=metrics)))
-    assert ["eval/loss", "2.0000", "1.0000", "✓ -50.00 %"] in page.rows
-    assert ["pairs/accuracy", "50.0%", "75.0%", "✓ +25.0 points"] in page.rows
-    assert ["general/loss", "3.0000", "3.0300", "✗ +1.00 %"] in page.rows
+    assert ["Loss, held out eval/loss", "2.0000", "1.0000", "✓ better: -50.00 %"] in page.rows
+    assert ["Accuracy, pairs pairs/accuracy", "50.0%", "75.0%", "✓ better: +25.0 points"] in page.rows
+    assert ["Loss, general text general/loss", "3.0000", "3.0300", "✗ worse: +1.00 %"] in page.rows
     assert ["rows.jsonl train", "12", "3,456", "100%", "7", "1", "abababababab"] in page.rows
     for said in ("+1.00 %", "1:02", "20 tokens/s on cpu", "25 k", "2.50% of 1 M", "2.13.0", "max_steps: 4"):
         assert said in page.text
-    assert page.text.count("Learning rate") == 1
+    assert page.text.count("Learning rate") == 2  # its curve, and what it means
     assert "Accuracy of pairs" not in page.text
 
 
@@ -119,9 +137,16 @@ def test_ranks_are_drawn_by_layer_and_kind(tmp_path):
     assert len(re.findall(r"fill: var\(--c1\); opacity: 0\.5", page)) == 2  # rank 1 of 2
 
 
-def test_a_page_loads_and_runs_nothing(tmp_path):
+def test_a_page_loads_nothing_and_runs_our_script_alone(tmp_path):
+    """By the hash in the page's policy a browser refuses any other. What is drawn is data, of a type that is never run."""
     page = Page(run_page(make_run(tmp_path / "a")))
-    assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
+    ours = (TEMPLATES / "plots.js").read_text()
+    assert [text for kind, text in page.scripts if kind is None] == [ours]
+    assert {kind for kind, _ in page.scripts} == {None, "application/json"}
+    known = base64.b64encode(hashlib.sha256(ours.encode()).digest()).decode()
+    assert f"script-src 'sha256-{known}'" in page.policy and page.policy.startswith("default-src 'none'")
+    assert "unsafe" not in page.policy.replace("style-src 'unsafe-inline'", "")
+    assert not {"link", "iframe", "object", "embed", "img"} & set(page.tags)
     assert all(address.startswith("#") for address in page.loaded), page.loaded
     assert page.tags.count("svg") == 2
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http-equiv', "", (tmp_path / "a/report.html").read_text())
@@ -140,14 +165,14 @@ def test_what_comes_from_data_is_text(tmp_path):
     steps = [{"name": EVIL, "stage": "sft", "dir": str(runs[0]), "status": "done", "why": EVIL, "seconds": 1.0}]
     sweep_page(rows, tmp_path / "sweep.html")
     recipe_page(steps, tmp_path / "recipe.html")
-    pages = [
+    written = [
         run_page(runs[0]),
         tmp_path / "sweep.html",
         tmp_path / "recipe.html",
         compare_page(runs, tmp_path / "compare.html"),
     ]
-    for page in map(Page, pages):
-        assert "script" not in page.tags
+    for page in map(Page, written):
+        assert all(kind == "application/json" or text == (TEMPLATES / "plots.js").read_text() for kind, text in page.scripts)
         assert "img" not in page.tags
         assert page.handlers == []
         assert EVIL in page.text
@@ -160,9 +185,9 @@ def test_a_run_under_way_has_a_page(tmp_path):
     with (run / "metrics.jsonl").open("a") as f:
         f.write('{"step": 2, "train/lo')  # a line that is being written
     page = Page(run_page(run))
-    assert ["eval/loss", "2.0000", "—", ""] in page.rows
-    assert "of 4 steps" in page.text
-    assert "running" in page.text
+    assert ["Loss, held out eval/loss", "2.0000", "—", ""] in page.rows
+    assert "of 4" in page.text
+    assert "unfinished" in page.text and "running" not in page.text, "nobody says that it runs"
 
 
 def test_numbers_that_are_not_finite_are_left_out_of_curves(tmp_path):
@@ -198,8 +223,8 @@ def test_the_chain_counts_forgetting_from_its_start_and_changes_from_each_step(t
     recipe_page(steps, tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert ["base", "20.00", "2.0000", "—"] in page.rows
-    assert ["after cpt", "10.00 ✓ -50.00 %", "2.1000 ✗ +5.00 %", "+5.00 % ✗ +5.00 points"] in page.rows
-    assert ["after sft", "12.00 ✗ +20.00 %", "2.0500 ✓ -2.38 %", "+2.50 % ✓ -2.50 points"] in page.rows
+    assert ["after cpt", "10.00 ✓ better: -50.00 %", "2.1000 ✗ worse: +5.00 %", "+5.00 % ✗ worse: +5.00 points"] in page.rows
+    assert ["after sft", "12.00 ✗ worse: +20.00 %", "2.0500 ✓ better: -2.38 %", "+2.50 % ✓ better: -2.50 points"] in page.rows
     assert page.links == ["./cpt/report.html", "./sft/report.html"]
     assert "1:05" in page.text
 
@@ -263,7 +288,7 @@ def test_runs_compared_show_only_where_they_differ(tmp_path):
     page = Page(compare_page([a, b], tmp_path / "report.html"))
     assert ["optim.lr", "0.1", "0.2"] in page.rows
     assert not any(row[0].startswith(("model", "run")) and len(row) == 3 for row in page.rows)
-    assert [row[2] for row in page.rows if row[0].endswith(("/a", "/b"))] == ["1.5000", "1.2500"]
+    assert [row[3] for row in page.rows if row[0].endswith(("/a", "/b"))] == ["1.5000", "1.2500"]
 
 
 def test_runs_of_different_stages_are_not_ranked_by_their_own_losses(tmp_path):
@@ -274,6 +299,37 @@ def test_runs_of_different_stages_are_not_ranked_by_their_own_losses(tmp_path):
     assert re.findall(r'<td class="n top">([^<]*)', text) == ["3.0000"]
     assert "Training loss, sft" in text
     assert "Training loss, dpo" in text
+
+
+def test_runs_measured_on_other_rows_are_not_ranked(tmp_path):
+    """Nor is a sweep's best job named then; on the same rows it is."""
+    runs = [make_run(tmp_path / name, metrics={"eval/loss": loss}) for name, loss in (("a", 1.5), ("b", 1.2))]
+    page = compare_page(runs, tmp_path / "report.html")
+    assert re.findall(r'<td class="n top">([^<]*)', page.read_text()) == ["1.2000"]
+    rows = [
+        {"overrides": {"peft.r": str(i)}, "status": "done", "dir": str(run), "metrics": {"eval/loss": 1.5 - i / 10}}
+        for i, run in enumerate(runs)
+    ]
+    assert "best: r 1" in sweep_page(rows, tmp_path / "sweep.html").read_text()
+    manifest = json.loads((runs[1] / "manifest.json").read_text())
+    manifest["held_out"]["fingerprint"] = "01" * 32
+    (runs[1] / "manifest.json").write_text(json.dumps(manifest))
+    text = compare_page(runs, tmp_path / "report.html").read_text()
+    assert '<td class="n top">' not in text
+    assert "Not held against each other" in text and "Loss, held out." in text
+    text = sweep_page(rows, tmp_path / "sweep.html").read_text()
+    assert "best:" not in text and "★" not in text and "measured on different rows: Loss, held out." in text
+
+
+def test_answers_to_the_same_prompts_stand_side_by_side(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, answer in zip(runs, ("four", "five"), strict=True):
+        samples = [{"prompt": "2+2?", "answers": [{"step": 4, "label": "after", "text": answer, "scores": {}}]}]
+        samples += [{"prompt": f"only {run.name}", "answers": samples[0]["answers"]}]
+        (run / "samples.json").write_text(json.dumps(samples))
+    text = compare_page(runs, tmp_path / "report.html").read_text()
+    assert text.count('<p class="text">2+2?</p>') == 1 and text.index(">four<") < text.index(">five<")
+    assert "only a" not in text
 
 
 def test_what_is_no_run_is_said_in_a_line(tmp_path):
@@ -290,7 +346,9 @@ def test_what_is_no_run_is_said_in_a_line(tmp_path):
         ("eval/margin", 0.0, 1.5, "+1.5000", "better"),
         ("eval/logp_chosen", -10.0, -12.0, "-2.0000", ""),
         ("eval/loss", 1.00001, 1.00002, "+0.00 %", ""),
-        ("eval/loss", 1.0, 1.0002, "+0.02 %", "worse"),
+        ("eval/loss", 1.0, 1.0049, "+0.49 %", ""),
+        ("eval/loss", 1.0, 1.0051, "+0.51 %", "worse"),
+        ("x/accuracy", 0.5, 0.509, "+0.9 points", ""),
     ],
 )
 def test_a_change_is_judged_by_what_the_metric_means(name, before, after, text, verdict):

@@ -99,7 +99,7 @@ def test_left_overs_of_processes_that_are_gone_are_swept(tmp_path: Path) -> None
     gone.wait()
     mine = temporary_beside(tmp_path / "config.yaml")
     theirs = mine.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-")
-    elsewhere = theirs.replace(files._HOST, "another")
+    elsewhere = theirs.replace(files.HOST, "another")
     for name in (mine.name, theirs, elsewhere, "config.yaml", ".x.tmp"):
         (tmp_path / name).write_text("x")
     (tmp_path / theirs.replace("config.yaml", "out")).mkdir()

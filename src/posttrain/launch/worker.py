@@ -69,12 +69,23 @@ def _needs_launcher(config: dict[str, Any]) -> bool:
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
-    from posttrain.stages.stage import run_stage
+    from posttrain.reports.live import told_of
 
     run, finished = _open_shared(config) if config["train"]["processes"] > 1 else _open(config)
     if finished:
         say(f"{run.dir} is finished already, with this very config: nothing to do")
         return finished
+    try:
+        with told_of(run.dir):
+            return _trained(config, run)
+    finally:
+        run.close()
+
+
+def _trained(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The manifest of a run that comes to its end here."""
+    from posttrain.stages.stage import run_stage
+
     cfg = typed_config(config)
     try:
         return run_stage(cfg, run, spec_of(cfg.stage).steps_of(cfg))
@@ -85,8 +96,6 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:
         raise named(error, config, run.dir) or error from None
-    finally:
-        run.close()
 
 
 def _open(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:

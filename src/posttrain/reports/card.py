@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from posttrain.config.metrics import direction, show
 from posttrain.models.builtin import BUILTIN, HUB_ID
-from posttrain.reports.run_records import before_and_after, direction, duration, show
+from posttrain.reports.run_records import before_and_after, duration
 from posttrain.runs.directory import read_config
 from posttrain.runs.files import write_text
 from posttrain.runs.manifest import CARD, Base, Manifest, read_manifest

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +15,17 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from posttrain.reports.plots import COLORS, Curve, Figure, line_figure, smoothed
-from posttrain.reports.run_records import Record, direction, show
-from posttrain.runs.files import write_text
+from posttrain.config.metrics import direction, show, title
+from posttrain.reports.plots import COLORS, Curve, Figure, line_figure
+from posttrain.reports.run_records import Record
+from posttrain.runs.files import PAGE, write_text
 
+LETTERS = 1500  # of an answer that a page shows
+_FOLDER = Path(__file__).parent / "templates"
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=FileSystemLoader(_FOLDER),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -34,9 +42,40 @@ class Cell:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Write a page from a template, and return its path."""
-    write_text(path, _TEMPLATES.get_template(template).render(written=time.strftime("%Y-%m-%d %H:%M"), **values))
+    """Write a page without a script, and return its path."""
+    write_text(path, render(template, script=None, **values))
     return path
+
+
+def render(template: str, script: str | None = "plots.js", **values: Any) -> str:
+    """A page from a template. script: the one of ours that is in it; by its hash the browser knows it, and runs no other."""
+    code = (_FOLDER / script).read_text(encoding="utf-8") if script else ""
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    values = {
+        "titled": title,
+        "live": None,
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "connects": False,
+        "why": "",
+        **values,
+    }
+    return _TEMPLATES.get_template(template).render(script=Markup(code), script_hash=f"sha256-{known}", **values)
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """Answers to held-out prompts that a run has kept, the long ones cut."""
+    path = run_dir / "samples.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for sample in found:
+        for answer in sample["answers"]:
+            answer["text"] = _cut(answer["text"])
+    return found
+
+
+def _cut(text: str) -> str:
+    """With no more than one empty line at a time: a model that has learnt little may write nothing else."""
+    text = re.sub(r"\n\s*\n\s*\n", "\n\n", text.strip())
+    return text if len(text) <= LETTERS else f"{text[:LETTERS]} … ({len(text):,} letters)"
 
 
 def run_name(directory: Path) -> str:
@@ -46,7 +85,7 @@ def run_name(directory: Path) -> str:
 
 def page_link(run_dir: Path, page: Path) -> str:
     """Relative address of a run's page as seen from `page`; empty when there is none."""
-    target = run_dir / "report.html"
+    target = run_dir / PAGE
     return "./" + quote(os.path.relpath(target.resolve(), page.parent.resolve())) if target.exists() else ""
 
 
@@ -68,10 +107,10 @@ def overlays(records: list[tuple[str, Record]]) -> list[Figure]:
 def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smooth: bool) -> Figure | None:
     few = len(series) <= COLORS
     curves = [
-        Curve(label, x, smoothed(y) if smooth else y, color=i + 1 if few or not i else 0, strong=not i)
+        Curve(label, x, y, color=i + 1 if few or not i else 0, smooth=smooth, strong=not i)
         for i, (label, x, y) in enumerate(series)
     ]
-    return line_figure(title, curves, note="moving average" if smooth else "")
+    return line_figure(title, curves)
 
 
 def best_of(name: str, values: Sequence[float | None]) -> int | None:

@@ -1,60 +1,24 @@
-"""Self-contained HTML pages of a run, a sweep, a recipe, and runs compared. No scripts, nothing from the network."""
+"""The page of a run: what it came to, its curves, samples, data, where it comes from, and what it took."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from posttrain.config.directions import ANSWERS
-from posttrain.reports.forgetting import forgetting_matrix
-from posttrain.reports.pages import best_of, metric_grid, overlays, page_link, run_name, write_page
-from posttrain.reports.plots import Curve, Figure, line_figure
-from posttrain.reports.run_records import (
-    Record,
-    as_written,
-    before_and_after,
-    chain_table,
-    compare,
-    duration,
-    own_result,
-    plain,
-    read_record,
-    show,
-    summary_columns,
-)
+from posttrain.config.metrics import metric, rounded, show, title
+from posttrain.reports.curves import run_curves, speed_curves
+from posttrain.reports.pages import page_link, read_samples, render, run_name
+from posttrain.reports.run_records import Record, as_written, before_and_after, compare, duration, own_result, read_record
 from posttrain.reports.sample_grids import sample_grids
 from posttrain.reports.stage_plots import stage_figures
-from posttrain.reports.sweep_page import sweep_page
-from posttrain.runs.identity import flatten
+from posttrain.runs.files import PAGE, write_text
 from posttrain.runs.manifest import DataRecord, Manifest, is_finished, read_manifest
+from posttrain.runs.status import Standing, last_change, read_status, standing
 
-__all__ = ["compare_page", "recipe_page", "run_page", "sweep_page"]
-
-
-# Title, and the metrics drawn together: train/<name> as lines, eval/<name> as dots.
-_CURVES = (
-    ("Loss", ("loss",)),
-    ("Loss on pictures of the individual and of the prior", ("loss_instance", "loss_prior")),
-    ("Accuracy of pairs", ("accuracy",)),
-    ("Reward margin", ("margin",)),
-    ("Implicit rewards", ("reward_chosen", "reward_rejected")),
-    ("Log-probability of answers", ("logp_chosen", "logp_rejected")),
-    ("Scores", ("score_chosen", "score_rejected")),
-    ("Reward", ("reward",)),
-    ("KL to the start, nats an answer", ("kl",)),
-    ("Gold check", ("gold",)),
-    ("Entropy, nats a token", ("entropy",)),
-    ("Length of answers, tokens", ("length",)),
-    ("Share of answers that end", ("ended",)),
-    ("Learning rate", ("lr",)),
-    ("Gradient norm, before clipping", ("grad_norm",)),
-    ("Tokens per second", ("tokens_per_second",)),
-    ("Images per second", ("images_per_second",)),
-)
+REFRESH = 10  # seconds after which the page of a run that goes on is looked at again
 _COUNTS = (
     "rows",
     "pictures",
@@ -72,36 +36,70 @@ _COUNTS = (
 
 def run_page(run_dir: Path) -> Path:
     """Write report.html of a run, finished or under way. Raises UserError when `run_dir` is no run, or a damaged one."""
+    write_text(run_dir / PAGE, run_html(run_dir))
+    return run_dir / PAGE
+
+
+def run_html(run_dir: Path) -> str:
+    """The page that is to be in `run_dir`."""
     with as_written(run_dir):
-        return _run_page(run_dir)
+        return _html(read_record(run_dir))
 
 
-def _run_page(run_dir: Path) -> Path:
-    record = read_record(run_dir)
-    page = run_dir / "report.html"
-    config, manifest = record.config, record.manifest
-    samples = run_dir / "samples.json"
-    peft, quant = config["peft"]["method"], config["quant"]["method"]
-    method = ("all weights" if peft == "none" else peft) + (f" over {quant}" if quant != "none" else "")
-    return write_page(
-        page,
+def _html(record: Record) -> str:
+    directory, config, manifest = record.dir, record.config, record.manifest
+    page, stands = directory / PAGE, standing(directory)
+    curves, speed = stage_figures(record) + run_curves(record), speed_curves(record)
+    changes = before_and_after(record.metrics, record.held_out_rows)
+    named = [c.name for c in changes] + [n for line in record.history for n in line if n.startswith("train/")]
+    return render(
         "run.html",
-        title=f"{config['stage']} {run_name(run_dir)}",
+        title=f"{config['stage']} {run_name(directory)}",
         kicker=f"{config['stage']} run",
-        heading=run_name(run_dir),
-        state="done" if manifest else "running",
-        lead=f"{config['model']['name']}, {method}, on {_data_of(config['data'])}",
+        heading=run_name(directory),
+        state=stands.state,
+        why=stands.why,
+        live=_live(record, stands),
+        lead=f"{config['model']['name']}, {method_of(config)}, on {_data_of(config['data'])}",
         tiles=_tiles(record),
-        changes=before_and_after(record.metrics),
-        curves=stage_figures(record) + _run_curves(record),
+        changes=changes,
+        curves=curves,
         **_data_table(manifest),
         lineage=_lineage(record, page),
         alarms=manifest.alarms if manifest else (),
-        samples=json.loads(samples.read_text(encoding="utf-8")) if samples.exists() else [],
-        pictures=sample_grids(run_dir),
+        samples=read_samples(directory),
+        pictures=sample_grids(directory),
+        speed=speed,
+        costs=cost_rows(record),
+        meanings=_meanings(named),
         particulars=_particulars(record),
         config=yaml.safe_dump(config, sort_keys=False),
     )
+
+
+def _live(record: Record, stands: Standing) -> dict[str, Any] | None:
+    """Of a run that goes on: when it was written, how often it is, when to look again."""
+    if stands.state != "running":
+        return None
+    steps = [line["step"] for line in record.history if "train/loss" in line]
+    status = read_status(record.dir)
+    made = steps[-1] - status.start if steps and status else 0
+    every = (
+        (last_change(record.dir) - status.began) / made * (steps[-1] - steps[-2]) if made > 0 and len(steps) > 1 and status else 0
+    )
+    return {"written": int(time.time()), "every": round(max(every, REFRESH)), "refresh": REFRESH}
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """What is trained, over what, in a few words."""
+    peft, quant = config["peft"]["method"], config["quant"]["method"]
+    return ("all weights" if peft == "none" else peft) + (f" over {quant}" if quant != "none" else "")
+
+
+def _meanings(names: list[str]) -> list[tuple[str, str, str]]:
+    """Title, name and meaning of each figure, once."""
+    found = {name: metric(name) for name in dict.fromkeys(names)}
+    return [(title(name), name, each.meaning) for name, each in found.items() if each.meaning]
 
 
 def _data_of(data: dict[str, Any]) -> str:
@@ -109,128 +107,70 @@ def _data_of(data: dict[str, Any]) -> str:
     return data.get("path") or data.get("instance_dir") or "a mixture of " + ", ".join(data.get("sources") or ())
 
 
-def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
-    """Write `path` and return it. steps: {name, stage, dir, status, why, seconds}; one yet to run has no figures."""
-    records = {s["name"]: read_record(Path(s["dir"])) for s in steps if (Path(s["dir"]) / "config.yaml").exists()}
-    finished = [(name, record) for name, record in records.items() if record.manifest]
-    columns, rows = chain_table(finished)
-    best = {c: best_of(c, [row.values.get(c) for row in rows]) for c in columns if c != "forgetting/percent"}
-    table = [
-        {"label": row.label, "cells": [vars(row.change(c)) | {"best": best.get(c) == i} for c in columns]}
-        for i, row in enumerate(rows)
-    ]
-    domains, matrix = forgetting_matrix(rows)
-    most = max((abs(value) for _, values in matrix for value in values if value is not None), default=0.0) or 1.0
-    listed = [_step(s, records.get(s["name"]), path) for s in steps]
-    curves = [figure for name, record in records.items() if (figure := _loss_figure(name, record))]
-    failed = [s["name"] for s in steps if s["status"] == "failed"]
-    ended = all(s["status"] in ("done", "skipped") for s in steps)
-    return write_page(
-        path,
-        "recipe.html",
-        title=f"recipe {run_name(path.parent)}",
-        kicker="recipe",
-        heading=run_name(path.parent),
-        state="failed" if failed else "done" if ended else "running",
-        lead=" → ".join(s["name"] for s in steps),
-        columns=columns,
-        rows=table,
-        domains=domains,
-        matrix=[(label, [_shaded(value, most) for value in values]) for label, values in matrix],
-        steps=listed,
-        curves=curves,
-    )
-
-
-def _shaded(value: float | None, most: float) -> dict[str, float] | None:
-    if value is None:
-        return None
-    return {"value": value, "heat": round(55 * max(value, 0) / most), "good": round(55 * max(-value, 0) / most)}
-
-
-def compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
-    """Write runs side by side to `path`: metrics, curves, and the config keys in which they differ; returns `path`."""
-    with as_written(Path(run_dirs[0]) if len(run_dirs) == 1 else path):
-        return _compare_page(run_dirs, path)
-
-
-def _compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
-    records = [read_record(Path(d)) for d in run_dirs]
-    columns = summary_columns([r.metrics for r in records])
-    stages = list(dict.fromkeys(r.config["stage"] for r in records))
-    rated = [name for name in columns if len(stages) == 1 or not name.startswith("eval/")]
-    grid = metric_grid([r.metrics for r in records], columns, rated)
-    runs: list[dict[str, Any]] = []
-    for record, cells in zip(records, grid, strict=True):
-        size, unit = record.manifest.amount if record.manifest else (0, "tokens")
-        runs.append(
-            {
-                "name": _long_name(record),
-                "href": page_link(record.dir, path),
-                "stage": record.config["stage"],
-                "cells": cells,
-                "size": f"{size:,} {unit}",
-                "time": duration(record.manifest.seconds if record.manifest else 0.0),
-            }
-        )
-    flat = [flatten({k: v for k, v in r.config.items() if k != "run"}) for r in records]
-    keys = dict.fromkeys(key for f in flat for key in f)
-    differing = [key for key in keys if len({str(f.get(key)) for f in flat}) > 1]
-    return write_page(
-        path,
-        "compare.html",
-        title="runs compared",
-        kicker="comparison",
-        heading=f"{len(records)} runs",
-        state="",
-        lead="",
-        columns=columns,
-        runs=runs,
-        curves=[f for s in stages for f in overlays([(_long_name(r), r) for r in records if r.config["stage"] == s])],
-        differences=[(key, [plain(f[key]) if key in f else "—" for f in flat]) for key in differing],
-        caution="eval/ figures compare only between runs of one stage on the same held-out rows.",
-    )
-
-
-def _long_name(record: Record) -> str:
-    return "/".join(record.dir.resolve().parts[-2:])
-
-
 def _tiles(record: Record) -> list[dict[str, str]]:
     tiles: list[dict[str, str]] = []
     metrics, manifest = record.metrics, record.manifest
     if own := own_result(record):
-        what = f"held-out {own.name.split('/')[1]}"
-        tiles.append({"what": what, "start": own.before, "value": own.after, "more": own.text, "verdict": own.verdict})
+        tiles.append(_tile(own.title, own.after, own.text, own.before, own.verdict))
     if "forgetting/percent" in metrics:
         general = compare("general/loss", metrics["general/loss_before"], metrics["general/loss"])
-        value, more = (
-            show("forgetting/percent", metrics["forgetting/percent"]),
-            f"loss {general.before} → {general.after}",
+        value = show("forgetting/percent", metrics["forgetting/percent"])
+        tiles.append(_tile("forgetting", value, f"loss {general.before} → {general.after}"))
+    return [*tiles, *(_costs(manifest) if manifest else _progress(record))]
+
+
+def _tile(what: str, value: str, more: str, start: str = "", verdict: str = "") -> dict[str, str]:
+    return {"what": what, "start": start, "value": value, "more": more, "verdict": verdict}
+
+
+def _progress(record: Record) -> list[dict[str, str]]:
+    """Of a run that is not done: how far it is, when it will be there, and its newest figures."""
+    status = read_status(record.dir)
+    done = record.history[-1]["step"] if record.history else 0
+    planned = (status.steps if status else 0) or record.config["train"]["max_steps"]
+    tiles = [_tile("step", f"{done:,}", f"of {planned:,}" if planned else "so far")]
+    left = status.left(done, last_change(record.dir)) if status and status.state == "running" else None
+    if left is not None:
+        tiles.append(
+            _tile("time left", duration(left), f"done about {time.strftime('%H:%M', time.localtime(time.time() + left))}")
         )
-        tiles.append({"what": "forgetting", "start": "", "value": value, "more": more, "verdict": ""})
-    if manifest is None:
-        last = record.history[-1] if record.history else {"step": 0}
-        planned = record.config["train"]["max_steps"]
-        more = f"of {planned} steps" if planned else "steps so far"
-        return [*tiles, {"what": "progress", "start": "", "value": f"{last['step']:,}", "more": more, "verdict": ""}]
-    return tiles + [
-        {"what": what, "start": "", "value": value, "more": more, "verdict": ""} for what, value, more in _costs(manifest)
-    ]
+    newest = {name: value for line in record.history for name, value in line.items()}
+    if "train/loss" in newest:
+        tiles.append(_tile("loss", show("loss", newest["train/loss"]), "of the last logged steps"))
+    for name in ("tokens_per_second", "images_per_second"):
+        if f"train/{name}" in newest:
+            tiles.append(_tile("speed", f"{rounded(newest[f'train/{name}'])} {metric(name).unit}", ""))
+    return tiles
 
 
-def _costs(manifest: Manifest) -> list[tuple[str, str, str]]:
-    """What, how much, and more on it."""
+def _costs(manifest: Manifest) -> list[dict[str, str]]:
     size, unit = manifest.amount
     rate = size / manifest.seconds if manifest.seconds else 0.0
-    found = [
-        (unit, f"{size:,}", f"in {manifest.steps:,} steps"),
-        ("training time", duration(manifest.seconds), f"{rate:,.3g} {unit}/s on {manifest.device}"),
+    tiles = [
+        _tile(unit, f"{size:,}", f"in {manifest.steps:,} steps"),
+        _tile("training time", duration(manifest.seconds), f"{rounded(rate)} {unit}/s on {manifest.device}"),
     ]
     if count := manifest.trainable:
         share = f"{count.trained / count.total:.2%} of {_short(count.total)}" if count.total else ""
-        found = [("trained parameters", _short(count.trained), share), *found]
-    return found
+        tiles.insert(0, _tile("trained parameters", _short(count.trained), share))
+    return tiles
+
+
+def cost_rows(record: Record) -> list[tuple[str, str]]:
+    """What a run took: time, speed, memory."""
+    manifest = record.manifest
+    if manifest is None:
+        return []
+    size, unit = manifest.amount
+    rows = [("training time", duration(manifest.seconds)), ("processes", str(manifest.processes)), ("device", manifest.device)]
+    if manifest.seconds and manifest.steps:
+        rows.insert(1, ("a step", f"{rounded(manifest.seconds / manifest.steps)} s"))
+        rows.insert(2, ("speed", f"{rounded(size / manifest.seconds)} {unit}/s"))
+    if manifest.peak_memory_bytes:
+        rows.append(("most memory at once", f"{manifest.peak_memory_bytes / 2**30:.2f} GiB a process"))
+    if manifest.halved:
+        rows.append(("out of memory", f"micro-batches halved at step {', '.join(map(str, manifest.halved))}"))
+    return rows
 
 
 def _short(count: float) -> str:
@@ -238,33 +178,6 @@ def _short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def _run_curves(record: Record) -> list[Figure]:
-    groups = [*_CURVES]
-    known = {name for _, names in groups for name in names}
-    seen = dict.fromkeys(n.removeprefix("train/") for line in record.history for n in line if n.startswith("train/"))
-    groups += [(name.replace("_", " "), (name,)) for name in seen if name not in known]
-    scores = dict.fromkeys(n for line in record.history for n in line if n.startswith(f"{ANSWERS}/"))
-    figures = [_curve_figure(title, names, record) for title, names in groups]
-    for name in scores:
-        curve = Curve("held out", *record.series(name), color=2, style="points")
-        figures.append(line_figure(f"Answers to held-out prompts: {name.partition('/')[2]}", [curve]))
-    return [figure for figure in figures if figure]
-
-
-def _curve_figure(title: str, names: tuple[str, ...], record: Record) -> Figure | None:
-    curves: list[Curve] = []
-    for i, name in enumerate(names, 1):
-        label = name.rsplit("_", 1)[-1] if len(names) > 1 else "train"
-        curves.append(Curve(label, *record.series(f"train/{name}"), color=i, smooth=name != "lr"))
-        if len(names) == 1:
-            curves.append(Curve("held out", *record.series(f"eval/{name}"), color=2, style="points"))
-    return line_figure(title, curves)
-
-
-def _loss_figure(title: str, record: Record) -> Figure | None:
-    return _curve_figure(title, ("loss",), record)
 
 
 def _data_table(manifest: Manifest | None) -> dict[str, Any]:
@@ -323,16 +236,3 @@ def _particulars(record: Record) -> list[tuple[str, list[tuple[str, Any]]]]:
     result += [("config digest", manifest.config_digest)]
     result += [(f"code {key}", value) for key, value in manifest.code.to_dict().items() if value is not None]
     return [("Result", result), ("Versions", list(manifest.versions.items()))]
-
-
-def _step(step: dict[str, Any], record: Record | None, path: Path) -> dict[str, Any]:
-    done = record.manifest if record else None
-    seconds = step["seconds"] or (done.seconds if done else 0)
-    return {
-        **{key: step[key] for key in ("name", "stage", "status", "why")},
-        "href": page_link(Path(step["dir"]), path),
-        "steps": f"{done.steps:,}" if done else "",
-        "size": "{:,} {}".format(*done.amount) if done else "",
-        "time": duration(seconds) if seconds else "",
-        "own": own_result(record) if record and done else None,
-    }

@@ -12,12 +12,14 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 
-from posttrain.config.directions import direction
+from posttrain.config.metrics import direction, metric, place, show, title
 from posttrain.errors import UserError
 from posttrain.evaluation.forgetting import forgetting_percent
 from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.earlier import current_figures
 from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
+
+SMALLEST = 0.005  # a loss that changes by less than this share of it is not called better or worse
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Record:
     config: dict[str, Any]
     manifest: Manifest | None
     history: list[dict[str, Any]]
+
+    @property
+    def held_out_rows(self) -> int | None:
+        """How many rows are held out; None where that is not known."""
+        held_out = self.manifest.held_out if self.manifest else None
+        return held_out.to_dict().get("rows") if held_out else None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -55,6 +63,11 @@ class Change:
     after: str
     text: str
     verdict: str
+
+    @property
+    def title(self) -> str:
+        """The metric's name in words."""
+        return title(self.name)
 
 
 @dataclass(frozen=True)
@@ -100,47 +113,52 @@ def as_written(what: Path) -> Generator[None]:
     """Turn the errors that a damaged record causes (a key or type that is wrong) into a UserError about `what`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, TemplateError) as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{what} is not as posttrain writes it ({reason}); is a file of it damaged?") from e
 
 
-def show(name: str, value: float | None) -> str:
-    """A metric's value in the notation of its kind."""
-    if value is None:
-        return "—"
-    kind = name.rsplit("/", 1)[-1]
-    formats = {"accuracy": "{:.1%}", "percent": "{:+.2f} %", "perplexity": "{:,.2f}"}
-    return formats[kind].format(value) if kind in formats else f"{value:.4f}"
-
-
-def compare(name: str, before: float | None, after: float | None) -> Change:
-    """A metric before and after, in words, and whether that is better."""
+def compare(name: str, before: float | None, after: float | None, rows: int | None = None) -> Change:
+    """A metric before and after, in words, and whether that is better. rows: that it was measured on, of which a share's noise
+    follows."""
     if before is None or after is None:
         return Change(name, show(name, before), show(name, after), "", "")
     difference = after - before
     text = _difference(name, before, difference)
     good = difference * direction(name)
+    is_noise = abs(difference) < _noise(name, before, after, rows)
     tiny = not any(digit in text for digit in "123456789")
-    verdict = "" if tiny or good == 0 else "better" if good > 0 else "worse"
+    verdict = "" if tiny or is_noise or good == 0 else "better" if good > 0 else "worse"
     return Change(name, show(name, before), show(name, after), text, verdict)
+
+
+def _noise(name: str, before: float, after: float, rows: int | None) -> float:
+    """A change that is smaller says nothing: of a share two standard errors of the difference (a point where the rows are not
+    known), of a loss `SMALLEST` of it."""
+    form = metric(name).form
+    if form == "share":
+        middle = (before + after) / 2
+        return 2 * math.sqrt(2 * max(middle * (1 - middle), 0.0) / rows) if rows else 0.01
+    if form == "percent":
+        return 100 * SMALLEST
+    return SMALLEST * abs(before) if direction(name) < 0 else 0.0
 
 
 def _difference(name: str, before: float, difference: float) -> str:
     kind = name.rsplit("/", 1)[-1]
-    if kind == "accuracy":
+    if metric(name).form == "share":
         return f"{100 * difference:+.1f} points"
     if kind in ("loss", "perplexity") and before > 0:
         return f"{100 * difference / before:+.2f} %"
     return f"{difference:+.2f} points" if kind == "percent" else f"{difference:+.4f}"
 
 
-def before_and_after(metrics: dict[str, float]) -> list[Change]:
-    """Every metric of both sides (or, in a run under way, of one): own held-out rows first, then set by set."""
+def before_and_after(metrics: dict[str, float], rows: int | None = None) -> list[Change]:
+    """Every metric of both sides (or, in a run under way, of one): own held-out rows first (`rows` many), then set by set."""
     names = {name.removesuffix("_before") for name in metrics} - {"forgetting/percent"}
-    ordered = sorted(names, key=lambda name: (not name.startswith("eval/"), name))
+    ordered = sorted(names, key=lambda name: (not name.startswith("eval/"), name.rpartition("/")[0], place(name), name))
     twins = [(n, metrics.get(f"{n}_before"), metrics.get(n)) for n in ordered]
-    return [compare(*twin) for twin in twins]
+    return [compare(*twin, rows if twin[0].startswith("eval/") else None) for twin in twins]
 
 
 def chain_table(records: list[tuple[str, Record]]) -> tuple[list[str], list[ChainRow]]:
@@ -187,7 +205,7 @@ def own_result(record: Record) -> Change | None:
     """What the stage was trained for, on its own held-out rows."""
     m = record.metrics
     name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
-    return compare(name, m.get(f"{name}_before"), m[name]) if name else None
+    return compare(name, m.get(f"{name}_before"), m[name], record.held_out_rows) if name else None
 
 
 def plain(value: Any) -> str:

@@ -6,9 +6,6 @@ import json
 import math
 from typing import Any
 
-import torch
-
-from posttrain.evaluation.calibration import reliability
 from posttrain.reports.plots import Curve, Figure, heat_figure, line_figure
 from posttrain.reports.run_records import Record
 
@@ -40,6 +37,10 @@ def reliability_figure(rows: dict[str, list[float]]) -> Figure | None:
     """How often a reward model is right, by its confidence. On the grey line it is perfectly calibrated."""
     if "rejected" not in rows:
         return None
+    import torch  # which pages of other runs need not wait for
+
+    from posttrain.evaluation.calibration import reliability
+
     bins = reliability(torch.tensor(rows["chosen"]) - torch.tensor(rows["rejected"]))
     perfect = Curve("perfect", [0.5, 1.0], [0.5, 1.0], color=0)
     seen = Curve("this model", [b.confidence for b in bins], [b.accuracy for b in bins], style="points")

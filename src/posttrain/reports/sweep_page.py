@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.metrics import show, title
+from posttrain.reports.compare_page import measured_on
 from posttrain.reports.forgetting import KEY, Choice, choice_figure, choices, describe
-from posttrain.reports.pages import metric_grid, overlays, page_link, run_name, write_page
+from posttrain.reports.pages import metric_grid, overlays, page_link, render, run_name
 from posttrain.reports.plots import Curve, Figure, line_figure
-from posttrain.reports.run_records import Record, read_record, show, summary_columns
+from posttrain.reports.run_records import Record, read_record, summary_columns
+from posttrain.runs.files import write_text
 
 METRIC = "eval/loss"
 # Settings that change what the held-out loss is, not only how low it gets.
@@ -39,34 +42,56 @@ def sweep_page(rows: list[dict[str, Any]], path: Path) -> Path:
 
     rows: {overrides: {key: value} or ['key=value'], status, dir, metrics}, and where it failed perhaps `error`, one line.
     """
+    write_text(path, sweep_html(rows, path))
+    return path
+
+
+def sweep_html(rows: list[dict[str, Any]], path: Path) -> str:
+    """The page that is to be at `path`."""
     jobs = sorted((_job(row, path) for row in rows), key=lambda job: job.loss)
     keys = _swept(jobs)
     done = [job for job in jobs if job.loss < float("inf")]
     columns = summary_columns([job.metrics for job in jobs])
     caution = [key for key in keys if key.startswith(_OTHER_LOSS)]
     chosen = _choices(done) if KEY in keys else []
-    failed = sum(job.status == "failed" for job in jobs)
-    return write_page(
-        path,
+    apart = [name for name in columns if len({measured_on(job.record, name) for job in jobs if job.record}) > 1]
+    return render(
         "sweep.html",
         title=f"sweep {run_name(path.parent)}",
         kicker="sweep",
         heading=run_name(path.parent),
-        state="failed" if failed == len(jobs) else "done",
-        lead=_lead(jobs, done, keys, failed),
-        metric=METRIC,
+        state=sweep_state([job.status for job in jobs]),
+        lead=_lead(jobs, done, keys, METRIC not in apart),
+        metric_name=METRIC,
+        ranked=METRIC not in apart,
         keys=keys,
         columns=columns,
         heat=_heat(done, keys) if len(keys) == 2 else None,
         plot=_plot(done, keys[0]) if len(keys) == 1 else None,
         choice=choice_figure(chosen),
         chosen=describe(chosen),
-        jobs=_table(jobs, keys, columns, path),
-        caution=f"{METRIC} is not the same quantity in all jobs: {', '.join(caution)} changes what is measured."
-        if caution
-        else "",
+        jobs=_table(jobs, keys, columns, apart, path),
+        caution=_caution(caution, apart),
         curves=overlays([(_label(job, keys), job.record) for job in jobs if job.record]),
     )
+
+
+def sweep_state(of_jobs: list[str]) -> str:
+    """Where a sweep stands, by the states of its jobs: one that has failed does not make the others' work nothing."""
+    for state in ("running", "stopped"):
+        if state in of_jobs:
+            return state
+    return "failed" if of_jobs and all(state == "failed" for state in of_jobs) else "done"
+
+
+def _caution(changing: list[str], apart: list[str]) -> str:
+    said: list[str] = []
+    if apart:
+        names = ", ".join(map(title, apart))
+        said.append(f"Not held against each other, as the jobs were measured on different rows: {names}.")
+    if changing:
+        said.append(f"{title(METRIC)} is not the same quantity in all jobs: {', '.join(changing)} changes what is measured.")
+    return " ".join(said)
 
 
 def _choices(done: list[Job]) -> list[Choice]:
@@ -105,13 +130,14 @@ def _swept(jobs: list[Job]) -> list[str]:
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
 
-def _lead(jobs: list[Job], done: list[Job], keys: list[str], failed: int) -> str:
+def _lead(jobs: list[Job], done: list[Job], keys: list[str], is_ranked: bool) -> str:
+    failed = sum(job.status == "failed" for job in jobs)
     count = f"{len(jobs)} jobs" + (f", {failed} failed" if failed else "")
     if not done:
         return count
     fixed = [f"{key}={value}" for key, value in jobs[0].overrides.items() if key not in keys]
-    best = f"best: {_label(done[0], keys)} with {METRIC} {show(METRIC, done[0].loss)}"
-    return f"{count}; {best}" + (f"; all with {' '.join(fixed)}" if fixed else "")
+    best = f"; best: {_label(done[0], keys)} with {METRIC} {show(METRIC, done[0].loss)}" if is_ranked else ""
+    return f"{count}{best}" + (f"; all with {' '.join(fixed)}" if fixed else "")
 
 
 def _label(job: Job, keys: list[str]) -> str:
@@ -119,15 +145,15 @@ def _label(job: Job, keys: list[str]) -> str:
     return ", ".join(parts) or run_name(job.dir)
 
 
-def _table(jobs: list[Job], keys: list[str], columns: list[str], path: Path) -> list[dict[str, Any]]:
-    grid = metric_grid([job.metrics for job in jobs], columns, columns)
+def _table(jobs: list[Job], keys: list[str], columns: list[str], apart: list[str], path: Path) -> list[dict[str, Any]]:
+    grid = metric_grid([job.metrics for job in jobs], columns, [name for name in columns if name not in apart])
     return [
         {
             "settings": [job.overrides.get(key, "—") for key in keys],
             "status": job.status,
             "cells": cells,
             "error": job.error,
-            "best": not i and job.loss < float("inf"),
+            "best": not i and job.loss < float("inf") and METRIC not in apart,
             "href": page_link(job.dir, path),
             "name": run_name(job.dir),
         }

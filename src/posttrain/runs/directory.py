@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from posttrain.errors import UserError
 from posttrain.runs.earlier import as_it_ran, as_of_today, current_config
-from posttrain.runs.files import by_umask, file_hashes, sweep_leftovers, write_json, write_text
+from posttrain.runs.files import STATUS, by_umask, file_hashes, sweep_leftovers, write_json, write_text
 from posttrain.runs.identity import allowed, code_state, compare, digest, flatten, identity_of, library_versions
 from posttrain.runs.manifest import CARD, MANIFEST, SCHEMA, Manifest, is_finished
 from posttrain.runs.yaml_files import read_yaml
@@ -66,6 +66,7 @@ class Run:
         record |= {"versions": library_versions(), "files": files}
         manifest = Manifest.model_validate(record)
         write_json(self.manifest, manifest.to_dict())
+        (self.dir / STATUS).unlink(missing_ok=True)  # the manifest says it now
         return manifest
 
 

@@ -19,7 +19,9 @@ from posttrain.secrets import redact
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it
-_HOST = re.sub(r"\W", "_", platform.node()) or "here"
+HOST = re.sub(r"\W", "_", platform.node()) or "here"
+STATUS, PAGE = "status.json", "report.html"
+LIVE = (STATUS, PAGE)  # of a run's directory: what tells of it while it goes on, and is no part of the result
 TRACKING = "tracking"  # in a run's directory: what belongs to its tracker, and is no part of the result
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}  # suffixes of files that can run code when they are read
 
@@ -40,7 +42,8 @@ def code_digest(directory: Path) -> str:
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """sha256 of every file of the result; checkpoints have records of their own."""
-    skip = {"checkpoints", TRACKING, ".lock", "manifest.json", "job.log", ".ray"}  # of the last two, others write still
+    others = {"job.log", ".ray"}  # who still write
+    skip = {"checkpoints", TRACKING, ".lock", "manifest.json", *others, *LIVE}
     files = (p for p in sorted(directory.rglob("*")) if p.is_file() and stays_inside(p, directory))
     wanted = (p for p in files if p.relative_to(directory).parts[0] not in skip)
     return {str(p.relative_to(directory)): sha256(p) for p in wanted}
@@ -92,13 +95,13 @@ def is_inside(name: Any) -> bool:
 
 def temporary_beside(path: Path) -> Path:
     """A hidden name that no other process uses, and that says whose it is: of this machine and process."""
-    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def sweep_leftovers(directory: Path) -> None:
     """Take away what processes of this machine that are gone have left in a directory under names of `temporary_beside`."""
-    for path in directory.glob(f".*.{_HOST}-*-*.tmp"):
-        found = re.fullmatch(rf".*\.{_HOST}-(\d+)-[0-9a-f]{{8}}\.tmp", path.name)
+    for path in directory.glob(f".*.{HOST}-*-*.tmp"):
+        found = re.fullmatch(rf".*\.{HOST}-(\d+)-[0-9a-f]{{8}}\.tmp", path.name)
         if found and not _is_alive(int(found[1])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
+from posttrain.config.metrics import show, title
 from posttrain.config.schema import Stage
 from posttrain.console import console, is_main, say
 from posttrain.evaluation.calibration import SUSPICIOUS
@@ -60,7 +61,7 @@ def show_outcome(run: Run, manifest: Manifest, page: Path) -> None:
     metrics = manifest.metrics
     table = Table("held out", "before", "after")
     for name in sorted(n for n in metrics if f"{n}_before" in metrics):
-        table.add_row(name, f"{metrics[f'{name}_before']:.4f}", f"{metrics[name]:.4f}")
+        table.add_row(title(name), show(name, metrics[f"{name}_before"]), show(name, metrics[name]))
     if is_main():
         console.print(table)
     if "forgetting/percent" in metrics:

@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from posttrain.config.directions import direction
+from posttrain.config.metrics import direction
 from posttrain.config.schema import TrainConfig
 from posttrain.console import say
 from posttrain.devices.device import Device
@@ -28,6 +28,7 @@ from posttrain.devices.seen import remarks, seen
 from posttrain.errors import Stopped, UserError, of_all
 from posttrain.models.counting import in_words
 from posttrain.reports.card import write_card
+from posttrain.reports.live import LivePage
 from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
@@ -98,6 +99,7 @@ def _run(
             history.hold("references", training.references)
             loop = _loop(context, run, prepared, training, session, optimizer, stop)
             start = _begin(loop, history, training, stop)
+            session.tracker.page = LivePage.begun(run.dir, prepared.num_steps, start) if context.main else None
     with products_beside_autocast(accelerator.mixed_precision, accelerator.device):
         loop.fit(start)
     with stop.at_once(alone):

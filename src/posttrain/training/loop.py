@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
+from posttrain.config.metrics import rounded
 from posttrain.console import Meter, say
 from posttrain.devices.out_of_memory import give_back
 from posttrain.errors import BeforeStep, RunError, Stopped, is_out_of_memory, of_all
@@ -434,7 +435,7 @@ def _next(updates: Iterator[Update[B]], outcome: UpdateOutcome) -> Update[B] | N
 
 def _note(values: dict[str, float], unit: str) -> str:
     rate = values[f"train/{unit}_per_second"]
-    note = f"loss {values.get('train/loss', math.nan):.4f}  {rate:.3g} {unit}/s"
+    note = f"loss {values.get('train/loss', math.nan):.4f}  {rounded(rate)} {unit}/s"
     if "train/reward" in values:
         note += f"  reward {values['train/reward']:.3f}  kl {values['train/kl']:.3f}"
     return note + (f"  accuracy {values['train/accuracy']:.0%}" if "train/accuracy" in values else "")

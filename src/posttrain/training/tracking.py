@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 
@@ -18,6 +18,14 @@ from posttrain.training.processes import Processes
 from posttrain.training.trackers import TrackedRun, begin
 
 
+class Page(Protocol):
+    """A page that shows the metrics."""
+
+    def log(self) -> None:
+        """There are new ones."""
+        ...
+
+
 class Tracker:
     """Appends a line a logged step; after a resume the lines of steps that are run again are dropped first. lines: how many there
     are, which a checkpoint remembers. Inside of `with` the tracker's run is open; how the block ends is how that run ends."""
@@ -25,6 +33,7 @@ class Tracker:
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator, self.lines = path, accelerator, 0
         self.told: TrackedRun | None = None  # in rank 0, where there is a tracker
+        self.page: Page | None = None  # in rank 0, from the first step
 
     def begin(self, kind: str, track: TrackConfig, config: dict[str, Any], step: int) -> None:
         """Begin the tracker's run, or go on with it from `step`; every process must call it. Raises UserError."""
@@ -72,6 +81,8 @@ class Tracker:
             tell(step, values)
         if self.told:
             self.told.log(values, step)
+        if self.page:
+            self.page.log()
 
 
 def _step_of(line: str) -> float:

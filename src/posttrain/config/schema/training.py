@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
-from posttrain.config.directions import direction
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
 from posttrain.config.interfaces import Method
+from posttrain.config.metrics import direction
 from posttrain.config.schema.launch import Launcher
 from posttrain.errors import did_you_mean
 

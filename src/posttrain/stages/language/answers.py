@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config.directions import ANSWERS
+from posttrain.config.metrics import ANSWERS
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.data.examples import Examples
