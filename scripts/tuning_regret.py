@@ -4,7 +4,7 @@
 
 Every rate of the grid is trained to its end, and measured as often as tune measures. A trial that goes on is the run that never
 stopped, bit for bit (tests/launch/test_tune.py), so what tune would have chosen is read off the same runs. What is done is not
-done again.
+done again. "By loss alone": the same without the half of the places for what is to come.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,10 +24,11 @@ import matplotlib.pyplot as plt
 
 import posttrain
 from posttrain.launch.proposals import settings
-from posttrain.launch.tune import best_first, rungs_of, survivors
+from posttrain.launch.tune import best_first, forecast, places_of, rungs_of, survivors
 from posttrain.runs.manifest import is_finished
 
 STEPS, TRIALS, FACTOR = 48, 12, 2
+SEEDS = (42, 1, 2)
 COMMON = f"""model=tiny train.max_steps={STEPS} train.batch_size=4 train.grad_accum=1 train.max_length=256 train.save_steps=null
 eval.sets=null"""
 ROWS = "data=python_questions data.max_rows=300 data.eval_rows=32"
@@ -43,30 +44,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", choices=list(TASKS), action="append", help="these tasks; all, where none is named")
+    parser.add_argument("--seed", type=int, action="append", help="these seeds; all, where none is given")
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     rungs = rungs_of(STEPS, TRIALS, FACTOR)
     print(f"{TRIALS} rates of {STEPS} steps, judged after {rungs}, one in {FACTOR} goes on")
-    print("| task | grid's best | tune's choice | regret | steps of the grid's | regret of as many steps at random |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| task | seed | grid's best | tune's choice | regret | steps of the grid's | by loss alone | as many steps at random |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     drawn = {}
-    for name, (stage, words, over) in TASKS.items():
+    for name, seed in product(TASKS, args.seed or SEEDS):
         if args.only and name not in args.only:
             continue
+        stage, words, over = TASKS[name]
         rates = [each[0] for each in settings([over], TRIALS)]
+        place = args.runs / f"{name.replace(' ', '-')}-{seed}"
         curves = {
-            i: curve(stage, words, rate, args.runs / name.replace(" ", "-") / f"{i:02d}", rungs[0])
-            for i, rate in enumerate(rates)
+            i: curve(stage, f"{words} train.seed={seed}", rate, place / f"{i:02d}", rungs[0] // 2) for i, rate in enumerate(rates)
         }
         chosen, spent, out_at = halved(curves, rungs)
         final = {i: each[STEPS] for i, each in curves.items()}
         best = best_first(final)[0]
-        share, regret = spent / (TRIALS * STEPS), final[chosen] / final[best] - 1
+        regrets = [final[i] / final[best] - 1 for i in (chosen, halved(curves, rungs, alone=True)[0])]
         whole = spent // STEPS  # complete runs for the same steps
         chance = mean(min(final[i] for i in some) / final[best] - 1 for some in combinations(final, whole))
         cells = [f"{final[i]:.4f} at {rates[i].partition('=')[2]}" for i in (best, chosen)]
-        print(f"| {name} | {' | '.join(cells)} | {regret:.2%} | {share:.0%} | {chance:.1%} |")
-        drawn[name] = (rates, curves, out_at, chosen, best)
+        shares = f"{regrets[0]:.2%} | {spent / (TRIALS * STEPS):.0%} | {regrets[1]:.2%} | {chance:.1%}"
+        print(f"| {name} | {seed} | {' | '.join(cells)} | {shares} |".replace("%", " %"), flush=True)
+        drawn.setdefault(name, (rates, curves, out_at, chosen, best))
     if args.svg:
         picture(drawn, rungs, args.svg)
 
@@ -80,13 +86,14 @@ def curve(stage: str, words: str, rate: str, directory: Path, every: int) -> dic
     return {step: math.inf if loss is None or not math.isfinite(loss) else loss for step, loss in found.items()}
 
 
-def halved(curves: Curves, rungs: list[int]) -> tuple[int, int, dict[int, int]]:
-    """What successive halving chooses, the steps it takes, and after how many each trial is out."""
+def halved(curves: Curves, rungs: list[int], alone: bool = False) -> tuple[int, int, dict[int, int]]:
+    """What tune chooses, the steps it takes, and after how many each trial is out."""
     alive, out_at = list(curves), dict[int, int]()
-    for rung in rungs:
+    for rung, places in zip(rungs, places_of(len(curves), len(rungs), FACTOR), strict=True):
         scores = {i: curves[i][rung] for i in alive}
         out_at |= dict.fromkeys(alive, rung)
-        alive = survivors(scores, FACTOR) if rung != rungs[-1] else best_first(scores)[:1]
+        coming = {} if alone else forecast(scores, {i: curves[i][rung // 2] for i in alive}, FACTOR)
+        alive = survivors(scores, coming, places)
     return alive[0], sum(out_at.values()), out_at
 
 

@@ -1,7 +1,8 @@
 """`posttrain tune`: successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) over settings, by runs that go on.
 
-All trials are begun with the schedule of the full length and stopped after a part of it; the best third goes on from its
-checkpoints, and so forth. What is left at the end is the very run that would have been without any stop.
+All trials are begun with the schedule of the full length and stopped after a part of it; a third goes on from its checkpoints,
+and so forth. What is left at the end is the very run that would have been without any stop. Who is best early is often only
+the fastest, so half of the places are for those that the last half of their steps says will be best at the next judgement.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from posttrain.runs.identity import content_hash, digest
 from posttrain.training.checkpoint import newest_checkpoint
 
 STATE = "tune.json"  # in its directory: what is tuned, and what became of each trial
+EARLIEST = 10  # no judgement before so large a part of the steps: twice the usual warm-up, in which nothing is decided
 Scores = dict[int, float]  # of trials by their numbers; infinite where there is none
 
 
@@ -50,7 +53,7 @@ def tune(
         return {i: math.inf if score is None else score for i, score in found.items()}
 
     while wave := asked.wave(list(first.values())):
-        configs = [_config(stage, [*words, *chosen], rungs[0], config_dir) for chosen in wave]
+        configs = [_config(stage, [*words, *chosen], max(1, rungs[0] // 2), config_dir) for chosen in wave]
         if not jobs:
             place = _directory(stage, configs, words, over, metric, asked)
             say(f"{asked.count} trials, {asked.line}, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
@@ -61,11 +64,12 @@ def tune(
         ]
         first |= judged(list(range(len(first), len(jobs))), rungs[0])
     alive, table = list(range(len(jobs))), dict[int, Scores]()
-    for rung in rungs:
+    for rung, places in zip(rungs, places_of(len(jobs), len(rungs), factor), strict=True):
         table[rung] = first if rung == rungs[0] else judged(alive, rung)
         if all(score == math.inf for score in table[rung].values()):
             raise RunError(f"no trial has {metric} at step {rung}; see {Path(jobs[alive[0]]['dir']) / 'job.log'}")
-        staying = survivors(table[rung], factor) if rung != steps else best_first(table[rung])[:1]
+        halfway = {i: _score(jobs[i], rung // 2, metric, highest) for i in alive}
+        staying = survivors(table[rung], forecast(table[rung], halfway, factor), places)
         for i in set(alive) - set(staying):
             shutil.rmtree(Path(jobs[i]["dir"]) / "checkpoints", ignore_errors=True)  # it will not go on
         alive = staying
@@ -73,10 +77,20 @@ def tune(
 
 
 def rungs_of(steps: int, trials: int, factor: int) -> list[int]:
-    """After how many steps trials are judged; the last: all. Each is a multiple of the first, but for the last."""
+    """After how many steps trials are judged; the last: all. The others are multiples of the first, even where they can be."""
     rounds = math.ceil(math.log(trials, factor) - 1e-9)
+    rounds = max(1, min(rounds, math.floor(math.log(EARLIEST, factor) + 1e-9)))
     first = max(1, steps // factor**rounds)
+    first -= first % 2 if first > 1 else 0
     return [*(rung for rung in (first * factor**i for i in range(rounds)) if rung < steps), steps]
+
+
+def places_of(trials: int, rungs: int, factor: int) -> list[int]:
+    """How many go on after each judgement, counted from the end: one, `factor` before it, and never more than the best third."""
+    found = list[int]()
+    for left in range(rungs - 1, -1, -1):
+        found.append(min(factor ** max(0, left - 1), math.ceil((found[-1] if found else trials) / factor)))
+    return found
 
 
 def best_first(scores: Scores) -> list[int]:
@@ -84,9 +98,17 @@ def best_first(scores: Scores) -> list[int]:
     return sorted((i for i, score in scores.items() if score < math.inf), key=lambda i: (scores[i], i))
 
 
-def survivors(scores: Scores, factor: int) -> list[int]:
-    """The best in `factor`, rounded up."""
-    return best_first(scores)[: math.ceil(len(scores) / factor)]
+def forecast(scores: Scores, halfway: Mapping[int, float | None], factor: int) -> Scores:
+    """What each will have at `factor` times the steps, if its score goes on in a line in the logarithm of the steps. halfway: at
+    half of them; a trial without is left out."""
+    known = {i: half for i, half in halfway.items() if half is not None and half < math.inf}
+    return {i: scores[i] + (scores[i] - half) * math.log2(factor) for i, half in known.items()}
+
+
+def survivors(scores: Scores, coming: Scores, places: int) -> list[int]:
+    """The best now and the best to come, in turn."""
+    both = zip_longest(best_first(scores), best_first(coming))
+    return list(dict.fromkeys(i for each in both for i in each if i is not None))[:places]
 
 
 def _lengths(stage: str, words: list[str], trials: int, factor: int, config_dir: Path | None) -> tuple[int, list[int]]:
@@ -101,8 +123,8 @@ def _lengths(stage: str, words: list[str], trials: int, factor: int, config_dir:
     return steps, rungs_of(steps, trials, factor)
 
 
-def _config(stage: str, words: list[str], rung: int, config_dir: Path | None) -> dict[str, Any]:
-    return composing.compose_run(stage, [*words, f"train.eval_steps={rung}"], config_dir)
+def _config(stage: str, words: list[str], every: int, config_dir: Path | None) -> dict[str, Any]:
+    return composing.compose_run(stage, [*words, f"train.eval_steps={every}"], config_dir)
 
 
 def _directory(
