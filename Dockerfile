@@ -29,10 +29,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1
 
 WORKDIR /opt/posttrain
-COPY --chown=posttrain pyproject.toml README.md LICENSE ./
+COPY --chown=posttrain pyproject.toml mkdocs.yml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE ./
 COPY --chown=posttrain src src
 COPY --chown=posttrain configs configs
 COPY --chown=posttrain recipes recipes
+COPY --chown=posttrain docs docs
 RUN python3 -m venv /opt/venv && pip install ".[${EXTRAS}]"
 
 VOLUME /cache

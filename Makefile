@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOLDEN ?= runs/golden.json
 
-.PHONY: audit help setup demo demo-dreambooth check test slow docs golden mutate house torture load models bench bench-gpu clean
+.PHONY: audit help setup demo demo-dreambooth check test slow docs site golden mutate house torture load models bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -33,11 +33,15 @@ slow: setup ## the slow tests alone; with `make check` these are all tests
 test: setup ## all tests
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
-docs: setup ## docs/configuration.md, docs/gpu.md and docs/api, from the configs' comments, the schema and the docstrings
+docs: setup ## the pages of docs/ that are made: configuration, commands, losses, formats, templates, gpu, api
 	$(BIN)/python scripts/configuration_page.py
 	$(BIN)/python scripts/api_pages.py
+	$(BIN)/python scripts/reference_pages.py
 	$(BIN)/python scripts/templates_page.py
 	$(BIN)/python scripts/gpu_page.py
+
+site: setup ## docs/ as a site, into build/site; it opens from the disk
+	$(BIN)/python -m mkdocs build --strict
 
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
 	mkdir -p $(dir $(GOLDEN))

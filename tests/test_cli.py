@@ -63,6 +63,17 @@ def test_a_stages_help_names_its_main_settings_with_examples(stage: str) -> None
     data = "data.instance_dir=" if stage == "dreambooth" else "data.path="
     for word in ("model=", "+peft=qlora", data, "optim.lr", "train.max_steps", "run.dir", "init=", f"posttrain {stage} "):
         assert word in text
+    heads = [line.strip() for line in text.splitlines()]
+    assert [head for head in heads if head in ("Model", "Method", "Data", "Training", "Run", "Examples")] == [
+        "Model", "Method", "Data", "Training", "Run", "Examples",
+    ]  # fmt: skip
+    assert (
+        text.index("\n Model")
+        < text.index("model=")
+        < text.index("\n Method")
+        < text.index("quant" if stage != "dreambooth" else "+peft")
+    )
+    assert stage != "sft" or "eval.generate.metrics=[f1]" in text  # Rich would take it for a style
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -35,6 +35,27 @@ def test_configs_and_recipes_come_along(unpacked: Path) -> None:
     assert (unpacked / "posttrain" / "py.typed").exists()
 
 
+def test_the_docs_come_along_and_are_read_offline(unpacked: Path, tmp_path: Path) -> None:
+    """From the unpacked wheel, in a process that may open no socket: every page of mkdocs.yml, with its pictures."""
+    code = """
+import socket
+socket.socket.connect = None
+from posttrain.commands.docs.pages import pages, root
+from posttrain.commands.docs.server import answer
+assert str(root("docs")).startswith(PLACE), root("docs")
+found = {name: answer(f"/{name}.html")[0] for name in pages()}
+assert set(found.values()) == {200} and len(found) > 40, found
+assert answer("/methods.svg")[0] == 200 and "Gated models" in pages()["hub"].text
+from posttrain.cli import app
+app(["docs", "first-hour"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    command = [sys.executable, "-c", code.replace("PLACE", repr(str(unpacked)))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# The first hour")
+
+
 def test_a_run_outside_the_checkout(unpacked: Path, tmp_path: Path) -> None:
     words = ["sft", "model=tiny", "+peft=lora", "train.max_steps=1", "train.batch_size=2", "data.max_rows=8", "data.eval_rows=2"]
     code = f"import sys, posttrain; print(posttrain.__file__); posttrain.run(*{words!r}, 'run.dir=out')"

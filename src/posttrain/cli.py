@@ -14,7 +14,8 @@ from typer.core import TyperCommand
 from posttrain import __version__
 from posttrain.config import completion
 from posttrain.launch.exit_codes import guarded
-from posttrain.stages.spec import StageSpec, spec_of, stages, usual_rates
+from posttrain.stages.help import epilog
+from posttrain.stages.spec import StageSpec, spec_of, stages
 
 app = typer.Typer(
     name="posttrain",
@@ -58,18 +59,6 @@ def _words(overrides: list[str] | None, config: Path | None) -> list[str]:
     return [*([f"--config={config}"] if config else []), *(overrides or [])]
 
 
-def _epilog(spec: StageSpec) -> str:
-    rates = [f"{rate:.6g}".replace("e-0", "e-") for rate in usual_rates(spec.name) or ()]
-    full = f"with LoRA, {rates[1]} in full; " if rates else ""
-    settings = [
-        (key.replace("RATE", rates[0]), full + meaning) if rates and key == "optim.lr=RATE" else (key, meaning)
-        for key, meaning in spec.settings
-    ]
-    rows = "\n\n".join(f"[cyan]{key:<22}[/]{meaning}" for key, meaning in settings)
-    examples = "\n\n".join(f"posttrain {spec.name} {words}" for words in spec.examples)
-    return f"[bold]Main settings[/]  (all of them: an example with --cfg job)\n\n{rows}\n\n[bold]Examples[/]\n\n{examples}"
-
-
 class _StageCommand(TyperCommand):
     """An option that there is not may be a word of another tool."""
 
@@ -98,7 +87,7 @@ def _complain(line: str) -> None:
 def _add_stage(spec: StageSpec) -> None:
     name = spec.name
 
-    @app.command(name, cls=_StageCommand, help=spec.about, epilog=_epilog(spec), rich_help_panel="Stages")
+    @app.command(name, cls=_StageCommand, help=spec.about, epilog=epilog(spec), rich_help_panel="Stages")
     def stage(
         overrides: Overrides = None,
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep: a=1,2 b=3,4 runs all combinations.")] = False,
@@ -506,6 +495,12 @@ def preview_run(
     _end(command)
 
 
+def _doc_pages(incomplete: str) -> list[str]:
+    from posttrain.commands.docs.pages import pages
+
+    return [name for name in pages() if name.startswith(incomplete)]
+
+
 def _cache_words(incomplete: str) -> list[str]:
     from posttrain.runs.cache_place import KINDS
 
@@ -543,6 +538,32 @@ def cache(
             show_cleaned(found)
         else:
             show_cache(found, each=bool(given))
+
+    _end(command)
+
+
+@app.command("docs", rich_help_panel="Before a run")
+def documentation(
+    page: Annotated[str | None, typer.Argument(help="A page's name, such as first-hour.", autocompletion=_doc_pages)] = None,
+    find: Annotated[str | None, typer.Option("--find", metavar="WORDS", help="Where these words stand.")] = None,
+    serving: Annotated[bool, typer.Option("--serve", help="All pages in a browser, from this machine alone.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="With --serve; 0: any that is free.")] = 8017,
+) -> None:
+    """The documentation that came with this version: a list of its pages, or one of them."""
+
+    def command() -> None:
+        from posttrain.commands.docs import pages
+
+        if serving:
+            from posttrain.commands.docs.server import serve
+
+            serve(port)
+        elif find is not None:
+            pages.show_found(find)
+        elif page is not None:
+            pages.show_page(page)
+        else:
+            pages.show_list()
 
     _end(command)
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_words_of_tasks() -> None:
 )
 def test_bad_words_of_tasks(words: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Tasks.of(words)
+        Tasks.of(words).prepared()
 
 
 def test_words_of_tasks_without_a_task() -> None:
@@ -73,9 +75,10 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of six rows: yes or no, and an answer that two filters read."""
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'posttrain[eval]'")
+def include(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two tasks of six rows: yes or no, and an answer that two filters read. Those that lm-eval ships, which it takes seconds to
+    list, are left out."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install 'posttrain[eval]'")
     folder = tmp_path_factory.mktemp("tasks")
     rows = folder / "rows.jsonl"
     rows.write_text(
@@ -83,7 +86,9 @@ def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name, body in (("own_choice", CHOICE), ("own_written", WRITTEN)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, rows=rows) + body)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +97,14 @@ def live(include: Path) -> LoadedModel:
 
 
 @pytest.mark.slow
-def test_figures_have_their_filter_and_their_error(include: Path, live: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_have_their_filter_and_their_error(include: Path, live: LoadedModel) -> None:
     """A filter that finds nothing gives 0, apart from the other filter's figure; the error is that of six questions."""
     words = {"tasks": "own_choice,own_written", "include": str(include), "shots": "1", "batch_size": "3"}
-    found = Tasks.of(words).prepared()(live.model, live.tokenizer, True)
-    assert "tasks: asked by the chat template, with 1 examples, 3 at a time" in capsys.readouterr().out
+    asking = Tasks.of(words).prepared()
+    assert asking.line(asking.chat(live.tokenizer, True)) == "tasks: asked by the chat template, with 1 examples, 3 at a time"
+    before = live.tokenizer.pad_token_id
+    found = asking.measure(live.model, live.tokenizer, True)
+    assert live.tokenizer.pad_token_id == before
     assert set(found) == {
         "own_choice/acc", "own_choice/acc_stderr", "own_written/strict/exact_match", "own_written/strict/exact_match_stderr",
         "own_written/loose/exact_match", "own_written/loose/exact_match_stderr",
@@ -112,7 +120,7 @@ def test_figures_have_their_filter_and_their_error(include: Path, live: LoadedMo
 def test_the_choice_is_the_models_own(include: Path, live: LoadedModel) -> None:
     """As plain text and without examples: the share of rows whose right word is the likelier one, worked out here."""
     words = {"tasks": "own_choice", "include": str(include), "shots": "0", "chat_template": "false"}
-    found = Tasks.of(words).prepared()(live.model, live.tokenizer, True)
+    found = Tasks.of(words).prepared().measure(live.model, live.tokenizer, False)
 
     def likelihood(text: str, answer: str) -> float:
         start, whole = (live.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, text + answer))

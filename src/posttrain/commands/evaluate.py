@@ -49,10 +49,13 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None
     live, names = load_models(runs, device_here(), of_data)
     sets = [] if asked else _sets(live, settings)
+    chat = bool(asked and asked.chat(live.tokenizer, live.is_chat))
+    if asked:
+        say(asked.line(chat))
     found = {}
     for name in names:
         switch(live, names, name)
-        found[name] = asked(live.model, live.tokenizer, live.is_chat) if asked else _measured(live, sets)
+        found[name] = asked.measure(live.model, live.tokenizer, chat) if asked else _measured(live, sets)
     return found
 
 

@@ -19,8 +19,10 @@ NAMES_CODE = {
     "reward.options.judge.url": ("reward.options.judge.url",),
     "eval.generate.metrics": ("eval.generate.metrics",),
     "eval.generate.options.judge.url": ("eval.generate.options.judge.url",),
+    "eval.harness.include": ("eval.harness.include",),
     "launch.sbatch": ("launch.sbatch",),
 }
+PLACES = ("eval.harness.include",)  # of code, whatever their value looks like
 OURS = ("posttrain.rewards:", "posttrain.rules:")  # functions that come with the package
 # what Hydra may call: its own parts, and the launchers that docs/configuration.md names
 TARGETS = {
@@ -53,7 +55,7 @@ def refuse_own_code(config: dict[str, Any], field: str, instead: str) -> None:
 
 def _running_code(config: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
-    return {key: flat[key] for key in NAMES_CODE if _runs_code(flat.get(key))}
+    return {key: flat[key] for key in NAMES_CODE if (flat.get(key) if key in PLACES else _runs_code(flat.get(key)))}
 
 
 def _runs_code(value: Any) -> bool:

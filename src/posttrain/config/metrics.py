@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ANSWERS = "answers"  # the group of what `eval.generate` scores: rewards, of which more is better
+TASKS = "tasks"  # the group of what lm-eval says of its tasks
+LOWER_OF_TASKS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")  # as it calls them
 Form = Literal["plain", "share", "percent", "count", "small"]
 
 
@@ -95,11 +97,20 @@ _GROUPS = {"train": "training", "eval": "held out", "general": "general text", "
 def metric(name: str) -> Metric:
     """What is known of a figure, by its whole name; of one that nobody has described its own words."""
     group, _, kind = name.rpartition("/")
+    if name.startswith(f"{TASKS}/"):
+        return _of_task(kind)
     if kind in METRICS and group != ANSWERS:
         return METRICS[kind]
     if group == ANSWERS:
         return Metric(kind.replace("_", " ").capitalize(), "score of answers to held-out prompts, by this name", "", 1)
     return Metric(kind.replace("_", " ").capitalize(), "")
+
+
+def _of_task(kind: str) -> Metric:
+    words = kind.removesuffix("_stderr").replace("_", " ").capitalize()
+    if kind.endswith("_stderr"):
+        return Metric(f"{words}, standard error", "over the task's questions")
+    return Metric(words, "of a task of lm-eval", "", -1 if kind in LOWER_OF_TASKS else 1)
 
 
 def title(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where the shipped YAML files lie: inside an installed package, or at the top of a checkout."""
+"""Where the shipped YAML files and pages lie: inside an installed package, or at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def root(kind: str) -> Path:
-    """The directory of "configs" or "recipes"."""
+    """The directory of "configs", "recipes" or "docs"."""
     return next(p for p in (_PACKAGE / kind, _PACKAGE.parents[1] / kind) if p.is_dir())

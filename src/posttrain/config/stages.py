@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SHARED = (
     "accelerator",
+    "help",
     "precision",
     "language",
     "manifest",

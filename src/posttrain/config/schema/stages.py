@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from posttrain.config.fields import Rate, Strict
 from posttrain.config.interfaces import METHODS
+from posttrain.config.metrics import TASKS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
 from posttrain.config.schema.launch import LaunchConfig
@@ -98,6 +99,21 @@ class LanguageStage(Stage):
             raise ValueError("eval.generate.prompts: sharded layers write no answers; say eval.generate.prompts=0")
         if self.eval.generate.prompts and self.train.offload == "layers":
             raise ValueError("eval.generate.prompts: each token would read all layers; say it 0, or train.offload=none")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> LanguageStage:
+        harness, of_tasks = self.eval.harness, (self.train.judged_by or "").startswith(f"{TASKS}/")
+        if not self.eval.tasks:
+            if of_tasks or harness.every or harness.include:
+                raise ValueError("eval.tasks: none is named; give eval.tasks=[gsm8k], say, or leave out what is about them")
+            return self
+        if self.train.fsdp or self.train.offload == "layers":
+            raise ValueError("eval.tasks: lm-eval asks a whole model; say train.fsdp=false train.offload=none, or eval.tasks=[]")
+        if harness.every and self.train.eval_steps is None:
+            raise ValueError("eval.harness.every: it is in evaluations, and there is none; give train.eval_steps")
+        if of_tasks and harness.every != 1:
+            raise ValueError(f"eval.harness.every: {self.train.judged_by} is to be there at each evaluation; say it 1")
         return self
 
     @model_validator(mode="after")

@@ -168,6 +168,17 @@ class GenerateConfig(Strict):
     options: dict[str, dict[str, Any] | None] | None  # of built-in ones, by their names
 
 
+class HarnessConfig(Strict):
+    """`eval.harness`: how `eval.tasks` are asked."""
+
+    every: Positive | None  # evaluations; None: before and after the run alone
+    shots: NonNegative | None  # None: each task's own number
+    limit: Positive | None
+    batch_size: Positive
+    chat_template: Literal["auto"] | StrictBool
+    include: str | None
+
+
 class EvalConfig(Strict):
     """`eval` of language models: sets that are measured before and after a stage."""
 
@@ -175,6 +186,8 @@ class EvalConfig(Strict):
     rows: Positive
     max_length: Annotated[int, Field(ge=8)]
     generate: GenerateConfig
+    tasks: Annotated[list[str], BeforeValidator(listed)]  # of lm-eval, by their names
+    harness: HarnessConfig
 
 
 class RunConfig(Strict):

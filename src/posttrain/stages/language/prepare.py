@@ -42,6 +42,7 @@ from posttrain.stages.language.init import InitSource, find_base, merged_start, 
 from posttrain.stages.language.learning_rate import auto_rate
 from posttrain.stages.language.shapes import check_shapes
 from posttrain.stages.language.summary import lines_of, lines_of_template
+from posttrain.stages.language.tasks import TasksDuring, tasks_during
 from posttrain.stages.spec import spec_of
 from posttrain.stages.steps import Context, Prepared
 
@@ -75,6 +76,7 @@ class PreparedData:
     new_tokens: Sequence[NewToken] = ()
     template: TemplateRecord = field(default=TemplateRecord(rows="none", texts="none"))
     prompts: HeldOutPrompts | None = None
+    tasks: TasksDuring | None = None
 
     def function(self, cfg: LanguageStage, base: str | None = None, adapter: str | None = None) -> str:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
@@ -130,6 +132,7 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     found = PreparedData(
         start, base, opened.tokenizer, opened.encoder.identity, opened.encoder.end_tokens(), data, sets, order, ewc_text,
         opened.new_tokens, template, held_out_prompts(cfg, data.held_out, opened.tokenizer, opened.encoder.end_tokens()),
+        tasks_during(cfg, opened.tokenizer, template.rows == "chat") if context.weights else None,
     )  # fmt: skip
     identity = {
         "data.content": data.content,
@@ -142,6 +145,8 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
     if opened.new_tokens:
         lines.insert(1, line_of(opened.new_tokens, opened.rows))
     lines[-1:-1] = [*spec_of(cfg.stage).lines_of(cfg), *lines_of_parents(cfg, template.rows)]
+    if found.tasks:
+        lines.insert(-1, f"eval.{found.tasks.asking.line(found.tasks.chat)}")
     if cfg.optim.lr != "auto":
         return Prepared(found, identity, order, lines, data.where)
     rate = auto_rate(cfg, order.num_steps, context.processes, resolve(base.path, base.revision, weights=False).directory)

@@ -81,6 +81,8 @@ def train_language(
             keep = keeper(context.directory, done, data.order.num_steps)
             with session.accelerator.autocast():
                 metrics |= data.prompts.measure(cast(PackedLM, session.module), session.processes, keep)
+        if data.tasks:
+            metrics |= data.tasks.during(done, cast(PackedLM, session.module), session)
         return Measured(metrics, rows)
 
     return Training(
@@ -128,9 +130,18 @@ def measure_sets(context: Context, data: PreparedData, session: Session) -> Call
     def measure(after: bool) -> dict[str, float]:
         function = None if after else data.function(context.cfg)
         agree = session.processes.all_say
-        return set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
+        found = set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
+        return found | (data.tasks.at_end(policy_of(session.module), session) if data.tasks else {})
 
     return measure
+
+
+def policy_of(module: Any) -> PackedLM:
+    """The language model among what is trained."""
+    if not hasattr(module, "policy"):
+        return module
+    module.set_role("policy")
+    return module.policy
 
 
 def compare_ends(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from posttrain.losses.advantages import adapted
 from posttrain.rewards import combined
 from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.language.samples import keep_samples
+from posttrain.stages.language.training import policy_of
 from posttrain.stages.ppo.config import Ppo
 from posttrain.stages.ppo.diagnostics import alarms
 from posttrain.stages.ppo.draws import drawn_until_full
@@ -139,7 +140,13 @@ class PpoTraining:
         return ppo_loss(self.cfg, module, batch, self.state.kl_coef)
 
     def measure(self, done: int, check: Callable[[], None]) -> Measured:
-        """Answers to the held-out prompts, always by the same random numbers."""
+        """Answers to the held-out prompts, and tasks of lm-eval where it is their turn."""
+        found, tasks = self._answered(done, check), self.data.tasks
+        asked = tasks.during(done, policy_of(self.session.module), self.session) if tasks else {}
+        return replace(found, metrics=found.metrics | asked)
+
+    def _answered(self, done: int, check: Callable[[], None]) -> Measured:
+        """Of the held-out prompts, always by the same random numbers."""
         examples, size = self.data.data.held_out, self.cfg.train.batch_size
         if not len(examples):
             return Measured()

@@ -16,4 +16,6 @@ class Rm(LanguageStage):
     def _writes_nothing(self) -> Rm:
         if self.eval.generate.prompts or self.eval.generate.metrics:
             raise ValueError("eval.generate: a reward model scores, and writes nothing; leave it out")
+        if self.eval.tasks:
+            raise ValueError("eval.tasks: a reward model scores, and answers no task; leave them out")
         return self
