@@ -121,7 +121,7 @@ def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
         return random_model(options.shape, "none", device, trained=True), method
     method = Lora(
         method="lora",
-        init="default", rank_pattern=None, alpha_pattern=None,
+        init="default", init_rows=64, rank_pattern=None, alpha_pattern=None,
         r=options.rank, alpha=2.0 * options.rank, dropout=0.0, targets="all-linear", dtype="float32",
         lr_factor=1.0, experts=False, router=False,
     )  # fmt: skip

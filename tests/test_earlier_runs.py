@@ -147,6 +147,7 @@ def older(run: Path, *keys: str) -> None:
 
 
 LATER = {"dropout": 0.0, "experts": True, "router": False, "init": "default", "rank_pattern": None, "alpha_pattern": None}
+LATER |= {"init_rows": 64}
 
 
 def test_a_key_that_came_later_has_todays_default(home: Path) -> None:

@@ -76,6 +76,14 @@ def test_full_training_sharded(nursery: Nursery, tmp_path: Path) -> None:
     assert_same(one, run(nursery, "cpt", tmp_path / "two", HALF, SHARDED, processes=2))
 
 
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_first_values_from_rows(nursery: Nursery, init: str, tmp_path: Path) -> None:
+    """Every process begins with the same ones, which one process has too: ranks, and a base without them."""
+    words = ["+peft=lora", "peft.r=4", f"peft.init={init}", "peft.init_rows=8"]
+    one = run(nursery, "sft", tmp_path / "one", "train.batch_size=4", *words)
+    assert_same(one, run(nursery, "sft", tmp_path / "two", "train.batch_size=4", "train.grad_accum=1", *words, processes=2))
+
+
 def test_dpo_on_an_adapter_sharded(nursery: Nursery, parent: Path, tmp_path: Path) -> None:
     """The frozen adapter underneath is sharded too, and the last step leaves one process without a pair of its own."""
     words = ["+peft=lora", f"init={parent}", "data.max_rows=9", "data.eval_rows=1", "train.max_steps=null", "train.epochs=1"]

@@ -73,7 +73,7 @@ def with_lora(model: Any) -> Any:
     seed_step(SEED, 0, 0)
     return add_method(
         model, Lora(method="lora",
-        init="default", rank_pattern=None, alpha_pattern=None, r=4, alpha=8, dropout=0.0, targets="all-linear",
+        init="default", init_rows=64, rank_pattern=None, alpha_pattern=None, r=4, alpha=8, dropout=0.0, targets="all-linear",
         dtype="float32", lr_factor=1, experts=True, router=False)
     )  # fmt: skip
 

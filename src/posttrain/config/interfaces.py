@@ -15,6 +15,13 @@ from typing import Any, ClassVar, Literal, Self
 from posttrain.config.fields import Rate, Strict
 from posttrain.registry import Registry
 
+# what a method's first values can be worked out from, beside the base's weights, and in words
+READS = {
+    "rows": "the run's rows, as they go through its layers",
+    "loss": "the gradient of a loss of single rows",
+    "quantized": "what quantizing the base has lost",
+}
+
 
 class Quantizer(Strict):
     """How a frozen base is kept: `quant=`.
@@ -117,7 +124,9 @@ class Method(Strict):
     rank. writes_base: it changes weights of the base, at its start or in training. can_continue: it can go on with what a run of
     it has left. adds_tokens: it trains rows of the embedding and of the head, those of `model.add_tokens`. own_parts: what the
     names of parameters have in them that it adds to the base's modules. several_rates: not all that it trains has one rate.
-    reads_weight: it computes with a layer's whole weight, which a quantized base must stand for.
+    reads_weight: it computes with a layer's whole weight, which a quantized base must stand for. reads: what its first values are
+    worked out from beside the base, of READS. changes_start: with its first values the model is another than the
+    one that it is put on.
     """
 
     output: ClassVar[Literal["model", "adapter"]] = "adapter"
@@ -133,6 +142,8 @@ class Method(Strict):
     adds_tokens: ClassVar[bool] = False
     several_rates: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    reads: ClassVar[str] = ""
+    changes_start: ClassVar[bool] = False
     own_parts: ClassVar[tuple[str, ...]] = ()
     lr_factor: Rate
 
@@ -142,9 +153,14 @@ class Method(Strict):
         return vars(self)["method"]
 
     @property
+    def named(self) -> str:
+        """Its name, with the setting by which it differs from others of that name."""
+        return self.name
+
+    @property
     def in_words(self) -> str:
         """How it trains, at the end of a sentence."""
-        return f"by {self.name}"
+        return f"by {self.named}"
 
     def check_base(self, quant: Quantizer) -> None:
         """Raises ValueError where it cannot be trained on a base that is kept so."""
@@ -169,6 +185,14 @@ class Method(Strict):
         Raises UserError for targets that match nothing and ranks that do not fit.
         """
         raise NotImplementedError
+
+    def first_values(self, model: Any, given: Any) -> dict[str, Any]:
+        """Tensors by name, with which it begins on a base that it is not yet on. given: what `reads` asks for
+        (models/peft/first_values.py). Raises UserError where there is too little of it."""
+        return {}
+
+    def begin(self, model: Any, values: dict[str, Any]) -> None:
+        """Put them into what `attach` has made."""
 
     def continue_from(self, model: Any, adapter_dir: Path) -> Any:
         """The model with an adapter that a run of it has left, to train on. Raises UserError where that has other settings."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
-from posttrain.errors import UserError, of_all
+from posttrain.errors import UserError, did_you_mean, of_all
 from posttrain.training.optimizers._kind import Instead, Kept, Settings
 
 
@@ -180,8 +180,10 @@ def group_rates(
     for group, rate in (groups or {}).items():
         found = [name for name in trained if _is_of(module, group)(name)]
         if not found:
+            parts = sorted({part for name in trained for part in name.split(".") if not part.isdigit()})
             raise UserError(
-                f"optim.lr_groups: nothing that is trained is of '{group}'; a tied head is the embedding; leave it out"
+                f"optim.lr_groups: nothing that is trained is of '{group}'{did_you_mean(group, parts)}; a tied head is the "
+                "embedding; leave it out"
             )
         ratios |= {name: rate / lr for name in found if name not in ratios}
     return lambda name: ratios.get(name, 1.0) * own(name)

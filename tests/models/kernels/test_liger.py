@@ -73,7 +73,15 @@ def model(dtype: torch.dtype = torch.float32, adapted: bool = False) -> nn.Modul
     return add_method(
         found,
         Lora(
-            method="lora", init="default", rank_pattern=None, alpha_pattern=None, r=4, alpha=8, targets="all-linear", **settings
+            method="lora",
+            init="default",
+            init_rows=64,
+            rank_pattern=None,
+            alpha_pattern=None,
+            r=4,
+            alpha=8,
+            targets="all-linear",
+            **settings,
         ),
     )
 

@@ -81,6 +81,7 @@ def with_opinion(config: Any, lora: bool) -> PackedScorer:
         method = LORA(
             method="lora",
             init="default",
+            init_rows=64,
             rank_pattern=None,
             alpha_pattern=None,
             targets="all-linear",

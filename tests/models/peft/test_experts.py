@@ -33,7 +33,15 @@ def lora(r: int = 4, alpha: float = 8.0, **more: Any) -> Lora:
     return Lora(
         **(
             SAID
-            | {"method": "lora", "init": "default", "rank_pattern": None, "alpha_pattern": None, "r": r, "alpha": alpha}
+            | {
+                "method": "lora",
+                "init": "default",
+                "init_rows": 64,
+                "rank_pattern": None,
+                "alpha_pattern": None,
+                "r": r,
+                "alpha": alpha,
+            }
             | more
         )
     )
@@ -138,7 +146,18 @@ def test_stacked_adapters_on_experts_become_one(name: str, tmp_path: Path) -> No
 def test_rslora_keeps_its_scale_on_experts(tmp_path: Path) -> None:
     base = base_of("qwen3_moe", tmp_path)
     method = RsLora(
-        **(SAID | {"method": "rslora", "init": "default", "rank_pattern": None, "alpha_pattern": None, "r": 4, "alpha": 3.0})
+        **(
+            SAID
+            | {
+                "method": "rslora",
+                "init": "default",
+                "init_rows": 64,
+                "rank_pattern": None,
+                "alpha_pattern": None,
+                "r": 4,
+                "alpha": 3.0,
+            }
+        )
     )
     live = finished(base, tmp_path / "out", method)
     again = PeftModel.from_pretrained(load(base), str(tmp_path / "out"))

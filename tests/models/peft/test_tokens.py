@@ -44,6 +44,7 @@ def lora() -> Any:
     values: dict[str, Any] = {
         "method": "lora",
         "init": "default",
+        "init_rows": 64,
         "rank_pattern": None,
         "alpha_pattern": None,
         "targets": ["q_proj"],

@@ -113,3 +113,39 @@ def test_a_model_whose_tokens_see_later_ones_is_refused_at_load() -> None:
         parameter.data += 0.2 * torch.randn_like(parameter)
     with pytest.raises(UserError, match=r"^model\.name: BertLMHeadModel is not causal: what it says of a token depends on those"):
         PackedLM(model)
+
+
+REWARD = "reward.function=length"
+NOTHING = "optim.lr_groups: nothing that is trained is of "
+
+
+def test_a_group_of_rates_that_nothing_is_of_is_refused_before_the_data(tmp_path: Path, nothing_is_read: None) -> None:
+    asked = ["model=tiny", "peft=lora", "eval.sets=null", "train.max_steps=1", "optim.lr_groups={down_prj: 1e-4}"]
+    for call in (lambda: posttrain.run("sft", *asked, f"run.dir={tmp_path}"), lambda: make_plan("sft", asked)):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value).startswith(f"{NOTHING}'down_prj' - did you mean 'down_proj'?; a tied head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "words", "group", "near"), [("rm", (), "scores", "score"), ("ppo", (REWARD,), "polcy", "policy")]
+)
+def test_so_it_is_where_a_stage_trains_more_than_the_model(stage: str, words: tuple[str, ...], group: str, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_plan(stage, ["model=tiny", "peft=lora", *words, "train.max_steps=1", f"optim.lr_groups={{{group}: 1e-4}}"])
+    assert str(error.value).startswith(f"{NOTHING}'{group}' - did you mean '{near}'?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "words", "group"),
+    [
+        ("rm", ("peft=lora",), "score"),
+        ("ppo", ("peft=lora", REWARD), r"lora_A\.value"),
+        ("ppo", ("peft=none", REWARD), "scorers"),
+        ("sft", ("peft=lora", "model.add_tokens=[zebra]"), "token_adapter"),
+    ],
+)
+def test_a_group_that_something_is_of_is_not(stage: str, words: tuple[str, ...], group: str) -> None:
+    make_plan(stage, ["model=tiny", *words, "train.max_steps=1", f"optim.lr_groups={{{group}: 1e-4}}"])

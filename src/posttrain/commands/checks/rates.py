@@ -82,7 +82,7 @@ def training_step(device: torch.device) -> Figures:
         base: Any = LlamaForCausalLM(config)
     method = Lora(
         method="lora",
-        init="default", rank_pattern=None, alpha_pattern=None,
+        init="default", init_rows=64, rank_pattern=None, alpha_pattern=None,
         r=16, alpha=32.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True,
         router=False,
     )  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
 from posttrain.config.fields import Rate, Strict
-from posttrain.config.interfaces import METHODS
+from posttrain.config.interfaces import METHODS, READS
 from posttrain.config.metrics import TASKS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
@@ -40,10 +40,17 @@ class Stage(Strict):
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
     track: TrackConfig
     full_lr: Rate  # rate of full training; a PEFT method multiplies it by its lr_factor
+    gives: ClassVar[frozenset[str]] = frozenset()  # of what a method may read for its first values (models/peft/starts.py)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Stage:
         self.peft.check_base(self.quant)
+        if self.peft.reads and self.peft.reads not in self.gives:
+            how = f"what is trained by {self.peft.named} begins by {READS[self.peft.reads]}"
+            raise ValueError(f"peft.init: {how}, which {self.stage} does not give; say peft.init=default")
+        if self.peft.reads and self.train.fsdp:
+            why = f"a base that is sharded is not read before it is trained by {self.peft.named}"
+            raise ValueError(f"train.fsdp: {why}; say peft.init=default, or train.fsdp=false")
         self.optim.check(self.peft, self.train.fsdp)
         for key in ("id", "artifacts") if self.tracker == "tensorboard" else ():
             if getattr(self.track, key):
@@ -121,6 +128,8 @@ class LanguageStage(Stage):
         if self.train.offload != "layers":
             return self
         start = "train.offload: layers"
+        if self.peft.reads:
+            raise ValueError(f"{start} are not there when it is trained by {self.peft.named}; say peft.init=default")
         if self.peft.output == "model" or self.peft.writes_base:
             raise ValueError(f"{start} of a frozen base come and go, and it is trained {self.peft.in_words}; use peft=lora")
         if not self.quant.comes_and_goes:
@@ -146,6 +155,8 @@ class LanguageStage(Stage):
 class Guarded(LanguageStage):
     """A stage that can forget, and mind it."""
 
+    gives = frozenset({"rows", "quantized"})
+
     ewc: EwcConfig
     curriculum: CurriculumConfig
     forgetting: ForgettingConfig
@@ -166,6 +177,7 @@ class Guarded(LanguageStage):
 class Conversational(Guarded):
     """A stage that trains on an assistant's answers, whose parts can count differently."""
 
+    gives = frozenset({"rows", "loss", "quantized"})
     cot: CotConfig
     weights: WeightsConfig
 

@@ -93,6 +93,8 @@ class Use(NamedTuple):
             raise UserError(f"{start}, and is trained {method.in_words}: say quant=dequantize, or use another peft=")
         if not self.kept:
             return
+        if method.reads == "quantized":
+            raise UserError(f"{start}, and nothing more is lost that peft.init could make up for; say peft.init=default")
         try:
             method.check_base(self.layers)
         except ValueError:

@@ -117,13 +117,14 @@ class Placed(Adapted):
         """What of a model it goes on; what it leaves out is said. Raises UserError where that is all."""
         from posttrain.console import say
 
-        found = self._found_in(model)
+        found = self.found_in(model)
         if not has_no_weights(model):
             for line in found.left:
                 say(f"peft: {line}")
         return found
 
-    def _found_in(self, model: Any) -> Targets:
+    def found_in(self, model: Any) -> Targets:
+        """As `targets_in`, in silence."""
         from posttrain.models.peft.targets import Limits, targets_of
 
         limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
@@ -131,7 +132,7 @@ class Placed(Adapted):
         return targets_of(model, self.targets, limits)
 
     def record(self, model: Any) -> dict[str, Any]:
-        left = self._found_in(model.get_base_model()).left
+        left = self.found_in(model.get_base_model()).left
         return {"left_out": left} if left else {}
 
     def not_found_again(self, model: Any) -> Callable[[Iterable[str]], set[str]]:

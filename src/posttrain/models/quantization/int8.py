@@ -30,9 +30,11 @@ class Int8(Quantizer):
         return type(layer).__name__ == "Linear8bitLt"
 
     def dequantized(self, layer: Any) -> Any:
-        from peft.utils.integrations import dequantize_module_weight
+        from bitsandbytes.functional import int8_vectorwise_dequant
 
-        return dequantize_module_weight(layer)
+        # peft's function would leave a layer on a CPU without its scales
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return int8_vectorwise_dequant(layer.weight.data, scales.to(layer.weight.device))
 
 
 QUANTIZER = Int8

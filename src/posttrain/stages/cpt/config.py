@@ -6,4 +6,6 @@ from posttrain.config.schema import Guarded
 
 
 class Cpt(Guarded):
-    """Nothing of its own."""
+    """No settings of its own."""
+
+    gives = frozenset({"rows", "loss", "quantized"})

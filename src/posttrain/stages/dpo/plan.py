@@ -6,9 +6,9 @@ from typing import Any
 
 from posttrain.config.schema import LanguageStage
 from posttrain.stages.dpo.loss import loss_of
-from posttrain.stages.language.plan import Extra, unit_tokens
+from posttrain.stages.language.plan import Extra, trained_module, unit_tokens
 
-__all__ = ["extra", "unit_tokens"]
+__all__ = ["extra", "trained_module", "unit_tokens"]
 
 
 def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from posttrain.config.schema import LanguageStage
 from posttrain.devices.device import Device
@@ -31,6 +32,7 @@ from posttrain.training.callbacks import StepCallback
 from posttrain.training.seeding import seed_step
 
 Reader = TypeVar("Reader", bound=PackedLM)
+FirstValues = Callable[[Any], dict[str, Tensor]]  # the bare base -> tensors that what is put on it begins with
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ def build_model(
     device: torch.device,
     scores: bool = False,
     tokens: Sequence[NewToken] = (),
+    values_of: FirstValues | None = None,
 ) -> TrainableModel:
     """Load, quantize, put the method on it, over the start's adapter where there is one, and wrap. scores: as a reward model.
-    tokens: those of `model.add_tokens`.
+    tokens: those of `model.add_tokens`. values_of: None where peft makes them.
 
     Raises UserError for targets that match nothing, or ranks that do not fit.
     """
@@ -69,6 +72,7 @@ def build_model(
     if start.adapter:
         inherit(model, start.adapter)
     give_rows(model, tokens)
+    values = values_of(model) if values_of else {}
     seed_step(cfg.train.seed, 0, 0)  # a new adapter's random half is the run's own
     if start.adapter and start.mode == "continue":
         model = cfg.peft.continue_from(model, start.adapter)
@@ -76,6 +80,8 @@ def build_model(
         if start.adapter and start.mode == "merge":
             model = merge_into(model, start.adapter)
         model = add_method(model, cfg.peft, num_steps)
+        if values:
+            cfg.peft.begin(model, values)
         if start.adapter and start.mode == "stack":
             add_frozen(model, start.adapter)
     stream = LayerStream(streamed, device).start() if streamed else None

@@ -98,8 +98,13 @@ def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
 def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
     """What becomes of an adapter under this stage. parent: its adapter_config.json."""
     asked, method, kind = cfg.chain.mode, cfg.peft.name, require_kind(parent, "init")
-    stackable = cfg.peft.is_additive and is_plain_sum(parent)
+    stackable = cfg.peft.is_additive and is_plain_sum(parent) and not cfg.peft.reads
     mode = ("stack" if stackable else "merge") if asked == "auto" else asked
+    if mode != "merge" and cfg.peft.reads:
+        raise UserError(
+            f"chain.mode: what is trained by {cfg.peft.named} begins by what the bare base computes, without init's adapter; say "
+            "chain.mode=merge"
+        )
     if mode == "stack" and not stackable:
         which = f"peft={method}" if not cfg.peft.is_additive else f"init's {kind.name} adapter"
         raise UserError(f"chain.mode: stack needs changes that are sums, which {which} is not; say chain.mode=merge")

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from posttrain.config.schema import LanguageStage
 from posttrain.data.examples import Examples
+from posttrain.models.language.packed_lm import PackedLM
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,9 @@ def unit_tokens(cfg: LanguageStage, examples: Examples) -> NDArray[np.int64]:
 def extra(cfg: LanguageStage, units: int, parts: dict[str, float], model: Any, base: str) -> Extra:
     """units: of the data. parts: bytes of the policy's own parts. model: transformers' config. base: where the base is."""
     return Extra()
+
+
+def trained_module(cfg: LanguageStage, lm: PackedLM) -> nn.Module:
+    """What the optimizer will see, by the names that `optim.lr_groups` looks for, on the meta device. lm: the language model with
+    its method."""
+    return lm

@@ -83,6 +83,8 @@ class PreparedData:
         adapter: digests of others than the start's."""
         weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
         computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels, cfg.train.packing]
+        if cfg.peft.changes_start:
+            computed.append(cfg.peft.model_dump())
         return content_hash(weights, cfg.quant.model_dump(), *computed, *self.new_tokens)
 
 
@@ -115,7 +117,8 @@ def prepare_language(context: Context) -> Prepared[PreparedData]:
         check_attention(cfg.model.attention, context.device)
         check_offload(cfg.train.offload, context.device)
     opened = open_language(cfg, context.weights)
-    check_shapes(cfg, resolve(opened.start.source, cfg.model.revision, weights=False).directory)
+    base_dir = resolve(opened.start.source, cfg.model.revision, weights=False).directory
+    check_shapes(cfg, base_dir, bool(opened.new_tokens or (opened.start.adapter and size_of(opened.start.adapter))))
     check_checkpoint(cfg, opened.start, opened.base, context.weights)
     sources, own_text = _with_replay(context, opened)
     data = read_mixture(sources, rows_of(cfg), opened.encoder, cfg.example_length, cache_root())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,13 +12,15 @@ from accelerate import Accelerator
 from posttrain.batch import PackedBatch
 from posttrain.console import say
 from posttrain.models.language.architecture import towers
-from posttrain.stages.language.build import TrainableModel, build_model
+from posttrain.stages.language.build import FirstValues, TrainableModel, build_model
+from posttrain.stages.language.first_values import first_values
 from posttrain.stages.language.prepare import PreparedData, prepare_language
 from posttrain.stages.language.recompute import fit_memory, largest_batch
 from posttrain.stages.language.save import save_language
 from posttrain.stages.language.training import MakeReferences, train_language
 from posttrain.stages.steps import Context, Outcome, Prepared, Session, Trainable, Training
 from posttrain.training.objective import Objective
+from posttrain.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class LanguageSteps:
 
     def build(self, context: Context, prepared: Prepared[PreparedData], accelerator: Accelerator) -> Trainable[TrainableModel]:
         """The model with what is trained of it."""
-        model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores)
+        values_of = _values_of(context, prepared.data, self.objective, accelerator)
+        model = build_language(context, prepared.data, prepared.num_steps, self.objective.scores, values_of)
         for line in (*model.module.report.lines, model.module.reading.line):
             if line:
                 say(line)
@@ -58,13 +62,25 @@ class LanguageSteps:
         return save_language(context, prepared.data, built.model, outcome, accelerator, self.objective.scores)
 
 
-def build_language(context: Context, data: PreparedData, num_steps: int, scores: bool) -> TrainableModel:
-    """scores: as a reward model."""
-    built = build_model(context.cfg, data.start, data.base, num_steps, context.device, scores, data.new_tokens)
+def build_language(
+    context: Context, data: PreparedData, num_steps: int, scores: bool, values_of: FirstValues | None = None
+) -> TrainableModel:
+    """scores: as a reward model. values_of: see `build_model`."""
+    start = data.start, data.base, num_steps, context.device
+    built = build_model(context.cfg, *start, scores, data.new_tokens, values_of)
     if frozen := towers(built.module.causal):
         parts = ", ".join(f"{name} ({count:,} parameters)" for name, count in frozen.items())
         say(f"the rows are text: the language model is trained, and {parts} stays as it is")
     return built
+
+
+def _values_of(
+    context: Context, data: PreparedData, objective: Objective[PackedBatch], accelerator: Accelerator
+) -> FirstValues | None:
+    if not context.cfg.peft.reads:
+        return None
+    processes, writes = Processes.of(accelerator), accelerator.is_local_main_process
+    return partial(first_values, context, data, objective, processes, writes)
 
 
 def as_given(data: PreparedData, model: TrainableModel) -> AbstractContextManager[None]:

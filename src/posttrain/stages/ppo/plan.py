@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from posttrain.config.choices import is_reward_function
 from posttrain.data.examples import Examples
+from posttrain.models.language.actor_critic import VALUE, ActorCritic, add_beside
+from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.peft.attach import NEW
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.stages.language.plan import Extra
@@ -34,6 +40,16 @@ def extra(cfg: Ppo, units: int, parts: dict[str, float], model: Any, base: str) 
     trained, total = role_numbers(cfg, parts, model, shared)
     notes = [note] if shared else [note, "of the frozen models beside the policy the parameters are not counted"]
     return Extra({"key-value cache": cache, **roles}, passes, notes, trained, total)
+
+
+def trained_module(cfg: Ppo, lm: PackedLM) -> nn.Module:
+    """With the value model, on the policy's base or as large as it."""
+    scorers = dict[str, PackedScorer]()
+    if cfg.ppo.advantage == "gae":
+        if cfg.peft.is_additive:
+            add_beside(lm.model, NEW, VALUE, getattr(torch, cfg.peft.dtype))  # type: ignore[attr-defined]
+        scorers["value"] = PackedScorer(lm.model, cfg.model.attention, "reference", cfg.train.packing)
+    return ActorCritic(lm, None, scorers, {})
 
 
 def role_numbers(cfg: Ppo, parts: dict[str, float], config: Any, shared: bool) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.config.fields import Rate
 from posttrain.config.interfaces import AdapterKind
 from posttrain.models.peft.base import Targeted, check_same, has_no_weights
-from posttrain.models.peft.methods.lora import LoraKind, lora_config, lora_factors
+from posttrain.models.peft.lora_kind import LoraKind
+from posttrain.models.peft.methods.lora import lora_config, lora_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ class Dora(Targeted):
         return lora_factors(num_steps, self.alpha)
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
-        return lora_config(self, model, task, self.alpha, use_dora=not has_no_weights(model))
+        return lora_config(self, model, self.targets_in(model), task, self.alpha, use_dora=not has_no_weights(model))
 
     def check_continued(self, found: Any) -> None:
         super().check_continued(found)

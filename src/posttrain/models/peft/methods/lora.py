@@ -2,91 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from posttrain.config.fields import Positive, Rate
-from posttrain.config.interfaces import AdapterKind
+from posttrain.config.interfaces import Quantizer
 from posttrain.models.peft.base import Targeted, check_same, has_no_weights
-from posttrain.models.peft.kinds import ROWS, ROWS_END, odd_setting, odd_tensor
-from posttrain.models.peft.starts import STARTS
+from posttrain.models.peft.lora_kind import LORA, matches
+from posttrain.models.peft.starts import STARTS, Start
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
     from posttrain.models.peft.factors import Factors
+    from posttrain.models.peft.targets import Targets
 
 SHORT, ALPHA = 100, 32  # steps below which LoRA's best rate is 15 and not 10 times full training's; alpha of those rates
-UNDERSTOOD = {
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-    "use_dora",
-    ROWS,
-    "target_parameters",
-}
-
-
-class LoraKind(AdapterKind):
-    """A file of A [rank, in] and B [out, rank] of every layer, as all methods leave it whose change is their product."""
-
-    is_sum = True
-    is_added = True
-    merges = True
-
-    def holds(self, config: dict[str, Any]) -> bool:
-        return super().holds(config) and not config.get("use_dora")
-
-    def objection(self, config: dict[str, Any], tensors: Collection[str] = ()) -> str:
-        return odd_setting(config, UNDERSTOOD) or odd_tensor(tensors, self.ends)
-
-    @property
-    def ends(self) -> tuple[str, ...]:
-        """Of the names of a layer's tensors."""
-        return (".lora_A.weight", ".lora_B.weight", ROWS_END)
-
-    def layers(self, tensors: Collection[str]) -> list[str]:
-        return sorted(name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight"))
-
-    def is_zero(self, adapter: Any) -> bool:
-        return not any(bool(adapter.tensors[f"{layer}.lora_B.weight"].any()) for layer in adapter.modules)
-
-    def changed(self, adapter: Any, layer: str, weight: Tensor) -> Tensor:
-        return weight + self.factors(adapter, layer).change()
-
-    def factors(self, adapter: Any, layer: str) -> Factors:
-        """A layer's change as b a, in float32."""
-        from posttrain.models.peft.factors import Factors
-
-        a, b = (adapter.tensors[f"{layer}.lora_{half}.weight"].float() for half in "AB")
-        r = _by_pattern(adapter.config, "rank_pattern", layer) or adapter.config["r"]
-        experts = len(a) // r if adapter.config.get("target_parameters") else 1
-        rank = len(a) // experts
-        alpha = _by_pattern(adapter.config, "alpha_pattern", layer)
-        alpha = adapter.config["lora_alpha"] if alpha is None else alpha
-        return Factors(a, b * (alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)), experts)
-
-
-def _by_pattern(config: dict[str, Any], which: str, layer: str) -> Any:
-    """What an adapter_config.json says of one layer, which may stand there as its weight."""
-    for key, value in (config.get(which) or {}).items():
-        if any(_matches(key, name) for name in (layer, f"{layer}.weight")):
-            return value
-    return None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """As peft has it: the end of a name, from a dot on."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-LORA = LoraKind("lora", "LORA")
 
 
 def lora_factors(num_steps: int, alpha: float) -> dict[str, float]:
@@ -135,40 +67,98 @@ class LoraFamily(SavedAsLora):
     for_ppo = True
     for_fsdp = True
     options: ClassVar[dict[str, Any]] = {}  # of peft's LoraConfig
-    init: Literal["default", "pissa", "olora"]
+    init: Literal["default", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"]
+    init_rows: Positive  # of the run's data, that a start reads which reads such
     rank_pattern: dict[str, Positive] | None  # by a regular expression over the ends of layers' names
     alpha_pattern: dict[str, Rate] | None
 
     @property
-    def writes_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Does its start take a part out of the base?"""
-        return STARTS[self.init].writes_base
+    def start(self) -> Start:
+        """How it begins."""
+        return STARTS[self.init]
 
     @property
-    def _leaves_base(self) -> bool:
+    def writes_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Does its start take a part out of the base?"""
+        return self.start.writes_base
+
+    @property
+    def reads(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What of the run, if anything, its start asks for."""
+        return self.start.reads
+
+    @property
+    def changes_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not where what it begins with is zero, or is taken out of the base."""
+        return not self.start.zero and not self.writes_base
+
+    @property
+    def on_quantized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return not self.writes_base
 
-    can_continue = on_quantized = on_parameters = for_vllm = _leaves_base  # pyright: ignore
+    @property
+    def _as_usual(self) -> bool:
+        return self.start.zero and not self.reads
+
+    can_continue = on_parameters = for_vllm = _as_usual  # pyright: ignore
+
+    @property
+    def least_width(self) -> int:
+        return self.r * self.start.directions
+
+    @property
+    def named(self) -> str:
+        return self.name if self._as_usual or self.name == self.init else f"{self.name} with peft.init={self.init}"
 
     @property
     def in_words(self) -> str:
-        if not self.writes_base:
-            return super().in_words
-        return f"by {self.name}{'' if self.name == self.init else f' with peft.init={self.init}'}, which writes into the base"
+        return super().in_words + (", which writes into the base" if self.writes_base else "")
+
+    def check_base(self, quant: Quantizer) -> None:
+        super().check_base(quant)
+        if self.reads == "quantized" and not quant.is_quantized:
+            raise ValueError(
+                f"peft.init: {self.init} makes up for what quantizing the base has lost, and quant={quant.name}; say quant=nf4, "
+                "or peft.init=default"
+            )
 
     def peft_config(self, model: Any, num_steps: int, task: str | None) -> Any:
-        start = True if has_no_weights(model) else STARTS[self.init].option
-        made = lora_config(self, model, task, self.alpha, init_lora_weights=start, **self.options)
+        start = True if has_no_weights(model) else self.start.option
+        return self._config(model, self.targets_in(model), task, start)
+
+    def _config(self, model: Any, targets: Targets, task: str | None, start: bool | str) -> Any:
+        made = lora_config(self, model, targets, task, self.alpha, init_lora_weights=start, **self.options)
         made.rank_pattern, made.alpha_pattern = self._patterns("rank_pattern", model), self._patterns("alpha_pattern", model)
         return made
+
+    def first_values(self, model: Any, given: Any) -> dict[str, Tensor]:
+        found = self.start.values_of()(model, self._config(model, self.found_in(model), None, True), given)
+        return {name: value.detach().float().cpu().contiguous() for name, value in found.items()}
+
+    def begin(self, model: Any, values: dict[str, Tensor]) -> None:
+        import torch
+
+        from posttrain.models.peft.first_values import put
+
+        put(model, values, self.writes_base, getattr(torch, self.dtype))
+        self._ready(model)
+        if self.writes_base:
+            _remember_start(model)
+
+    def record(self, model: PeftModel) -> dict[str, Any]:
+        from posttrain.models.peft.attach import NEW
+        from posttrain.models.peft.export import lora_layers
+
+        ranks = {name: layer.r[NEW] for name, layer in lora_layers(model).items() if NEW in layer.r}
+        return super().record(model) | ({"ranks": ranks} if self.reads and self.start.zero else {})
 
     def _patterns(self, key: str, model: Any) -> dict[str, Any]:
         """Raises UserError for one that no layer with an adapter matches."""
         from posttrain.errors import UserError, did_you_mean
 
-        patterns, layers = getattr(self, key) or {}, self._found_in(model).layers
+        patterns, layers = getattr(self, key) or {}, self.found_in(model).layers
         for pattern in patterns:
-            if not any(_matches(pattern, name) for name in layers):
+            if not any(matches(pattern, name) for name in layers):
                 near = did_you_mean(pattern, sorted({layer.short for layer in layers.values()}))
                 raise UserError(f"peft.{key}: no layer that gets an adapter is called '{pattern}'{near}")
         return dict(patterns)
@@ -176,7 +166,7 @@ class LoraFamily(SavedAsLora):
     def attach(self, model: Any, num_steps: int, task: str | None) -> Any:
         shapes_alone = has_no_weights(model)
         made = super().attach(model, num_steps, task)
-        if self.writes_base and not shapes_alone:
+        if self.writes_base and not self.reads and not shapes_alone:
             _remember_start(made)
         return made
 
@@ -191,7 +181,7 @@ class LoraFamily(SavedAsLora):
         check_same("alpha", found.lora_alpha / root * asked_root, self.alpha)
 
     def auto_factors(self, num_steps: int) -> dict[str, float]:
-        if self.writes_base:  # B is not zero at the start
+        if not self.start.zero:
             return {}
         return lora_factors(num_steps, self.alpha * (self.r**0.5 if self.options.get("use_rslora") else 1))
 
@@ -239,15 +229,14 @@ class Lora(LoraFamily):
 METHOD = Lora
 
 
-def lora_config(method: Targeted, model: Any, task: str | None, alpha: float, **options: Any) -> Any:
-    """peft's LoraConfig. Raises UserError for targets that match nothing or cannot be trained."""
+def lora_config(method: Targeted, model: Any, targets: Targets, task: str | None, alpha: float, **options: Any) -> Any:
+    """peft's LoraConfig, of what the method goes on of a model."""
     from peft import LoraConfig
 
     from posttrain.console import say
     from posttrain.models.peft.export import whole_number
     from posttrain.models.peft.targets import layer_options
 
-    targets = method.targets_in(model)
     common: dict[str, Any] = layer_options(targets, model) | {"task_type": task, "lora_alpha": whole_number(alpha)}
     dropout = 0.0 if targets.parameters else method.dropout  # which peft has for linear layers alone: see `Targeted.attach`
     if dropout != method.dropout:
