@@ -22,6 +22,7 @@ from posttrain.models.peft.attach import NEW, add_method, load_adapter
 from posttrain.models.peft.export import export_adapter
 from posttrain.models.peft.kinds import is_plain_sum
 from posttrain.models.peft.merge import Adapter
+from posttrain.stages.language.init import chain_mode
 
 MATRICES = SHAPES["llama"] * LAYERS
 IA3 = LAYERS * (D + 2 * KV + D + 2 * FF + FF)  # outputs of all but the MLP's last, whose inputs it scales
@@ -166,14 +167,26 @@ def test_weights_that_are_kept_transposed_are_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oft", "ia3", "shira"])  # multiplied, scaled, and added; all nine by make
-def test_a_run_is_merged_and_not_composed(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_run_of_three_steps_is_merged_and_neither_composed_nor_stacked(name: str, tmp_path: Path) -> None:
     words = ("model=tiny", "train.max_steps=3", "train.batch_size=2", "data.max_rows=20", "data.eval_rows=4", "eval.sets=null")
-    words = (*words, "train.max_length=64", f"peft={name}", "optim.lr=1e-2", f"run.dir={tmp_path / 'run'}")
-    manifest = posttrain.run("sft", *words)
-    assert manifest["trainable"]["trained"] > 0
-    merge_run(tmp_path / "run", tmp_path / "merged", 1e-6)
-    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert config["peft_type"] == name.upper()
+    words = (*words, "train.max_length=64", "train.grad_accum=1", f"peft={name}", "optim.lr=1e-2")
+    manifest = posttrain.run("sft", *words, f"run.dir={tmp_path / 'run'}")
+    figures = manifest["metrics"]
+    assert manifest["trainable"]["trained"] > 0 and abs(figures["eval/loss"] - figures["eval/loss_before"]) > 1e-3
+    merged = merge_run(tmp_path / "run", tmp_path / "merged", 1e-6)
+    assert merged["kept"] == "full" and merged["candidates"]["full"]["top1"] == 1.0
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["peft_type"] == name.upper()
     with pytest.raises(UserError, match=name):
         compose_runs([str(tmp_path / "run"), str(tmp_path / "run")], tmp_path / "sum", None, None)
+    cfg = validate(compose_run("sft", [*words, "chain.mode=stack", "model=tiny"]))
+    with pytest.raises(UserError, match=f"stack needs changes that are sums, which peft={name} is not; say chain.mode=merge"):
+        chain_mode(cfg, adapter)
+    over = validate(compose_run("sft", ["model=tiny", "peft=lora", "chain.mode=stack"]))
+    with pytest.raises(UserError, match=f"which init's {name} adapter is not; say chain.mode=merge"):
+        chain_mode(over, adapter)
+    modes = {
+        mode: chain_mode(validate(compose_run("sft", [*words, f"chain.mode={mode}"])), adapter) for mode in ("auto", "continue")
+    }
+    assert modes == {"auto": "merge", "continue": "continue"}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
-
-from posttrain.config.fields import Positive
+from posttrain.config.fields import Dropout, Positive
 from posttrain.config.interfaces import Method
 
 if TYPE_CHECKING:
@@ -156,15 +154,20 @@ class Placed(Adapted):
         return super()._ready(model)
 
 
-class Targeted(Placed):
-    """With a rank, and dropout of its input."""
+class Ranked(Placed):
+    """With a rank, which is a factor's smaller side: a layer is at least as wide."""
 
     r: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
 
     @property
     def least_width(self) -> int:
         return self.r
+
+
+class Targeted(Ranked):
+    """With dropout of its input, too."""
+
+    dropout: Dropout
 
     def check_continued(self, found: Any) -> None:
         check_same("r", found.r, self.r)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from posttrain.config.fields import Positive, Rate
+from posttrain.config.fields import Dropout, Positive, Rate
+from posttrain.models.peft.base import Ranked
 from posttrain.models.peft.tuners import Tuner, TunerKind
 
 
-class Gralora(Tuner):
+class Gralora(Ranked, Tuner):
     """Blocks of low rank, which together have a high one."""
 
     saves = TunerKind("gralora", "GRALORA", marks="gralora_", still=("gralora_B", 0.0), added=True)
@@ -19,14 +18,9 @@ class Gralora(Tuner):
     config = "GraloraConfig"
     own = {"r": "r", "alpha": "alpha", "k": "gralora_k", "dropout": "gralora_dropout"}  # noqa: RUF012 (a ClassVar, as the base has it)
     method: Literal["gralora"]
-    r: Positive
     alpha: Rate
     k: Positive  # blocks a side
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-
-    @property
-    def least_width(self) -> int:
-        return self.r
+    dropout: Dropout
 
     def misfit(self, size_in: int, size_out: int) -> str:
         return f"peft.k={self.k} does not divide their sides" if size_in % self.k or size_out % self.k else ""

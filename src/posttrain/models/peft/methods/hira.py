@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from posttrain.config.fields import Positive
+from posttrain.config.fields import Dropout
+from posttrain.models.peft.base import Ranked
 from posttrain.models.peft.tuners import Tuner, TunerKind
 
 
-class Hira(Tuner):
+class Hira(Ranked, Tuner):
     """A change of high rank of two factors of low rank: W * (B A)."""
 
     saves = TunerKind("hira", "HIRA", marks="hira_", still=("hira_B", 0.0))
@@ -19,12 +18,7 @@ class Hira(Tuner):
     config = "HiraConfig"
     own = {"r": "r", "dropout": "hira_dropout"}  # noqa: RUF012 (a ClassVar, as the base has it)
     method: Literal["hira"]
-    r: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-
-    @property
-    def least_width(self) -> int:
-        return self.r
+    dropout: Dropout
 
 
 METHOD = Hira

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from posttrain.config.fields import Positive, Rate
+from posttrain.config.fields import Rate
+from posttrain.models.peft.base import Ranked
 from posttrain.models.peft.tuners import Tuner, TunerKind
 
 
-class LoHa(Tuner):
+class LoHa(Ranked, Tuner):
     """(B1 A1) * (B2 A2), of rank up to r squared."""
 
     saves = TunerKind("loha", "LOHA", marks="hada_", still=("hada_w2_b", 0.0), added=True)
@@ -16,12 +17,7 @@ class LoHa(Tuner):
     config = "LoHaConfig"
     own = {"r": "r", "alpha": "alpha"}  # noqa: RUF012 (a ClassVar, as the base has it)
     method: Literal["loha"]
-    r: Positive
     alpha: Rate
-
-    @property
-    def least_width(self) -> int:
-        return self.r
 
 
 METHOD = LoHa

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from posttrain.config.fields import Positive
+from posttrain.config.fields import Dropout
+from posttrain.models.peft.base import Ranked
 from posttrain.models.peft.tuners import Tuner, TunerKind
 
 
-class Miss(Tuner):
+class Miss(Ranked, Tuner):
     """A shard of r rows, repeated over the inputs."""
 
     saves = TunerKind("miss", "MISS", marks="miss_", still=("miss_block", 0.0), added=True)
@@ -19,12 +18,7 @@ class Miss(Tuner):
     config = "MissConfig"
     own = {"r": "r", "dropout": "miss_dropout"}  # noqa: RUF012 (a ClassVar, as the base has it)
     method: Literal["miss"]
-    r: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-
-    @property
-    def least_width(self) -> int:
-        return self.r
+    dropout: Dropout
 
 
 METHOD = Miss
