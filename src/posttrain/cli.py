@@ -250,7 +250,7 @@ def draw_samples(
     _end(command)
 
 
-OUT = Annotated[Path, typer.Option("--out", help="A new directory for the result.")]
+OUT = Annotated[Path, typer.Option("--out", help="A new directory for the result, or an address (s3://...).")]
 
 
 @app.command(rich_help_panel="Chains and results")
@@ -268,27 +268,32 @@ def merge(
     def command() -> None:
         from posttrain.commands.merge import merge_run
         from posttrain.console import say
+        from posttrain.runs.remote import result_at
 
-        merge_run(run, out, max_kl, onto, form)
-        say(f"merged {out}")
+        with result_at(out) as place:
+            merge_run(run, place, max_kl, onto, form)
+            say(f"merged {place}")
 
     _end(command)
 
 
 @app.command("export", rich_help_panel="Chains and results")
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
-    to: Annotated[str, typer.Option("--to", help="hf (a merged model), gguf, ollama or vllm.")],
-    out: Annotated[Path | None, typer.Option("--out", help="A new directory; default: beside the run, as RUN-TO.")] = None,
+    run: Annotated[Path, typer.Argument(help="A finished run: its directory, or its address (s3://...).")],
+    to: Annotated[str, typer.Option("--to", help="hf (a merged model), gguf, ollama, vllm, mlx; of DreamBooth comfyui.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new directory, or an address; default: beside the run, as RUN-TO.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="hf: bf16, f16, f32; gguf, ollama: f16 (default), bf16, f32, q8_0, q4_0, ...")
+        str | None,
+        typer.Option("--dtype", help="hf: bf16, f16, f32, nf4, int8; gguf, ollama: f16, q8_0, q4_0, ...; mlx: bf16, q4, q8, ..."),
     ] = None,
     max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,
 ) -> None:
     """Write a run's result as others take it, read it back and hold it against the live model."""
 
     def command() -> None:
-        from posttrain.commands.export import export_run
+        from posttrain.commands.export.export import export_run
 
         export_run(run, to, out, dtype, max_kl)
 
@@ -324,12 +329,14 @@ def compose_adapters(
     def command() -> None:
         from posttrain.commands.compose import compose_runs
         from posttrain.errors import UserError
+        from posttrain.runs.remote import result_at
 
         try:
             numbers = [float(part) for part in weights.split(",")] if weights else None
         except ValueError:
             raise UserError(f"--weights: '{weights}' is no list of numbers; write 0.5,0.5") from None
-        compose_runs(runs, out, numbers, learn)
+        with result_at(out) as place:
+            compose_runs(runs, place, numbers, learn)
 
     _end(command)
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
-from posttrain.commands.export import export_run
-from posttrain.commands.export_targets import SHAPES, modelfile, serve_command
+from posttrain.commands.export.export import export_run
+from posttrain.commands.export.targets._serving import SHAPES, modelfile, serve_command
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import tiny_tokenizer
 from posttrain.models.language.loading import load_model
+from posttrain.models.peft.merge import Adapter
 from posttrain.runs.artifact import open_artifact
 
 WORDS = (
@@ -61,6 +63,66 @@ def test_hf_is_the_merged_model_in_the_dtype_asked_for(run: Path, tmp_path: Path
     place = export_run(run, "hf", tmp_path / "out", "bf16", 0.05)
     back = AutoModelForCausalLM.from_pretrained(place)
     assert back.dtype == torch.bfloat16 and (place / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_hf_by_bitsandbytes_is_what_plain_transformers_loads(run: Path, tmp_path: Path, dtype: str) -> None:
+    place = export_run(run, "hf", tmp_path / "out", dtype, 1.0)
+    back = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    kinds = {type(layer).__name__ for layer in back.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[dtype] in kinds
+    live = logits(load_model(run).model).log_softmax(-1)
+    kl = (live.exp() * (live - logits(back).float().log_softmax(-1))).sum(-1).mean()
+    figures = json.loads((place / "export.json").read_text())
+    assert 0 < kl < 1.0 and 0 < figures["kl"] < 1.0 and figures["dtype"] == dtype
+    assert AutoTokenizer.from_pretrained(place).chat_template and (place / "generation_config.json").is_file()
+
+
+def mlx_modules() -> Any:
+    return pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'mlx[cpu]' mlx-lm): MLX reads nothing here")
+
+
+def test_mlx_adapter_by_its_keys(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "mlx", tmp_path / "out", None, 0.05)
+    assert sorted(file.name for file in place.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    tensors, config = load_file(place / "adapters.safetensors"), json.loads((place / "adapter_config.json").read_text())
+    assert config["lora_parameters"] | {"keys": None} == {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": None}
+    adapter = Adapter(run / "adapter", "run")
+    assert {f"{name}.lora_{half}" for name in adapter.modules for half in "ab"} == set(tensors)
+    assert {name.split(".", 3)[3] for name in adapter.modules} == set(config["lora_parameters"]["keys"])
+    for name in adapter.modules:
+        change = (tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]).T
+        torch.testing.assert_close(change, adapter.factors(name).change(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_mlx_quantized_is_held_to_the_budget(run: Path, tmp_path: Path) -> None:
+    place = export_run(run, "mlx", tmp_path / "out", "q4", 1.0)
+    config = json.loads((place / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
+    names = load_file(place / "model.safetensors")
+    assert names["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint32
+    assert 0 < json.loads((place / "export.json").read_text())["kl"] < 1.0 and (place / "tokenizer.json").is_file()
+    with pytest.raises(RunError, match=r"the file in q4 is .* more than --max-kl 1e-06; nothing was written"):
+        export_run(run, "mlx", tmp_path / "other", "q4", 1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, "f32", "q4", "q8"])
+def test_mlx_lm_reads_the_same_model(run: Path, tmp_path: Path, dtype: str | None) -> None:
+    mlx_lm = mlx_modules()
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+    place = export_run(run, "mlx", tmp_path / "out", dtype, 1.0)
+    base = open_artifact(run, "run").source
+    model, words = mlx_lm.load(*((base,) if dtype is None else (str(place),)), adapter_path=str(place) if dtype is None else None)
+    found = torch.tensor(model(mx.array(IDS.tolist())).astype(mx.float32).tolist())
+    live = logits(load_model(run).model).log_softmax(-1)
+    kl = (live.exp() * (live - found.log_softmax(-1))).sum(-1).mean()
+    assert abs(kl) < {None: 1e-6, "f32": 1e-6, "q8": 1e-4, "q4": 1e-1}[dtype]
+    assert words.encode("the value of a list") == tiny_tokenizer()("the value of a list").input_ids
 
 
 def test_ollama_gets_template_and_stops(run: Path, tmp_path: Path) -> None:
@@ -131,11 +193,14 @@ def test_vllm_refuses_what_it_would_not_serve(run: Path, tmp_path: Path, change:
 
 
 def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.commands.export.load_model", None)
+    monkeypatch.setattr("posttrain.commands.export.held.load_model", None)
+    monkeypatch.setattr("posttrain.commands.merge.load_model", None)
     for to, dtype, why in (
         ("ggf", None, r"--to: there is no 'ggf'.*gguf"),
         ("gguf", "q4_k_m", "--dtype: there is no 'q4_k_m'.*llama-quantize"),
         ("hf", "q8_0", "--dtype: there is no 'q8_0'"),
+        ("hf", "gptq", "--dtype: there is no 'gptq' here.*GPTQModel makes it of the model that --dtype bf16 writes"),
+        ("comfyui", None, "run: .* is a sft run, of a language model, and --to comfyui is for pictures' models"),
         ("vllm", "f16", "--dtype: there is no 'f16'"),
     ):
         with pytest.raises(UserError, match=why):

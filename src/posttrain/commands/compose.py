@@ -43,6 +43,7 @@ from posttrain.runs.earlier import same_base
 from posttrain.runs.files import scratch_beside, write_json, write_text
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import Base
+from posttrain.runs.remote import here
 
 STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights
 
@@ -64,6 +65,7 @@ def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn
     written, for adapters of different bases, adapters that are no sums, and weights that do not fit.
     """
     runs, factors = parse_sum(words, weights)
+    runs = [Path(here(run, "compose")) for run in runs]
     if learn and (weights or factors != [1.0] * len(runs)):
         raise UserError("--learn: the weights are to be learned, so give none")
     require_empty(out)

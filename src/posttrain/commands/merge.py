@@ -27,6 +27,7 @@ from posttrain.models.peft.merge import Adapter, copy_tokenizer, write_merged
 from posttrain.models.quantization import quantizer_of
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.files import by_umask, scratch_beside, write_json
+from posttrain.runs.remote import here
 
 FIGURES = "merge.json"
 # what --as may be -> how it is written: plain, without a format of the base's checkpoint; same, in it
@@ -40,6 +41,7 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
     nearer to the live model (KL a token, on held-out rows) is kept, or the one that `onto` names. form: of FORMS. Raises
     UserError for what cannot be merged, and RunError, with nothing written, where it is further away than `max_kl` nats.
     """
+    run = Path(here(run, "run"))
     artifact = open_artifact(run, "run").supported()
     if artifact.kind == "model":
         artifact.finished()

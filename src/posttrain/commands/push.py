@@ -17,6 +17,7 @@ from posttrain.models.builtin import offline
 from posttrain.reports.card import hub_name, write_card
 from posttrain.runs.artifact import ADAPTER_CONFIG, Artifact, open_artifact
 from posttrain.runs.manifest import CARD
+from posttrain.runs.remote import here
 from posttrain.secrets import redact
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ def push_run(run: Path, repository: str, update: bool = False, public: bool = Fa
     The token is that of HF_TOKEN or of `hf auth login`. update: where the repository exists already, else it is refused.
     public: whether a new one is. Raises UserError before anything is sent, and RunError for what the hub answers.
     """
+    run = Path(here(run, "run"))
     artifact = open_artifact(run, "run")
     artifact.finished()
     files = _operations(artifact.verified(), run)

@@ -38,6 +38,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import CONFIG, read_config, refuse_secrets
 from posttrain.runs.earlier import NAMED_BY_USER, RENAMED_KEYS
 from posttrain.runs.identity import flatten
+from posttrain.runs.remote import here
 from posttrain.runs.yaml_files import check_aliases
 
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
@@ -221,7 +222,7 @@ def said_words(stage: str, overrides: list[str], config_dir: Path | None = None)
 
 def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """With `init` a finished run, the model is that run's. Raises UserError where the user names another one."""
-    directory = Path(config["init"] or "").expanduser()
+    directory = Path(here(config["init"] or "", "init")).expanduser()
     if not config["init"] or not (directory / CONFIG).is_file():
         return config
     whole = read_config(directory)

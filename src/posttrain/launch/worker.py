@@ -71,14 +71,19 @@ def _needs_launcher(config: dict[str, Any]) -> bool:
 def _run(config: dict[str, Any]) -> dict[str, Any]:
     from posttrain.reports.live import told_of
 
-    run, finished = _open_shared(config) if config["train"]["processes"] > 1 else _open(config)
-    if finished:
-        say(f"{run.dir} is finished already, with this very config: nothing to do")
-        return finished
+    run, manifest = _open_shared(config) if config["train"]["processes"] > 1 else _open(config)
     try:
-        with told_of(run.dir):
-            return _trained(config, run)
+        if manifest:
+            say(f"{run.dir} is finished already, with this very config: nothing to do")
+        else:
+            with told_of(run.dir):
+                manifest = _trained(config, run)
+        if run.mirror:
+            run.mirror.finish()
+        return manifest
     finally:
+        if run.mirror:
+            run.mirror.leave()
         run.close()
 
 
@@ -101,6 +106,11 @@ def _trained(config: dict[str, Any], run: Run) -> dict[str, Any]:
 def _open(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
     """The run's directory, and its manifest where the run is finished."""
     run = open_run(config)
+    if config["run"].get("mirror"):
+        from posttrain.training.mirror import Mirror
+
+        run.mirror = Mirror(config["run"]["mirror"], run)
+        run.mirror.begin()
     return run, read_manifest(run.dir).to_dict() if run.finished else None
 
 

@@ -17,6 +17,7 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.files import PICKLES, sha256
 from posttrain.runs.manifest import MANIFEST, Base, Manifest, Parent, is_finished, read_manifest
+from posttrain.runs.remote import here
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
 HEAD_FILE = "score.safetensors"  # of a reward model for which transformers has no class: its head, and the mark that it is one
@@ -195,11 +196,12 @@ class Artifact:
 
 
 def open_artifact(x: str | Path, field: str) -> Artifact:
-    """x: a run's directory, one with an adapter, a model or a pipeline, a hub id, or a built-in name. field: the config key or
-    argument that it stands in.
+    """x: a run's directory, one with an adapter, a model or a pipeline, the address of one (s3://...), a hub id, or a built-in
+    name. field: the config key or argument that it stands in.
 
     Raises UserError for a directory that is none of these, and for a run that is not finished or whose manifest is damaged.
     """
+    x = here(x, field)
     name, directory = str(x), Path(x).expanduser()
     if not directory.is_dir():
         if not directory.exists() and _can_only_be_a_path(name):

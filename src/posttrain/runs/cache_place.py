@@ -55,6 +55,7 @@ KINDS = {
         Kind("judged", "judged/*", "what a judge has said of answers"),
         Kind("latents", "latents/*", "pictures as latents"),
         Kind("class_images", "class_images/*", "pictures for prior preservation"),
+        Kind("remote", "remote/*", "what was fetched from addresses such as s3://, needed as long as it is used", False),
         Kind("runs", "runs/*", "files of runs whose directory is on another machine"),
     )
 }

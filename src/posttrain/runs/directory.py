@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from filelock import FileLock, Timeout
@@ -24,6 +25,22 @@ MIN_FREE_BYTES = 64 * 2**20
 _SECTIONS = ("model", "data", "train", "optim", "run")
 
 
+class Copy(Protocol):
+    """A copy of a run's directory elsewhere, kept up."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Around each save of a checkpoint."""
+        ...
+
+    def finish(self) -> None:
+        """The run is complete. Raises RunError where the copy cannot be."""
+        ...
+
+    def leave(self) -> None:
+        """The process leaves the run, however it ended."""
+        ...
+
+
 @dataclass
 class Run:
     """An opened run directory, locked for this process until it ends."""
@@ -31,6 +48,7 @@ class Run:
     dir: Path
     config: dict[str, Any]
     lock: FileLock | None = None
+    mirror: Copy | None = None  # in the process that writes the directory
 
     @property
     def checkpoints(self) -> Path:

@@ -61,7 +61,7 @@ def allowed(config: dict[str, Any]) -> list[str]:
     return [keys] if isinstance(keys, str) else list(keys or [])
 
 
-def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: str) -> list[str]:
+def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: str, field: str = "run.dir") -> list[str]:
     """A line for each key that has changed. Raises UserError unless `allow` has it, or a section of it."""
     changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
     lines = [f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed]
@@ -70,7 +70,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], allow: list[str], whose: 
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         allow_it = f"resume.allow={refused[0].split()[0]}"
         raise UserError(
-            f"run.dir: {whose}: {'; '.join(refused[:3])}{more}; give another run.dir, the same settings, or {allow_it}"
+            f"{field}: {whose}: {'; '.join(refused[:3])}{more}; give another {field}, the same settings, or {allow_it}"
         )
     return lines
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -203,6 +204,7 @@ def _loop(
         checkpoints=run.checkpoints,
         stop=stop,
         stop_after=cfg.run.stop_after,
+        saving=run.mirror.saving if run.mirror else nullcontext,
         guard=GuardConfig(cfg.train.skip_nonfinite, cfg.train.spike_mads, cfg.train.spike_steps),
         unit=training.unit,
         where=prepared.where,

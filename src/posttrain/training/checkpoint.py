@@ -316,6 +316,11 @@ def _is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(value.isfinite().all())
 
 
+def steps_in(directory: Path) -> list[int]:
+    """Of the checkpoints there, in order."""
+    return [_step_of(path) for path in reversed(_newest_first(directory))]
+
+
 def _newest_first(directory: Path) -> list[Path]:
     return sorted((p for p in directory.glob("step-*") if _NAME.fullmatch(p.name)), key=_step_of, reverse=True)
 

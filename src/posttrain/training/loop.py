@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, cast
@@ -88,6 +89,7 @@ class Loop(Generic[B]):
     guard: GuardConfig = field(default_factory=GuardConfig)
     judge: Judge | None = None  # of evaluations, where the best of them decides something
     where: Callable[[int], str] = str  # what the number of a row is called
+    saving: Callable[[], AbstractContextManager[None]] = nullcontext  # around each save
     state: TrainState = field(default_factory=TrainState)
     window: Averages = field(default_factory=Averages)  # since the last logged step
 
@@ -416,10 +418,11 @@ class Loop(Generic[B]):
     def _save(self, done: int) -> None:
         method = self.callback.state() if self.callback else {}
         self.state.window, self.state.lines = self.processes.gathered(self.window.state()), self.tracker.lines
-        save_checkpoint(
-            self.checkpoints, done, self.module, self.optimizer, method, self.state.to_dict(),
-            keep=self.config.keep_checkpoints, processes=self.processes, spare=self._spared,
-        )  # fmt: skip
+        with self.saving():
+            save_checkpoint(
+                self.checkpoints, done, self.module, self.optimizer, method, self.state.to_dict(),
+                keep=self.config.keep_checkpoints, processes=self.processes, spare=self._spared,
+            )  # fmt: skip
 
     def _stop_requested(self) -> bool:
         return any(self.processes.gathered(self.stop.requested))

@@ -18,6 +18,7 @@ from tests.evaluation.test_image_similarity import clip_and_dino
 import posttrain
 from posttrain.batch import ImagePart
 from posttrain.commands.compose import compose_runs
+from posttrain.commands.export.export import export_run
 from posttrain.commands.merge import merge_run
 from posttrain.commands.sample import sample
 from posttrain.errors import Stopped, UserError
@@ -79,6 +80,14 @@ def test_a_run_leaves_adapter_samples_page_and_manifest(photos: Path, tmp_path: 
     pipe: Any = DiffusionPipeline.from_pretrained(manifest["base"]["path"])
     pipe.load_lora_weights(str(tmp_path / "run" / "adapter"))
     assert "unet" in pipe.get_list_adapters()
+    place = export_run(tmp_path / "run", "comfyui", None, "f16", 0.05)
+    assert [file.name for file in place.iterdir()] == ["run.safetensors"] and place == tmp_path / "run-comfyui"
+    made, factors = load_file(place / "run.safetensors"), read_factors(tmp_path / "run" / "adapter", "run")["unet"]
+    assert len(made) == 3 * len(factors) and all(name.startswith("lora_unet_") for name in made)
+    layer = next(iter(factors))
+    assert torch.equal(made[f"lora_unet_{layer.replace('.', '_')}.lora_up.weight"], factors[layer].b.half())
+    with pytest.raises(UserError, match=r"is of a diffusion model, which --to gguf does not take; --to comfyui"):
+        export_run(tmp_path / "run", "gguf", None, None, 0.05)
 
 
 def test_full_training_leaves_a_pipeline_to_go_on_from(photos: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from posttrain.config.interfaces import Method
 from posttrain.config.metrics import direction
 from posttrain.config.schema.launch import Launcher
 from posttrain.errors import did_you_mean
+from posttrain.runs.remote import is_address
 
 LEAST_FACTOR = 0.01  # of an optimizer that finds its rate: below it `optim.lr` was meant as a rate
 
@@ -194,9 +195,20 @@ class RunConfig(Strict):
     """`run`: the run's directory, and how a run ends early or rebuilds another."""
 
     dir: str | None
+    mirror: str | None  # an address that has a copy of it, to go on from on another machine
     stop_after: Positive | None  # steps of one start
     reproduces: str | None
     warm: bool
+
+    @model_validator(mode="after")
+    def _trains_on_this_disk(self) -> RunConfig:
+        if self.dir and is_address(self.dir):
+            raise ValueError(
+                f"run.dir: a run writes on this machine; give a directory, and run.mirror={self.dir} for a copy there"
+            )
+        if self.mirror and not is_address(self.mirror):
+            raise ValueError(f"run.mirror: '{self.mirror}' is no address; write s3://BUCKET/DIRECTORY, gs://... or hf://...")
+        return self
 
 
 class TrackConfig(Strict):

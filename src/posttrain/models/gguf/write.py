@@ -13,7 +13,7 @@ from gguf import LlamaFileType as FileType
 from torch import Tensor
 
 from posttrain.console import say
-from posttrain.errors import UserError, did_you_mean
+from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.gguf.vocabulary import Vocabulary
 
@@ -49,15 +49,6 @@ def require_family(config: Any) -> None:
         raise UserError(f"export: no GGUF is written of models with {rope['rope_type']} rope (there are: default, llama3)")
     if getattr(config, "use_sliding_window", False):
         raise UserError("export: no GGUF is written of models with a sliding window; --to hf writes any")
-
-
-def require_dtype(dtype: str, known: Any) -> None:
-    """Raises UserError."""
-    if dtype not in known:
-        instead = "; K-quants are made by llama.cpp's llama-quantize, of a file in f16" if dtype.startswith(("q", "iq")) else ""
-        raise UserError(
-            f"--dtype: there is no '{dtype}'{did_you_mean(dtype, list(known))} (there are: {', '.join(known)}){instead}"
-        )
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def own_pairs(cfg: Rm, path: Path) -> DataConfig:
     of `data`, ranked by `rm.rule`. Raises UserError where the policy is no run that writes."""
     assert cfg.rm.policy and cfg.rm.rule
     rule = load_function(cfg.rm.rule, "rm.rule")
-    directory = Path(cfg.rm.policy).expanduser()
     policy = open_artifact(cfg.rm.policy, "rm.policy")
+    directory = policy.directory or Path(cfg.rm.policy)
     if not policy.is_run or policy.reward_head:
         raise UserError(f"rm.policy: {directory} is no finished run of a model that writes; give an sft, ppo or dpo run")
     if not path.exists():

@@ -1,0 +1,58 @@
+"""What an export target says of itself, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import UserError, did_you_mean
+from posttrain.registry import Registry
+from posttrain.runs.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written. artifact: of a finished run. made: an empty directory for it. max_kl: nats a token that it may be
+    from the live model."""
+
+    artifact: Artifact
+    made: Path
+    dtype: str | None
+    max_kl: float
+
+    @property
+    def run(self) -> Path:
+        """The run's directory."""
+        return Path(self.artifact.name)
+
+    @property
+    def name(self) -> str:
+        """For files and people: the run's."""
+        return self.run.resolve().name
+
+
+@dataclass(frozen=True)
+class Target:
+    """about: what is written, in a line. dtypes: what --dtype may be. write: raises UserError for what can be refused before a
+    weight is loaded. pictures: is it for results of diffusion models? instead: what to do where a dtype is not there; '' for
+    nothing."""
+
+    about: str
+    dtypes: tuple[str, ...]
+    write: Callable[[Request], None]
+    pictures: bool = False
+    instead: Callable[[str], str] = lambda dtype: ""
+
+    def check_dtype(self, dtype: str | None) -> None:
+        """Raises UserError for one that it does not have."""
+        if dtype is None or dtype in self.dtypes:
+            return
+        there = f" (there are: {', '.join(self.dtypes)})" if self.dtypes else ", it takes none"
+        instead = f"; {said}" if (said := self.instead(dtype)) else ""
+        raise UserError(f"--dtype: there is no '{dtype}' here{did_you_mean(dtype, list(self.dtypes))}{there}{instead}")
+
+
+TARGETS: Registry[Target] = Registry(
+    "posttrain.commands.export.targets", "posttrain.export_targets", "TARGET", "export target"
+)  # fmt: skip

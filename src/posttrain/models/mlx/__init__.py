@@ -1,0 +1,1 @@
+"""Weights and adapters as MLX has them, whose reader for language models is mlx-lm."""
