@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from posttrain.config.compose import compose_run
+from posttrain.models.builtin import builtin_directory
 from ranks import Nursery
 
 pytestmark = pytest.mark.slow
@@ -72,8 +75,15 @@ def test_every_launcher(parent: Path, tmp_path: Path, command: list[str], words:
 
 
 def test_full_training_sharded(nursery: Nursery, tmp_path: Path) -> None:
-    one = run(nursery, "cpt", tmp_path / "one", ONE)
-    assert_same(one, run(nursery, "cpt", tmp_path / "two", HALF, SHARDED, processes=2))
+    """Of a base in 16 bits, which is made float32 a layer at a time where it is sharded."""
+    shutil.copytree(builtin_directory("tiny")[0], tmp_path / "base")
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    words = [f"model.name={tmp_path}/base", "model.dtype=float32"]
+    one = run(nursery, "cpt", tmp_path / "one", ONE, *words)
+    two = run(nursery, "cpt", tmp_path / "two", HALF, SHARDED, *words, processes=2)
+    assert_same(one, two)
+    assert {value.dtype for value in result(two).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("init", ["eva", "corda"])

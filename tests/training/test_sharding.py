@@ -1,5 +1,6 @@
 """What is called sharded is: every parameter in parts, and a part of it in each process."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,19 @@ def test_every_parameter_is_in_parts(two: None, capsys: pytest.CaptureFixture[st
     assert set(trainable(found)) == set(trainable(model()))
 
 
+def test_parts_are_float32_where_files_have_fewer_bits(two: None) -> None:
+    """The same numbers; without it they keep their format."""
+    found = model().bfloat16()
+    kept = copy.deepcopy(found)
+    shard(found, list(found[1].children()), CPU, bf16=False, wide=True)
+    for p, before in zip(found.parameters(), kept.parameters(), strict=True):
+        assert isinstance(p, DTensor) and p.dtype == p.to_local().dtype == torch.float32
+        part = p.to_local()
+        assert torch.equal(part, before.float()[: len(part)])
+    narrow = shard(model().bfloat16(), [], CPU, bf16=False)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+
+
 def test_what_stays_whole_is_refused(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.training.sharding.fully_shard", lambda module, **_: module)
     with pytest.raises(RunError, match=r"train.fsdp: 0.weight \(and 5 more\) is not sharded"):
@@ -88,18 +102,20 @@ def own():
 
 dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
 found = [own()]
-model = load_causal(sys.argv[1], None, "bfloat16", "cpu", None, None, "say")
+model = load_causal(sys.argv[1], None, sys.argv[2], "cpu", None, None, "say", None, sys.argv[2] == "float32")
 found.append(own())
 lm = PackedLM(model)
-shard(lm, lm.units, torch.device("cpu"), False)
-print(*found, own())
+shard(lm, lm.units, torch.device("cpu"), False, sys.argv[2] == "float32")
+print(*found, own(), {p.dtype for p in lm.parameters()} == {getattr(torch, sys.argv[2])})
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much of a process's memory is its own")
-def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
-    """Weights that are loaded as they are stored are pages of their file, which the processes of a machine share."""
+@pytest.mark.parametrize(("dtype", "whole"), [("bfloat16", 1), ("float32", 2)])
+def test_no_process_holds_the_whole_model(dtype: str, whole: int, tmp_path: Path) -> None:
+    """Weights that are loaded as they are stored are pages of their file, which the processes of a machine share; float32 ones
+    are made of them a layer at a time. whole: of the bytes of the files."""
     sizes: dict[str, Any] = {
         "vocab_size": 8000,
         "hidden_size": 1024,
@@ -110,8 +126,10 @@ def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16()
     model.save_pretrained(tmp_path)
     weights = sum(p.nbytes for p in model.parameters()) / 2**20
-    ended = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), dtype], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    before, loaded, sharded = (float(word) for word in ended.stdout.split()[-3:])
-    assert weights > 250 and loaded - before < 0.2 * weights
-    assert sharded - before < 0.75 * weights  # a quarter of them, and what the first pass has left in the allocator
+    *sizes_there, cast = ended.stdout.split()[-4:]
+    before, loaded, sharded = map(float, sizes_there)
+    assert weights > 250 and cast == "True" and loaded - before < 0.2 * weights
+    # a quarter of them, and what the first pass, or the cast of the last layer, has left in the allocator
+    assert sharded - before < 0.75 * whole * weights

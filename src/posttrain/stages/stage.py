@@ -144,7 +144,8 @@ def _prepare_module(
     """The module and its optimizer, wrapped by accelerate; sharded before the optimizer sees it."""
     optim, module = cfg.optim, built.module
     if cfg.train.fsdp:
-        module = shard(module, built.module.units, accelerator.device, accelerator.mixed_precision == "bf16")  # pyright: ignore
+        bf16, wide = accelerator.mixed_precision == "bf16", cfg.base_dtype == "float32"
+        module = shard(module, built.module.units, accelerator.device, bf16, wide)  # pyright: ignore
     optimizer, note = make_optimizer(
         optim.name,
         module,

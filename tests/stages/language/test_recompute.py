@@ -1,17 +1,24 @@
 """train.gradient_checkpointing: as many layers as memory asks for, and the same run whatever their number."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import posttrain
+from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.kernels.candidates import peft_differs
+from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import layers_to_keep_dense, layers_to_recompute
 from posttrain.stages.language import recompute
+from posttrain.stages.language.build import build_model
+from posttrain.stages.language.init import find_base, resolve_start
 
 RUN = ("sft", "model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=20", "eval.sets=null")
 
@@ -37,6 +44,20 @@ def trained(tmp_path: Path, name: str, *words: str) -> dict[str, torch.Tensor]:
     found = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
     assert any(bool(value.any()) for key, value in found.items() if "lora_B" in key), "nothing was learned"
     return found
+
+
+def test_of_a_shared_model_a_process_holds_its_part_by_hand() -> None:
+    """Full training of two layers in two processes: 16 bytes a number, of which half; and all of it whole, in float32, once."""
+    cfg: Any = typed_config(compose_run("sft", [*RUN[1:], "train.fsdp=true", "train.processes=2"]))
+    start = resolve_start(cfg)
+    built = build_model(cfg, start, find_base(start, None), 2, torch.device("cpu"))
+    asked = recompute._asked(cfg, built, 48, torch.device("cpu"))
+    numbers = sum(p.numel() for p in built.module.parameters())
+    head = head_bytes(built.module.head.weight, 48, "cpu")
+    assert len(built.module.units) == 2 and asked and asked[0] == 8 * numbers + 4 * numbers + head
+    half = built.module.bfloat16()  # as a base in 16 bits is, until it is sharded
+    again = recompute._asked(cfg, replace(built, module=half), 48, torch.device("cpu"))
+    assert again and again[0] - head_bytes(half.head.weight, 48, "cpu") == 12 * numbers
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from posttrain.errors import UserError, reading
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.checkpoints.held import loading_held, settle_held
 from posttrain.models.checkpoints.part import Wanted, in_part, names_in_model
+from posttrain.models.checkpoints.stored import as_stored, settle_stored
 from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import config_of, model_class
 from posttrain.models.language.completeness import Gaps
@@ -29,16 +30,17 @@ Unexpected = Literal["refuse", "say"]
 
 def load_causal(
     name: str, revision: str | None, dtype: str, device: str, code: str | None, quantization: Loading,
-    unexpected: Unexpected = "refuse", wanted: Wanted | None = None,
+    unexpected: Unexpected = "refuse", wanted: Wanted | None = None, stored: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """Model on `device`, all weights trainable unless quantized; UserError naming the field for what cannot be loaded, and where
     not all weights are in the files.
 
     dtype: float32 | bfloat16 | float16. code: as `may_run_code` takes it. unexpected: what becomes of tensors that the
-    model has no place for. wanted: of weights by their names in the model; the others stay on the meta device.
+    model has no place for. wanted: of weights by their names in the model; the others stay on the meta device. stored: weights
+    that lie plain in their files keep the format that they have there, and are mapped (checkpoints/stored.py).
     """
     source = resolve(name, revision)
-    model, info = _load(source.directory, name, getattr(torch, dtype), device, code, quantization, wanted)
+    model, info = _load(source.directory, name, getattr(torch, dtype), device, code, quantization, wanted, stored)
     Gaps.of(model, info, is_classifier(source.directory)).check(name, unexpected)
     keep_as_quantized(model)
     # a pad token that is also an end token would otherwise get no gradient in the embedding
@@ -67,7 +69,7 @@ def without_values(directory: Path) -> PreTrainedModel | None:
 
 def _load(
     directory: Path, name: str, dtype: torch.dtype, device: str, code: str | None, quantization: Loading,
-    wanted: Wanted | None = None,
+    wanted: Wanted | None = None, stored: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
     """The model, and what transformers says of keys. Raises UserError."""
     before = logging.get_verbosity()
@@ -94,6 +96,10 @@ def _load(
                 _forget_format(config)
                 state = in_part(checkpoint.state(dtype), _targets(directory), wanted)
                 return _of_state(directory, config, code, options | {"state_dict": state})
+            if stored and checkpoint.format is None:
+                found = _of_state(directory, config, code, options | {"state_dict": as_stored(checkpoint.state(None))})
+                settle_stored(found[0])
+                return found
             if checkpoint.format is None and device != "meta":
                 return _of_files(directory, config, code, options)
             _forget_format(config)

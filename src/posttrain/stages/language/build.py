@@ -100,7 +100,9 @@ def load_base(cfg: LanguageStage, start: InitSource, base: BaseInfo, device: tor
     extra = "say" if cfg.model.ignore_unexpected else "refuse"
     load = partial(load_causal, start.source, base.revision, cfg.base_dtype, place, pin_of(cfg.model), config, extra)
     if cfg.train.offload != "layers":
-        return load(), []
+        # float32 is made of what this process keeps of the model alone (see `shard`)
+        stored = cfg.train.fsdp and cfg.base_dtype == "float32" and not start.adapter
+        return load(None, stored), []
     directory = resolve(start.source, base.revision).directory
     names = layer_names(without_values(directory))
     made = [FORM, digest(directory), cfg.base_dtype, cfg.quant.model_dump(exclude={"dense_layers"}), device.type]

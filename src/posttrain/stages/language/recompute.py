@@ -13,6 +13,7 @@ from torch import nn
 
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
+from posttrain.devices.device import Device
 from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
@@ -20,6 +21,7 @@ from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
 from posttrain.stages.language.prepare import PreparedData
+from posttrain.stages.precision import autocast_of
 from posttrain.training.optimizer import optimizer_used, state_bytes
 
 _COUNTED: dict[tuple[Any, ...], float] = {}  # by this process: jobs of a sweep have the same shapes, and counting takes a second
@@ -85,9 +87,26 @@ def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch
         return None
     width = built.module.causal.config.get_text_config().hidden_size
     itemsize = built.dtype.itemsize
-    used, _ = optimizer_used(cfg.optim.name, built.trained, device.type, cfg.train.fsdp)
-    fixed = sum(p.nbytes for p in built.module.parameters() if p.requires_grad) + state_bytes(used, built.module)
+    fixed = _shared(cfg, built) if cfg.train.fsdp else _trained(cfg, built, device)
     return fixed + head_bytes(built.module.head.weight, tokens, device.type), kept - first, float(tokens * width * itemsize)
+
+
+def _trained(cfg: LanguageStage, built: TrainableModel, device: torch.device) -> float:
+    """Gradients and moments; weights are there."""
+    used, _ = optimizer_used(cfg.optim.name, built.trained, device.type, cfg.train.fsdp)
+    return sum(p.nbytes for p in built.module.parameters() if p.requires_grad) + state_bytes(used, built.module)
+
+
+def _shared(cfg: LanguageStage, built: TrainableModel) -> float:
+    """This process's part of weights, which are yet to come here, gradients and AdamW's moments; and what is whole while it is
+    computed: a layer, the next one, and what lies in none. In the format that weights have once they are sharded."""
+    lm, least = built.module, built.dtype.itemsize
+    sizes = {id(p): p.numel() * max(least, p.element_size()) for p in lm.parameters()}
+    trained = sum(sizes[id(p)] for p in {id(p): p for p in lm.parameters()}.values() if p.requires_grad)
+    layers = [sum(sizes[id(p)] for p in unit.parameters()) for unit in lm.units]
+    whole = sum(sizes.values())
+    gathered = (whole - sum(layers) + 2 * max(layers, default=0)) * (0.5 if autocast_of(cfg, Device.here()) == "bf16" else 1.0)
+    return (whole + 3 * trained) / cfg.train.processes + gathered
 
 
 def largest_batch(cfg: LanguageStage, data: PreparedData) -> int:
