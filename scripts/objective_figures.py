@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
@@ -22,16 +22,29 @@ import matplotlib.pyplot as plt
 import posttrain
 from posttrain.runs.manifest import is_finished
 
-TINY = "model=tiny +peft=lora train.max_length=256 train.save_steps=null eval.sets=null train.log_steps=1".split()
+TINY = "model=tiny train.max_length=256 train.save_steps=null eval.sets=null train.log_steps=1".split()
 LOSSES = ("sigmoid", "ipo", "apo_zero", "simpo", "{sigmoid: 0.8, sft: 0.2}")
-POLICIES = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (0, 1)
+LEARNERS = {"grpo": "vowels", "dapo": "vowels", "grpo, a constant reward": "constant"}  # what they are paid for
+LEARNING_SEEDS = (0, 1, 2)
+T95 = 4.303  # Student's t of two degrees of freedom
 Lines = list[dict[str, Any]]
 
 
 def vowel(prompts: list[str], answers: list[str]) -> list[float]:
     """A reward of 0 or 1: is the first letter of an answer a vowel?"""
     return [float(next((c for c in answer.lower() if c.isalpha()), "x") in "aeiou") for answer in answers]
+
+
+def vowels(prompts: list[str], answers: list[str]) -> list[float]:
+    """The share of vowels among the letters of an answer."""
+    letters = [[c for c in answer.lower() if c.isalpha()] for answer in answers]
+    return [sum(c in "aeiou" for c in each) / max(1, len(each)) for each in letters]
+
+
+def constant(prompts: list[str], answers: list[str]) -> list[float]:
+    """The same for every answer."""
+    return [1.0 for _ in answers]
 
 
 def main() -> None:
@@ -58,10 +71,17 @@ def column(lines: Lines, name: str) -> tuple[list[int], list[float]]:
 
 def preference(runs: Path) -> Any:
     """Held-out log-probs of chosen and of rejected answers, by loss, and the share of pairs that are the right way round."""
-    run("sft", runs / "sft", "data=python_questions", "data.max_rows=400", "train.max_steps=60", "optim.lr=1e-2")
+    run("sft", runs / "sft", "+peft=lora", "data=python_questions", "data.max_rows=400", "train.max_steps=60", "optim.lr=1e-2")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for number, loss in enumerate(LOSSES):
-        words = ["data=python_preferences", "data.max_rows=400", "data.eval_rows=64", "train.max_steps=48", "train.batch_size=8"]
+        words = [
+            "+peft=lora",
+            "data=python_preferences",
+            "data.max_rows=400",
+            "data.eval_rows=64",
+            "train.max_steps=48",
+            "train.batch_size=8",
+        ]
         words += ["train.grad_accum=1", "train.eval_steps=6", "optim.lr=2e-3", f"init={runs / 'sft'}", f"dpo.loss={loss}"]
         lines = run("dpo", runs / f"dpo-{number}", *words)
         for axis, name in zip(axes, ("logp_chosen", "logp_rejected", "accuracy"), strict=True):
@@ -75,44 +95,66 @@ def preference(runs: Path) -> Any:
 
 
 OF_RL = (
-    "data=python_questions", "data.max_rows=300", "data.eval_rows=4", "train.max_steps=24", "train.batch_size=4",
+    "+peft=lora", "data=python_questions", "data.max_rows=300", "data.eval_rows=4", "train.max_steps=24", "train.batch_size=4",
     "train.grad_accum=2", "ppo.advantage=grpo", "ppo.samples=4", "ppo.minibatches=2", "ppo.stop_kl=null", "optim.lr=5e-3",
     "rollout.max_new_tokens=8", "reward.function=objective_figures:vowel",
 )  # fmt: skip
 
 
+TO_LEARN = (
+    "data=python_questions", "data.max_rows=400", "data.eval_rows=4", "train.max_steps=40", "train.batch_size=4",
+    "train.grad_accum=2", "ppo.advantage=grpo", "ppo.samples=8", "ppo.minibatches=2", "ppo.stop_kl=null", "optim.lr=5e-4",
+    "rollout.max_new_tokens=12", "reward.gold=objective_figures:vowels",
+)  # fmt: skip
+
+
 def rl(runs: Path) -> Any:
-    """The reward of each loss, and what dynamic sampling does as prompts whose answers are all worth the same become many."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for number, loss in enumerate(POLICIES):
-        for seed in SEEDS:
-            lines = run("ppo", runs / f"{loss}-{seed}", *OF_RL, f"ppo.loss={loss}", f"train.seed={seed}")
-            steps, rewards = column(lines, "train/reward")
-            axes[0].plot(steps, smooth(rewards), color=f"C{number}", linewidth=1.2, label=None if seed else loss)
-            print(f"{loss:<10}seed {seed}: reward {mean(rewards[:4]):.3f} at first, {mean(rewards[-4:]):.3f} at last")
+    """The share of vowels in the answers of who is paid for it and who is not; and what dynamic sampling does as prompts whose
+    answers are all worth the same become many."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    start = runs / "start"  # in full: with LoRA the toy's answers stay those of chance
+    run("sft", start, "data=python_questions", "data.max_rows=400", "train.max_steps=120", "train.batch_size=8", "optim.lr=2e-3")
+    for number, name in enumerate(LEARNERS):
+        learning(runs, f"init={start}", name, f"C{number}", axes[0])
     for dynamic in (False, True):
         for seed in SEEDS:
-            sampled(runs, dynamic, seed, axes[1], axes[2])
-    for axis, title in zip(axes, ("reward, by loss", "reward of dapo", "prompts of 8 that teach"), strict=True):
+            sampled(runs, dynamic, seed, axes[1])
+    for axis, title in zip(axes, ("share of vowels in the answers", "prompts of 8 that teach"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    axes[0].set_ylim(0.3, 1.02)
     return figure
 
 
-def sampled(runs: Path, dynamic: bool, seed: int, reward_axis: Any, taught_axis: Any) -> None:
-    """A run of dapo with or without dynamic sampling: the reward of all that it drew, and how many prompts taught something."""
+def learning(runs: Path, start: str, name: str, color: str, axis: Any) -> None:
+    """What is paid for and reported (the gold check) by step: each seed, their mean, and its 95 % interval."""
+    loss, _, _ = name.partition(",")
+    steps, found = list[int](), list[list[float]]()
+    for seed in LEARNING_SEEDS:
+        words = [f"ppo.loss={loss}", f"reward.function=objective_figures:{LEARNERS[name]}", f"train.seed={seed}"]
+        lines = run("ppo", runs / f"{LEARNERS[name]}-{loss}-{seed}", *TO_LEARN, start, *words)
+        steps, values = column(lines, "train/gold")
+        found.append(smooth(values))
+        axis.plot(steps, found[-1], color=color, linewidth=0.6, alpha=0.6)
+    each = [(mean(some), T95 * stdev(some) / len(some) ** 0.5) for some in zip(*found, strict=True)]
+    axis.plot(steps, [middle for middle, _ in each], color=color, linewidth=2, label=name)
+    axis.fill_between(steps, [m - half for m, half in each], [m + half for m, half in each], color=color, alpha=0.15, linewidth=0)
+    said = ["{:.3f} +- {:.3f}".format(*each[step]) for step in (3, -1)]
+    print(f"{name:<26}{said[0]} in steps 1 to 4, {said[1]} in the last four; " + " ".join(f"{one[-1]:.3f}" for one in found))
+
+
+def sampled(runs: Path, dynamic: bool, seed: int, axis: Any) -> None:
+    """A run of dapo with or without dynamic sampling: how many prompts taught something, and how many it drew."""
     words = ["ppo.loss=dapo", f"train.seed={seed}", f"ppo.dynamic_sampling={str(dynamic).lower()}"]
     lines = run("ppo", runs / f"{'dynamic' if dynamic else 'dapo'}-{seed}", *OF_RL, *words)
-    steps, rewards = column(lines, "train/drawn_reward" if dynamic else "train/reward")
+    steps, _ = column(lines, "train/reward")
     taught = column(lines, "train/prompts_kept")[1] if dynamic else [8 * share for share in column(lines, "train/informative")[1]]
     drawn = sum(column(lines, "train/prompts_drawn")[1]) if dynamic else 8 * len(steps)
     look = {"color": f"C{3 + 3 * dynamic}", "linewidth": 1.2}
     look |= {} if seed else {"label": "dynamic sampling" if dynamic else "as they come"}
-    reward_axis.plot(steps, smooth(rewards), **look)
-    taught_axis.plot(steps, taught, **look)
-    said = f"{'dynamic' if dynamic else 'as they come'}, seed {seed}: reward {mean(rewards[-4:]):.3f} in the last 4 steps"
-    print(f"{said}; {drawn:.0f} prompts drawn, {sum(taught):.0f} taught")
+    axis.plot(steps, taught, **look)
+    print(f"{'dynamic' if dynamic else 'as they come'}, seed {seed}: {drawn:.0f} prompts drawn, {sum(taught):.0f} taught")
 
 
 def smooth(values: list[float]) -> list[float]:
