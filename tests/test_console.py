@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.commands.chat import _Streamer
-from posttrain.console import console, printable, say
+from posttrain.console import Meter, console, printable, say
 from posttrain.errors import UserError
 from posttrain.launch.exit_codes import guarded
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -77,3 +77,24 @@ def test_a_run_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> Non
         say("one")
         say("two")
         assert silenced == [1] and console.quiet
+
+
+def test_the_time_that_is_left_is_known_after_the_first_unit_however_long(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 50 s: 150 s are left after two of five, 110 s within the third after 40 s more; never less than none."""
+    now = [1000.0]
+    monkeypatch.setattr("posttrain.console.time.monotonic", lambda: now[0])
+    meter = Meter("sft", 7, start=2)
+    assert meter.eta(now[0]) == "eta -:--"
+    with meter:
+        for _ in range(2):
+            now[0] += 50
+            meter.advance()
+        assert meter.eta(1100.0) == "eta 2:30" and meter.eta(1140.0) == "eta 1:50" and meter.eta(9999.0) == "eta 0:00"
+        meter.bar.refresh() if meter.bar else None
+    assert "eta 2:30" in terminal.getvalue()
+    meter = Meter("sft", 1000)
+    now[0] += 50
+    meter.advance()
+    assert meter.eta(now[0]) == "eta 13:52:30"

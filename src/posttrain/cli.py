@@ -151,6 +151,21 @@ def report(
     _end(command)
 
 
+@app.command("watch", rich_help_panel="Chains and results")
+def watch_runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that the runs are in.")] = Path("runs"),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of this machine; 0: any that is free.")] = 8421,
+) -> None:
+    """All runs of a folder in the browser, live: a table to sort, pages, comparisons. For this machine only."""
+
+    def command() -> None:
+        from posttrain.commands.watch.watch import watch
+
+        watch(folder, port)
+
+    _end(command)
+
+
 @app.command("eval", rich_help_panel="Chains and results")
 def evaluate(
     words: Annotated[

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from posttrain.secrets import redact
 
@@ -74,14 +75,14 @@ class Meter:
 
     def __init__(self, what: str, total: int | None, start: int = 0) -> None:
         self.what, self.total, self.done, self.start = what, total, start, start
-        self.began = self.spoke = time.monotonic()
+        self.began = self.spoke = self.reached = time.monotonic()
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
     def __enter__(self) -> Meter:
         if is_main() and console.is_terminal:
             columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console)
+            self.bar = Progress(*columns, TimeElapsedColumn(), _Eta(self), console=console)
             self.bar.start()
             self.task = self.bar.add_task(self.what, total=self.total, completed=self.start, note="")
         return self
@@ -92,21 +93,39 @@ class Meter:
 
     def advance(self, note: str = "", by: int = 1) -> None:
         """`by` units of the phase are done; `note` is shown beside the bar."""
+        now = self.reached = time.monotonic()
         self.done += by
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=note)
             return
-        now = time.monotonic()
         if is_main() and (self.done == self.total or now - self.spoke >= QUIET_SECONDS):
             self.spoke = now
-            spent = now - self.began
             if self.total is None:
-                say("  ".join(filter(None, (f"{self.what} {self.done:,}", note, f"in {_clock(spent)}"))))
+                say("  ".join(filter(None, (f"{self.what} {self.done:,}", note, f"in {_clock(now - self.began)}"))))
                 return
-            left = spent / (self.done - self.start) * (self.total - self.done)
-            clock = f"eta {_clock(left)}" if self.done < self.total else f"in {_clock(spent)}"
+            clock = self.eta(now) if self.done < self.total else f"in {_clock(now - self.began)}"
             say("  ".join(filter(None, (f"{self.what} {self.done}/{self.total}", note, clock))))
+
+    def eta(self, now: float) -> str:
+        """The time that what is left will take, by what all units of this start took; it runs down within a long one."""
+        if self.total is None or self.done == self.start:
+            return "eta -:--"
+        each = (self.reached - self.began) / (self.done - self.start)
+        return f"eta {_clock(max(0.0, each * (self.total - self.done) - (now - self.reached)))}"
+
+
+class _Eta(ProgressColumn):
+    """The meter's own estimate: rich's forgets every unit that took longer than half a minute."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def render(self, task: Task) -> Text:
+        """As a column of the bar."""
+        return Text(self.meter.eta(time.monotonic()))
 
 
 def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

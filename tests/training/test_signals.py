@@ -11,7 +11,7 @@ import pytest
 import posttrain
 from posttrain.errors import Stopped
 from posttrain.runs.files import sha256
-from posttrain.training.signals import SIGNALS, caught
+from posttrain.training.signals import SIGNALS, StopSignal, caught, say_at_once
 
 SIZE = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=3", "train.batch_size=2", "data.max_rows=30", "eval.rows=1")
 STAGES = {
@@ -85,3 +85,23 @@ def test_which_signals_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert signal.SIGHUP not in caught()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Within a long step too: the line is there before the step ends, once, and in the process that prints alone."""
+    stop = StopSignal()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C that a launcher hands on as well
+        assert stop.requested
+        assert capfd.readouterr().err == (
+            "stopping: what is begun is finished and saved first; Ctrl-C again ends at once, without it\n"
+        )
+    finally:
+        stop.restore()
+
+
+def test_other_ranks_leave_the_word_to_the_first(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    say_at_once("stopping")
+    assert capfd.readouterr().err == ""

@@ -14,6 +14,7 @@ SHARED = (
     "accelerator",
     "help",
     "precision",
+    "headline",
     "language",
     "manifest",
     "result",

@@ -26,7 +26,7 @@ from posttrain.launch.subprocess_runner import in_group, worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import is_finished, read_manifest
-from posttrain.training.signals import PARENT, StopSignal, forward_to, leave_with_parent, passing_on
+from posttrain.training.signals import PARENT, StopSignal, forward_to, leave_with_parent, passing_on, say_at_once
 
 AT_WORK, STOPPED = ".at_work", "stopped"  # in the sweep's directory: who works on a job, and that no further one begins
 PATIENCE = 120.0  # seconds for a worker of an earlier start
@@ -197,6 +197,8 @@ def _passing_on(folder: Path) -> Generator[StopSignal]:
     folder.mkdir()
 
     def stop_all(_: int) -> None:
+        if not (folder / STOPPED).exists():
+            say_at_once("stopping: the jobs at work finish their step, save and leave; no further one begins")
         (folder / STOPPED).touch()
         others = [int(each.name.rpartition("~")[2]) for each in folder.glob(f"{platform.node()}~*")]
         others = [process for process in others if process != os.getpid()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from posttrain.runs.files import write_text
 from posttrain.runs.identity import flatten
 from posttrain.runs.status import standing
 
+REFRESH = 10  # seconds after which runs that go on are looked at again
 SAMPLES = 8  # prompts whose answers are put side by side
 
 
@@ -22,13 +24,15 @@ def compare_page(run_dirs: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def compare_html(run_dirs: Sequence[Path], path: Path) -> str:
-    """The page that is to be at `path`. Raises UserError for what is no run, or a damaged one."""
+def compare_html(run_dirs: Sequence[Path], path: Path, live: bool = False) -> str:
+    """The page that is to be at `path`. live: it is made anew whenever it is looked at. Raises UserError for what is no run, or a
+    damaged one."""
     with as_written(Path(run_dirs[0]) if len(run_dirs) == 1 else path):
-        return _html([read_record(Path(d)) for d in run_dirs], path)
+        return _html([read_record(Path(d)) for d in run_dirs], path, live)
 
 
-def _html(records: list[Record], path: Path) -> str:
+def _html(records: list[Record], path: Path, live: bool) -> str:
+    goes_on = live and any(standing(record.dir).state == "running" for record in records)
     columns = summary_columns([r.metrics for r in records])
     stages = list(dict.fromkeys(r.config["stage"] for r in records))
     alike = {name for name in columns if len({measured_on(r, name) for r in records if name in r.metrics}) <= 1}
@@ -38,6 +42,7 @@ def _html(records: list[Record], path: Path) -> str:
     differing = [key for key in keys if len({str(f.get(key)) for f in flat}) > 1]
     return render(
         "compare.html",
+        live={"written": int(time.time()), "every": 0, "refresh": REFRESH} if goes_on else None,
         title="runs compared",
         kicker="comparison",
         heading=f"{len(records)} runs",

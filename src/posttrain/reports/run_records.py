@@ -91,10 +91,15 @@ def read_record(directory: Path) -> Record:
     config = read_config(directory)
     found = read_manifest(directory) if is_finished(directory) else None
     try:
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
+        text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
     except OSError as e:
         raise UserError(f"{directory} cannot be read: {e}") from None
-    return Record(directory, config, found, [line for line in map(_line, lines) if line])
+    return Record(directory, config, found, parsed_lines(text))
+
+
+def parsed_lines(text: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole, with today's names."""
+    return [line for line in map(_line, text.splitlines()) if line]
 
 
 def _line(text: str) -> dict[str, Any]:

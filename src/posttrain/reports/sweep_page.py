@@ -81,6 +81,8 @@ def sweep_state(of_jobs: list[str]) -> str:
     for state in ("running", "stopped"):
         if state in of_jobs:
             return state
+    if "to do" in of_jobs:
+        return "unfinished"
     return "failed" if of_jobs and all(state == "failed" for state in of_jobs) else "done"
 
 

@@ -34,6 +34,7 @@ from posttrain.reports.run_page import run_page
 from posttrain.runs.directory import Run
 from posttrain.runs.manifest import MANIFEST
 from posttrain.stages.accelerator import make_accelerator, products_beside_autocast
+from posttrain.stages.headline import headline
 from posttrain.stages.manifest import common_record, show_outcome
 from posttrain.stages.precision import computes_in_float16, settled
 from posttrain.stages.resume import History, agree_on, open_history, order_hash
@@ -84,6 +85,7 @@ def _run(
         prepared = processes.in_turn(lambda: steps.prepare(context))
         agree_on(processes, prepared.identity | {"data.order": order_hash(prepared.order)})
         history = open_history(cfg, run, prepared, processes)
+        say(headline(cfg, prepared.num_steps, prepared.lr, str(context.device), processes.count))
         for line in prepared.lines:
             say(line)
         tracker.begin(cfg.tracker, cfg.track, run.config, history.first_step)

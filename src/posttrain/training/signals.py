@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
+from posttrain.console import is_main
 from posttrain.errors import Stopped
 
 # Slurm sends USR1 before its time limit, submitit USR2, a terminal that is closed HUP
@@ -46,6 +47,13 @@ class Sends(Protocol):
         ...
 
 
+def say_at_once(line: str) -> None:
+    """Tell the user from within a handler, in the process that prints: past the console, which may be in the middle of a line."""
+    if is_main():
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())
+
+
 class StopSignal:
     """Installs handlers. The first signal sets `requested`, or raises Stopped inside of `at_once`; a second one ends the process.
 
@@ -65,6 +73,7 @@ class StopSignal:
             self.requested, self.since = True, time.monotonic()
             if self.leaves:
                 self.check()
+            say_at_once("stopping: what is begun is finished and saved first; Ctrl-C again ends at once, without it")
 
     def check(self) -> None:
         """Leave a phase that has nothing of its own to save. Raises Stopped."""
