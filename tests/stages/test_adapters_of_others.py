@@ -1,6 +1,7 @@
 """An adapter that peft has saved, and no run of ours: whoever takes it computes what peft computes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,5 +75,22 @@ def test_commands_take_it(place: Path) -> None:
     torch.testing.assert_close(
         logits(place, place / "sum" / "adapter"), wanted, atol=1e-4, rtol=0
     )  # the first has learnt nothing
-    with pytest.raises(UserError, match="name a run first"):
-        compose_runs([str(place / "adapter"), str(place / "first")], place / "no", None, None)
+    compose_runs([str(place / "adapter"), str(place / "first")], place / "swapped", None, None)
+    torch.testing.assert_close(logits(place, place / "swapped" / "adapter"), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_sum_of_adapters_none_of_which_is_a_runs(place: Path) -> None:
+    """0.5 A + 0.25 A + 0.25 A is A; and the result is a run's directory to the commands behind it."""
+    wanted = logits(place, place / "adapter")
+    other = shutil.copytree(place / "adapter", place / "second")
+    third = shutil.copytree(place / "adapter", place / "third")
+    names = [str(place / "adapter"), str(other), str(third)]
+    manifest = compose_runs(names, place / "others", [0.5, 0.25, 0.25], None)
+    torch.testing.assert_close(logits(place, place / "others" / "adapter"), wanted, atol=1e-4, rtol=0)
+    assert manifest["stage"] == "compose" and manifest["parents"] == [] and manifest["base"]["digest"]
+    words = [*SMALL[1:], *LORA, f"data.path={place}/rows.jsonl", f"init={place}/others", f"run.dir={place}/on"]
+    assert posttrain.run("sft", *words)["parents"][0]["role"] == "init"
+    torch.testing.assert_close(logits(place, place / "on" / "adapter"), wanted, atol=1e-4, rtol=0)
+    assert len(posttrain.load(str(place / "others"), device="cpu").generate("Say", max_new_tokens=3)) == 1
+    learned = compose_runs(names[:2], place / "learned", None, place / "rows.jsonl")
+    assert len(learned["sum"]) == 2

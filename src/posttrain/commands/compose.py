@@ -20,16 +20,20 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from posttrain.commands.merge import refuse_scorer, require_empty
 from posttrain.commands.sample import compose_pipelines
+from posttrain.config.compose import compose
+from posttrain.config.schema.data import data_defaults
 from posttrain.console import Meter, say
+from posttrain.data.chat.encoder import template_hash
 from posttrain.data.collate import pack
 from posttrain.data.prepare import prepare_set
 from posttrain.errors import UserError
 from posttrain.losses.tokens import token_loss
+from posttrain.models.hub import digest as digest_of
 from posttrain.models.hub import resolve
-from posttrain.models.language.loading import base_digest, load_base
+from posttrain.models.language.loading import LOADED_AS, base_digest, load_base
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, differences, encoder_of, of_file
-from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.models.language.tokenizer import load_tokenizer, write_ends
 from posttrain.models.peft.attach import load_adapter, put_beside
 from posttrain.models.peft.export import write_lora
 from posttrain.models.peft.factors import Factors, joined
@@ -74,9 +78,9 @@ def compose_runs(words: list[str], out: Path, weights: list[float] | None, learn
         if learn:
             raise UserError("--learn: weights of diffusion models' adapters are not learned; give --weights")
         return compose_pipelines(runs, factors, out)
-    parts = [_read(*each) for each in zip(runs, artifacts, strict=True)]
-    if not artifacts[0].is_run:
-        raise UserError(f"compose: {runs[0]} is an adapter of others; name a run first, whose tokenizer and config the sum has")
+    terms = [(_read(run, artifact), factor) for run, artifact, factor in zip(runs, artifacts, factors, strict=True)]
+    terms.sort(key=lambda term: not term[0].artifact.is_run)  # the sum has tokenizer and config of the first
+    parts, factors = [part for part, _ in terms], [factor for _, factor in terms]
     _require_one_base(parts)
     if learn:
         factors = learn_weights(parts, learn)
@@ -142,19 +146,20 @@ def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Fac
 def learn_weights(parts: list[Part], path: Path) -> list[float]:
     """Weights that are best on the rows of `path`: Adam on their token loss from 1/n each, all else frozen."""
     first = parts[0].artifact
+    dtype, kernels = (first.manifest.dtype, first.manifest.kernels.choice) if first.manifest else (LOADED_AS, "auto")
     tokenizer = load_tokenizer(first.tokenizer, None, None, None)
     data = data_of(first, {})
     found = prepare_set(of_file(data, str(path), ROWS), ROWS, encoder_of(first, tokenizer, data), LENGTH)
     if found.kind == "pairs":
         raise UserError(f"--learn: {path} holds pairs; give conversations, completions or text")
     examples = found.examples
-    model: Any = load_adapter(load_base(first, "cpu", first.finished().dtype, True), first.weights)
+    model: Any = load_adapter(load_base(first, "cpu", dtype, True), first.weights)
     names = ["default", *(f"part{i}" for i in range(1, len(parts)))]
     for name, part in zip(names[1:], parts[1:], strict=True):
         put_beside(model, part.artifact.weights, name)
     model.base_model.set_adapter(names)
     model.requires_grad_(False)
-    lm = PackedLM(model, kernels=first.finished().kernels.choice).eval()
+    lm = PackedLM(model, kernels=kernels).eval()
     scales = torch.full((len(parts),), 1 / len(parts), requires_grad=True)
     optimizer = torch.optim.Adam([scales], lr=RATE)
     _scale(model, names, scales)
@@ -210,12 +215,10 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
         made = scratch / "run"
         made.mkdir()
         write_lora(weighted_sum([p.adapter for p in parts], weights), 1.0, made / "adapter", base.path, skeleton, transposed)
-        copy_tokenizer(first.artifact.weights, made / "adapter")
-        config = read_config(first.run)
+        config, record = _as_run(first, made / "adapter")
         write_text(made / CONFIG, yaml.safe_dump(config, sort_keys=False))
         sums = [{"run": str(p.run.resolve()), "weight": w} for p, w in zip(parts, weights, strict=True)]
         write_json(made / "compose.json", {"sum": sums, "learned_on": str(learn) if learn else None})
-        record = first.artifact.finished().to_dict("base", "weights", "tokenizer", "dtype", "quant", "template")
         record |= {"stage": "compose", "parents": [p for part in parts for p in part.artifact.parents("init")], "sum": sums}
         record |= {"peft": {"method": "lora"}, "metrics": {}, "data": [], "steps": 0, "tokens": 0, "seconds": 0.0, "seed": None}
         manifest = Run(made, {**config, "sum": sums}).finish({**record, "digest": digest({"sum": sums})})
@@ -224,6 +227,27 @@ def _write(parts: list[Part], weights: list[float], out: Path, learn: Path | Non
     write_card(out)
     say(f"composed adapter {out / 'adapter'}")
     return manifest.to_dict()
+
+
+def _as_run(part: Part, adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and manifest of the run that the adapter is from, whose tokenizer goes into the directory `adapter`; of one that is
+    from no run what a run would say of it."""
+    artifact = part.artifact
+    if artifact.is_run:
+        copy_tokenizer(artifact.weights, adapter)
+        return read_config(part.run), artifact.finished().to_dict("base", "weights", "tokenizer", "dtype", "quant", "template")
+    base, tokenizer = resolve(artifact.source, None), load_tokenizer(artifact.tokenizer, None, None, None)
+    encoder = encoder_of(artifact, tokenizer, data_of(artifact, {}))
+    tokenizer.save_pretrained(adapter)
+    write_ends(adapter, encoder.end_tokens(), base.directory)
+    config = compose("sft", ["peft=lora", f"model.name={artifact.source}"]) | {"data": data_defaults()}
+    return config, {
+        "base": {"name": artifact.base.name, "path": base.path, "revision": base.revision, "digest": digest_of(base.directory)},
+        "weights": {"kind": "adapter", "path": "adapter"},
+        "tokenizer": {"hash": encoder.identity, "chat_template": template_hash(tokenizer)},
+        "dtype": LOADED_AS,
+        "quant": artifact.quantization,
+    }
 
 
 def _skeleton(base: Base) -> Any:

@@ -45,6 +45,7 @@ def answer(path: str) -> tuple[int, str, bytes]:
 def rendered(name: str) -> str:
     """A page as HTML, its headings with names that links can point at."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(pages()[name].text)
+    body = body.replace("<pre>", '<pre tabindex="0">')  # for who scrolls it by keyboard
     body = re.sub(r'href="([\w./-]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
     return re.sub(r"<(h[1-6])>(.*?)</\1>", lambda m: f'<{m[1]} id="{_slug(m[2])}">{m[2]}</{m[1]}>', body)
 
