@@ -155,15 +155,16 @@ class Artifact:
             raise UserError(f"{self.field}: {self.name} is no finished run (no {MANIFEST})")
         return self.manifest
 
-    def supported(self) -> Artifact:
-        """Itself. Raises UserError for an adapter of others that does not name its base, or is a reward model's."""
+    def supported(self, scores: bool = False) -> Artifact:
+        """Itself. Raises UserError for an adapter of others that does not name its base, or is a reward model's and is not wanted
+        for its scores."""
         if self.kind == "adapter" and not self.is_run:
             if not self.base.path:
                 raise UserError(
                     f"{self.field}: {self.weights / ADAPTER_CONFIG} does not say which base the adapter belongs to; write its "
                     "hub id or directory there, as base_model_name_or_path"
                 )
-            if self.reward_head:
+            if self.reward_head and not scores:
                 raise UserError(
                     f"{self.field}: {self.name} is an adapter of a classifier, and no run of posttrain rm; give such a run"
                 )

@@ -89,13 +89,14 @@ def load_model(
     dtype: str | None = None,
     quantized: bool = True,
     words: Mapping[str, str] | None = None,
+    scores: bool = False,
 ) -> LoadedModel:
     """Load a run directory's result, whose files are checked first, or a bare model (a directory, a hub id, a built-in name).
 
     dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
-    words: see `LoadedModel`; what does not fit is refused before anything is loaded.
+    words: see `LoadedModel`; what does not fit is refused before anything is loaded. scores: it is loaded to be a `scorer`.
     """
-    artifact = open_artifact(run, "run").supported()
+    artifact = open_artifact(run, "run").supported(scores)
     if artifact.is_pipeline:
         raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
     data_of(artifact, words or {})

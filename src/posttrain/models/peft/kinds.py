@@ -14,7 +14,11 @@ WITHOUT_EFFECT = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
-PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian"), "modules_to_save": (["score"],)}
+PLAIN = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+    "modules_to_save": (["score"], ["classifier", "score"]),
+}
 # of rows of the embedding and of the head that are trained beside an adapter (tokens.py): the setting, and the ends of names
 ROWS, ROWS_END = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
 HEAD = "score.weight"  # a reward model's, which a language model is merged without

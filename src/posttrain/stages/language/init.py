@@ -10,6 +10,9 @@ from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.hub import BaseInfo, digest, resolve
+from posttrain.models.language.loading import base_digest
+from posttrain.models.language.reward_model import HEAD, saved_head
+from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
 from posttrain.models.peft.kinds import is_plain_sum, require_kind
 from posttrain.models.peft.merge import merged_directory
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -24,7 +27,7 @@ class InitSource:
 
     tokenizer: where the tokenizer comes from. scorer: where a reward model's head is, if this is one. template: what has rendered
     the rows of the run, where its manifest says it.
-    identity: sha256 of what the adapter adds; the base has its own digest.
+    identity: sha256 of what the adapter adds; the base has its own digest. place: by which it is opened again.
     """
 
     name: str
@@ -37,24 +40,28 @@ class InitSource:
     parents: list[Parent] = field(default_factory=list[Parent])
     scorer: Path | None = None
     template: str | None = None
+    place: str = ""
 
 
 def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str, starts_critic: bool = False) -> InitSource:
     """A reward model's run, given in `field`, as where a scorer begins. starts_critic: a value model begins there too, and is
     trained.
 
-    Raises UserError for anything else, and for one that reads other tokens than the policy writes.
+    One of others is a classifier of transformers, or peft's adapter of one. Raises UserError for anything else, and for one that
+    reads other tokens than the policy writes.
     """
     artifact = open_artifact(run, field)
-    manifest = artifact.manifest
-    if not manifest or not artifact.reward_head:
-        what = f"a {manifest.stage} run" if manifest else "no finished run"
-        raise UserError(f"{field}: {run} is {what}; give what posttrain rm has made")
+    if not artifact.reward_head:
+        what = f"a {artifact.stage} run" if artifact.is_run else "no reward model"
+        raise UserError(f"{field}: {run} is {what}; give what posttrain rm has made, or a classifier with one label")
     artifact.verified()
-    if not manifest.tokenizer or manifest.tokenizer.hash != tokenizer_hash:
+    _check_head(artifact, field)
+    if _tokenizer_hash(artifact) != tokenizer_hash:
         raise UserError(
             f"{field}: {run} has another tokenizer or chat template than the policy; give one made from the same init"
         )
+    if not artifact.is_run:
+        say(f"{field}: {run} is a classifier of others; what it says of an answer is read at the answer's end of turn")
     role = "reward" if field == "init_reward" else "gold"
     if artifact.kind == "model":
         return source_of(artifact, role, "")
@@ -62,18 +69,42 @@ def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str
     stackable = cfg.peft.is_additive and is_plain_sum(adapter)
     if starts_critic and not stackable and (reason := require_kind(adapter, field).objection(adapter)):
         raise UserError(f"{field}: its adapter cannot be merged ({reason}), for the value model to start from; give another")
-    return source_of(artifact, role, "stack" if stackable else "merge")
+    found = source_of(artifact, role, "stack" if stackable else "merge")
+    return found if found.base_digest else replace(found, base_digest=base_digest(artifact))
+
+
+def _check_head(artifact: Artifact, field: str) -> None:
+    """Raises UserError for one that has several scores, or none."""
+    try:
+        labels = len(saved_head(artifact.reward_head or artifact.weights))
+    except KeyError:
+        raise UserError(f"{field}: {artifact.name} has no {HEAD}.weight, a classifier's head; give one that has") from None
+    if labels != 1:
+        raise UserError(
+            f"{field}: {artifact.name} has {labels} labels; give a classifier with one, or reward.function=classifier"
+        )
+
+
+def _tokenizer_hash(artifact: Artifact) -> str:
+    """Of a run as its manifest has it."""
+    if artifact.manifest:
+        return artifact.manifest.tokenizer.hash if artifact.manifest.tokenizer else ""
+    tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
+    return make_encoder(tokenizer, artifact.source, artifact.base.revision).identity
 
 
 def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
     """mode: what becomes of it where it is an adapter."""
     base, parents, head = artifact.base, artifact.parents(role), artifact.reward_head
     told = artifact.manifest.template if artifact.manifest else None
-    template = told.rows if told else None
+    template, place = told.rows if told else None, str(artifact.directory or artifact.name)
     if artifact.kind == "model":
-        return InitSource(base.name, base.path, artifact.tokenizer, parents=parents, scorer=head, template=template)
+        return InitSource(
+            base.name, base.path, artifact.tokenizer, parents=parents, scorer=head, template=template, place=place
+        )  # fmt: skip
     return InitSource(
-        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head, template
+        base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head, template,
+        place,
     )  # fmt: skip
 
 

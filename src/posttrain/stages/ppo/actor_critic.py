@@ -39,7 +39,7 @@ def build_actor_critic(
             scorers[name] = _scorer_on(cfg, policy, start, device)
             scorers[name].score.requires_grad_(False)
         else:
-            scorers[name] = scorer(load_model(start.parents[0].path, str(device))).requires_grad_(False)
+            scorers[name] = scorer(load_model(start.place, str(device), scores=True)).requires_grad_(False)
     if cfg.ppo.advantage == "gae":
         start = starts.get("reward")
         seed_step(cfg.train.seed, 0, 1)
@@ -85,7 +85,8 @@ def _on_this_base(cfg: Ppo, inputs: PreparedData, start: InitSource) -> bool:
         or size_of(start.adapter)
     ):
         return False
-    return open_artifact(start.adapter.parent, "init_reward").quantization == cfg.quant.model_dump()
+    held = open_artifact(start.place, "init_reward")
+    return held.quantization == cfg.quant.model_dump() if held.is_run else not cfg.quant.is_quantized
 
 
 def _scorer_on(cfg: Ppo, policy: PackedLM, start: InitSource | None, device: torch.device) -> PackedScorer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from posttrain.batch import PackedBatch
 from posttrain.config.choices import is_reward_function
 from posttrain.console import say
 from posttrain.errors import UserError
-from posttrain.models.hub import context_length
+from posttrain.models.hub import context_length, digest
 from posttrain.models.language.actor_critic import ActorCritic
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.peft.tokens import size_of
@@ -77,9 +78,12 @@ class PpoSteps:
         functions, gold = _rewards(cfg, language.data, context.main and context.weights)
         starts = _scorers(cfg, language.data.tokenizer_hash, gold is None)
         language = with_parents(language, [parent for start in starts.values() for parent in start.parents])
+        others = {
+            f"{name}.weights": start.identity or digest(Path(start.source)) for name, start in starts.items() if not start.parents
+        }
         data = PpoData(**vars(language.data), functions=functions, gold=gold, starts=starts)
         lines = [*language.lines[:-1], *lines_of_method(cfg), *language.lines[-1:]]
-        return Prepared(data, language.identity, language.order, lines, language.where, language.lr)
+        return Prepared(data, language.identity | others, language.order, lines, language.where, language.lr)
 
     def build(self, context: Context, prepared: Prepared[PpoData], accelerator: Accelerator) -> Trainable[PpoModel]:
         """Policy, reference, value and reward, on one base where they can share it."""
