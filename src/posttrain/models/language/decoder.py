@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ def decoder_of(causal: PreTrainedModel) -> nn.Module:
     # some classes do not say: then the part that has the input embeddings
     embeddings = causal.get_input_embeddings()
     return next((child for child in causal.children() if any(m is embeddings for m in child.modules())), causal)
+
+
+def cache_names(decoder: Any) -> list[str]:
+    """Under which names it takes what it has read: keys and values (`cache` since transformers 5.24) or states."""
+    accepted = inspect.signature(decoder.forward).parameters
+    return [name for name in ("cache", "past_key_values", "cache_params") if name in accepted]
 
 
 def last_hidden(output: Any, parts: list[Any]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -12,7 +11,7 @@ from transformers import Cache, DynamicCache
 
 from posttrain.batch import Segment
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.decoder import decoder_of, last_hidden
+from posttrain.models.language.decoder import cache_names, decoder_of, last_hidden
 from posttrain.models.language.kv_cache import roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
@@ -53,7 +52,7 @@ class _FromPack:
     def __init__(self, lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> None:
         device = lm.causal.device
         self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
-        self.cache = roomy_cache(lm.causal.config)
+        self.cache, self.name = roomy_cache(lm.causal.config), cache_names(self.decoder)[0]
         hidden = _read_prompts(lm, prompts, self.cache)
         self.cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
         self.hidden = hidden.repeat_interleave(samples, 0)
@@ -68,8 +67,8 @@ class _FromPack:
     def grow(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         read = self.decoder(
-            input_ids=tokens, attention_mask=self.mask, position_ids=self.positions[:, None], past_key_values=self.cache,
-            use_cache=True,
+            input_ids=tokens, attention_mask=self.mask, position_ids=self.positions[:, None], use_cache=True,
+            **{self.name: self.cache},
         )  # fmt: skip
         self.positions = self.positions + 1
         return last_hidden(read, self.before_head)[:, -1]
@@ -115,8 +114,7 @@ class _WithoutCache:
 def _cache_keyword(lm: PackedLM) -> str:
     """Under what name the model takes a cache that gives what reading all again gives; '' where none does."""
     if lm.cache_keyword is None:
-        accepted = inspect.signature(decoder_of(lm.causal).forward).parameters
-        names = [name for name in ("past_key_values", "cache_params") if name in accepted]
+        names = cache_names(decoder_of(lm.causal))
         lm.cache_keyword = "" if lm.border else next((name for name in names if _serves(lm, name)), "")
     return lm.cache_keyword
 

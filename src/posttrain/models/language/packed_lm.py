@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs, token_spread
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.decoder import before_head, decoder_of, last_hidden
+from posttrain.models.language.decoder import before_head, cache_names, decoder_of, last_hidden
 from posttrain.models.language.neftune import check_noise, noisy
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.offload.activations import ActivationsAway
@@ -141,7 +141,8 @@ class PackedLM(nn.Module):
             return self._joined(positions, mask, inputs)
         if self.reading.way in OWN or self._beyond_border(mask):
             return self._rows(mask, inputs)
-        return self._packed(positions, mask, inputs, past_key_values=cache, use_cache=cache is not None)
+        kept: dict[str, Any] = {} if cache is None else {cache_names(decoder_of(self.causal))[0]: cache}
+        return self._packed(positions, mask, inputs, **kept, use_cache=cache is not None)
 
     def _run(self, **inputs: Any) -> tuple[Tensor, ...]:
         """Hidden states [tokens, H] of all rows, then the logits [tokens, experts] of each router that is listened to."""
