@@ -41,3 +41,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text())
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not missing
+
+
+def test_every_page_has_its_place_on_the_site() -> None:
+    """mkdocs.yml is the order of the site and of `posttrain docs`: a new page is named there."""
+    from posttrain.commands.docs.pages import pages
+
+    here = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
+    assert here - set(pages()) == set(), "name it in mkdocs.yml"
