@@ -222,3 +222,19 @@ def test_bad_options_are_one_line(name: str, options: dict[str, Any], said: str)
     with pytest.raises(UserError, match=said) as caught:
         load_function(name, "reward.function", {name: options})
     assert "\n" not in str(caught.value)
+
+
+def test_the_right_answer_is_looked_for_row_by_row() -> None:
+    """So what a row earns does not depend on the rows that are asked about beside it."""
+    function = load_function("exact", "reward.function").of_rows({"solution", "answer"}, True, "reward.function")
+    columns = {"solution": ["a", None, None], "answer": ["x", "b", None]}
+    assert function(["p"] * 3, ["a", "b", "c"], ["", "", "c"], columns).tolist() == [1.0, 1.0, 1.0]
+    assert function(["p"], ["c"], ["c"], {}).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["exact", "numeric", "f1", "rouge_l"])
+def test_rows_without_any_right_answer_are_refused(name: str) -> None:
+    function = load_function(name, "reward.function")
+    with pytest.raises(UserError, match=rf"^reward.function: {name} has nothing to compare with: no row .*columns are id, task"):
+        function.of_rows({"task", "id"}, False, "reward.function")
+    assert function.of_rows({"task"}, True, "reward.function") and function.of_rows({"label"}, False, "reward.function")

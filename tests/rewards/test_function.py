@@ -92,7 +92,7 @@ def test_a_function_gets_by_name_what_it_names(tmp_path: Path, monkeypatch: pyte
 
     def called(name: str) -> list[float]:
         function = load_function(f"named_rewards:{name}", "reward.function")
-        function.check(columns, "reward.function")
+        function = function.of_rows(columns, True, "reward.function")
         return function(["p", "q"], ["pa", "x"], ["r", "r"], columns).tolist()
 
     assert called("by_name") == [0.0, 0.0] and called("column") == [2.0, 2.0]
@@ -101,7 +101,7 @@ def test_a_function_gets_by_name_what_it_names(tmp_path: Path, monkeypatch: pyte
     assert by_name(["p", "q"], ["pa", "x"], ["r", "r"], {"solution": ["a", "x"]}).tolist() == [1.0, 0.0]
     assert by_name(["p", "q"], ["pa", "qx"], ["r", "r"], {"solution": ["a", "x"]}).tolist() == [1.0, 1.0]
     with pytest.raises(UserError) as caught:
-        load_function("named_rewards:unknown", "reward.function").check(columns, "reward.function")
+        load_function("named_rewards:unknown", "reward.function").of_rows(columns, True, "reward.function")
     assert str(caught.value) == (
         "reward.function: named_rewards:unknown asks for 'soluton', which is no column of the rows - did you mean 'solution'?; "
         "their columns are id, solution"
@@ -110,6 +110,24 @@ def test_a_function_gets_by_name_what_it_names(tmp_path: Path, monkeypatch: pyte
 
 def asked(call: object, limit: float = 60.0) -> list[float]:
     return RewardFunction("mine:f", call, limit)(["p", "p"], ["a", "b"], ["", ""]).tolist()  # type: ignore[arg-type]
+
+
+def test_answers_whose_rows_lack_a_column_get_none_for_it() -> None:
+    """A step may draw rows of one source alone, whose columns are not those of another."""
+
+    def right(answers: list[str], solution: list[str | None]) -> list[float | None]:
+        return [None if wanted is None else float(wanted == said) for said, wanted in zip(answers, solution, strict=True)]
+
+    function = RewardFunction("mine:right", right).of_rows({"solution"}, False, "reward.function")
+    assert function(["p", "p"], ["a", "b"], ["", ""], {}).isnan().tolist() == [True, True]
+    assert function(["p", "p"], ["a", "b"], ["", ""], {"solution": ["a", "x"]}).tolist() == [1.0, 0.0]
+
+
+def test_a_function_that_is_not_there_has_a_near_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("near_rewards.py").write_text("def brevity(answers): return [0.0] * len(answers)\n")
+    with pytest.raises(UserError, match=r"^reward.function: there is no 'brevty' in near_rewards - did you mean 'brevity'\?$"):
+        load_function("near_rewards:brevty", "reward.function")
 
 
 def test_none_does_not_apply() -> None:

@@ -103,8 +103,7 @@ def generate(words: list[str], wanted: Wanted) -> list[dict[str, Any]]:
     rows = canonical_rows(data, PROMPTS)[wanted.part[0] - 1 :: wanted.part[1]]
     if not rows:
         raise UserError(f"{given[1]}: it has no prompts")
-    for function in functions:
-        _try_out(function, rows)
+    functions = [_tried_out(function, rows) for function in functions]
     model = {"weights": artifact.digest, "base": artifact.base.digest}
     made = [model, wanted.drawing, of_data, reward.model_dump(include={"function", "options", "weights"})]
     answers = Answers(wanted.to, [_key(made, number, row) for number, row in rows])
@@ -156,11 +155,13 @@ def _rewards(settings: dict[str, str]) -> tuple[RewardConfig, list[RewardFunctio
     return reward, [load_function(name, "reward.function", reward.options, reward.timeout) for name in reward.function]
 
 
-def _try_out(function: RewardFunction, rows: list[tuple[int, CanonicalRow]]) -> None:
-    function.check({name for _, row in rows for name in row.get("columns", {})}, "reward.function")
+def _tried_out(function: RewardFunction, rows: list[tuple[int, CanonicalRow]]) -> RewardFunction:
+    columns, answered = {name for _, row in rows for name in row.get("columns", {})}, any(reference_of(row) for _, row in rows)
+    function = function.of_rows(columns, answered, "reward.function")
     some = [row for _, row in rows[:2]]
     known = [reference_of(row) for row in some]
     function.try_out([str(prompt_of(row)[-1]["content"]) for row in some], known, known, _columns(some), "reward.function")
+    return function
 
 
 def _columns(rows: list[CanonicalRow]) -> dict[str, list[Any]]:

@@ -70,7 +70,11 @@ class SumOf(OneOf):
         return {"anyOf": [named, {"type": "object", "additionalProperties": {"type": "number"}}]}
 
     def _checked_sum(self, value: Any) -> Any:
-        if not isinstance(value, dict) or not value:
+        if not isinstance(value, str | dict) or not value:
+            known = self.choices()
+            said = {"such": f"{{{known[0]}: 0.8, {known[-1]}: 0.2}}"}
+            raise PydanticCustomError("sum", "Input should be one name, or several with their weights, as {such}", said)
+        if not isinstance(value, dict):
             return self._checked(str(cast("object", value)))
         weights = cast("dict[Any, Any]", value)
         for name, weight in weights.items():

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class RewardFunction:
     """A function of the user's: lists of prompts and answers as text in, as many numbers out.
 
     It gets by name what it names: prompts, answers (or completions, responses), references, and any column of the rows; all of
-    them with **kwargs. Two arguments of other names at its beginning are prompts and answers.
+    them with **kwargs. Two arguments of other names at its beginning are prompts and answers. columns: of all rows (`of_rows`);
+    it is given None where those that it is asked about lack one.
     """
 
     name: str
     call: Callable[..., Any]
     limit: float = LIMIT
+    columns: frozenset[str] = frozenset()
 
     def __call__(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns | None = None) -> Tensor:
         """float32 [A], not a number where the function says None: it does not apply to that answer.
@@ -54,7 +56,7 @@ class RewardFunction:
     def try_out(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns, field: str) -> None:
         """Ask it once, before a model loads; what it remembers of that is forgotten. Raises UserError, about `field`."""
         try:
-            tried = RewardFunction(self.name, copy.deepcopy(self.call), self.limit)
+            tried = replace(self, call=copy.deepcopy(self.call))
         except Exception:  # it holds what cannot be copied
             tried = self
         try:
@@ -100,7 +102,8 @@ class RewardFunction:
         return torch.tensor(scores)
 
     def _called(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns) -> Any:
-        more = {"prompts": prompts, "completions": answers, "references": references, **columns}
+        lacking: Columns = {name: [None] * len(answers) for name in sorted(self.columns - set(columns))}
+        more = {"prompts": prompts, "completions": answers, "references": references, **columns, **lacking}
         known = more | {"prompts": prompts, "references": references} | dict.fromkeys(ANSWERS, answers)
         placed = [prompts, answers] if self._is_placed else []
         wanted = set(self._names[len(placed) :])
@@ -108,8 +111,12 @@ class RewardFunction:
             wanted |= {name for name in more if name not in self._names[: len(placed)]}
         return self.call(*placed, **{name: known[name] for name in wanted if name in known})
 
-    def check(self, columns: Collection[str], field: str) -> None:
-        """Raises UserError, about `field`, for an argument that is no column of the rows."""
+    def of_rows(self, columns: Collection[str], answered: bool, field: str) -> RewardFunction:
+        """The same, for rows of which some have these columns. answered: has any of them an answer?
+
+        Raises UserError, about `field`, for an argument that is no column of theirs, and for what is built in and finds nothing
+        to compare with.
+        """
         known = {*columns, "prompts", *ANSWERS, "references"}
         needed = [
             p.name for p in self._parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -121,6 +128,9 @@ class RewardFunction:
                     f"{field}: {self.name} asks for '{name}', which is no column of the rows{did_you_mean(name, sorted(known))}; "
                     f"their columns are {have}"
                 )
+        if not answered and (lacks := getattr(self.call, "lacks", lambda columns: "")(columns)):
+            raise UserError(f"{field}: {self.name} {lacks}; their columns are {', '.join(sorted(columns)) or 'none'}")
+        return replace(self, columns=frozenset(columns) - {"prompts", "references", *ANSWERS})
 
     @property
     def _parameters(self) -> list[inspect.Parameter]:
@@ -164,9 +174,15 @@ def load_function(
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # last: it shadows no module
     try:
-        found: Any = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute):
+            there = sorted(key for key, value in vars(module).items() if callable(value))
+            raise UserError(f"{field}: there is no '{attribute}' in {module_name}{did_you_mean(attribute, there)}")
+        found: Any = getattr(module, attribute)
         found = found() if inspect.isclass(found) else found
         inspect.signature(found)
+    except UserError:
+        raise
     except Exception as error:  # whatever the user's module raises
         raise UserError(f"{field}: '{name}' cannot be had ({type(error).__name__}: {error})") from error
     return RewardFunction(name, found, limit)

@@ -62,7 +62,7 @@ def show_outcome(run: Run, manifest: Manifest, page: Path) -> None:
     table = Table("held out", "before", "after")
     for name in sorted(n for n in metrics if f"{n}_before" in metrics):
         table.add_row(title(name), show(name, metrics[f"{name}_before"]), show(name, metrics[name]))
-    if is_main():
+    if is_main() and table.row_count:
         console.print(table)
     if "forgetting/percent" in metrics:
         say(f"forgetting: {metrics['forgetting/percent']:+.2f} % on general text")

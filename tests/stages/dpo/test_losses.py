@@ -10,11 +10,11 @@ import posttrain
 from posttrain.commands.evaluate import evaluate_runs
 from posttrain.commands.plan.plan import make_plan
 from posttrain.commands.preview.preview import make_preview
-from posttrain.config.compose import compose_run
+from posttrain.config.compose import compose_run, validate
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.runs.earlier import as_of_today
-from posttrain.stages.dpo.diagnostics import alarms
+from posttrain.stages.dpo.diagnostics import alarms, line_of_labels
 from posttrain.stages.spec import spec_of
 
 SMALL = ("model=tiny", "+peft=lora", "peft.r=4", "train.max_steps=2", "train.batch_size=2", "data.max_rows=12", "eval.sets=null")
@@ -131,3 +131,18 @@ def test_how_a_step_is_cut_does_not_matter(loss: str, tmp_path: Path) -> None:
         names = ("loss", "grad_norm", "accuracy")
         steps[batch] = [[line[f"train/{name}"] for name in names] for line in lines if "train/loss" in line]
     assert np.array(steps[4]) == pytest.approx(np.array(steps[1]), rel=1e-4) and steps[4][0] != steps[4][-1]
+
+
+@pytest.mark.parametrize("given", ["{}", "[sigmoid,sft]"])
+def test_a_loss_that_is_neither_a_name_nor_weights_is_told_how_to_be(given: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^dpo.loss: input should be one name, or several with their weights, as \{aot: 0.8, sppo_hard: 0.2\}"
+    ):
+        validate(compose_run("dpo", [f"dpo.loss={given}"]))
+
+
+def test_labels_of_one_kind_alone_are_named() -> None:
+    said = "with one kind alone a loss of labels has nothing to tell apart; give rows of both"
+    assert line_of_labels(np.array([1.0, 1.0])) == f"2 good and 0 other answers: {said}"
+    assert line_of_labels(np.array([-1.0])) == f"0 good and 1 other answers: {said}"
+    assert line_of_labels(np.array([1.0, -1.0])) == "1 good and 1 other answers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from posttrain.errors import UserError, did_you_mean
@@ -13,14 +13,29 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"
 _FRACTION = re.compile(r"\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
+class Compares:
+    """A reward that compares with the right answer. column: of the rows, that holds it, or None."""
+
+    column: str | None
+
+    def lacks(self, columns: Collection[str]) -> str:
+        """Of rows with these columns and without answers: '' or that there is nothing to compare with."""
+        if self.column is not None or any(name in columns for name in USUAL):
+            return ""
+        return f"has nothing to compare with: no row has an answer, or one of {', '.join(USUAL)}, or name its column in options"
+
+
 def truths(column: str | None, references: Sequence[str], columns: Mapping[str, Sequence[Any]], name: str) -> list[str | None]:
-    """The right answers: of `column`, else of the first of the USUAL ones that the rows have, else the data's answers."""
+    """The right answers, None where a row has none: what it has in `column`, else in the first of the USUAL ones in which it has
+    something, else the data's answer."""
     if column is not None and column not in columns:
         near, have = did_you_mean(column, list(columns)), ", ".join(columns) or "none"
         raise UserError(f"reward.options.{name}.column: '{column}' is no column of the rows{near}; their columns are {have}")
-    chosen = column or next((each for each in USUAL if each in columns), None)
-    values = columns[chosen] if chosen else references
-    return [None if value is None or str(value) == "" else str(value) for value in values]
+    looked_in = [columns[name] for name in ([column] if column else USUAL) if name in columns]
+    held = [references] if column is None else []
+    return [
+        next((str(each[i]) for each in (*looked_in, *held) if each[i] not in (None, "")), None) for i in range(len(references))
+    ]
 
 
 def final_answer(text: str) -> str:

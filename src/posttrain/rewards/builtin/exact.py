@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from posttrain.rewards.builtin._truth import final_answer, truths
+from posttrain.rewards.builtin._truth import Compares, final_answer, truths
 
 
-class Exact:
+class Exact(Compares):
     """1 where the final answers are the same, 0 where not, None where the row has no right answer.
 
     Args:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.rewards.builtin._truth import final_answer, truths
+from posttrain.rewards.builtin._truth import Compares, final_answer, truths
 from posttrain.rewards.builtin._words import word_f1
 
 
-class F1:
+class F1(Compares):
     """F1 of the words of both final answers, in any order: 0 to 1 (as SQuAD, arXiv 1606.05250, but articles count).
 
     Args:

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.rewards.builtin._truth import truths
+from posttrain.rewards.builtin._truth import Compares, truths
 
 
-class Maths:
+class Maths(Compares):
     """1 where math-verify, which reads LaTeX and asks sympy, finds both equal, 0 where not, None where it cannot read the right
     one.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from posttrain.rewards.builtin._truth import final_answer, number_in, truths
+from posttrain.rewards.builtin._truth import Compares, final_answer, number_in, truths
 
 
-class Numeric:
+class Numeric(Compares):
     """1 where the last number of the final answer is the right one, 0 where not, None where the row has no number.
 
     GSM8K's rows are right as they are: what stands after #### is their final answer.

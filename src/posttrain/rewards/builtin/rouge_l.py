@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.rewards.builtin._truth import truths
+from posttrain.rewards.builtin._truth import Compares, truths
 from posttrain.rewards.builtin._words import f1_of, longest_common, words
 
 
-class RougeL:
+class RougeL(Compares):
     """ROUGE-L (Lin 2004): F1 of the longest sequence of words that both whole texts have in the same order: 0 to 1.
 
     Args:

@@ -29,7 +29,9 @@ def line_of_labels(labels: NDArray[np.floating]) -> str:
     good = int((labels > 0).sum())
     bad = len(labels) - good
     line = f"{good:,} good and {bad:,} other answers"
-    if min(good, bad) and max(good, bad) > 4 / 3 * min(good, bad):  # KTO's section 4.3: within 1 : 1 and 4 : 3
+    if not min(good, bad):
+        return f"{line}: with one kind alone a loss of labels has nothing to tell apart; give rows of both"
+    if max(good, bad) > 4 / 3 * min(good, bad):  # KTO's section 4.3: within 1 : 1 and 4 : 3
         name = "undesirable" if bad < good else "desirable"
         line += f"; dpo.options.{name}_weight={max(good, bad) / min(good, bad):.3g} lets both count alike"
     return line

@@ -75,8 +75,8 @@ def held_out_prompts(cfg: LanguageStage, held_out: Examples, tokenizer: Any, end
         say(f"eval.generate: {len(cut)} prompts, for so many sequences are held out")
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     texts, references = [tokenizer.decode(prompt) for prompt, _ in cut], [decode(answer) for _, answer in cut]
+    functions = [function.of_rows((), True, FIELD) for function in functions]
     for function in functions:
-        function.check((), FIELD)
         function.try_out(texts[:2], references[:2], references[:2], {}, FIELD)
     how = (wanted.temperature, 1.0, 0) if wanted.temperature else (1.0, 1.0, 1)  # 0: the likeliest token
     sampling = Sampling(wanted.max_new_tokens, *how, cfg.train.batch_size, decode=decode)

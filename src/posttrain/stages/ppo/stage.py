@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from posttrain.batch import PackedBatch
@@ -160,8 +161,9 @@ def _rewards(cfg: Ppo, data: PreparedData, tries: bool) -> tuple[list[RewardFunc
     found = [load_function(name, field, options, reward.timeout) for name, field in asked]
     columns = {name for part in data.data.parts for name in (*part.stats.unused, *part.train.columns_of(0))}
     examples, first = data.data.train, list(range(min(2, len(data.data.train))))
+    answered = bool((np.diff(examples.offsets) > examples.splits[:, 0]).any())
+    found = [function.of_rows(columns, answered, field) for function, (_, field) in zip(found, asked, strict=True)]
     for function, (_, field) in zip(found, asked, strict=True):
-        function.check(columns, field)
         if tries:
             prompts, known = texts_of(examples, first, data.tokenizer)
             function.try_out(prompts, known, known, columns_of(examples, first), field)
