@@ -26,6 +26,7 @@ class Hub(BaseHTTPRequestHandler):
     repositories: dict[str, dict[str, bytes]]
     asked: list[tuple[str, Any]]
     refuses = False
+    card = 200  # what the check of cards answers
 
     def answer(self, status: int, content: Any, **headers: str) -> None:
         text = json.dumps(content).encode()
@@ -49,6 +50,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "no"})
         lines = [json.loads(line) for line in body.decode().splitlines()]
         self.asked.append((path, lines))
+        if path == "/api/validate-yaml" and self.card != 200:
+            return self.answer(self.card, {"errors": [{"message": "license must be one of"}]})
         if path == "/api/repos/create":
             name = "/".join(part for part in (lines[0].get("organization"), lines[0]["name"]) if part)
             self.repositories[name] = {}
@@ -136,6 +139,17 @@ def test_refusals_are_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         push_run(run, "me/other")
+
+
+def test_a_card_that_the_hub_does_not_take_is_said_before_anything_is_made(hub: type[Hub], run: Path) -> None:
+    hub.card = 400
+    with pytest.raises(UserError, match=r"the hub does not take the card \(.*license must be one of.*mend .*README.md"):
+        push_run(run, "me/mine")
+    assert not hub.repositories
+    hub.card = 200
+    push_run(run, "me/mine")
+    [checked] = [lines[0]["content"] for path, lines in hub.asked[1:] if path == "/api/validate-yaml"][:1]
+    assert checked == (run / "adapter" / "README.md").read_text()
 
 
 def test_no_network_is_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_the_hub_reads_it_and_figures_are_the_manifest_s(run: Path) -> None:
     metrics = read_manifest(run).metrics
     assert f"| eval/loss | {metrics['eval/loss_before']:.4f} | {metrics['eval/loss']:.4f} | — |" in card.text
     assert f"Forgetting: {metrics['forgetting/percent']:+.2f} %" in card.text
-    assert re.search(r"\| 100\.0% \| \d+ \| \d+ \|", card.text) and "posttrain reproduce mine" in card.text
+    assert re.search(r"\| 100\.0% \| \d+ \| \d+ \| unknown \|", card.text) and "posttrain reproduce mine" in card.text
     assert not re.search(r"(?<![\w.)])/(tmp|root|home)\b", card.text)
 
 
@@ -62,15 +62,21 @@ def test_it_may_be_changed_and_no_digest_knows_it(run: Path) -> None:
 def test_intervals_stand_beside_their_figure_and_paths_are_cut(run: Path, tmp_path: Path) -> None:
     found = json.loads((run / "manifest.json").read_text())
     found["metrics"] = {"eval/accuracy": 0.75, "eval/accuracy_before": 0.5, "eval/accuracy_low": 0.6, "eval/accuracy_high": 0.85}
-    found["data"][0]["source"] = "/home/someone/secret place/rows.jsonl"
+    rows = tmp_path / "secret place" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("")
+    (rows.parent / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    found["data"][0]["source"] = str(rows)
+    found["data"].append({"source": "photos", "pictures": 5})
     (tmp_path / "adapter").mkdir()
     for name in ("adapter_config.json",):
         write_text(tmp_path / "adapter" / name, (run / "adapter" / name).read_text())
     write_text(tmp_path / "config.yaml", (run / "config.yaml").read_text())
     write_text(tmp_path / "manifest.json", json.dumps(found))
     text = write_card(tmp_path).read_text()
-    assert "| eval/accuracy | 50.0% | 75.0% | 60.0% to 85.0% |" in text and "| rows.jsonl | 100.0% |" in text
-    assert "someone" not in text and read_config(tmp_path)["stage"] == "sft"
+    assert "| eval/accuracy | 50.0% | 75.0% | 60.0% to 85.0% |" in text and "| rows.jsonl | 100.0% | 30 |" in text
+    assert "| cc-by-4.0 |\n| photos | — | 5 pictures | — | unknown |" in text
+    assert "secret" not in text and read_config(tmp_path)["stage"] == "sft"
 
 
 def test_names_of_bases() -> None:

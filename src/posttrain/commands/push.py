@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -37,6 +37,7 @@ def push_run(run: Path, repository: str, update: bool = False, public: bool = Fa
     exists = _asked(lambda: api.repo_exists(repository))
     if exists and not update:
         raise UserError(f"push: {repository} exists already; give another name, or --update to write over its files")
+    _check_card(artifact.weights / CARD)
     if not exists:
         _asked(lambda: api.create_repo(repository, private=not public))
         say(f"{repository} made, {'public' if public else 'private'}")
@@ -63,6 +64,20 @@ def _token(repository: str) -> str:
     if not (token := get_token()):
         raise UserError("push: no token for the hub; run `hf auth login`, or set HF_TOKEN to one that may write")
     return token
+
+
+def _check_card(card: Path) -> None:
+    """Raises UserError, before anything is made there, for a card that the hub's own check does not take."""
+
+    def complaint() -> str:
+        try:
+            ModelCard.load(card).validate("model")
+        except ValueError as error:
+            return first_line(error)[:300]
+        return ""
+
+    if said := _asked(complaint):
+        raise UserError(f"push: the hub does not take the card ({redact(said)}); mend {card}")
 
 
 def _operations(artifact: Artifact, run: Path) -> list[CommitOperationAdd]:

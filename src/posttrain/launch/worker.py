@@ -106,11 +106,15 @@ def _trained(config: dict[str, Any], run: Run) -> dict[str, Any]:
 def _open(config: dict[str, Any]) -> tuple[Run, dict[str, Any] | None]:
     """The run's directory, and its manifest where the run is finished."""
     run = open_run(config)
-    if config["run"].get("mirror"):
+    if address := config["run"].get("mirror"):
         from posttrain.training.mirror import Mirror
 
-        run.mirror = Mirror(config["run"]["mirror"], run)
-        run.mirror.begin()
+        try:
+            run.mirror = Mirror(address, run)
+            run.mirror.begin()
+        except BaseException:
+            run.close()
+            raise
     return run, read_manifest(run.dir).to_dict() if run.finished else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, RepoCard, try_to_load_from_cache
 
 from posttrain.config.metrics import direction, show
 from posttrain.models.builtin import BUILTIN, HUB_ID
@@ -81,11 +81,34 @@ def _head(manifest: Manifest) -> ModelCardData:
 
 def _license(base: Base) -> str:
     """As the base's own card says it, where that lies beside it; else the hub's word for one that it does not know."""
-    card = Path(base.path) / CARD
+    if Path(base.path).is_dir():
+        return _said_by(Path(base.path) / CARD)
+    return _said_by(_cached_card(hub_name(base) or "", "model", base.revision))
+
+
+def _license_of_data(source: str) -> str:
+    """As the card says it that lies beside the rows, or was fetched with them from the hub."""
+    place = Path(source).expanduser()
+    if place.exists():
+        return _said_by((place if place.is_dir() else place.parent) / CARD)
+    return _said_by(_cached_card(source, "dataset", None))
+
+
+def _cached_card(name: str, kind: str, revision: str | None) -> Path | None:
+    """Of a repository of the hub, where it is on this disk."""
+    if not _HUB.fullmatch(name):
+        return None
+    found = try_to_load_from_cache(name, CARD, repo_type=kind, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _said_by(card: Path | None) -> str:
     try:
-        return str((ModelCard.load(card).data.to_dict() if card.is_file() else {}).get("license") or "unknown")
-    except (OSError, ValueError):
+        found = RepoCard.load(card, ignore_metadata_errors=True).data.to_dict() if card and card.is_file() else {}
+    except (OSError, ValueError, AttributeError):
         return "unknown"
+    said = found.get("license") or "unknown"
+    return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
 
 
 def _body(run: Path, manifest: Manifest) -> str:
@@ -94,11 +117,7 @@ def _body(run: Path, manifest: Manifest) -> str:
     what = "the whole model" if method == "none" else method
     amount, unit = manifest.amount
     license_ = _license(base)
-    said = (
-        "unknown here: look up those of the base and the data"
-        if license_ == "unknown"
-        else f"{license_}, as the base's card says"
-    )
+    said = "unknown here: look up that of the base" if license_ == "unknown" else f"{license_}, as the base's card says"
     lines = [
         f"# {name}",
         f"{hub_name(base) or _named(base.name)} after `{manifest.stage}` with {what}{held}, by posttrain.",
@@ -116,11 +135,13 @@ def _body(run: Path, manifest: Manifest) -> str:
 def _data(manifest: Manifest) -> str:
     if not manifest.data:
         return ""
-    rows = ["## Data", "", "| source | share | rows | tokens |", "|---|---|---|---|"]
+    rows = ["## Data", "", "| source | share | rows | tokens | licence |", "|---|---|---|---|---|"]
     for each in manifest.data:
         said = each.to_dict()
         share = f"{each.share:.1%}" if each.share is not None else "—"
-        rows.append(f"| {_named(each.source)} | {share} | {said.get('rows', '—')} | {said.get('tokens', '—')} |")
+        count = said.get("rows", f"{said['pictures']} pictures" if "pictures" in said else "—")
+        license_ = _license_of_data(each.source)
+        rows.append(f"| {_named(each.source)} | {share} | {count} | {said.get('tokens', '—')} | {license_} |")
     return "\n".join(rows)
 
 

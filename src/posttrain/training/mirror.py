@@ -17,14 +17,14 @@ from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import as_of_today
-from posttrain.runs.files import scratch_beside, sha256
+from posttrain.runs.files import STATUS, TRACKING, scratch_beside, sha256
 from posttrain.runs.identity import allowed, compare, identity_of
 from posttrain.runs.manifest import MANIFEST, read_manifest
 from posttrain.runs.remote import Entry, Place, RemoteError
 from posttrain.training.checkpoint import FILES, RECORD, newest_checkpoint, steps_in
 
 CHECKPOINTS = "checkpoints"
-_NOT_SENT = {CHECKPOINTS, "tracking", ".lock", MANIFEST, "job.log", ".ray"}
+_NOT_SENT = {CHECKPOINTS, TRACKING, ".lock", MANIFEST, "job.log", ".ray", STATUS}
 _RESULTS = {"adapter", "model"}  # written when training is over, and whole with the manifest
 
 
