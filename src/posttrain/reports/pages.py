@@ -19,9 +19,10 @@ from markupsafe import Markup
 
 from posttrain.config.metrics import direction, show, title
 from posttrain.reports.plots import COLORS, Curve, Figure, line_figure
-from posttrain.reports.run_records import Record
+from posttrain.reports.run_records import Record, noise
 from posttrain.runs.files import PAGE, write_text
 
+HEAT = 36  # percent of a colour, at most, behind a figure that is to be read
 LETTERS = 1500  # of an answer that a page shows
 _FOLDER = Path(__file__).parent / "templates"
 _TEMPLATES = Environment(
@@ -114,7 +115,10 @@ def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smo
 
 
 def best_of(name: str, values: Sequence[float | None]) -> int | None:
-    """Index of the best value; None where none is better or it cannot be said."""
+    """Index of the best value; None where it cannot be said, or all are within what noise does."""
     known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and value == value]
-    distinct = len({show(name, value) for value, _ in known}) > 1
-    return min(known)[1] if distinct and direction(name) else None
+    if not known or not direction(name):
+        return None
+    best, worst = min(known), max(known)
+    differs = worst[0] - best[0] > 0 and worst[0] - best[0] >= noise(name, abs(best[0]), abs(worst[0]))
+    return best[1] if differs else None

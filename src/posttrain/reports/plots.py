@@ -83,7 +83,7 @@ def line_figure(
         parts += _draw(curve, x, y)
     named = [(curve.color, curve.label) for curve in drawn if curve.color]
     legend = named if len(drawn) > 1 or drawn[0].strong else []
-    data = {"title": title, "x": x_label, "log_x": is_log, "share": share, "curves": [_data(c) for c in drawn]}
+    data = {"title": title, "x": x_label, "log_x": is_log, "share": share, "ticks": x_ticks, "curves": [_data(c) for c in drawn]}
     return Figure(title, drawing(parts, _said(title, drawn, x_label)), legend, note, data)
 
 

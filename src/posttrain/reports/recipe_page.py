@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.reports.curves import loss_figure
 from posttrain.reports.forgetting import forgetting_matrix
-from posttrain.reports.pages import best_of, page_link, render, run_name
+from posttrain.reports.pages import HEAT, best_of, page_link, render, run_name
 from posttrain.reports.run_records import Change, Record, chain_table, duration, own_result, read_record
 from posttrain.runs.files import write_text
 
@@ -31,7 +31,7 @@ def recipe_html(steps: list[dict[str, Any]], path: Path) -> str:
         {"label": row.label, "cells": [_cell(row.change(c), best.get(c) == i) for c in columns]} for i, row in enumerate(rows)
     ]
     domains, matrix = forgetting_matrix(rows)
-    most = max((abs(value) for _, values in matrix for value in values if value is not None), default=0.0) or 1.0
+    most = max([1.0, *(abs(value) for _, values in matrix for value in values if value is not None)])  # below 1 % it is pale
     state = recipe_state([s["status"] for s in steps])
     return render(
         "recipe.html",
@@ -65,7 +65,7 @@ def _cell(change: Change, is_best: bool) -> dict[str, Any]:
 def _shaded(value: float | None, most: float) -> dict[str, float] | None:
     if value is None:
         return None
-    return {"value": value, "heat": round(55 * max(value, 0) / most), "good": round(55 * max(-value, 0) / most)}
+    return {"value": value, "heat": round(HEAT * max(value, 0) / most), "good": round(HEAT * max(-value, 0) / most)}
 
 
 def _step(step: dict[str, Any], record: Record | None, path: Path) -> dict[str, Any]:

@@ -131,13 +131,13 @@ def compare(name: str, before: float | None, after: float | None, rows: int | No
     difference = after - before
     text = _difference(name, before, difference)
     good = difference * direction(name)
-    is_noise = abs(difference) < _noise(name, before, after, rows)
+    is_noise = abs(difference) < noise(name, before, after, rows)
     tiny = not any(digit in text for digit in "123456789")
     verdict = "" if tiny or is_noise or good == 0 else "better" if good > 0 else "worse"
     return Change(name, show(name, before), show(name, after), text, verdict)
 
 
-def _noise(name: str, before: float, after: float, rows: int | None) -> float:
+def noise(name: str, before: float, after: float, rows: int | None = None) -> float:
     """A change that is smaller says nothing: of a share two standard errors of the difference (a point where the rows are not
     known), of a loss `SMALLEST` of it."""
     form = metric(name).form

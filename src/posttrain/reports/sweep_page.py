@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.config.metrics import show, title
 from posttrain.reports.compare_page import measured_on
 from posttrain.reports.forgetting import KEY, Choice, choice_figure, choices, describe
-from posttrain.reports.pages import metric_grid, overlays, page_link, render, run_name
+from posttrain.reports.pages import HEAT, metric_grid, overlays, page_link, render, run_name
 from posttrain.reports.plots import Curve, Figure, line_figure
 from posttrain.reports.run_records import Record, read_record, summary_columns
 from posttrain.runs.files import write_text
@@ -187,7 +187,7 @@ def _heat(done: list[Job], keys: list[str]) -> dict[str, Any] | None:
         value = best[row, column]
         return {
             "text": show(METRIC, value),
-            "heat": round(55 * (order.index(value) + 1) / len(order)),
+            "heat": round(HEAT * (order.index(value) + 1) / len(order)),
             "best": value == order[-1],
         }
 

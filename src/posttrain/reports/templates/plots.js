@@ -124,7 +124,8 @@
         this.make("text", { x: LEFT - 6, y: this.y(value) + 4, "text-anchor": "end" }, svg, label(value));
       }
       const whole = this.all().every(Number.isInteger), most = width < 340 ? 4 : 6;
-      for (const value of this.isLogX ? logTicks(low, high) : ticks(low, high, most, whole))
+      const given = this.data.ticks && !this.group.zoom[this.data.x];
+      for (const value of given ? this.data.ticks : this.isLogX ? logTicks(low, high) : ticks(low, high, most, whole))
         this.make("text", { x: this.x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, svg, label(value));
       this.make("text", { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, svg, this.data.x);
       const inner = this.make("svg", { x: LEFT - 4, y: 0, width: width - RIGHT - LEFT + 8, height: HEIGHT - BOTTOM + 4 }, svg);
