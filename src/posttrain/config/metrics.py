@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 ANSWERS = "answers"  # the group of what `eval.generate` scores: rewards, of which more is better
@@ -51,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "reward_std": Metric("Spread of rewards", "standard deviation over the answers of a step"),
     "reward_per_token": Metric("Reward a token", "of an answer, by its length"),
     "shaped_reward": Metric("Reward that is learnt from", "with penalties, and KL where it is in the reward"),
+    "drawn_reward": Metric("Reward of all that was drawn", "before groups that teach nothing are left out"),
     "gold": Metric("Gold reward", "of the check that is not trained on; falls while reward rises: it is gamed", "", 1),
     "gold_std": Metric("Spread of gold rewards", "standard deviation over the answers of a step"),
     "kl": Metric("KL to the start", "how far the answers' probabilities have moved", "nats an answer"),
@@ -91,6 +92,10 @@ METRICS: dict[str, Metric] = {
     "images": Metric("Images", "trained on so far", "", 0, "count"),
     "count": Metric("Number", "", "", 0, "count"),
 }
+_PARTS = {
+    "loss": "this part of the loss, before its weight",
+    "reward": "this reward alone, in the mean",
+}  # loss_sft, reward_brevity
 _GROUPS = {"train": "training", "eval": "held out", "general": "general text", "responses": "responses"}
 
 
@@ -101,6 +106,9 @@ def metric(name: str) -> Metric:
         return _of_task(kind)
     if kind in METRICS and group != ANSWERS:
         return METRICS[kind]
+    prefix, _, part = kind.partition("_")
+    if prefix in _PARTS and part:
+        return replace(METRICS[prefix], title=f"{METRICS[prefix].title}, {part.replace('_', ' ')}", meaning=_PARTS[prefix])
     if group == ANSWERS:
         return Metric(kind.replace("_", " ").capitalize(), "score of answers to held-out prompts, by this name", "", 1)
     return Metric(kind.replace("_", " ").capitalize(), "")

@@ -24,7 +24,6 @@ DEEPEST = 6  # folders within folders that are looked into
 MOST = 5000  # runs that are listed
 TAIL = 2**18  # bytes of the end of metrics.jsonl that are read
 READ = (CONFIG, "metrics.jsonl", "manifest.json", "status.json", "samples.json", "held_out.json", "samples")
-PARTS = {"checkpoints", "adapter", "model", "tracking", "samples"}  # of a run: no runs are in them
 DIGEST = ".digest.json"  # of a recipe's step
 T = TypeVar("T")
 
@@ -95,14 +94,12 @@ class Folder:
         return found
 
     def _directories(self) -> Iterator[Path]:
-        """All that may hold runs, from the root down; none that is a link, hidden, or a run's own."""
+        """All that may hold runs, from the root down; none that is a link, hidden, or within a run."""
         for at, below, files in os.walk(self.root, followlinks=False):
             place = Path(at)
             depth = len(place.relative_to(self.root).parts)
-            inside_run = CONFIG in files
-            links = {name for name in below if (place / name).is_symlink()}
-            kept = {name for name in below if not name.startswith(".")} - links - (PARTS if inside_run else set())
-            below[:] = sorted(kept) if depth < DEEPEST and not inside_run else []
+            is_leaf = CONFIG in files or depth == DEEPEST
+            below[:] = [] if is_leaf else sorted(name for name in below if not name.startswith("."))
             yield place
 
     def _name(self, directory: Path) -> str:
