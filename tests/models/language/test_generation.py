@@ -108,6 +108,16 @@ def test_a_seed_for_each_prompt_makes_answers_that_others_do_not_change() -> Non
         assert alone[0].tokens != alone[1].tokens
 
 
+def test_a_token_of_all_answers_is_one_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is brought to the host is counted, of what the model has computed (simulated: on a CPU)."""
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    lm, own, asked = PackedLM(model, "documents"), torch.Tensor.cpu, list[torch.Size]()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: asked.append(self.shape) or own(self))
+    found = sample(lm, [[1, 5, 9, 4], [7, 3]], 3, Sampling(7, 1.0, 0.9, 0, 6), [96], seeds=[1, 2])
+    assert max(len(answer.tokens) for answers in found for answer in answers) == 7
+    assert len(asked) == 7 and {shape[1] for shape in asked} == {3}
+
+
 def test_stop_texts_end_an_answer_and_stay_in_it() -> None:
     """Tokens are letters here; an answer that a text ends is the beginning of the one without it, by the same random numbers."""
     torch.manual_seed(0)

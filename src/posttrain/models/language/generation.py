@@ -126,13 +126,13 @@ def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, 
         chances = sampling.allowed(logps)
         choice = draw(chances, None if numbers is None else numbers[number, step, None])
         kept = chances.sum(-1, keepdim=True).log() if sampling.cuts else 0.0
-        figures = (
-            torch.cat([choice, logps.gather(1, choice) - kept, -(logps.exp() * logps).sum(-1, keepdim=True)], 1).double().cpu()
-        )
+        entropies = -(logps.exp() * logps).sum(-1, keepdim=True)
+        # the one wait of a token; its number is exact in 64 bits
+        figures = torch.cat([choice.double(), (logps.gather(1, choice) - kept).double(), entropies.double()], 1).cpu()
         for row in alive.nonzero()[:, 0].tolist():
             token, logp, entropy = figures[row].tolist()
             drawn[int(number[row])].append((int(token), logp, entropy))
-        alive &= ~torch.isin(choice[:, 0].cpu(), ends)
+        alive &= ~torch.isin(figures[:, 0].long(), ends)
         if sampling.stop:
             for row in alive.nonzero()[:, 0].tolist():
                 alive[row] = not sampling.stops([token for token, *_ in drawn[int(number[row])]])
