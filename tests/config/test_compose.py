@@ -67,6 +67,7 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
             ["train.gradient_checkpointing=some"],
             "train.gradient_checkpointing: input should be 'auto' or a valid boolean or a valid integer (got 'some')",
         ),
+        (["peft=lora", "peft.init=lora_gaa"], "or 'loftq' - did you mean 'lora_ga'? (got 'lora_gaa')"),
         (["peft=qlorra"], "peft: there is no 'qlorra' - did you mean 'qlora'?"),
         (["peft.r=4"], "peft.r does not belong to the chosen peft; it needs +peft=lora"),
         (["quant=nf4"], "quant=nf4 cannot be trained in full; add +peft=qlora"),

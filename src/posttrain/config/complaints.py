@@ -54,7 +54,8 @@ def first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
         of_field = [c["msg"] for c in complaints if c["loc"][:-1] == complaint["loc"][:-1]]
         message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
-    return f"{key}: {message} (got {complaint['input']!r})"
+    choices = re.findall("'([^']+)'", message) if complaint["type"] == "literal_error" else []
+    return f"{key}: {message}{did_you_mean(str(complaint['input']), choices)} (got {complaint['input']!r})"
 
 
 def _parent(tree: Any, path: list[str]) -> list[str]:
