@@ -27,7 +27,7 @@ from posttrain.launch.proposals import settings
 from posttrain.launch.tune import best_first, forecast, places_of, rungs_of, survivors
 from posttrain.runs.manifest import is_finished
 
-STEPS, TRIALS, FACTOR = 48, 12, 2
+STEPS, TRIALS, FACTOR = 48, 12, 3
 SEEDS = (42, 1, 2)
 COMMON = f"""model=tiny train.max_steps={STEPS} train.batch_size=4 train.grad_accum=1 train.max_length=256 train.save_steps=null
 eval.sets=null"""

@@ -40,24 +40,26 @@ def test_forecast_by_hand() -> None:
 
 def test_rungs_by_hand() -> None:
     assert rungs_of(90, 9, 3) == [10, 30, 90]
-    assert rungs_of(100, 9, 3) == [10, 30, 100]  # even, so that there is a half
-    assert rungs_of(40, 8, 3) == [4, 12, 40]
-    assert rungs_of(40, 2, 3) == [12, 40]
+    assert rungs_of(100, 9, 3) == [12, 36, 100]  # 11 and a bit: rounded up, and even, so that there is a half
+    assert rungs_of(40, 8, 3) == [6, 18, 40]
+    assert rungs_of(40, 2, 3) == [14, 40]
     assert rungs_of(48, 12, 2) == rungs_of(48, 16, 2) == [6, 12, 24, 48]  # not after 3, a sixteenth
+    assert rungs_of(48, 12, 3) == rungs_of(48, 100, 3) == [6, 18, 48]
+    assert rungs_of(48, 12, 5) == [10, 48]
     assert rungs_of(4, 27, 3) == [1, 3, 4]
     assert rungs_of(1, 4, 2) == [1]
 
 
 def test_places_by_hand() -> None:
     assert places_of(9, 3, 3) == [3, 1, 1]
-    assert places_of(12, 4, 2) == [4, 2, 1, 1]
-    assert places_of(27, 3, 3) == [3, 1, 1]
+    assert places_of(12, 4, 2) == [6, 3, 1, 1]
+    assert places_of(27, 3, 3) == [9, 1, 1]
     assert places_of(5, 3, 3) == [2, 1, 1]  # a third, rounded up
     assert places_of(4, 1, 2) == [1]
-    alive, spent = [12, *places_of(12, 4, 2)], 0
-    for rung, before, many in zip((6, 12, 24, 48), (0, 6, 12, 24), alive, strict=False):
+    alive, spent = [12, *places_of(12, 3, 3)], 0
+    for rung, before, many in zip((6, 18, 54), (0, 6, 18), alive, strict=False):
         spent += many * (rung - before)
-    assert spent == 12 * 48 / 4, "a quarter of a grid"
+    assert spent / (12 * 54) == pytest.approx(0.24, abs=0.001), "a quarter of a grid"
 
 
 def test_settings_by_hand() -> None:
@@ -134,9 +136,10 @@ def test_optunas_samplers_learn_from_the_first_judgement() -> None:
     assert sum(sum(each[12:]) for each in away) < 0.8 * sum(sum(each[:6]) for each in away)
 
 
-# losses by learning rate and step: the best at the end is the third after 4 steps, but falls fastest there; and one fails
+# losses by learning rate and step: the best at the end is the fourth after 2 steps, but falls fastest there; and one fails
 LOSSES: dict[str, dict[int, float]] = {
-    "1e-3": {2: 4.6, 4: 4.2, 8: 3.0, 18: 2.0}, "2e-3": {2: 3.95, 4: 3.9, 8: 3.1}, "3e-3": {2: 4.05, 4: 4.0}, "1e-2": {},
+    "1e-3": {1: 4.6, 2: 4.2, 6: 3.0, 18: 2.0}, "2e-3": {1: 3.95, 2: 3.9, 6: 3.1}, "3e-3": {1: 4.05, 2: 4.0},
+    "5e-3": {1: 4.1, 2: 4.05}, "1e-2": {},
 }  # fmt: skip
 OVER = ["optim.lr=" + ",".join(LOSSES)]
 
@@ -153,9 +156,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             directory = Path(job["dir"])
             directory.mkdir(exist_ok=True)
             config = yaml.safe_load(directory.with_suffix(".yaml").read_text())
-            assert config["train"]["max_steps"] == 18 and config["train"]["eval_steps"] == 2  # of the full length
-            assert config["run"]["stop_after"] == {4: 4, 8: 8, 18: None}[job["rung"]]  # from 0, as there is no checkpoint
-            before = {4: 0, 8: 4, 18: 8}[job["rung"]]
+            assert config["train"]["max_steps"] == 18 and config["train"]["eval_steps"] == 1  # of the full length
+            assert config["run"]["stop_after"] == {2: 2, 6: 6, 18: None}[job["rung"]]  # from 0, as there is no checkpoint
+            before = {2: 0, 6: 2, 18: 6}[job["rung"]]
             with (directory / "metrics.jsonl").open("a") as file:
                 for step, loss in LOSSES[job["overrides"]["optim.lr"]].items():
                     if before < step <= job["rung"]:
@@ -169,14 +172,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_the_choice_on_a_made_up_table(made_up: list[list[str]], tmp_path: Path) -> None:
     words = [*WORDS, f"run.dir={tmp_path}"]
     with pytest.raises(Stopped, match="the same command goes on"):
-        tune("sft", words, OVER, 9, 2, "eval/loss", False)
-    found = tune("sft", words, OVER, 9, 2, "eval/loss", False)
+        tune("sft", words, OVER, 9, 3, "eval/loss", False)
+    found = tune("sft", words, OVER, 9, 3, "eval/loss", False)
     # what has been at its step is not begun again; what has failed is tried again, as in a sweep
     assert made_up == [list(LOSSES), ["2e-3", "1e-3"], ["1e-2"], ["1e-3"], ["1e-3"]]
-    assert found["overrides"] == {"optim.lr": "1e-3"} and found["rungs"] == [4, 8, 18]
-    assert found["steps"] == 2 * 4 + 8 + 18
+    assert found["overrides"] == {"optim.lr": "1e-3"} and found["rungs"] == [2, 6, 18]
+    assert found["steps"] == 3 * 2 + 6 + 18
     assert found["command"] == f"posttrain sft {' '.join(WORDS)} optim.lr=1e-3"
-    assert [row["status"] for row in found["trials"]] == ["done", "out at step 8", "out at step 4", "failed"]
+    assert [row["status"] for row in found["trials"]] == ["done", "out at step 6", "out at step 2", "out at step 2", "failed"]
     assert (tmp_path / "report.html").exists()
     with pytest.raises(UserError, match="is of another tune"):
         tune("sft", [*words, "train.seed=1"], ["optim.lr=1e-4,1e-3"], 9, 2, "eval/loss", False)
@@ -184,7 +187,7 @@ def test_the_choice_on_a_made_up_table(made_up: list[list[str]], tmp_path: Path)
 
 def test_where_all_fail(made_up: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_advance", lambda *_: None)
-    with pytest.raises(RunError, match="no trial has eval/loss at step 8"):
+    with pytest.raises(RunError, match="no trial has eval/loss at step 10"):
         tune("sft", [*WORDS, f"run.dir={tmp_path}"], ["optim.lr=1e-3,1e-2"], 9, 2, "eval/loss", False)
 
 
@@ -202,14 +205,14 @@ def test_who_goes_on_has_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> Non
 
     words = [*WORDS, "+peft=lora", "eval.rows=4"]
     over = ["optim.lr=1e-3,1e-2", "peft.r=2,4"]
-    found = tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 2, "eval/loss", False)
-    assert found["rungs"] == [4, 8, 18] and found["steps"] == 2 * 4 + 8 + 18
+    found = tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 3, "eval/loss", False)
+    assert found["rungs"] == [2, 6, 18] and found["steps"] == 2 * 2 + 6 + 18
     chosen = [f"{key}={value}" for key, value in found["overrides"].items()]
-    posttrain.run("sft", *words, *chosen, "train.eval_steps=2", f"run.dir={tmp_path / 'straight'}")
+    posttrain.run("sft", *words, *chosen, "train.eval_steps=1", f"run.dir={tmp_path / 'straight'}")
     compared = compare_runs(tmp_path / "straight", Path(found["dir"]))
     assert compared and all(each.same for each in compared), compared
     (best,) = (row for row in found["trials"] if row["status"] == "done")
     assert best["scores"][-1] == json.loads((tmp_path / "straight" / "manifest.json").read_text())["metrics"]["eval/loss"]
     began = (tmp_path / "tune" / "tune.json").stat().st_mtime_ns
-    assert tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 2, "eval/loss", False)["best"] == found["best"]
+    assert tune("sft", [*words, f"run.dir={tmp_path / 'tune'}"], over, 9, 3, "eval/loss", False)["best"] == found["best"]
     assert (tmp_path / "tune" / "tune.json").stat().st_mtime_ns >= began

@@ -28,7 +28,7 @@ from posttrain.runs.identity import content_hash, digest
 from posttrain.training.checkpoint import newest_checkpoint
 
 STATE = "tune.json"  # in its directory: what is tuned, and what became of each trial
-EARLIEST = 10  # no judgement before so large a part of the steps: twice the usual warm-up, in which nothing is decided
+EARLIEST = 10  # no judgement before a tenth of the steps: twice the usual warm-up, in which nothing is decided
 Scores = dict[int, float]  # of trials by their numbers; infinite where there is none
 
 
@@ -80,16 +80,16 @@ def rungs_of(steps: int, trials: int, factor: int) -> list[int]:
     """After how many steps trials are judged; the last: all. The others are multiples of the first, even where they can be."""
     rounds = math.ceil(math.log(trials, factor) - 1e-9)
     rounds = max(1, min(rounds, math.floor(math.log(EARLIEST, factor) + 1e-9)))
-    first = max(1, steps // factor**rounds)
-    first -= first % 2 if first > 1 else 0
+    first = math.ceil(steps / factor**rounds)
+    first += first % 2 if first > 1 else 0
     return [*(rung for rung in (first * factor**i for i in range(rounds)) if rung < steps), steps]
 
 
 def places_of(trials: int, rungs: int, factor: int) -> list[int]:
-    """How many go on after each judgement, counted from the end: one, `factor` before it, and never more than the best third."""
+    """How many go on after each judgement: one in `factor`, rounded up; after the last but one the best alone."""
     found = list[int]()
     for left in range(rungs - 1, -1, -1):
-        found.append(min(factor ** max(0, left - 1), math.ceil((found[-1] if found else trials) / factor)))
+        found.append(math.ceil((found[-1] if found else trials) / factor) if left > 1 else 1)
     return found
 
 
