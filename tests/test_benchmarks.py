@@ -186,9 +186,11 @@ def test_all_of_it_is_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
         "--a --peer unsloth": {"failed": "unsloth: unsloth is not installed"},
     }
     monkeypatch.setattr(gpu_all, "run_case", lambda words, timeout: said[words])
-    report = gpu_all.run_all((("a", "--a", ("trl", "unsloth")),), 1)
-    assert [each["contender"] for each in report["cases"]] == ["posttrain", "trl", "unsloth"]
-    assert report["cases"][2]["failed"] == "unsloth: unsloth is not installed" and report["left_out"] == []
+    said["--b"] = {"contender": "posttrain", "tokens_per_second": 1.0, "spread": [1.0, 1.0]}
+    report = gpu_all.run_all((("a", "--a", ("trl", "unsloth")), ("b", "--b", ())), 1)
+    order = [("a", "posttrain"), ("b", "posttrain"), ("a", "trl"), ("a", "unsloth")]
+    assert [(each["case"], each["contender"]) for each in report["cases"]] == order
+    assert report["cases"][3]["failed"] == "unsloth: unsloth is not installed" and report["left_out"] == []
     assert report["ratios"] == [{"case": "a", "peer": "trl", "ratio": 3.0, "spread": [1.0, 8.0]}]
     assert {each["state"] for each in report["goals"]} == {"not seen"} and len(report["goals"]) == len(gpu_goals.GOALS)
     late = gpu_all.run_all((("a", "--a", ("trl",)),), 0)

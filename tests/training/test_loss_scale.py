@@ -17,10 +17,10 @@ from posttrain.batch import LossOutput
 from posttrain.config.compose import compose_run
 from posttrain.errors import RunError
 from posttrain.launch.worker import run_config
-from posttrain.losses.ewc import fisher_diagonal, plain_gradients
+from posttrain.losses.ewc import fisher_diagonal
 from posttrain.training.checkpoint import newest_checkpoint
 from posttrain.training.loop import Loop, LoopConfig
-from posttrain.training.loss_scale import FIRST, GROWS_AFTER, begin, overflowed, scaled_gradients, unscale
+from posttrain.training.loss_scale import FIRST, GROWS_AFTER, begin, gradients_by, overflowed, scaled_gradients, unscale
 from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.signals import StopSignal
@@ -145,8 +145,10 @@ def test_fisher_by_way_of_float16_is_that_of_float32() -> None:
         (found,) = fisher_diagonal(likelihoods(), [w], partial(scaled_gradients, state=state))
         torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)
         assert state.loss_scale == (FIRST if len(factors) == 1 else FIRST / 4)  # 3 * 65,536 is beyond 65,504, half of it too
-    (lost,) = fisher_diagonal([((w * x).half().float() * 3e-9).sum()], [w], plain_gradients)
+    (lost,) = fisher_diagonal([((w * x).half().float() * 3e-9).sum()], [w], gradients_by("bfloat16"))
     assert not lost.any()
+    (kept,) = fisher_diagonal([((w * x).half().float() * 3e-9).sum()], [w], gradients_by("float16"))
+    torch.testing.assert_close(kept, 9e-18 * x**2, rtol=2e-3, atol=0)
 
 
 def test_gradients_that_no_scale_makes_finite_are_said() -> None:

@@ -48,6 +48,7 @@ from posttrain.runs.files import scratch_beside, write_json, write_text
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import Base
 from posttrain.runs.remote import here
+from posttrain.training.loss_scale import gradients_by
 
 STEPS, RATE, ROWS, LENGTH = 40, 0.05, 64, 512  # of learning the weights
 
@@ -164,13 +165,12 @@ def learn_weights(parts: list[Part], path: Path) -> list[float]:
     optimizer = torch.optim.Adam([scales], lr=RATE)
     _scale(model, names, scales)
     batches = [pack(examples, range(i, min(i + 4, len(examples)))) for i in range(0, len(examples), 4)]
-    losses = []
+    losses, gradients = list[float](), gradients_by(dtype)
     with Meter("weights", STEPS) as meter:
         for step in range(STEPS):
             batch = batches[step % len(batches)]
             loss = token_loss(lm(batch), batch.weight).total / batch.loss_denominator
-            (gradient,) = torch.autograd.grad(loss, [scales])
-            scales.grad = gradient
+            (scales.grad,) = gradients(loss, [scales])
             optimizer.step()
             losses.append(float(loss.detach()))
             meter.advance(f"loss {losses[-1]:.4f}")

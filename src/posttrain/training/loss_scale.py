@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import RunError, of_all
+from posttrain.losses.ewc import Gradients, plain_gradients
 from posttrain.training.state import TrainState
 
 FIRST, SMALLEST = 2.0**16, 2.0**-14
@@ -50,6 +52,11 @@ def overflowed(state: TrainState, loss: float, norm: float) -> bool:
     if state.scale_held == GROWS_AFTER:
         state.loss_scale, state.scale_held = state.loss_scale * 2, 0
     return False
+
+
+def gradients_by(dtype: str) -> Gradients:
+    """How gradients of single scalars are computed, where they go through numbers of this format."""
+    return partial(scaled_gradients, state=TrainState()) if dtype == "float16" else plain_gradients
 
 
 def scaled_gradients(value: Tensor, params: Sequence[Tensor], state: TrainState) -> list[Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 from posttrain.console import Meter
 from posttrain.data.collate import pack
 from posttrain.data.examples import Examples
-from posttrain.losses.ewc import ewc_penalty, fisher_diagonal, plain_gradients
+from posttrain.losses.ewc import ewc_penalty, fisher_diagonal
 from posttrain.training.checkpoint import trainable
-from posttrain.training.loss_scale import scaled_gradients
-from posttrain.training.state import TrainState
+from posttrain.training.loss_scale import gradients_by
 
 
 class EwcPenalty:
@@ -51,7 +49,7 @@ def fisher(
     """Diagonal Fisher of what is trained, on every sequence of `examples`: parameter's name -> its shape. in_float16: gradients
     go through it, and are scaled on their way as those of a step."""
     named, count = trainable(module), len(examples.rows)
-    gradients = partial(scaled_gradients, state=TrainState()) if in_float16 else plain_gradients
+    gradients = gradients_by("float16" if in_float16 else "float32")
     module.eval()
 
     def log_likelihoods() -> Iterator[Tensor]:
