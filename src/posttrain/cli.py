@@ -301,7 +301,9 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="hf: bf16, f16, f32, nf4, int8; gguf, ollama: f16, q8_0, q4_0, ...; mlx: bf16, q4, q8, ..."),
+        typer.Option(
+            "--dtype", help="hf: bf16, f16, f32, nf4, int8, gptq; gguf, ollama: f16, q8_0, q4_0, ...; mlx: bf16, q4, q8, ..."
+        ),
     ] = None,
     max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,
 ) -> None:

@@ -79,6 +79,22 @@ def test_hf_by_bitsandbytes_is_what_plain_transformers_loads(run: Path, tmp_path
     assert AutoTokenizer.from_pretrained(place).chat_template and (place / "generation_config.json").is_file()
 
 
+@pytest.mark.slow
+def test_gptq_by_llm_compressor_is_what_plain_transformers_loads(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llmcompressor", reason="llm-compressor is not installed (pip install llmcompressor)")
+    place = export_run(run, "hf", tmp_path / "out", "gptq", 1.0)
+    config = json.loads((place / "config.json").read_text())["quantization_config"]
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (config["quant_method"], weights["num_bits"], weights["group_size"]) == ("compressed-tensors", 4, 32)
+    assert "model.layers.0.mlp.down_proj" in config["ignore"]  # 344 columns
+    back = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    live = logits(load_model(run).model).log_softmax(-1)
+    kl = (live.exp() * (live - logits(back).float().log_softmax(-1))).sum(-1).mean()
+    assert 0 < kl < 1e-2 and 0 < json.loads((place / "export.json").read_text())["kl"] < 1e-2
+    with pytest.raises(UserError, match="llm-compressor makes awq on a GPU alone"):
+        export_run(run, "hf", tmp_path / "other", "awq", 1.0)
+
+
 def mlx_modules() -> Any:
     return pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'mlx[cpu]' mlx-lm): MLX reads nothing here")
 
@@ -199,12 +215,14 @@ def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, 
         ("ggf", None, r"--to: there is no 'ggf'.*gguf"),
         ("gguf", "q4_k_m", "--dtype: there is no 'q4_k_m'.*llama-quantize"),
         ("hf", "q8_0", "--dtype: there is no 'q8_0'"),
-        ("hf", "gptq", "--dtype: there is no 'gptq' here.*GPTQModel makes it of the model that --dtype bf16 writes"),
         ("comfyui", None, "run: .* is a sft run, of a language model, and --to comfyui is for pictures' models"),
         ("vllm", "f16", "--dtype: there is no 'f16'"),
     ):
         with pytest.raises(UserError, match=why):
             export_run(run, to, tmp_path / "out", dtype, 0.05)
+    monkeypatch.setattr("posttrain.commands.export.targets._compressor.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--dtype: gptq is made by llm-compressor, which is not installed; pip install"):
+        export_run(run, "hf", tmp_path / "out", "gptq", 0.05)
     with pytest.raises(UserError, match="is no finished run"):
         export_run(tmp_path, "gguf", tmp_path / "out", None, 0.05)
     (tmp_path / "taken").write_text("")

@@ -16,12 +16,13 @@ from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.data.examples import Examples
-from posttrain.data.prepare import held_out_of, prepare_set
+from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError
 from posttrain.models.language.loading import LoadedModel
 from posttrain.runs.cache_place import cache_root
 
 ROWS, LENGTH, TOKENS = 32, 256, 1024  # enough to tell models apart; every position costs a row of the vocabulary
+CALIBRATION = 32768  # tokens
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,32 @@ def held_out_rows(run: Path, live: LoadedModel) -> list[Tensor]:
     return _of(sources, live)
 
 
-def _of(sources: list[Examples], live: LoadedModel) -> list[Tensor]:
-    """As many tokens of each source."""
+def trained_rows(live: LoadedModel) -> list[Tensor]:
+    """Sequences int64 [T] of what a run was trained on, CALIBRATION tokens at most; general text where that cannot be read."""
+    length = _length(live)
+    try:
+        if live.artifact.config is None:
+            raise UserError("what the adapter was trained on is not known")
+        settings = completed(live.artifact.config)
+        cfg = typed_config(settings)
+        use = REGISTRY.get(cfg.stage).rows_of(cfg)
+        parts = prepare(cfg.data, use, live.encoder, settings["train"]["max_length"], cache_root())
+        return [row for part in parts for row in _first_tokens(part.train, CALIBRATION // len(parts), length)]
+    except (UserError, ValidationError) as error:
+        say(f"the run's own rows cannot be read again, general text calibrates ({str(error).splitlines()[0]})")
+        return _first_tokens(prepare_set("builtin:general", 4 * ROWS, live.encoder, LENGTH).examples, CALIBRATION, length)
+
+
+def _length(live: LoadedModel) -> int:
+    """Of a row, at most."""
     config = live.model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or LENGTH
-    length = min(LENGTH, context)
-    return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources), length)]
+    return min(LENGTH, context)
+
+
+def _of(sources: list[Examples], live: LoadedModel) -> list[Tensor]:
+    """As many tokens of each source."""
+    return [row for source in sources for row in _first_tokens(source, TOKENS // len(sources), _length(live))]
 
 
 def _first_tokens(examples: Examples, count: int, length: int) -> list[Tensor]:

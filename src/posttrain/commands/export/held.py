@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.console import say
 from posttrain.errors import RunError
-from posttrain.evaluation.agreement import agreement, held_out_rows, write_logprobs
+from posttrain.evaluation.agreement import agreement, held_out_rows, trained_rows, write_logprobs
 from posttrain.models.language.loading import load_model
 
 FIGURES = "export.json"
@@ -20,13 +20,15 @@ PROMPT, PROMPTS, ANSWER = 16, 4, 24  # tokens of a prompt, prompts, tokens of a 
 
 @dataclass(frozen=True)
 class Heard:
-    """The live run's words: log-probs of `rows` at `file`, and greedy `answers`. ends: ids of the tokens at which it stops."""
+    """The live run's words: log-probs of `rows` at `file`, and greedy `answers`. ends: ids of the tokens at which it stops.
+    calibration: rows that it was trained on, where they were asked for."""
 
     tokenizer: Any
     ends: list[int]
     rows: list[Tensor]
     answers: list[list[int]]
     file: Path
+    calibration: list[Tensor]
 
     def against(self, model: Any, dtype: str, max_kl: float) -> dict[str, Any]:
         """Figures of `model`, which was read back from what was written in `dtype`. Raises RunError above the budget."""
@@ -44,12 +46,13 @@ class Heard:
         return asdict(found) | {"greedy_same": same, "greedy": len(self.answers), "max_kl": max_kl, "dtype": dtype}
 
 
-def hear(run: Path, scratch: Path) -> Heard:
+def hear(run: Path, scratch: Path, calibrates: bool = False) -> Heard:
     """Load a run, ask it, and let its weights go: one model is in memory at a time. scratch: a directory for its log-probs."""
     live = load_model(run)
     rows, file = held_out_rows(run, live), scratch / "live.safetensors"
     write_logprobs(live.model, rows, file)
-    return Heard(live.tokenizer, live.ends, rows, _greedy(live.model, rows, live.ends), file)
+    calibration = trained_rows(live) if calibrates else []
+    return Heard(live.tokenizer, live.ends, rows, _greedy(live.model, rows, live.ends), file, calibration)
 
 
 @torch.no_grad()
