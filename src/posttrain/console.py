@@ -108,7 +108,9 @@ class Meter:
 
     def eta(self, now: float) -> str:
         """The time that what is left will take, by what all units of this start took; it runs down within a long one."""
-        if self.total is None or self.done == self.start:
+        if self.total is None:
+            return ""
+        if self.done == self.start:
             return "eta -:--"
         each = (self.reached - self.began) / (self.done - self.start)
         return f"eta {_clock(max(0.0, each * (self.total - self.done) - (now - self.reached)))}"

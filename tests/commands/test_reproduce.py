@@ -88,7 +88,7 @@ def test_a_stop_changes_nothing_and_leaves_nothing(tmp_path: Path, capsys: pytes
 
 def test_a_resume_that_is_not_exact_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that forgets one moment of the optimizer, as many a trainer's does."""
-    import posttrain.training.loop as loop
+    import posttrain.training.loop_parts as loop
 
     restore = loop.restore
 

@@ -22,7 +22,8 @@ from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.training.checkpoint import newest_checkpoint, restore, trainable
-from posttrain.training.loop import Loop, LoopConfig
+from posttrain.training.loop import Loop
+from posttrain.training.loop_parts import LoopConfig
 from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer
 from posttrain.training.signals import StopSignal

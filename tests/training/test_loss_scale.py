@@ -19,7 +19,8 @@ from posttrain.errors import RunError
 from posttrain.launch.worker import run_config
 from posttrain.losses.ewc import fisher_diagonal
 from posttrain.training.checkpoint import newest_checkpoint
-from posttrain.training.loop import Loop, LoopConfig
+from posttrain.training.loop import Loop
+from posttrain.training.loop_parts import LoopConfig
 from posttrain.training.loss_scale import FIRST, GROWS_AFTER, begin, gradients_by, overflowed, scaled_gradients, unscale
 from posttrain.training.objective import Update
 from posttrain.training.optimizer import make_optimizer

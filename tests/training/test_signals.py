@@ -52,7 +52,7 @@ PHASES = {
     "loading": ("sft", "posttrain.stages.language.build.load_causal", 1, "between steps"),
     "measuring before": ("sft", "posttrain.stages.language.training.own_metrics", 1, "between steps"),
     "measuring after": ("sft", "posttrain.stages.language.training.own_metrics", 2, "between steps"),
-    "a step": ("sft", "posttrain.training.loop.check_update", 2, "after step 2 of 3, saved"),
+    "a step": ("sft", "posttrain.training.guarding.check_update", 2, "after step 2 of 3, saved"),
     "answering before": ("ppo", "posttrain.stages.ppo.stage.sample", 1, "between steps"),
     "a rollout": ("ppo", "posttrain.stages.ppo.stage.sample", 3, "after step 1 of 3, saved"),
 }

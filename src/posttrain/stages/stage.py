@@ -44,7 +44,8 @@ from posttrain.training.best import Judge
 from posttrain.training.checkpoint import Checkpoint, check_room
 from posttrain.training.gradients import begin_alike
 from posttrain.training.guard import GuardConfig
-from posttrain.training.loop import Loop, LoopConfig
+from posttrain.training.loop import Loop
+from posttrain.training.loop_parts import LoopConfig
 from posttrain.training.optimizer import group_rates, make_optimizer, require_optimizer
 from posttrain.training.processes import Processes, is_lost_process
 from posttrain.training.sharding import shard

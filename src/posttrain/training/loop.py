@@ -5,57 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, NamedTuple, cast
+from collections.abc import Generator, Iterator
+from typing import NamedTuple, cast
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import Optimizer
 
 from posttrain.batch import Metrics
 from posttrain.config.metrics import rounded
 from posttrain.console import Meter, say
 from posttrain.devices.out_of_memory import give_back
-from posttrain.errors import BeforeStep, RunError, Stopped, is_out_of_memory, of_all
-from posttrain.runs.files import write_json
+from posttrain.errors import BeforeStep, RunError, Stopped, is_out_of_memory
 from posttrain.tensors import undivided
-from posttrain.training.best import Judge
-from posttrain.training.callbacks import StepCallback
-from posttrain.training.checkpoint import Checkpoint, checkpoint_of, delete_older, newest_checkpoint, restore, save_checkpoint
+from posttrain.training.checkpoint import delete_older, save_checkpoint
 from posttrain.training.gradients import average_gradients
-from posttrain.training.guard import LEFT_OUT, GuardConfig, Spike, check_update, diverged, halved, not_finite
-from posttrain.training.loss_scale import BEYOND, OVERFLOW, overflowed, unscale
-from posttrain.training.metrics import Averages, total_over
-from posttrain.training.objective import B, LossFunction, Update, UpdateOutcome, UpdateSource
-from posttrain.training.optimizer import Schedule, as_left, leave, lr_factor, make_moments, plain_optimizer
-from posttrain.training.processes import Processes
+from posttrain.training.guard import Spike, halved
+from posttrain.training.guarding import Guarding
+from posttrain.training.judging import Judging
+from posttrain.training.loss_scale import unscale
+from posttrain.training.metrics import total_over
+from posttrain.training.objective import B, Update, UpdateOutcome
+from posttrain.training.optimizer import leave, lr_factor, make_moments, plain_optimizer
 from posttrain.training.seeding import seed_step
-from posttrain.training.signals import StopSignal
-from posttrain.training.state import TrainState
-from posttrain.training.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """When things happen, in steps of the run."""
-
-    num_steps: int
-    warmup_steps: int
-    log_steps: int
-    eval_steps: int | None
-    save_steps: int | None
-    keep_checkpoints: int
-    lr: float
-    schedule: Schedule
-    max_grad_norm: float | None
-    seed: int
-    min_lr: float = 0.0
-    decay_steps: int = 0
 
 
 class _Updated(NamedTuple):
@@ -67,31 +39,8 @@ class _Updated(NamedTuple):
     outcome: UpdateOutcome
 
 
-@dataclass
-class Loop(Generic[B]):
-    """Runs steps `start`..config.num_steps. `state` holds what a checkpoint keeps beside the weights."""
-
-    name: str
-    accelerator: Accelerator
-    module: nn.Module
-    optimizer: Optimizer
-    loss: LossFunction[B]
-    source: UpdateSource[B]
-    config: LoopConfig
-    tracker: Tracker
-    checkpoints: Path
-    stop: StopSignal
-    evaluate: Callable[[int], dict[str, float]]  # after so many steps
-    stop_after: int | None = None  # steps of this start
-    unit: str = "tokens"  # what the size of a batch counts
-    callback: StepCallback | None = None
-    checkpoint_gate: Callable[[int], bool] | None = None  # may these weights be kept? if not, the run ends with the last kept
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    judge: Judge | None = None  # of evaluations, where the best of them decides something
-    where: Callable[[int], str] = str  # what the number of a row is called
-    saving: Callable[[], AbstractContextManager[None]] = nullcontext  # around each save
-    state: TrainState = field(default_factory=TrainState)
-    window: Averages = field(default_factory=Averages)  # since the last logged step
+class Loop(Judging[B], Guarding[B]):
+    """Runs steps `start`..config.num_steps."""
 
     def fit(self, start: int) -> None:
         """Raises Stopped after a signal, with a checkpoint written; RunError on a loss or gradient that is not finite."""
@@ -124,17 +73,6 @@ class Loop(Generic[B]):
         self._catch_up(done)
         self._settle(done)
         leave(self.optimizer)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, optimizer and method as they were. Raises UserError when they do not fit."""
-        restore(checkpoint, self.module, plain_optimizer(self.optimizer), self.processes)
-        if self.callback:
-            self.callback.load(self.processes.told(lambda: checkpoint.method))
-
-    @property
-    def processes(self) -> Processes:
-        """Those that share the run."""
-        return Processes.of(self.accelerator)
 
     def _step(self, step: int) -> tuple[float, int]:
         """All updates of a step: the last one's gradient norm, and how many tokens they took."""
@@ -247,44 +185,6 @@ class Loop(Generic[B]):
         total, length = torch.stack([loss.float(), norm.to(loss.device).float()]).tolist()
         return total, length
 
-    def _is_fit(self, step: int, loss: float, norm: float, rows: list[int]) -> bool:
-        """May the update be taken? Raises Spike, or RunError where no more may be left out."""
-        if overflowed(self.state, loss, norm):
-            self._write_down({"step": step, "loss": loss, "grad_norm": str(norm), "rows": rows, "why": OVERFLOW})
-            say(f"step {step}: {OVERFLOW}; left out, losses are multiplied by {self.state.loss_scale:g} from here on")
-            return False
-        entry = check_update(self.guard, self.state, step, loss, norm, rows)
-        if entry is None:
-            return True
-        before = sum(each["why"] == entry["why"] for each in self.state.left_out)
-        entry = self._write_down(entry)
-        if before >= self.guard.skip_nonfinite:
-            why = diverged(self.module, step, self.config.lr) or (BEYOND if self.state.loss_scale else "")
-            raise of_all(not_finite(entry, self.guard, why))
-        say(f"step {step}: loss or gradient is not finite; left out, its rows are in {LEFT_OUT}")
-        return False
-
-    def _write_down(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """With its rows by their names."""
-        entry = entry | {"rows": [self.where(row) for row in entry["rows"]]}
-        self.state.left_out.append(entry)
-        self.processes.told(lambda: write_json(self.checkpoints.parent / LEFT_OUT, self.state.left_out))
-        return entry
-
-    def _newest(self) -> Checkpoint:
-        """One was saved at the start."""
-        checkpoint, _ = self.processes.told(lambda: newest_checkpoint(self.checkpoints))
-        assert checkpoint
-        return checkpoint
-
-    def _go_back(self, spike: Spike) -> None:
-        """Go back to the last checkpoint's weights, and leave out the data since, which led to the spike."""
-        self.optimizer.zero_grad(set_to_none=True)
-        checkpoint = self._newest()
-        self.restore(checkpoint)
-        self._write_down(spike.entry | {"back_to": checkpoint.step})
-        say(f"step {spike.entry['step']}: {spike}; back to the weights of step {checkpoint.step}, without the batches since")
-
     def _remember(self, rows: list[int]) -> None:
         """Add the rows of a step to the hash of all rows drawn: runs with the same hash saw the same data in the same order."""
         said = f"{self.state.drawn} {rows}"
@@ -348,72 +248,6 @@ class Loop(Generic[B]):
         if stopping and not last:
             why = "as run.stop_after says" if done == self._last else "by a signal"
             raise Stopped(f"stopped {why} after step {done} of {config.num_steps}, saved; the same command goes on")
-
-    def _end(self, done: int, checkpoint: Checkpoint | None = None) -> None:
-        """End the run, with a checkpoint's weights in place of today's. The steps after it were printed, and do not count."""
-        if checkpoint:
-            self.restore(checkpoint)
-            self.state.seen = TrainState.from_dict(checkpoint.state).seen
-        self.state.ended = {"step": done, "back_to": checkpoint.step if checkpoint else done}
-
-    def _refuse(self, done: int) -> None:
-        """End the run with the best checkpoint that there is, or else the newest: the weights of now may not be kept."""
-        checkpoint = self._best() or self._newest()
-        self._end(done, checkpoint)
-        say(f"the run ends at step {done} with the weights of step {checkpoint.step}")
-
-    def _settle(self, done: int) -> None:
-        """After the last step, or the end of patience: the result is the best checkpoint, where it is looked for."""
-        best = self.state.best
-        if self.state.ended or self.judge is None or best is None:
-            return
-        say(self.judge.told(best, done, self.config.num_steps, self.state.before.get(self.judge.metric)))
-        checkpoint = None if self._best_step == done else self._best()
-        if checkpoint or done < self.config.num_steps:
-            self._end(done, checkpoint)
-
-    def _evaluate(self, done: int) -> None:
-        """After the last step what the result measures is logged, by the run."""
-        with self.stop.at_once(self.accelerator.num_processes == 1), as_left(self.optimizer):
-            values = self.evaluate(done)
-            if done < self.config.num_steps:
-                self.tracker.log(done, values)
-        if judge := self.judge:
-            value = self.processes.told(
-                lambda: float(values.get(judge.metric, math.nan))
-            )  # or machines that round differently part here
-            self.state.best = judge.judged(self.state.best, done, value)
-
-    def _catch_up(self, done: int) -> None:
-        """Make an evaluation that a stop came before."""
-        if self.state.evaluation_owed:
-            self._evaluate(done)
-            self.state.evaluation_owed = False
-
-    @property
-    def _is_over(self) -> bool:
-        return bool(self.judge and self.judge.is_over(self.state.best))
-
-    @property
-    def _best_step(self) -> int | None:
-        """Whose checkpoint stays, and is the result."""
-        return self.judge.kept(self.state.best) if self.judge else None
-
-    @property
-    def _spared(self) -> tuple[int | None, int | None]:
-        """Steps whose checkpoints stay, beside the newest."""
-        return self.state.within_budget, self._best_step
-
-    def _best(self) -> Checkpoint | None:
-        step = self._best_step
-        return None if step is None else self.processes.told(lambda: checkpoint_of(self.checkpoints, step))
-
-    def _may_keep(self, done: int) -> bool:
-        """As `checkpoint_gate` says of what the run would leave now."""
-        if self.checkpoint_gate is None:
-            return True
-        with as_left(self.optimizer):
-            return self.checkpoint_gate(done)
 
     def _save(self, done: int) -> None:
         method = self.callback.state() if self.callback else {}
