@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.commands.loaded import Loaded
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["evaluate", "load", "run", "sweep"]
 
 Callback = Callable[[int, dict[str, float]], None]
