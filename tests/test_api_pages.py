@@ -4,6 +4,7 @@ import ast
 
 from api_pages import PAGES, class_blocks, code, docstring, pages, signature
 from house import Function
+from reference_pages import DOCS, made
 
 SOURCE: str = '''
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def test_the_pages_are_what_the_generator_makes() -> None:
     made = pages()
     assert {path.name for path in PAGES.glob("*.md")} == set(made), "run `make docs`"
     assert [name for name, text in made.items() if (PAGES / name).read_text() != text] == [], "run `make docs`"
+
+
+def test_the_pages_of_commands_losses_and_formats_are_what_their_generator_makes() -> None:
+    assert [name for name, text in made().items() if (DOCS / name).read_text(encoding="utf-8") != text] == [], "run `make docs`"
 
 
 def test_a_class_with_its_fields_methods_and_docstrings() -> None:

@@ -1,15 +1,11 @@
-"""docs/commands.md, losses.md and formats.md are what their generator makes, and leave nothing out."""
+"""docs/commands.md, losses.md and formats.md leave nothing out; that they are up to date is seen in test_api_pages.py."""
 
 import typer
 
 from posttrain.cli import app
 from posttrain.config.choices import POLICY_LOSSES, PREFERENCE_LOSSES, TOKEN_LOSSES
 from posttrain.config.schema.data import DATA_FORMATS
-from reference_pages import DOCS, cell, made
-
-
-def test_the_pages_are_what_the_generator_makes() -> None:
-    assert [name for name, text in made().items() if (DOCS / name).read_text(encoding="utf-8") != text] == [], "run `make docs`"
+from reference_pages import cell, made
 
 
 def test_nothing_is_left_out() -> None:
