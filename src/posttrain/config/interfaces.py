@@ -162,6 +162,11 @@ class Method(Strict):
         """How it trains, at the end of a sentence."""
         return f"by {self.named}"
 
+    @property
+    def plan_note(self) -> str:
+        """What a plan cannot know of it from shapes, or ''."""
+        return ""
+
     def check_base(self, quant: Quantizer) -> None:
         """Raises ValueError where it cannot be trained on a base that is kept so."""
         if quant.is_quantized and not self.on_quantized:

@@ -213,6 +213,7 @@ def test_eva_says_what_is_too_little() -> None:
             ("peft.init=lora_ga",),
             "begins by the gradient of a loss of single rows, which dpo does not give; say peft.init",
         ),
+        ("rm", ("peft.init=lora_ga",), "begins by the gradient of a loss of single rows, which rm does not give; say peft.init"),
         ("dreambooth", ("peft.init=loftq", "quant=nf4"), "what quantizing the base has lost, which dreambooth does not give"),
         (
             "sft",

@@ -10,6 +10,7 @@ import pytest
 
 import posttrain
 from posttrain.commands.merge import merge_run
+from posttrain.commands.plan.plan import make_plan
 from posttrain.errors import Stopped, UserError
 from posttrain.runs.files import sha256
 
@@ -61,3 +62,10 @@ def test_a_model_that_reads_no_packs_is_refused_before_its_weights(tmp_path: Pat
         UserError, match=r"^peft.init: what is trained by lora with peft.init=corda .*, and the model reads one document a"
     ):
         run(tmp_path / "run", "peft.init=corda", "train.packing=false")
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_it_cannot_know() -> None:
+    said = make_plan("sft", ["model=tiny", "peft=lora", "peft.init=lora_ga", "train.max_steps=1"])["assumptions"]
+    assert "peft.init=lora_ga: before the first step a matrix of every layer that gets an adapter is held" in " ".join(said)
+    assert "peft.init" not in " ".join(make_plan("sft", ["model=tiny", "peft=lora", "train.max_steps=1"])["assumptions"])

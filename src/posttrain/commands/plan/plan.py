@@ -111,7 +111,7 @@ def _language_plan(cfg: Any, spec: StageSpec, device: Device) -> dict[str, Any]:
         "tokens": round(rows.tokens),
         "tokens_are": rows.tokens_are,
         **_time(cfg, device, found, layers / found.layers, rows, tokens, extra),
-        "assumptions": [line for line in (found.kept.reading, found.note, *extra.notes) if line],
+        "assumptions": [line for line in (found.kept.reading, found.note, cfg.peft.plan_note, *extra.notes) if line],
     }
 
 

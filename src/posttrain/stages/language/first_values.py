@@ -1,9 +1,8 @@
-"""First values of an adapter that are worked out on the run's own rows, or from what quantizing has lost (`peft.init`): once, in
-rank 0, before the adapter is on the base; every process, and every start of the run, has the same."""
+"""First values of an adapter that are worked out on the run's own rows, or from what quantizing has lost (`peft.init`), before
+the adapter is on the base; every process, and every start of the run, has the same."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from posttrain.batch import PackedBatch
 from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.data.collate import BatchSampler
+from posttrain.errors import UserError, of_all
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.hub import resolve
 from posttrain.models.language.packed_lm import PackedLM
@@ -40,7 +40,15 @@ def first_values(
     units = _units(cfg, data.order) if cfg.peft.reads in ("rows", "loss") else []
     made_of = [cfg.peft.model_dump(), loss.model_dump() if loss else None, cfg.train.batch_size, cfg.train.seed, units]
     key = content_hash(data.function(cfg), data.data.key, made_of, str(context.device.type), library_versions())
-    make = partial(processes.told, partial(_make, context, data, objective, units, model))
+
+    def make() -> dict[str, Tensor]:
+        """By every process, for none could wait for another so long; all take those of rank 0."""
+        try:
+            values = _make(context, data, objective, units, model)
+        except UserError as error:
+            raise of_all(error) from None
+        return processes.told(lambda: values)
+
     found = cached_tensors(cache_root() / "starts" / f"{key}.safetensors", make, writes=writes, agree=processes.all_say)
     tokens = int(data.data.train.unit_tokens()[units].sum()) if units else 0
     say(

@@ -10,6 +10,7 @@ from posttrain.config.schema import LanguageStage, RmConfig
 class Rm(LanguageStage):
     """Config of `posttrain rm`."""
 
+    gives = frozenset({"rows", "quantized"})
     rm: RmConfig
 
     @model_validator(mode="after")

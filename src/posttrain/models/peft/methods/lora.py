@@ -114,6 +114,10 @@ class LoraFamily(SavedAsLora):
     def in_words(self) -> str:
         return super().in_words + (", which writes into the base" if self.writes_base else "")
 
+    @property
+    def plan_note(self) -> str:
+        return f"peft.init={self.init}: {self.start.note}" if self.start.note else ""
+
     def check_base(self, quant: Quantizer) -> None:
         super().check_base(quant)
         if self.reads == "quantized" and not quant.is_quantized:
