@@ -30,12 +30,15 @@ def require(module: str, peer: str) -> Any:
     return import_module(module)
 
 
-def run_trl(options: argparse.Namespace, device: str, **best: Any) -> dict[str, Any]:
-    """TRL's SFTTrainer with its defaults on the same model and rows, a row a document."""
+def run_trl(options: argparse.Namespace, device: str, attention: str | None = None, **best: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer with its defaults on the same model and rows, a row a document. attention: the model's, for TRL itself
+    sets none of a model that is there already."""
     from peft import LoraConfig
 
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = random_model(options.shape, options.quant, device, trained=options.full)
+    if attention:
+        model.set_attn_implementation(attention)
     return _by_trainer(model, None if options.full else lora, options, device, **best)
 
 
@@ -43,8 +46,8 @@ def run_trl_best(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """With liger-kernel, padding-free batches by FlashAttention, and bfloat16."""
     require("liger_kernel", "trl-best")
     require("flash_attn", "trl-best")
-    attention = {"attn_implementation": "flash_attention_2"}
-    return run_trl(options, device, use_liger_kernel=True, padding_free=True, bf16=True, model_init_kwargs=attention)
+    flags = {"use_liger_kernel": True, "padding_free": True, "bf16": True}
+    return run_trl(options, device, attention="flash_attention_2", **flags)
 
 
 def run_unsloth(options: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,3 +211,17 @@ def test_a_peer_that_is_not_installed_says_so() -> None:
 
     with pytest.raises(SystemExit, match=r"^unsloth: no_such_module is not installed$"):
         gpu_peers.require("no_such_module", "unsloth")
+
+
+def test_trls_best_flags_reach_its_model_and_its_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention is the model's own: TRL does not set it of a model that is there already."""
+    import gpu_peers
+
+    seen: list[Any] = []
+    model = SimpleNamespace(set_attn_implementation=seen.append)
+    monkeypatch.setattr(gpu_peers, "require", lambda module, peer: seen.append(module))
+    monkeypatch.setattr(gpu_peers, "random_model", lambda *_, **__: model)
+    monkeypatch.setattr(gpu_peers, "_by_trainer", lambda given, *_, **flags: seen.append((given is model, flags)) or {})
+    gpu_peers.run_trl_best(argparse.Namespace(shape="toy", **OPTIONS), "cuda")
+    flags = {"use_liger_kernel": True, "padding_free": True, "bf16": True}
+    assert seen == ["liger_kernel", "flash_attn", "flash_attention_2", (True, flags)]
