@@ -98,3 +98,17 @@ def test_the_time_that_is_left_is_known_after_the_first_unit_however_long(
     now[0] += 50
     meter.advance()
     assert meter.eta(now[0]) == "eta 13:52:30"
+
+
+def test_a_line_breaks_between_words_on_a_terminal_and_nowhere_else(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", 20)
+    path = "/a/path/that/is/longer/than/the/terminal.json"
+    say(f"step 7: out of memory, see {path}; it goes on\nthen")
+    assert terminal.getvalue().splitlines() == ["step 7: out of", "    memory, see", f"    {path};", "    it goes on", "then"]
+    monkeypatch.setattr(console, "_force_terminal", False)
+    terminal.truncate(0)
+    terminal.seek(0)
+    say("word " * 20)
+    assert terminal.getvalue() == "word " * 20 + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -64,9 +65,16 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line, in the one process that prints, with secrets hidden."""
+    """Print a line, in the one process that prints, with secrets hidden. On a terminal it breaks between words, and a long path
+    nowhere, so that it can be copied."""
     if is_main():
-        console.print(redact(line))
+        text = redact(line)
+        console.print("\n".join(map(_broken, text.split("\n"))) if console.is_terminal else text)
+
+
+def _broken(line: str) -> str:
+    whole = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
+    return textwrap.fill(line, console.width, subsequent_indent="    ", **whole)
 
 
 class Meter:

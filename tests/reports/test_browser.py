@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.reports.test_run_page import make_run
 
 from posttrain.commands.watch.folder import Folder
@@ -73,6 +74,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i, label in enumerate(("before", "after"))
         ]
         (run / "samples.json").write_text(json.dumps([{"prompt": "Why?\n" * 3, "answers": answers, "reference": "_" * 300}]))
+        for step in (0, 100):
+            pictures = run / "samples" / f"step-{step}"
+            pictures.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (128, 128), (30 * i, 90, step)).save(pictures / f"0-{i}.png")
+        (run / "samples" / "index.json").write_text(json.dumps([{"kind": "instance", "prompt": "a photo of sks dog"}]))
         run_page(run)
     going = make_run(root / "going", lines=lines, finished=False)
     write_status(going, replace(Status.of_this_process(), steps=200, began=1.0))
@@ -114,6 +121,7 @@ def complaints(page: Any, where: str, width: int, scheme: str) -> list[str]:
     page.set_viewport_size({"width": width, "height": 900})
     page.emulate_media(color_scheme=scheme)
     page.goto(where)
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     found = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in Axe().run(page).response["violations"]]
     wide = page.evaluate("document.documentElement.scrollWidth")
     return found + ([f"{wide} pixels wide"] if wide > width else [])
@@ -234,6 +242,7 @@ def test_a_page_that_goes_on_looks_again_unless_it_is_paused(shown: Any, place: 
     path.write_text(old.replace('data-written="', 'data-written="1" data-was="'))
     shown.goto(f"file://{path}")
     assert "Nothing was written for" in shown.locator(".silence").inner_text()
+    assert shown.locator("h1 .chip").inner_text() == "no news"
     path.write_text(old)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from tests.reports.test_run_page import make_run
 
+import posttrain
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.reports import live
 from posttrain.reports.live import LivePage, told_of
 from posttrain.reports.run_page import run_page
+from posttrain.runs.files import sha256
 from posttrain.runs.status import Status, read_status, standing, write_status
 
 REFRESH = '<noscript><meta http-equiv="refresh" content="10"></noscript>'
@@ -136,3 +138,35 @@ def test_a_finished_run_is_not_looked_at_again(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     assert 'http-equiv="refresh"' not in run_page(run).read_text()
     assert json.loads((run / "manifest.json").read_text())["steps"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_with_a_page_at_every_step_is_the_run_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit. From its first step on the page is there, and says that the run goes on."""
+    words = (
+        "model=tiny",
+        "+peft=lora",
+        "train.max_steps=3",
+        "train.batch_size=2",
+        "data.max_rows=20",
+        "data.eval_rows=2",
+        "eval.rows=1",
+    )
+    monkeypatch.setattr(live, "EVERY", 0.0)
+    monkeypatch.setattr(live, "SHARE", 1e9)
+    shown = list[str]()
+
+    def look(step: int, values: dict[str, float]) -> None:
+        page = tmp_path / "with" / "report.html"
+        shown.append("running" if page.exists() and 'class="chip running"' in page.read_text() else "none")
+
+    posttrain.run("sft", *words, f"run.dir={tmp_path / 'with'}", callbacks=[look])
+    assert shown == ["none", "running", "running", "running", "running"], (
+        "before it, three steps, and what is measured at the end"
+    )
+    assert 'class="chip done"' in (tmp_path / "with" / "report.html").read_text()
+    assert not (tmp_path / "with" / "status.json").exists()
+    monkeypatch.setattr(LivePage, "_write", lambda page, status=None: None)
+    posttrain.run("sft", *words, f"run.dir={tmp_path / 'without'}")
+    one, other = (sha256(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("with", "without"))
+    assert one == other

@@ -311,6 +311,8 @@
     const look = () => {
       const age = Date.now() - written;
       if (age > 6 * every + 60000) {
+        const chip = document.querySelector(".chip.running");
+        if (chip) { chip.className = "chip"; chip.textContent = "no news"; }
         note.textContent = `Nothing was written for ${Math.round(age / 60000)} minutes: the run takes long over a step, or its process is gone.`;
       }
     };
