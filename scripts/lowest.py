@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "build" / "lowest"
 NOT_LOWERED = ("torch",)
 # the walks call preview, plan, sft, chat, export, merge, dpo, eval, report, run, ppo and generate
-TESTS = ["tests/test_first_hour.py", "tests/config/test_compose.py", "tests/models/test_quantization.py"]
+TESTS = [
+    "tests/test_first_hour.py",
+    "tests/config/test_compose.py",
+    "tests/models/test_quantization.py",
+    "tests/data/test_overlaps.py",
+]
 
 
 def lowest() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 def row_seed(seed: int, step: int, part: int, place: int) -> int:
     """Below 2**62, for one row of a step: the same whichever process the row falls to, and whatever is computed beside it."""
-    return int(np.random.SeedSequence((seed, step, part, place)).generate_state(1, np.uint64)[0] >> 2)
+    return int(np.random.SeedSequence((seed, step, part, place)).generate_state(1, np.uint64)[0]) >> 2  # of an int, for numpy 1
 
 
 def seed_step(seed: int, step: int, part: int) -> None:
