@@ -73,8 +73,15 @@ def say(line: str) -> None:
 
 
 def _broken(line: str) -> str:
-    whole = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False, "expand_tabs": False}
-    return textwrap.fill(line, console.width, subsequent_indent="    ", **whole)
+    return textwrap.fill(
+        line,
+        console.width,
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
 
 
 class Meter:
