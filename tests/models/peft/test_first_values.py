@@ -152,6 +152,17 @@ def test_the_base_at_the_start_and_the_whole_change_at_the_end(base: Path, init:
     torch.testing.assert_close(logits(merged), live, rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_weights_that_are_kept_transposed(init: str) -> None:
+    words = ["peft=lora", "peft.r=2", f"peft.init={init}", "peft.targets=[c_attn,c_fc]"]
+    bare, model = logits(make("gpt2")), make("gpt2")
+    made = begun(model, validate(compose_run("sft", words)).peft, given(model, together=2))
+    torch.testing.assert_close(logits(made), bare, rtol=0, atol=2e-5)
+    for layer in lora_layers(made).values():
+        assert bool(layer.lora_B[NEW].weight.any()) == (init != "eva")
+
+
 class OnCpu:
     """A weight for peft's LoftQ, which moves it to a GPU whatever there is."""
 
@@ -239,3 +250,13 @@ def test_what_cannot_be_is_refused_by_the_config(stage: str, words: tuple[str, .
     with pytest.raises(UserError) as error:
         validate(compose_run(stage, ["peft=lora", *words, *needed.get(stage, [])]))
     assert why in str(error.value)
+
+
+def test_layers_are_as_wide_as_the_directions_that_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """32 is the width of the keys, and 64 that of the model: eva and lora_ga look for twice the rank."""
+    words = ["peft=lora", "peft.init=eva", "peft.targets=[q_proj,k_proj]"]
+    for r, said in ((32, "no adapter on 2 linear layers (k_proj): narrower than 2 times the rank 32"), (16, "")):
+        made = add_method(make("llama"), validate(compose_run("sft", [*words, f"peft.r={r}"])).peft, 10)
+        assert len(lora_layers(made)) == (2 if said else 4) and said in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=r"^peft.r: 33 is above 1/2 of the smaller side of every layer .*; 32 is the highest$"):
+        add_method(make("llama"), validate(compose_run("sft", [*words, "peft.r=33"])).peft, 10)

@@ -103,6 +103,11 @@ class Placed(Adapted):
     router: bool
 
     @property
+    def ranks_wide(self) -> int:
+        """How many ranks both sides of a layer must reach, where there is a rank."""
+        return 1
+
+    @property
     def least_width(self) -> int:
         """What both sides of a layer must reach."""
         return 1
@@ -125,8 +130,9 @@ class Placed(Adapted):
         """As `targets_in`, in silence."""
         from posttrain.models.peft.targets import Limits, targets_of
 
-        limits = Limits(self.name, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
-        limits = limits._replace(writes_base=self.writes_base, transposed=self.on_transposed, misfit=self.misfit)
+        limits = Limits(self.named, self.least_width, self.experts, self.router, self.on_parameters, self.not_found_again(model))
+        more: dict[str, Any] = {"writes_base": self.writes_base, "transposed": self.on_transposed, "ranks_wide": self.ranks_wide}
+        limits = limits._replace(**more, misfit=self.misfit)
         return targets_of(model, self.targets, limits)
 
     def record(self, model: Any) -> dict[str, Any]:
@@ -161,7 +167,7 @@ class Ranked(Placed):
 
     @property
     def least_width(self) -> int:
-        return self.r
+        return self.r * self.ranks_wide
 
 
 class Targeted(Ranked):

@@ -24,9 +24,10 @@ class Targets(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a method can be put on. rank: what a layer must be as wide as. renamed: which of some linear layers plain peft would
-    not find again by name. writes_base: does it take a part out of a layer's weight? transposed: can it be put on layers that
-    keep their weight as [in, out]? misfit: (in, out) -> why a layer that is wide enough cannot have it, or ''."""
+    """What a method can be put on. rank: what a layer must be as wide as, which is ranks_wide times the rank. renamed: which of
+    some linear layers plain peft would not find again by name. writes_base: does it take a part out of a layer's weight?
+    transposed: can it be put on layers that keep their weight as [in, out]? misfit: (in, out) -> why a layer that is wide enough
+    cannot have it, or ''."""
 
     method: str
     rank: int = 1
@@ -36,6 +37,7 @@ class Limits(NamedTuple):
     renamed: Callable[[Iterable[str]], set[str]] = lambda names: set()
     writes_base: bool = False
     transposed: bool = True
+    ranks_wide: int = 1
     misfit: Callable[[int, int], str] = lambda size_in, size_out: ""
 
 
@@ -106,7 +108,8 @@ class _Reasons:
         if layer.name in self.shared:
             return f"peft={limits.method} would write into a weight that other layers share"
         if min(layer.shape) < limits.rank:
-            return f"narrower than rank {limits.rank}"
+            times = f"{limits.ranks_wide} times the " if limits.ranks_wide > 1 else ""
+            return f"narrower than {times}rank {limits.rank // limits.ranks_wide}"
         return limits.misfit(*layer.shape)
 
 
@@ -114,8 +117,9 @@ def _nothing_left(found: dict[str, Layer], reasons: _Reasons, left: list[str]) -
     """The field to change is the rank where a lower one would leave a layer to train."""
     rank, reasons.limits = reasons.limits.rank, reasons.limits._replace(rank=1)
     widest = max((min(layer.shape) for layer in found.values() if not reasons.of(layer)), default=0)
-    if widest:
-        return f"peft.r: {rank} is above the smaller side of every layer that could be trained; {widest} is the highest"
+    if highest := widest // (wide := reasons.limits.ranks_wide):
+        side = "the smaller side" if wide == 1 else f"1/{wide} of the smaller side"
+        return f"peft.r: {rank // wide} is above {side} of every layer that could be trained; {highest} is the highest"
     return f"peft.targets: nothing is left to train: {'; '.join(left)}"
 
 

@@ -103,8 +103,8 @@ class LoraFamily(SavedAsLora):
     can_continue = on_parameters = for_vllm = _as_usual  # pyright: ignore
 
     @property
-    def least_width(self) -> int:
-        return self.r * self.start.directions
+    def ranks_wide(self) -> int:
+        return self.start.directions
 
     @property
     def named(self) -> str:
