@@ -17,7 +17,7 @@ from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import as_of_today
-from posttrain.runs.files import STATUS, TRACKING, scratch_beside, sha256
+from posttrain.runs.files import LIVE, STATUS, TRACKING, scratch_beside, sha256
 from posttrain.runs.identity import allowed, compare, identity_of
 from posttrain.runs.manifest import MANIFEST, read_manifest
 from posttrain.runs.remote import Entry, Place, RemoteError
@@ -25,7 +25,7 @@ from posttrain.training.checkpoint import FILES, RECORD, newest_checkpoint, step
 
 CHECKPOINTS = "checkpoints"
 _NOT_SENT = {CHECKPOINTS, TRACKING, ".lock", MANIFEST, "job.log", ".ray", STATUS}
-_RESULTS = {"adapter", "model"}  # written when training is over, and whole with the manifest
+_AT_THE_END = {"adapter", "model", *LIVE}  # whole with the manifest; until then the page and status are of this machine
 
 
 class Mirror:
@@ -136,7 +136,7 @@ class Mirror:
 
     def _beside(self) -> list[str]:
         """Names of the files that are no checkpoint's, as they are now."""
-        skipped = _NOT_SENT if self.run.finished else _NOT_SENT | _RESULTS
+        skipped = _NOT_SENT if self.run.finished else _NOT_SENT | _AT_THE_END
         files = (file.relative_to(self.run.dir) for file in sorted(self.run.dir.rglob("*")) if file.is_file())
         return [str(name) for name in files if not (name.parts[0] in skipped or any(part.startswith(".") for part in name.parts))]
 
