@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from posttrain.errors import RunError, Stopped
 from posttrain.losses.tokens import token_loss
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
+from posttrain.training.at_rest import made_once
 from posttrain.training.checkpoint import newest_checkpoint, restore, trainable
 from posttrain.training.loop import Loop
 from posttrain.training.loop_parts import LoopConfig
@@ -342,3 +344,22 @@ def test_out_of_memory_in_the_optimizer_is_never_tried_again(tmp_path: Path, mon
     checkpoint, _ = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint and checkpoint.step == 2
     assert steps == [len(trainable(loop.module))] * 3 and steps[0] > 0
+
+
+def test_what_is_made_of_weights_is_made_once_a_step(tmp_path: Path) -> None:
+    """Of its micro-batches all, and anew after every change of weights."""
+    loop = make_loop(tmp_path, 2, 4)
+    weight = next(p for p in loop.module.parameters() if p.requires_grad)
+    made, learnt = list[float](), loop.loss
+
+    def sums(weights: Sequence[Tensor]) -> float:
+        made.append(float(weights[0].detach().double().sum()))
+        return made[-1]
+
+    def objective(lm: nn.Module, batch: PackedBatch) -> LossOutput:
+        assert made_once(sums, [weight]) == float(weight.detach().double().sum())
+        return learnt(lm, batch)
+
+    loop.loss = objective
+    trained(loop)
+    assert len(made) == STEPS and len(set(made)) == STEPS

@@ -18,6 +18,7 @@ from posttrain.console import Meter, say
 from posttrain.devices.out_of_memory import give_back
 from posttrain.errors import BeforeStep, RunError, Stopped, is_out_of_memory
 from posttrain.tensors import undivided
+from posttrain.training.at_rest import weights_at_rest
 from posttrain.training.checkpoint import delete_older, save_checkpoint
 from posttrain.training.gradients import average_gradients
 from posttrain.training.guard import Spike, halved
@@ -152,7 +153,8 @@ class Loop(Judging[B], Guarding[B]):
             batches = halved(batches)
         while True:
             try:
-                return self._backward(step, parts, batches, count)
+                with weights_at_rest():
+                    return self._backward(step, parts, batches, count)
             except Exception as error:
                 smaller = halved(batches)
                 if not is_out_of_memory(error) or self.accelerator.num_processes > 1 or len(smaller) == len(batches):

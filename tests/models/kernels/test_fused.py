@@ -12,8 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
+from posttrain.models.kernels import fused
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.fused import OWN
+from posttrain.training.at_rest import weights_at_rest
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -214,3 +216,37 @@ def test_what_goes_in_may_lie_in_memory_in_any_order() -> None:
         found.append((y, x.grad, layer.lora_A["a0"].weight.grad, layer.lora_B["a0"].weight.grad))
     for plain, lean in zip(*found, strict=True):
         torch.testing.assert_close(lean, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_joined_once_while_weights_are_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both passes of every micro-batch, with recomputation too; afterwards from the weights as they have become, though
+    nothing has told torch that they changed, as by bitsandbytes' optimizers."""
+    joins: list[int] = []
+    join = fused._join
+    monkeypatch.setattr(fused, "_join", lambda factors, *rest: (joins.append(len(factors)), join(factors, *rest))[1])
+    model = with_lora(FAMILIES["llama"], dtype=torch.bfloat16, adapters=2)
+    use_kernels(model, "auto")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    once = logits_and_gradients(model)
+    model.zero_grad()
+    assert len(joins) == 28  # 14 layers, in the forward and again in the recomputed one
+    joins.clear()
+    with weights_at_rest():
+        logits_and_gradients(model)
+        model.zero_grad()
+        again = logits_and_gradients(model)
+    assert joins == [4] * 14
+    assert torch.equal(once[0], again[0]) and all(torch.equal(again[1][name], value) for name, value in once[1].items())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with weights_at_rest(), model.disable_adapter():
+        bare = logits_alone(model)
+    with weights_at_rest():
+        assert torch.equal(logits_and_gradients(model)[0], bare)
+
+
+def logits_alone(model: Any) -> Tensor:
+    tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits.float()

@@ -16,6 +16,7 @@ from torch.nn.functional import linear, silu
 
 from posttrain.models.quantization.nf4 import dense_weight
 from posttrain.models.quantization.packed import Packed, packed_of, stored
+from posttrain.training.at_rest import made_once
 
 OWN = "_own_forward"  # of a module that has a leaner way: what it did before
 
@@ -170,7 +171,11 @@ def _heard(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def _joined(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All A one above the other [R, in], and all s B side by side [out, R]."""
+    """All A one above the other [R, in], and all s B side by side [out, R]: once a step, where weights are at rest."""
+    return made_once(_join, factors, scales, dtype)
+
+
+def _join(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     up = [(b if scale == 1 else b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
     if len(up) == 1:  # as they are where nothing is to be joined
         return factors[0].to(dtype), up[0]
