@@ -23,6 +23,7 @@ COMMAND = """posttrain sft -m model=smollm2 \\
     python scripts/methods_page.py runs/methods"""
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "methods_page.md"
+BY_HAND = "## Which one"
 
 
 def read(sweep: Path) -> list[dict[str, Any]]:
@@ -81,7 +82,8 @@ def main() -> None:
     runs = read(options.sweep)
     before = runs[0]["metrics"]["eval/loss_before"]
     floor = min(run["peak_memory_bytes"] for run in runs) / 1e9
-    options.out.write_text(PAGE.read_text().format(command=COMMAND, before=before, rows=table(runs), floor=floor))
+    _, mark, rest = options.out.read_text().partition(BY_HAND)  # what follows the table is written by hand, and stays
+    options.out.write_text(PAGE.read_text().format(command=COMMAND, before=before, rows=table(runs), floor=floor) + mark + rest)
     picture(runs, options.out.with_suffix(".svg"))
     print(f"wrote {options.out}")
 
