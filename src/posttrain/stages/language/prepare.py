@@ -82,7 +82,8 @@ class PreparedData:
         """Names the function that the start computes: base weights, what an adapter adds, and the precision of both. base,
         adapter: digests of others than the start's."""
         weights = [base or self.base.digest, self.start.identity if adapter is None else adapter]
-        computed = [cfg.model.dtype, cfg.peft.output == "model", cfg.model.attention, cfg.model.kernels, cfg.train.packing]
+        model = cfg.model
+        computed: list[Any] = [model.dtype, cfg.peft.output == "model", model.attention, model.kernels, cfg.train.packing]
         if cfg.peft.changes_start:
             computed.append(cfg.peft.model_dump())
         return content_hash(weights, cfg.quant.model_dump(), *computed, *self.new_tokens)
