@@ -80,7 +80,7 @@ def test_what_writes_into_the_base_leaves_them_out(base: Path, capsys: pytest.Ca
     before = load(base)
     made = add_method(
         load(base),
-        Pissa(**(SAID | {"method": "pissa", "init": "pissa", "rank_pattern": None, "alpha_pattern": None, "r": 4, "alpha": 8.0})),
+        Pissa(**lora().model_dump() | {"method": "pissa", "init": "pissa"}),
     )
     assert any("lora_A" in name for name, _ in made.named_parameters())
     assert "other layers share" in capsys.readouterr().out

@@ -341,7 +341,7 @@ def test_rewards_are_put_together_in_order() -> None:
     ("words", "said"),
     [
         ((), "nothing gives a reward"),
-        (("reward.function=ppo_rules:missing",), "ppo_rules:missing"),
+        (("reward.function=ppo_rules:missing",), "no 'missing' in ppo_rules"),
         (("reward.function=nowhere",), "module:name"),
         (("reward.function=ppo_rules:short", "rollout.temperature=0"), "rollout.temperature"),
         (("reward.function=ppo_rules:short", "rollout.max_new_tokens=2000"), "rollout.max_new_tokens"),
