@@ -170,11 +170,11 @@ def watch_runs(
 def evaluate(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.KEY, rows, max_length, tasks, shots."),
+        typer.Argument(metavar="RUN... [KEY=VALUE]...", help="Runs or models; data.KEY, rows, tasks, reward.function, ..."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure results on held-out rows: the run's own, or data.path=FILE; tasks=A,B through lm-eval."""
+    """Measure results on held-out rows, by lm-eval (tasks=A,B), or by what their answers are worth (reward.function=A)."""
 
     def command() -> None:
         import json

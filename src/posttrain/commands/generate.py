@@ -25,12 +25,14 @@ from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, prompt_of, reference_of
 from posttrain.errors import UserError
 from posttrain.models.language.generation import Answer, Sampling, sample
-from posttrain.models.language.loading import LoadedModel, device_here, load_model
+from posttrain.models.language.loading import LoadedModel, base_digest, device_here, load_model, writing
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
 from posttrain.rewards import RewardFunction, check_options, columns_by_name, combined, load_function
 from posttrain.runs.artifact import open_artifact
+from posttrain.runs.cache_place import cache_root
 from posttrain.runs.files import write_text
+from posttrain.runs.identity import content_hash
 from posttrain.training.seeding import row_seed
 
 KEYS = ("reward.function", "reward.options", "reward.weights", "reward.timeout")  # of `reward`; the others shape what is learnt
@@ -45,10 +47,11 @@ PROMPTS = RowUse(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. temperature 0: the likeliest token. best_of, pairs: files of rows; at_least: the score that a row's best
-    answer needs to be one of them. part: (2, 3): the second of three parts of the prompts, every third one."""
+    """What is asked for. to: None for a file in the cache, found by all that the answers are made from. temperature 0: the
+    likeliest token. best_of, pairs: files of rows; at_least: the score that a row's best answer needs to be one of them. part:
+    (2, 3): the second of three parts of the prompts, every third one. most: prompts, from the first; None: all."""
 
-    to: Path
+    to: Path | None
     samples: int
     temperature: float
     top_p: float
@@ -60,11 +63,12 @@ class Wanted:
     pairs: Path | None = None
     at_least: float | None = None
     part: tuple[int, int] = (1, 1)
+    most: int | None = None
 
     @property
     def drawing(self) -> dict[str, Any]:
         """What decides which answers are drawn, but for the model and the prompt."""
-        return {k: v for k, v in asdict(self).items() if k not in ("to", "best_of", "pairs", "at_least", "part")}
+        return {k: v for k, v in asdict(self).items() if k not in ("to", "best_of", "pairs", "at_least", "part", "most")}
 
     def sampling(self, decode: Callable[[list[int]], str]) -> Sampling:
         """As the sampler has it."""
@@ -97,21 +101,22 @@ def generate(words: list[str], wanted: Wanted) -> list[dict[str, Any]]:
     _check(wanted, settings)
     reward, functions = _rewards(settings)
     artifact = open_artifact(given[0], "run").supported()
-    if artifact.reward_head:
-        raise UserError(f"{given[0]} is a reward model: it scores, and cannot write; give the run that it was made from")
+    writing(artifact)
     data = of_file(data_of(artifact, of_data), given[1], 1).model_copy(update={"max_rows": None})
-    rows = canonical_rows(data, PROMPTS)[wanted.part[0] - 1 :: wanted.part[1]]
+    rows = canonical_rows(data, PROMPTS)[wanted.part[0] - 1 :: wanted.part[1]][: wanted.most]
     if not rows:
         raise UserError(f"{given[1]}: it has no prompts")
     functions = [_tried_out(function, rows) for function in functions]
-    model = {"weights": artifact.digest, "base": artifact.base.digest}
+    model = {"weights": artifact.digest, "base": base_digest(artifact)}
     made = [model, wanted.drawing, of_data, reward.model_dump(include={"function", "options", "weights"})]
-    answers = Answers(wanted.to, [_key(made, number, row) for number, row in rows])
+    keys = [_key(made, number, row) for number, row in rows]
+    to = wanted.to or cache_root() / "answers" / f"{content_hash(*keys)[:16]}.jsonl"
+    answers = Answers(to, keys)
     if missing := len(answers.keys) - len(answers.lines):
-        say(f"{missing} of {len(rows)} prompts to answer, {wanted.samples} times each -> {wanted.to}")
+        say(f"{missing} of {len(rows)} prompts to answer, {wanted.samples} times each -> {to}")
         _answer(load_model(given[0], device_here(), words=of_data), rows, answers, wanted, reward, functions)
     else:
-        say(f"{wanted.to} has all {len(rows)} prompts answered: nothing to generate")
+        say(f"{to} has all {len(rows)} prompts answered: nothing to generate")
     found = answers.in_order()
     _tell(found, wanted)
     return found

@@ -52,6 +52,7 @@ KINDS = {
         Kind("difficulty", "difficulty/*", "how hard rows are, for a curriculum"),
         Kind("fisher", "fisher/*", "Fisher information, for EWC"),
         Kind("replay", "replay/*", "texts that a base has written (data.replay)"),
+        Kind("answers", "answers/*", "answers that posttrain eval has scored"),
         Kind("judged", "judged/*", "what a judge has said of answers"),
         Kind("latents", "latents/*", "pictures as latents"),
         Kind("class_images", "class_images/*", "pictures for prior preservation"),

@@ -62,5 +62,7 @@ def test_a_lost_process_is_started_again(command: tuple[str, ...], straight: str
     kill_rank(launcher, 1, run / "checkpoints" / "step-000004")
     said, _ = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, said
-    assert "going on from step" in said and "another process of the run has ended" in said
+    # the other one hears of it by its connection, or is stopped by the launcher, whichever is first
+    assert "another process of the run has ended" in said or "stopped by a signal" in said
+    assert "going on from step" in said
     assert result(run) == straight

@@ -114,4 +114,4 @@ def test_a_run_keeps_the_best_by_its_answers(tmp_path: Path) -> None:
     assert {"answers/f1", "answers/f1_before", "eval/length", "eval/ended"} <= set(manifest["metrics"])
     assert manifest["best"]["metric"] == "answers/f1" and manifest["best"]["value"] == manifest["metrics"]["answers/f1"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Answers to held-out prompts: f1" in page and "the data's answer" in page and ", f1 0" in page
+    assert "Answers to held-out prompts: F1" in page and "the data's answer" in page and ", f1 0" in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,21 +126,53 @@ def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = 
     Raises UserError for adapters of another base, and for whole models, which have nothing to switch.
     """
     artifacts = [open_artifact(run, "run") for run in runs]
-    if rewards := [each.name for each in artifacts if each.reward_head]:
-        raise UserError(f"{rewards[0]} is a reward model: it scores, and cannot write; give the run that it was made from")
+    for artifact in artifacts:
+        writing(artifact)
     live = load_model(runs[0], device, words=words)
     names = [Path(run).name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
     for name, other in zip(names[1:], artifacts[1:], strict=True):
-        if "model" in (live.artifact.kind, other.supported().kind) or not same_base(
-            base_digest(other), base_digest(live.artifact)
-        ):
+        if not _is_beside(other, live.artifact):
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
         put_beside(live.model, other.verified().weights, name)
         if found := differences(live.artifact, other, live.words):
             say(f"{name}: {', '.join(found)} of its run was another; words are rendered as {names[0]} has them")
     return live, names
+
+
+def _is_beside(other: Artifact, first: Artifact) -> bool:
+    """Are both adapters, of one base?"""
+    adapters = "model" not in (first.kind, other.supported().kind)
+    return adapters and same_base(base_digest(other), base_digest(first))
+
+
+def load_in_turn(runs: list[str], device: str, words: Mapping[str, str] | None = None) -> Iterator[tuple[LoadedModel, list[str]]]:
+    """As `load_models`, of any models: adapters of one base together, else each alone under its name, the one before being let go
+    of first. Raises UserError, before anything is loaded, where one is a reward model."""
+    artifacts = [open_artifact(run, "run").supported() for run in runs]
+    if len(runs) == 1 or all(_is_beside(other, artifacts[0]) for other in artifacts[1:]):
+        yield load_models(runs, device, words)
+        return
+    for artifact in artifacts:
+        writing(artifact)
+        data_of(artifact, words or {})
+    for name, run in zip(names_of(runs), runs, strict=True):
+        yield load_model(run, device, words=words), [name]
+
+
+def names_of(runs: Sequence[str]) -> list[str]:
+    """Of directories their last part, where that tells them apart. Raises UserError for one that is given twice."""
+    if len(set(runs)) < len(runs):
+        raise UserError(f"{next(run for run in runs if runs.count(run) > 1)} is given twice; give each run once")
+    short = [Path(run).name for run in runs]
+    return short if len(set(short)) == len(short) else list(runs)
+
+
+def writing(artifact: Artifact) -> None:
+    """Raises UserError for a reward model."""
+    if artifact.reward_head:
+        raise UserError(f"{artifact.name} is a reward model: it scores, and cannot write; give the run that it was made from")
 
 
 def base_digest(artifact: Artifact) -> str:
