@@ -78,10 +78,8 @@ def test_two_changes_of_one_weight_are_refused(base: Path, tmp_path: Path) -> No
 def test_what_writes_into_the_base_leaves_them_out(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PiSSA would take two parts out of the one weight, and give one back."""
     before = load(base)
-    made = add_method(
-        load(base),
-        Pissa(**lora().model_dump() | {"method": "pissa", "init": "pissa"}),
-    )
+    said: dict[str, Any] = lora().model_dump() | {"method": "pissa", "init": "pissa"}
+    made = add_method(load(base), Pissa(**said))
     assert any("lora_A" in name for name, _ in made.named_parameters())
     assert "other layers share" in capsys.readouterr().out
     torch.testing.assert_close(logits(made), logits(before), rtol=0, atol=1e-4)
