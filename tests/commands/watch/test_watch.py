@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from tests.reports.test_run_page import make_run
 
+from posttrain.commands.local_server import HOME
 from posttrain.commands.watch.folder import Folder, SeenRun, is_own
 from posttrain.commands.watch.pages import COLUMNS, ago, in_order
-from posttrain.commands.watch.server import HOME, Server
+from posttrain.commands.watch.server import Server
 from posttrain.commands.watch.watch import watch
 from posttrain.errors import UserError
 from posttrain.runs.status import Status, write_status

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -14,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
 from posttrain.commands.docs.pages import found_in, pages
+from posttrain.commands.local_server import LocalServer, Reply
 from posttrain.config.paths import root
 from posttrain.console import say
 from posttrain.errors import UserError
@@ -73,23 +73,10 @@ def _laid_out(title: str, body: str, name: str, words: str = "") -> bytes:
     return TEMPLATES.get_template("page.html").render(told).encode()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        status, kind, content = answer(self.path)
-        self.send_response(status)
-        for header, value in {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(content))}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
-def listening_on(port: int) -> ThreadingHTTPServer:
+def listening_on(port: int) -> LocalServer:
     """A server of this machine alone. port 0: any that is free. Raises UserError where the port is taken."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+        return LocalServer(lambda path: Reply(*answer(path), HEADERS), port)
     except OSError as error:
         raise UserError(f"--port: {port} cannot be had ({error.strerror}); give another") from None
 
@@ -97,7 +84,7 @@ def listening_on(port: int) -> ThreadingHTTPServer:
 def serve(port: int) -> None:
     """Until Ctrl-C."""
     with listening_on(port) as server:
-        say(f"docs: http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)")
+        say(f"docs: {server.address} (Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
