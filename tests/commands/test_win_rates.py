@@ -88,6 +88,8 @@ def test_results_are_scored_on_the_same_prompts_and_kept(
         (["tiny", "reward.options.f1.x=1"], "reward.options.f1.x: is about scored answers"),
         (["tiny", "tasks=gsm8k", "reward.function=f1"], "leave out tasks or reward.function"),
         (["tiny", "reward.function=f1", "max_new_tokens=many"], "max_new_tokens: 'many' is no whole number"),
+        (["tiny", "reward.function=f1", "batch_size=many"], "batch_size: 'many' is no whole number above 0"),
+        (["tiny", "reward.function=f1", "rows=0"], "rows: '0' is no whole number above 0"),
         (["tiny", "reward.function=f1", "max_length=5"], "max_length: is about held-out rows"),
         (["tiny", "tiny", "reward.function=f1", "data.path=x.jsonl"], "tiny is given twice"),
     ],

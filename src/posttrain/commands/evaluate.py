@@ -8,12 +8,13 @@ import torch
 from rich.table import Table
 
 from posttrain.commands.win_rates import KEYS as OF_ANSWERS
-from posttrain.commands.win_rates import answer_metrics
+from posttrain.commands.win_rates import ROWS, answer_metrics
 from posttrain.commands.words import runs_and_settings
 from posttrain.config.compose import validate
 from posttrain.config.schema import LanguageStage
 from posttrain.config.stages import typed_config
 from posttrain.config.stored import completed
+from posttrain.config.words import whole_number
 from posttrain.console import console, say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import weighing_of
@@ -34,7 +35,7 @@ from posttrain.stages.rm.policy_pairs import PAIRS, data_of_pairs
 from posttrain.stages.spec import spec_of
 
 KEYS = ("rows", "max_length", *dict.fromkeys((*OF_TASKS, *OF_ANSWERS)))
-DEFAULTS = {"rows": 256, "max_length": 1024}
+MAX_LENGTH = 1024  # tokens of a row, unless a word says otherwise
 WAYS = {"tasks": OF_TASKS, "reward.function": OF_ANSWERS}  # what asks for another kind of evaluation, and its settings
 ABOUT = {"tasks": "lm-eval's tasks", "reward.function": "scored answers"}
 
@@ -90,9 +91,7 @@ def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]
             raise UserError(f"{key}: is about {ABOUT[ways[0]]}; give {ways[0]}=NAME,NAME too")
     if "max_length" in settings and "reward.function" in settings:
         raise UserError("max_length: is about held-out rows; with reward.function say max_new_tokens, of an answer")
-    for key in ("rows", "max_length", "max_new_tokens"):
-        if key in settings and not settings[key].isdigit():
-            raise UserError(f"{key}: '{settings[key]}' is no whole number")
+    _size(settings)
     return runs, settings, of_data
 
 
@@ -113,9 +112,9 @@ def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
 
 
 def _size(settings: dict[str, str]) -> tuple[int, int]:
-    """Rows, and tokens of each, at most."""
-    rows, length = (int(settings.get(key, DEFAULTS[key])) for key in ("rows", "max_length"))
-    return rows, length
+    """Rows, and tokens of each, at most. Raises UserError."""
+    rows, length = (whole_number(settings, key) for key in ("rows", "max_length"))
+    return ROWS if rows is None else rows, MAX_LENGTH if length is None else length
 
 
 # examples of a stage -> kind of a set

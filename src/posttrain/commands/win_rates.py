@@ -7,13 +7,15 @@ from typing import Any
 
 from posttrain.commands.generate import KEYS as OF_REWARD
 from posttrain.commands.generate import Wanted, generate
+from posttrain.config.words import whole_number
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
 from posttrain.models.language.loading import names_of
 
 KEYS = (*OF_REWARD, "max_new_tokens", "batch_size")
-DEFAULTS = {"rows": 256, "max_new_tokens": 256, "batch_size": 8}
+ROWS = 256  # of a file, unless a word says otherwise
+DEFAULTS = {"rows": ROWS, "max_new_tokens": 256, "batch_size": 8}
 Scores = dict[int, float]  # a prompt's row -> what its answer is worth
 
 
@@ -21,10 +23,10 @@ def answer_metrics(runs: list[str], settings: dict[str, str], of_data: dict[str,
     """Mean score of every run's answers, and how often they win over the first run's. One answer a prompt, of the likeliest
     tokens. Answers are kept in the cache, by all that they were made from: what is there is not made again. Raises UserError
     before a model is loaded."""
+    size = {key: whole_number(settings, key, 1) or default for key, default in DEFAULTS.items()}
     path = of_data.get("data.path")
     if path is None:
         raise UserError("reward.function: nothing says what is to be answered; give data.path=FILE, a file of prompts")
-    size = {key: int(settings.get(key, default)) for key, default in DEFAULTS.items()}
     wanted = Wanted(None, 1, 0.0, 1.0, size["max_new_tokens"], 0, size["batch_size"], most=size["rows"])
     words = [f"{key}={value}" for key, value in of_data.items() if key != "data.path"]
     words += [f"{key}={value}" for key, value in settings.items() if key.startswith("reward.")]

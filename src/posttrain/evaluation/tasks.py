@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.words import whole_number
 from posttrain.errors import UserError, did_you_mean, reading
 
 KEYS = ("tasks", "limit", "shots", "batch_size", "chat_template", "include")
@@ -34,16 +35,13 @@ class Tasks:
     @classmethod
     def of(cls, words: Mapping[str, str]) -> Tasks:
         """words: KEY=VALUE of `KEYS`. Raises UserError."""
-        for key in ("limit", "shots", "batch_size"):
-            if key in words and (not words[key].isdigit() or (key != "shots" and int(words[key]) == 0)):
-                raise UserError(f"{key}: '{words[key]}' is no whole number{'' if key == 'shots' else ' above 0'}")
+        limit, shots, size = (whole_number(words, key, least) for key, least in (("limit", 1), ("shots", 0), ("batch_size", 1)))
         if words.get("chat_template", "true") not in TRUTH:
             raise UserError(f"chat_template: '{words['chat_template']}' is neither true nor false")
         include = Path(words["include"]).expanduser() if "include" in words else None
         names = tuple(name.strip() for name in words["tasks"].split(",") if name.strip())
         if not names:
             raise UserError("tasks: give names of lm-eval's tasks, such as tasks=gsm8k,arc_easy")
-        limit, shots, size = (int(words[key]) if key in words else None for key in ("limit", "shots", "batch_size"))
         return cls(names, limit, shots, size or BATCH_SIZE, TRUTH.get(words.get("chat_template", "")), include)
 
     def prepared(self, field: str = "tasks", of_include: str = "include") -> Asking:

@@ -1,0 +1,16 @@
+"""KEY=VALUE words of a command that are no part of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from posttrain.errors import UserError
+
+
+def whole_number(words: Mapping[str, str], key: str, least: int = 0) -> int | None:
+    """The number of `key`; None where it is not given. Raises UserError for what is none, or is below `least` (0 or 1)."""
+    if key not in words:
+        return None
+    if not words[key].isdecimal() or int(words[key]) < least:
+        raise UserError(f"{key}: '{words[key]}' is no whole number{' above 0' if least else ''}")
+    return int(words[key])
