@@ -91,6 +91,7 @@ def test_results_are_scored_on_the_same_prompts_and_kept(
         (["tiny", "reward.function=f1", "batch_size=many"], "batch_size: 'many' is no whole number above 0"),
         (["tiny", "reward.function=f1", "rows=0"], "rows: '0' is no whole number above 0"),
         (["tiny", "reward.function=f1", "max_length=5"], "max_length: is about held-out rows"),
+        (["tiny", "./nowhere", "reward.function=f1", "data.path=x.jsonl"], "nowhere does not exist"),
         (["tiny", "tiny", "reward.function=f1", "data.path=x.jsonl"], "tiny is given twice"),
     ],
 )

@@ -11,7 +11,8 @@ from posttrain.config.words import whole_number
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
-from posttrain.models.language.loading import names_of
+from posttrain.models.language.loading import names_of, writing
+from posttrain.runs.artifact import open_artifact
 
 KEYS = (*OF_REWARD, "max_new_tokens", "batch_size")
 ROWS = 256  # of a file, unless a word says otherwise
@@ -31,6 +32,8 @@ def answer_metrics(runs: list[str], settings: dict[str, str], of_data: dict[str,
     words = [f"{key}={value}" for key, value in of_data.items() if key != "data.path"]
     words += [f"{key}={value}" for key, value in settings.items() if key.startswith("reward.")]
     names = names_of(runs)
+    for run in runs:  # the last one's fault is no reason to hear of it after the first one's answers
+        writing(open_artifact(run, "run").supported())
     scores = {name: _scores(generate([run, path, *words], wanted)) for name, run in zip(names, runs, strict=True)}
     found = {name: _mean(each) for name, each in scores.items()}
     first = scores[names[0]]
