@@ -1,40 +1,22 @@
 """lm-eval's tasks on a run, with the real lm-eval and tasks of our own, so that nothing is downloaded."""
 
-import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.evaluation.own_tasks import own_tasks
 
 from posttrain.commands.evaluate import evaluate_runs
 from posttrain.errors import UserError
 from posttrain.evaluation.tasks import Tasks, _name
 from posttrain.models.language.loading import LoadedModel, load_model
 
-TASK = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}, train: {rows}}}}}
-test_split: test
-fewshot_split: train
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_text: "{{question}} Answer:"
-doc_to_target: "{{answer}}"
-doc_to_choice: ["yes", "no"]
-metric_list: [{metric: acc}]
-"""
-WRITTEN = """output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "7"
-generation_kwargs: {until: ["END"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-filter_list:
-  - {name: strict, filter: [{function: regex, regex_pattern: "#### (7)"}, {function: take_first}]}
-  - {name: loose, filter: [{function: regex, regex_pattern: "^(.)", fallback: "7"}, {function: take_first}]}
-"""
+FILTERS = (
+    '{name: strict, filter: [{function: regex, regex_pattern: "#### (7)"}, {function: take_first}]}',
+    '{name: loose, filter: [{function: regex, regex_pattern: "^(.)", fallback: "7"}, {function: take_first}]}',
+)
 
 
 def test_words_of_tasks() -> None:
@@ -76,18 +58,7 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def include(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two tasks of six rows: yes or no, and an answer that two filters read. Those that lm-eval ships, which it takes seconds to
-    list, are left out."""
-    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install 'posttrain[eval]'")
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = folder / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"question": f"Is {i} more than 2?", "answer": "no" if i < 3 else "yes"}) + "\n" for i in range(6))
-    )
-    for name, body in (("own_choice", CHOICE), ("own_written", WRITTEN)):
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, rows=rows) + body)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    with own_tasks(tmp_path_factory.mktemp("tasks"), *FILTERS) as folder:
         yield folder
 
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from tests.models.peft.test_methods import LAYERS, load, logits, make, trained
+from tests.models.peft.written import assert_written_is_live
 
 from posttrain.config.compose import compose_run, validate
 from posttrain.errors import UserError
 from posttrain.models.counting import count_parameters
 from posttrain.models.peft.attach import NEW, add_method
 from posttrain.models.peft.export import export_adapter, lora_layers
-from posttrain.models.peft.merge import Adapter
 
 PATTERN = "peft.rank_pattern={down_proj: 8, layers.0.self_attn.q_proj: 2}"
 
@@ -40,16 +39,7 @@ def test_the_base_at_the_start_and_the_whole_change_in_plain_peft(base: Path, mo
     model: Any = add_method(load(base), method(*more), 10)
     torch.testing.assert_close(logits(model), bare, rtol=0, atol=2e-5)
     trained(model)
-    live = logits(model)
-    export_adapter(model, tmp_path, str(base))
-    again = PeftModel.from_pretrained(load(base), str(tmp_path))
-    torch.testing.assert_close(logits(again), live, rtol=0, atol=2e-5)
-    adapter, merged = Adapter(tmp_path, "run"), load(base)
-    with torch.no_grad():
-        for layer in adapter.modules:
-            weight = merged.get_submodule(layer).weight
-            weight.copy_(adapter.applied(layer, weight))
-    torch.testing.assert_close(logits(merged), live, rtol=0, atol=2e-5)
+    assert_written_is_live(model, base, tmp_path, 2e-5)
 
 
 def test_olora_begins_orthonormal_and_takes_it_out_of_the_base() -> None:

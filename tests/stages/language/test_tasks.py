@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.evaluation.own_tasks import own_tasks
 
 import posttrain
 from posttrain.config.compose import compose_run
@@ -14,24 +14,7 @@ from posttrain.errors import UserError
 
 SMALL = ("model=tiny", "+peft=lora", "train.max_steps=4", "train.eval_steps=2", "train.batch_size=2", "data.max_rows=20",
          "data.eval_rows=2", "eval.sets=null", "train.max_length=128", "optim.lr=0.01")  # fmt: skip
-TASK = """task: own_{name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_text: "{{question}} Answer:"
-doc_to_target: "{{answer}}"
-doc_to_choice: ["yes", "no"]
-metric_list: [{metric: acc}]
-"""
-WRITTEN = """output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "7"
-generation_kwargs: {until: ["END"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-filter_list: [{name: strict, filter: [{function: regex, regex_pattern: "(7)"}, {function: take_first}]}]
-"""
+FILTER = '{name: strict, filter: [{function: regex, regex_pattern: "(7)"}, {function: take_first}]}'
 NAMES = {f"tasks/{name}{end}" for name in ("own_choice/acc", "own_written/strict/exact_match") for end in ("", "_stderr")}
 
 
@@ -69,15 +52,7 @@ def test_more_of_a_task_is_better_but_for_perplexity() -> None:
 
 @pytest.fixture(scope="module")
 def include(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two tasks of our own. Those that lm-eval ships, which it takes seconds to list, are left out."""
-    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install 'posttrain[eval]'")
-    folder = tmp_path_factory.mktemp("tasks")
-    lines = [json.dumps({"question": f"Is {i} more than 2?", "answer": "no" if i < 3 else "yes"}) for i in range(6)]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    for name, body in (("choice", CHOICE), ("written", WRITTEN)):
-        (folder / f"own_{name}.yaml").write_text(TASK.format(name=name, rows=folder / "rows.jsonl") + body)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    with own_tasks(tmp_path_factory.mktemp("tasks"), FILTER) as folder:
         yield folder
 
 
