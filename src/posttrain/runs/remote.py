@@ -44,6 +44,15 @@ class Entry:
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, file: Path) -> Entry:
+        """As a file is now."""
+        return cls(file.stat().st_size, sha256(file))
+
+    def is_of(self, file: Path) -> bool:
+        """Is the file as it says? One of another size is not read."""
+        return file.stat().st_size == self.bytes and sha256(file) == self.sha256
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -170,7 +179,7 @@ class Place:
         """The file of this name at `file`. Raises RemoteError, also where it is not as it is listed."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self.ask(lambda: self.fs.get_file(self.path(name), str(file)), f"{name} cannot be read")
-        if entry and (file.stat().st_size != entry.bytes or sha256(file) != entry.sha256):
+        if entry and not entry.is_of(file):
             raise RemoteError(f"{self.url}: {name} is damaged there: its sha256 is not the one that is listed")
 
     def remove(self, name: str) -> None:
@@ -272,7 +281,7 @@ def result_at(out: Path) -> Generator[Path]:
 def upload(directory: Path, place: Place, there: dict[str, Entry]) -> None:
     """All files of a directory that `there` does not have; the listing says that it is whole when all are there."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    entries = {str(file.relative_to(directory)): Entry(file.stat().st_size, sha256(file)) for file in files}
+    entries = {str(file.relative_to(directory)): Entry.of(file) for file in files}
     done = {name: entry for name, entry in there.items() if entries.get(name) == entry}
     with Meter(f"uploading {place.name}", len(entries)) as meter:
         for name, entry in entries.items():

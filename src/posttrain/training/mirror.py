@@ -17,7 +17,7 @@ from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.runs.directory import CONFIG, Run, read_config
 from posttrain.runs.earlier import as_of_today
-from posttrain.runs.files import LIVE, STATUS, TRACKING, scratch_beside, sha256
+from posttrain.runs.files import LIVE, STATUS, TRACKING, scratch_beside
 from posttrain.runs.identity import allowed, compare, identity_of
 from posttrain.runs.manifest import MANIFEST, read_manifest
 from posttrain.runs.remote import Entry, Place, RemoteError
@@ -86,7 +86,7 @@ class Mirror:
         """Those that are not here as they are there, in this order."""
         for name in names:
             file, entry = self.run.dir / name, self._there[name]
-            if not (file.is_file() and file.stat().st_size == entry.bytes and sha256(file) == entry.sha256):
+            if not (file.is_file() and entry.is_of(file)):
                 with scratch_beside(file) as scratch:
                     self.place.fetch(name, scratch / file.name, entry)
                     (scratch / file.name).replace(file)
@@ -173,7 +173,7 @@ class Mirror:
         for name, entry in files.items():
             file = self.run.dir / name
             try:
-                now = entry or Entry(file.stat().st_size, sha256(file))
+                now = entry or Entry.of(file)
                 if self._there.get(name) == now:
                     continue
                 self._there[name] = self.place.put(file, name, entry)
