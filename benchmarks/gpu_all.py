@@ -1,6 +1,6 @@
 """make bench-gpu: every case of benchmarks/gpu.py, ours and the peers', each in a process of its own, into a JSON and a picture.
 
-python benchmarks/gpu_all.py [--to gpu.json] [--minutes 25] [--only 8b] [--toy]
+python benchmarks/gpu_all.py [--to gpu.json] [--minutes 25] [--only 8b] [--peers trl unsloth] [--toy]
 
 Cases go in the order in which they are worth most, ours before the peers', and none is begun after so many minutes; those left
 out are named in it. What
@@ -15,29 +15,31 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from gpu_goals import judged
 
 SCRIPT = Path(__file__).with_name("gpu.py")
+SAID = 12  # last lines of a case that failed
 PEERS = ("trl", "trl-best", "unsloth", "torchtune")
 LORA, QLORA, FULL = "--quant none", "--quant nf4", "--full --tokens 4096"
 # (name, words for gpu.py, which peers do the same)
 CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("8b lora", f"--shape 8b {LORA}", PEERS),
     ("8b qlora", f"--shape 8b {QLORA}", PEERS),
-    ("8b qlora, one row", f"--shape 8b {QLORA} --tokens 2048 --documents 1", PEERS),
     ("8b qlora, least memory", f"--shape 8b {QLORA} --tokens 2048 --documents 1 --recompute 32", ()),
     ("8b qlora, 24 GB", f"--shape 8b {QLORA} --tokens 8192 --cap 24", ("unsloth", "torchtune")),
     ("8b qlora, 24 GB, longest", f"--shape 8b {QLORA} --offload activations --cap 24 --longest 131072", ()),
     ("65b qlora, 48 GB", f"--shape 65b {QLORA} --tokens 2048 --documents 1 --rank 64 --recompute 80 --cap 48", ()),
-    ("1b full", f"--shape 1b {FULL}", PEERS),
     ("8b dpo qlora", f"--shape 8b {QLORA} --stage dpo", ()),
-    ("8b rm qlora", f"--shape 8b {QLORA} --stage rm", ()),
-    ("8b ppo update, qlora", f"--shape 8b {QLORA} --stage ppo", ()),
     ("8b rollout", "--shape 8b --rollout --documents 32", ()),
+    ("8b ppo update, qlora", f"--shape 8b {QLORA} --stage ppo", ()),
+    ("1b full", f"--shape 1b {FULL}", PEERS),
     ("8b rollout by generate", "--shape 8b --generate --documents 32", ()),
+    ("8b rm qlora", f"--shape 8b {QLORA} --stage rm", ()),
+    ("8b qlora, one row", f"--shape 8b {QLORA} --tokens 2048 --documents 1", PEERS),
     ("30b-moe lora", f"--shape 30b-moe {LORA} --tokens 4096", ("trl",)),
     ("1b lora", f"--shape 1b {LORA} --tokens 16384", PEERS),
     ("8b qlora, dense copies", f"--shape 8b {QLORA} --tokens 2048 --documents 1 --dense 32", ()),
@@ -59,16 +61,18 @@ def run_case(words: str, timeout: float) -> dict[str, Any]:
         return {"failed": f"not done after {timeout:.0f} s"}
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"failed": lines[-1] if lines else f"exit code {done.returncode}"}
+        return {"failed": lines[-1] if lines else f"exit code {done.returncode}", "said": lines[-SAID:]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_all(cases: tuple[tuple[str, str, tuple[str, ...]], ...], minutes: float) -> dict[str, Any]:
-    """Ours of every case, which the goals are about, then the others; the ratio of ours to each, by the medians and by the worst
-    of both spreads."""
+def run_all(
+    cases: tuple[tuple[str, str, tuple[str, ...]], ...], minutes: float, asked: Collection[str] = PEERS
+) -> dict[str, Any]:
+    """Ours of every case, which the goals are about, then the others that are asked for; the ratio of ours to each, by the
+    medians and by the worst of both spreads."""
     ends, found, left = time.monotonic() + 60 * minutes, list[dict[str, Any]](), list[str]()
     ours = [(name, words, "posttrain") for name, words, _ in cases]
-    theirs = [(name, f"{words} --peer {peer}", peer) for name, words, peers in cases for peer in peers]
+    theirs = [(name, f"{words} --peer {peer}", peer) for name, words, peers in cases for peer in peers if peer in asked]
     for name, words, contender in (*ours, *theirs):
         rest = ends - time.monotonic()
         if rest <= 0:
@@ -124,10 +128,11 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="which others are run beside it")
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     cases = tuple(case for case in (TOY if options.toy else CASES) if options.only in case[0])
-    report = run_all(cases, options.minutes)
+    report = run_all(cases, options.minutes, options.peers)
     options.to.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, options.to.with_suffix(".svg"))
     for goal in report["goals"]:

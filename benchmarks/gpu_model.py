@@ -71,9 +71,10 @@ def _to_nf4(layer: nn.Module, device: str) -> None:
         for name, linear in list(part.named_children()):
             if isinstance(linear, nn.Linear):
                 small = Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
-                dense: Any = linear.weight.data.cpu()
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+                    device="meta",  # else random numbers are drawn on the CPU first, for minutes
+                )  # fmt: skip
+                dense: Any = linear.weight.data
                 small.weight = Params4bit(dense, requires_grad=False, quant_type="nf4", module=small)  # pyright: ignore
                 setattr(part, name, small.to(device))
 

@@ -18,6 +18,8 @@ import torch
 
 from gpu import TIMED, WARM, _wait, peak, random_batch, speed, timed
 from gpu_model import SHAPES, random_model
+from posttrain.devices.out_of_memory import give_back
+from posttrain.errors import is_out_of_memory
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATE = 1e-4  # of learning; what is learnt of random rows does not matter
@@ -43,11 +45,23 @@ def run_trl(options: argparse.Namespace, device: str, attention: str | None = No
 
 
 def run_trl_best(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """With liger-kernel, padding-free batches by FlashAttention, and bfloat16."""
+    """With liger-kernel and bfloat16, without recomputation where it fits; padding-free batches by FlashAttention where it is
+    installed, else torch's own attention, which has FlashAttention inside (rows are of one length, so that nothing is padded)."""
     require("liger_kernel", "trl-best")
-    require("flash_attn", "trl-best")
-    flags = {"use_liger_kernel": True, "padding_free": True, "bf16": True}
-    return run_trl(options, device, attention="flash_attention_2", **flags)
+    flags: dict[str, Any] = {"use_liger_kernel": True, "bf16": True}
+    attention = "sdpa"
+    if find_spec("flash_attn"):
+        attention, flags = "flash_attention_2", flags | {"padding_free": True}
+    try:
+        found = run_trl(options, device, attention=attention, gradient_checkpointing=False, **flags) | {"recomputes": False}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        found = {}
+    if not found:  # outside of the handler, where nothing holds what the failed run has kept
+        give_back()
+        found = run_trl(options, device, attention=attention, **flags) | {"recomputes": True}
+    return found | {"attention": attention}
 
 
 def run_unsloth(options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -56,7 +70,8 @@ def run_unsloth(options: argparse.Namespace, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         from posttrain.models.language.tokenizer import load_tokenizer
 
-        random_model(options.shape, "none", "cpu").save_pretrained(folder)
+        random_model(options.shape, "none", device).save_pretrained(folder)
+        give_back()
         load_tokenizer("tiny", None, None, None).save_pretrained(folder)
         four_bit = options.quant == "nf4"
         model, _ = unsloth.FastLanguageModel.from_pretrained(

@@ -106,17 +106,23 @@ def _serve() -> None:
     assert torch.get_num_threads() == 1
     for line in sys.stdin:
         asked = json.loads(line)
-        # As torchrun does: the launcher's own store, so that no other program can take the port in between.
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         count = len(asked["jobs"])
-        children = [_fork(job, rank, count, store.port) for rank, job in enumerate(asked["jobs"])]
+        told, tell = os.pipe()
+        children = [_fork(job, rank, count, told) for rank, job in enumerate(asked["jobs"])]
+        # As torchrun does: the launcher's own store, so that no other program can take the port in between. Only when all are
+        # forked: its thread asks for names of addresses, and a fork meanwhile would keep libc's lock for that, and wait for ever.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(tell, b"%5d" % store.port * count)
         codes = _watch(children, asked["kill"])
+        os.close(told)
+        os.close(tell)
         del store
         _import(Path(asked["jobs"][0]["log"] + ".modules"))
         print(json.dumps(codes), flush=True)
 
 
-def _fork(job: dict[str, Any], rank: int, count: int, port: int) -> int:
+def _fork(job: dict[str, Any], rank: int, count: int, told: int) -> int:
+    """told: a pipe that says the store's port to each, in five digits."""
     child = os.fork()
     if child:
         return child
@@ -126,6 +132,7 @@ def _fork(job: dict[str, Any], rank: int, count: int, port: int) -> int:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        port = int(os.read(told, 5))
         if count > 1:
             launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
             store = {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}

@@ -223,5 +223,23 @@ def test_trls_best_flags_reach_its_model_and_its_trainer(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_peers, "random_model", lambda *_, **__: model)
     monkeypatch.setattr(gpu_peers, "_by_trainer", lambda given, *_, **flags: seen.append((given is model, flags)) or {})
     gpu_peers.run_trl_best(argparse.Namespace(shape="toy", **OPTIONS), "cuda")
-    flags = {"use_liger_kernel": True, "padding_free": True, "bf16": True}
-    assert seen == ["liger_kernel", "flash_attn", "flash_attention_2", (True, flags)]
+    flags = {"gradient_checkpointing": False, "use_liger_kernel": True, "bf16": True}
+    assert seen == ["liger_kernel", "sdpa", (True, flags)]
+    seen.clear()
+    monkeypatch.setattr(gpu_peers, "find_spec", lambda name: name == "flash_attn")
+    gpu_peers.run_trl_best(argparse.Namespace(shape="toy", **OPTIONS), "cuda")
+    assert seen == ["liger_kernel", "flash_attention_2", (True, flags | {"padding_free": True})]
+
+
+def test_trls_best_recomputes_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_peers
+
+    def trains(*_: Any, gradient_checkpointing: bool = True, **__: Any) -> dict[str, Any]:
+        if not gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"tokens_per_second": 1.0}
+
+    monkeypatch.setattr(gpu_peers, "require", lambda *_: None)
+    monkeypatch.setattr(gpu_peers, "run_trl", trains)
+    found = gpu_peers.run_trl_best(argparse.Namespace(shape="toy", **OPTIONS), "cuda")
+    assert found == {"tokens_per_second": 1.0, "recomputes": True, "attention": "sdpa"}

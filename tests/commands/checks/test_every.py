@@ -42,7 +42,7 @@ def test_all_of_it_is_right_on_this_card(check: Check) -> None:
 
 def test_what_needs_a_card_says_so_on_a_cpu() -> None:
     needing = [check for check in CHECKS if check.cards]
-    assert {each.name for each in needing} == {"attention: varlen", "attention: flex", "liger-kernel"}
+    assert {each.name for each in needing} == {"attention: varlen", "attention: flex", "RoPE", "liger-kernel"}
     assert {run_check(each, CPU, 0).says for each in needing} == {"needs CUDA"}
     two = run_check(replace(needing[0], cards=2), CPU, 1)
     assert (two.outcome, two.says) == ("not here", "needs 2 CUDA cards")

@@ -6,6 +6,7 @@ would build is counted, not built.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -116,3 +117,20 @@ def test_two_variants_are_compiled_in_all(monkeypatch: pytest.MonkeyPatch) -> No
                     numbers, mask = numbers_of(pack, dtype=torch.float32)
                     flex.by_flex(*numbers, mask=mask, scaling=0.3, window=window, softcap=None, sinks=None)
     assert counter.frame_count == 2
+
+
+def test_more_models_in_a_process_than_torch_compiles_for_are_compiled_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten numbers of heads; torch's own limit is eight, and beyond it all scores would be written out."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(flex_of_torch, "_validate_device", lambda *_: None)
+    counter = CompileCounter()
+    monkeypatch.setattr(flex.torch, "compile", partial(torch.compile, backend=counter))
+    flex.compiled.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        for heads in range(1, 11):
+            mask = DocumentMask((Segment(0, 20),), 20, CPU)
+            numbers = [torch.randn(1, heads, 20, 16) for _ in range(3)]
+            flex.by_flex(*numbers, mask=mask, scaling=0.3, window=None, softcap=None, sinks=None)
+    flex.compiled.cache_clear()
+    torch._dynamo.reset()
+    assert counter.frame_count == 10

@@ -31,6 +31,20 @@ def test_values_and_gradients_are_those_of_the_dense_mask(pack: str, memory: int
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # the dense way's softmax is in float32
 
 
+def test_torch_2_11_takes_fewer_heads_of_keys_without_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function knows no enable_gqa; the numbers are the same."""
+
+    def earlier(*given: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+        return plain_varlen(*given, scale=scale, window_size=window_size, enable_gqa=True)
+
+    numbers, mask = numbers_of("shared")
+    found = []
+    for function in (plain_varlen, earlier):
+        monkeypatch.setattr(varlen, "varlen_attn", function)
+        found.append(varlen.by_varlen(*numbers, mask=mask, scaling=None, window=None))
+    assert numbers[0].shape[1] != numbers[1].shape[1] and torch.equal(*found)
+
+
 def test_arguments_by_hand() -> None:
     """A document of 2, a prompt of 2 with answers of 1 and 2, and two keys of memory."""
     segments = (Segment(0, 2), Segment(2, 4), Segment(4, 5, 2, 4), Segment(5, 7, 2, 4))

@@ -40,12 +40,15 @@ def check_device(to: Path | None, checks: tuple[Check, ...] = CHECKS) -> list[Fo
     logging.disable_progress_bar()
     with Meter("checks", len(checks)) as meter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries say of a device: the table says it in figures
-        for check in checks:
-            found.append(run_check(check, device, cards))
-            meter.advance(check.name)
+        try:
+            for check in checks:
+                found.append(run_check(check, device, cards))
+                meter.advance(check.name)
+        finally:  # a check that is waited for in vain, and stopped, takes no other's figures with it
+            if to:
+                write_json(to, _report(device, cards, found, time.perf_counter() - began))
     _show(found)
     if to:
-        write_json(to, _report(device, cards, found, time.perf_counter() - began))
         say(f"report {to}")
     if wrong := [each.name for each in found if each.outcome == "wrong"]:
         raise RunError(f"wrong here: {', '.join(wrong)}; --json FILE writes what a report of it needs")

@@ -11,18 +11,22 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from posttrain.models.kernels.fused import is_plain, lora_forward, mlp_forward, norm_forward, with_lora
+from posttrain.models.kernels.pointwise import rotary, rotate
 from posttrain.models.quantization.packed import packed_of, stored
 
 # written for these, in the versions of transformers that pyproject.toml allows; other modules are as they turn out to be
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 NORMS = [f"{family}RMSNorm" for family in (*FAMILIES, "Phi3")]
 MLPS = [f"{family}MLP" for family in FAMILIES]
+ATTENTIONS = [f"{family}Attention" for family in FAMILIES]
+ROTATION = "apply_rotary_pos_emb"  # RoPE, in each family's own file
 WIDTH, INNER = 64, 96  # of the copies
 CLOSE = 1e-5  # rounding of LoRA's two ways of adding up, in float32
 FORMATS = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))  # of input, weight
@@ -32,15 +36,17 @@ OTHERWISE = "computes it otherwise than the versions that the kernel was written
 class Kernel(NamedTuple):
     """A forward of ours for one kind of module.
 
-    is_candidate: might it be for this module? differs: '' where it computes what the module does, else why it is not given to it.
-    is_expected: was it written for modules like this one?
+    forward: for a class of modules. is_candidate: might it be for this module? differs: '' where it computes what the module
+    does, else why it is not given to it. is_expected: was it written for modules like this one? triton: what Triton's kernels
+    (pointwise.py) are to it: nothing, faster than what it does without them, or all that there is to it.
     """
 
     name: str
-    forward: Callable[..., Tensor]
+    forward: Callable[[type[nn.Module]], Callable[..., Any]]
     is_candidate: Callable[[nn.Module], bool]
     differs: Callable[[nn.Module], str]
     is_expected: Callable[[nn.Module], bool]
+    triton: Literal["nothing", "faster", "all"] = "nothing"
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -59,6 +65,38 @@ def _is_gated(module: nn.Module) -> bool:
 def _is_known_mlp(module: nn.Module) -> bool:
     """With SwiGLU; the same classes compute GeGLU where the model's config says so."""
     return type(module).__name__ in MLPS and "gelu" not in type(getattr(module, "act_fn", None)).__name__.lower()
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whose forward itself calls its file's rotation."""
+    forward = type(module).forward
+    return isinstance(forward, FunctionType) and ROTATION in forward.__code__.co_names and ROTATION in forward.__globals__
+
+
+def _is_known_attention(module: nn.Module) -> bool:
+    return type(module).__name__ in ATTENTIONS
+
+
+def _rotation_differs(module: nn.Module) -> str:
+    own, random = type(module).forward.__globals__[ROTATION], Generator().manual_seed(0)
+    why = f"transformers {version('transformers')} {OTHERWISE}" if _is_known_attention(module) else "it is another function"
+    q, k, angles = _normal(random, 2, 4, 5, WIDTH), _normal(random, 2, 2, 5, WIDTH), _normal(random, 2, 5, WIDTH)
+    try:
+        found = own(q, k, angles.cos(), angles.sin())
+    except Exception:  # such as other arguments
+        return why
+    wanted = [rotate(x, angles.cos(), angles.sin()) for x in (q, k)]
+    return "" if all(map(torch.equal, found, wanted)) else why
+
+
+@cache
+def _attention_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The class's own forward, which finds our rotation under the name of its file's: other models' is left as it is."""
+    own: Any = kind.forward
+    names = {**own.__globals__, ROTATION: rotary(own.__globals__[ROTATION])}
+    found = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    found.__kwdefaults__ = own.__kwdefaults__
+    return found
 
 
 def _norm_differs(module: nn.Module) -> str:
@@ -177,7 +215,8 @@ def _in_four_bit() -> nn.Module:
 
 
 KERNELS = (
-    Kernel("LoRA linear", lora_forward, _is_lora, _lora_differs, _is_known_lora),
-    Kernel("RMSNorm", norm_forward, _is_norm, _norm_differs, _is_known_norm),
-    Kernel("SwiGLU", mlp_forward, _is_gated, _mlp_differs, _is_known_mlp),
+    Kernel("LoRA linear", lambda _: lora_forward, _is_lora, _lora_differs, _is_known_lora),
+    Kernel("RMSNorm", lambda _: norm_forward, _is_norm, _norm_differs, _is_known_norm),
+    Kernel("SwiGLU", lambda _: mlp_forward, _is_gated, _mlp_differs, _is_known_mlp, "faster"),
+    Kernel("RoPE", _attention_forward, _is_attention, _rotation_differs, _is_known_attention, "all"),
 )

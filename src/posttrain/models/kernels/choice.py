@@ -17,6 +17,7 @@ from posttrain.models.kernels.candidates import KERNELS, adds_more
 from posttrain.models.kernels.fused import replace_forward
 from posttrain.models.kernels.inference_weights import inference_weights, missing
 from posttrain.models.kernels.liger import LIGER, liger
+from posttrain.models.kernels.pointwise import obstacle
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,32 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> KernelReport:
             this but of `model.attention`, whose plain way is `dense`.
     """
     taken, left, judged = Counter[str](), Counter[LeftOut](), dict[Any, str]()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     for module in model.modules() if kernels == "auto" else ():
         for kernel in KERNELS:
-            if not kernel.is_candidate(module):
+            if not kernel.is_candidate(module) or (kernel.triton == "all" and device.type != "cuda"):
                 continue
             kind = (kernel.name, *(type(getattr(module, name, module)) for name in ("act_fn", "base_layer")), adds_more(module))
             if kind not in judged:
-                judged[kind] = kernel.differs(module)
+                judged[kind] = kernel.differs(module) or (obstacle(device) if kernel.triton == "all" else "")
             if why := judged[kind]:
                 left[LeftOut(kernel.name, type(module).__name__, why, kernel.is_expected(module))] += 1
             else:
                 other = liger(kernel.name, device)
                 if other.why:
                     left[LeftOut(f"{kernel.name} by {LIGER}", type(module).__name__, other.why, True)] += 1
-                replace_forward(module, other.forward or kernel.forward)
+                if kernel.triton == "faster" and device.type == "cuda" and (slower := obstacle(device)):
+                    left[LeftOut(f"{kernel.name} by Triton", type(module).__name__, slower, True)] += 1
+                replace_forward(module, other.forward or kernel.forward(type(module)))
                 taken[f"{kernel.name} by {LIGER}" if other.forward else kernel.name] += 1
     if kernels == "auto":
         left.update(_not_laid_out(model))
     return KernelReport(kernels, dict(taken), dict(left))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where it computes."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def for_inference(model: nn.Module, kernels: Kernels) -> AbstractContextManager[None]:

@@ -23,12 +23,16 @@ from posttrain.tensors import upload
 
 BLOCK = 128  # rows and columns of a block of scores
 EVERYTHING = 2**31 - 1  # the window of a layer that has none
+VARIANTS = 64  # that torch may compile in one process: two for each size and number of heads, format, softcap
 FIELDS = tuple(f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices"))
 
 
 @cache
 def compiled() -> Callable[..., Any]:
-    """FlexAttention as one kernel; compiled when it is first called."""
+    """FlexAttention as one kernel; compiled when it is first called. A process that has had many models compiles for each: where
+    torch's own limit of eight ends, it would write out all scores instead, and say so in its log alone."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     return torch.compile(flex_attention, dynamic=True)
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
+from posttrain.models.kernels.pointwise import silu_product, silu_product_backward
 from posttrain.models.quantization.nf4 import dense_weight
 from posttrain.models.quantization.packed import Packed, packed_of, stored
 from posttrain.training.at_rest import made_once
@@ -109,7 +110,7 @@ def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
     factors, scales = _factors(layer)
     weight, quantized = held_as(base)
     if not (quantized is None or isinstance(quantized, Packed) or torch.is_grad_enabled()):
-        x = x if gated is None else silu(x) * gated
+        x = x if gated is None else silu_product(x, gated)
         down, up = _joined(factors, scales, x.dtype)
         return without_gradient(base, x).add_((x @ down.T) @ up.T)
     y: Any = _LoraLinear.apply(x, gated, weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
@@ -134,7 +135,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, gated: Tensor | None, weight: Tensor, bias: Tensor | None,
         quantized: Any, scales: tuple[float, ...], dropout: float, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        flat = (x if gated is None else silu(x) * gated).reshape(-1, x.shape[-1])
+        flat = (x if gated is None else silu_product(x, gated)).reshape(-1, x.shape[-1])
         down, up = _joined(factors, scales, x.dtype)
         heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         inner = heard @ down.T
@@ -159,8 +160,7 @@ class _LoraLinear(torch.autograd.Function):
             of_x = of_x.reshape(ctx.shape)
         if gated is not None:
             assert of_x is not None
-            active, of_x, of_gated = _through_silu(of_x, x, gated)
-            x = active.mul_(gated)
+            of_x, of_gated, x = silu_product_backward(of_x, x, gated, again=True)
         heard: Any = x if x is None or mask is None else _heard(x.reshape(mask.shape), mask, ctx.heard)
         return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
 
@@ -240,14 +240,8 @@ class SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate) * up
+        return silu_product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _through_silu(grads[0], *ctx.saved_tensors)[1:]
-
-
-def _through_silu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate), and the gradients of gate and up from that of silu(gate) * up."""
-    active = silu(gate)
-    return active, torch.ops.aten.silu_backward(grad * up, gate), grad * active
+        return silu_product_backward(grads[0], *ctx.saved_tensors, again=False)[:2]

@@ -67,6 +67,22 @@ def _known(how: str, asked: Asked, dtype: torch.dtype, card: Card) -> str:
     return ""
 
 
+def beside(
+    compute: Callable[..., Tensor], reference: Callable[..., Tensor], shapes: Sequence[Sequence[int]], device: torch.device
+) -> str:
+    """'' where both give the same values and gradients of random bfloat16, up to rounding, else what is wrong with `compute`."""
+    random, dtype = torch.Generator().manual_seed(0), torch.bfloat16
+    numbers = [torch.randn(*shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
+    chooses = torch.randn(*shapes[0], generator=random).to(device, dtype)
+    found: list[list[Tensor]] = []
+    with torch.enable_grad():
+        for way in (compute, reference):
+            out: Any = way(*[x.clone() for x in numbers])  # a backward may write over what it was given (liger-kernel's does)
+            found.append([out.detach(), *torch.autograd.grad((out * chooses).sum(), numbers)])
+    apart = max(float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in zip(*found, strict=True))
+    return "" if apart <= APART[dtype] else f"computes something else here (relative error {apart:.1e})"
+
+
 @cache
 def _tried(how: str, asked: Iterable[Asked], dtype: torch.dtype, device: torch.device, ways: Ways) -> str:
     for each in asked:

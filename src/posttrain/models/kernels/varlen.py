@@ -6,7 +6,9 @@ the end, so that its first token sees all of them. 16-bit numbers on CUDA; no so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +87,15 @@ def by_varlen(
     if pack.gather is not None:
         keys, values = (_Gathered.apply(x, pack.gather) for x in (keys, values))
     reach = (-1, 0) if window is None or window >= pack.most_keys else (window - 1, 0)  # itself, and those before it
-    options: dict[str, Any] = {"scale": scaling, "window_size": reach, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"scale": scaling, "window_size": reach}
+    if query.shape[1] != key.shape[1] and _asks_for_groups(varlen_attn):
+        options["enable_gqa"] = True
     borders = pack.of_queries, pack.of_keys, pack.most_queries, pack.most_keys
     out: Any = varlen_attn(queries, keys, values, *borders, **options)
     return out[None]
+
+
+@cache
+def _asks_for_groups(function: Callable[..., Any]) -> bool:
+    """Whether fewer heads of keys than of queries have to be asked for; torch 2.11 takes them as they are."""
+    return "enable_gqa" in signature(function).parameters
