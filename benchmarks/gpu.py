@@ -162,6 +162,8 @@ class Ours:
 def run_ours(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """share_of_matmul_rate: of the products that a step needs, nothing computed again counted."""
     ours = Ours(options, device)
+    if device == "cuda":  # a layer in 16 bit on its way to NF4 is no part of a step
+        torch.cuda.reset_peak_memory_stats()
     batch = ours.batch(options.tokens, options.documents)
     seconds = timed(lambda: ours.step(batch), device)
     rate = matmul_rate(torch.device(device), 8192 if device == "cuda" else 1024)
