@@ -40,10 +40,13 @@ torch.manual_seed(0)
 gate, up = (torch.randn(3, 700, requires_grad=True) for _ in range(2))
 grad, made = torch.randn(3, 700), silu(gate) * up
 same(product(gate.detach(), up.detach()), made.detach())
-found = product_backward(grad, gate.detach(), up.detach(), True)
+found = product_backward(grad.clone(), gate.detach(), up.detach(), True)
 for got, want in zip(found, (*torch.autograd.grad((made * grad).sum(), (gate, up)), made.detach()), strict=True):
     same(got, want)
-assert product_backward(grad, gate.detach(), up.detach(), False)[2] is None
+given = torch.ones(3, 700)
+found = product_backward(given, gate.detach(), up.detach(), False)
+assert found[2] is None and bool((given == 1).all())
+assert product_backward(given, gate.detach(), up.detach(), True)[1] is given
 for batch, angles in ((2, 2), (2, 1), (1, 1)):
     x = torch.randn(batch, 11, 7, 48).transpose(1, 2).requires_grad_()  # as a projection gives it
     turn = torch.randn(angles, 11, 48)
@@ -140,6 +143,16 @@ def test_the_products_gradients_by_hand() -> None:
     of_gate, of_up, product = silu_product_backward(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([3.0]), again=True)
     assert (of_gate.item(), of_up.item()) == (3.0, 0.0) and product is not None and product.item() == 0.0
     assert silu_product_backward(torch.ones(1), torch.ones(1), torch.ones(1), again=False)[2] is None
+
+
+def test_only_a_gradient_of_ones_own_is_written_over() -> None:
+    """up's gradient lies where the one that was given lay, in a layer that has made it itself."""
+    gate, up = torch.randn(4, 6), torch.randn(4, 6)
+    theirs, own = torch.ones(4, 6), torch.ones(4, 6)
+    others = silu_product_backward(theirs, gate, up, again=False)
+    found = silu_product_backward(own, gate, up, again=True)
+    assert torch.equal(theirs, torch.ones(4, 6)) and found[1] is own
+    assert torch.equal(found[0], others[0]) and torch.equal(found[1], others[1])
 
 
 def test_a_try_hands_out_copies() -> None:

@@ -27,12 +27,13 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of gate and of up, from that of silu(gate) * up; and with `again` that product."""
+    """The gradients of gate and of up, from that of silu(gate) * up. With `again` also that product, and the gradient that is
+    given is the caller's own: up's is written over it, for these are the widest tensors of a layer."""
     if by_triton(grad, gate, up):
         return _triton().product_backward(grad, gate, up, again)
     active = silu(gate)
-    of_gate, of_up = torch.ops.aten.silu_backward(grad * up, gate), grad * active
-    return of_gate, of_up, active.mul_(up) if again else None
+    of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return (of_gate, grad.mul_(active), active.mul_(up)) if again else (of_gate, grad * active, None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _triton().product_backward(grads[0], *ctx.saved_tensors, again=True)[:2]
+        return _triton().product_backward(grads[0].clone(), *ctx.saved_tensors, again=True)[:2]
 
 
 def _triton() -> Any:
