@@ -234,12 +234,13 @@ def answer_prompts(
     """Answer a file of prompts, with log-probs and, where a reward is named, scores; best-of-n and pairs are made of them."""
 
     def command() -> None:
-        from posttrain.commands.generate import Wanted, generate, part_of
+        from posttrain.commands.generate import Wanted, generate
+        from posttrain.config.words import part_of
         from posttrain.training.signals import leave_with_parent
 
         leave_with_parent()
         how = (samples, temperature, top_p, max_new_tokens, seed, batch_size)
-        generate(words, Wanted(to, *how, tuple(stop or ()), best_of, pairs, at_least, part_of(part)))
+        generate(words, Wanted(to, *how, tuple(stop or ()), best_of, pairs, at_least, part_of(part, "--part")))
 
     _end(command)
 

@@ -80,6 +80,15 @@ def test_words_reach_all_rounds_or_one(recipe: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_word_of_the_user_names_its_round_too(recipe: Path) -> None:
+    words = ["answers.part={round}/96", "dpo-2.train.seed=1{round}", "sft.data.path={round}.jsonl", "rounds.repeat=2"]
+    found = {step.name: step.said for step in load_recipe(str(recipe), words).steps}
+    assert found == {
+        "sft": ("data.path={round}.jsonl",),  # which is in no round
+        "answers-1": ("part=1/96",), "dpo-1": (), "answers-2": ("part=2/96",), "dpo-2": ("train.seed=12",),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -105,6 +114,7 @@ def test_what_a_step_of_answers_may_be_told() -> None:
         ("prompts=p", "reward.function=length", "sampels=4"): "did you mean 'samples'",
         ("prompts=p",): "reward.function: nothing says which answer is better",
         ("reward.function=length",): "prompts: Field required",
+        ("prompts=p", "reward.function=length", "part=4/3"): "^part: '4/3' is no part; say 2/3",
         ("prompts=p", "reward.function=my:own"): "which only you can ask for",
     }.items():
         with pytest.raises(UserError, match=message):

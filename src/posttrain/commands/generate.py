@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,14 +73,6 @@ class Wanted:
         """As the sampler has it."""
         how = (self.temperature, self.top_p, 0) if self.temperature else (1.0, 1.0, 1)
         return Sampling(self.max_new_tokens, *how, max(self.batch_size, self.samples), self.stop, decode)
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """`2/3` -> (2, 3). Raises UserError."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--part: '{text}' is no part; say 2/3 for the second of three")
-    return int(found[1]), int(found[2])
 
 
 class _Section(Strict):

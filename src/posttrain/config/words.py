@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from posttrain.errors import UserError
@@ -14,3 +15,11 @@ def whole_number(words: Mapping[str, str], key: str, least: int = 0) -> int | No
     if not words[key].isdecimal() or int(words[key]) < least:
         raise UserError(f"{key}: '{words[key]}' is no whole number{' above 0' if least else ''}")
     return int(words[key])
+
+
+def part_of(text: str, key: str) -> tuple[int, int]:
+    """`2/3` -> (2, 3). Raises UserError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"{key}: '{text}' is no part; say 2/3 for the second of three")
+    return int(found[1]), int(found[2])

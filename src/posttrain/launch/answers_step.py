@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from posttrain.config.code import require_own_words
 from posttrain.config.fields import NonNegative, Positive, Strict, Weight, listed
+from posttrain.config.words import part_of
 from posttrain.errors import UserError, did_you_mean
 
 GENERATE = "generate"  # instead of a stage
@@ -53,6 +54,8 @@ def answers_config(words: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if found.part:
+        part_of(found.part, "part")
     if "reward.function" not in further:
         raise UserError("reward.function: nothing says which answer is better; give a reward's name")
     require_own_words({key: yaml.safe_load(value) for key, value in further.items()}, said)

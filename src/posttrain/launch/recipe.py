@@ -15,7 +15,7 @@ from posttrain.config.schema import Guarded, Strict
 from posttrain.config.stages import config_classes
 from posttrain.errors import UserError, did_you_mean
 from posttrain.launch.answers_step import GENERATE
-from posttrain.launch.rounds import RawStep, unrolled
+from posttrain.launch.rounds import RawStep, in_round, unrolled
 from posttrain.runs.yaml_files import read_yaml
 from posttrain.stages.spec import stages
 
@@ -39,7 +39,7 @@ class _Recipe(Strict):
 @dataclass(frozen=True)
 class Step:
     """parent: the step above that it starts from. init: else a run's directory, a hub id, or None (the bare model). overrides:
-    the recipe's; said: the user's, after them."""
+    the recipe's; said: the user's, after them. round: its number, where it is done in rounds."""
 
     name: str
     stage: str
@@ -47,6 +47,7 @@ class Step:
     init: str | None
     overrides: tuple[str, ...]
     said: tuple[str, ...] = ()
+    round: int | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -80,11 +81,13 @@ def load_recipe(name_or_path: str, overrides: list[str]) -> Recipe:
     path = _find(name_or_path)
     raw = _read(path)
     unrolled_steps, names, overrides = unrolled(raw.steps, overrides, f"{path}: steps")
+    numbers = {each: int(each.rpartition("-")[2]) for some in names.values() for each in some}  # NAME-2 is of the second round
     makers: list[str] = []  # the steps so far that make a model
     steps: list[Step] = []
     for name, spec in unrolled_steps.items():
         stage = _stage(path, name, spec)
-        step = Step(name, stage, None, None, (*(() if stage == GENERATE else raw.overrides), *spec.overrides))
+        own = (*(() if stage == GENERATE else raw.overrides), *spec.overrides)
+        step = Step(name, stage, None, None, own, round=numbers.get(name))
         before = makers[-1] if makers else None
         init = spec.init if "init" in spec.model_fields_set else before
         steps.append(_start(step, init, list(unrolled_steps), makers, f"{path}: steps.{name}.init"))
@@ -172,7 +175,8 @@ def _apply(recipe: Recipe, overrides: list[str]) -> Recipe:
                 above = [each for each in order[: order.index(name)] if steps[each].stage != GENERATE]
                 steps[name] = _start(steps[name], None if value == "=null" else value[1:], order, above, line)
             else:
-                steps[name] = replace(steps[name], said=(*steps[name].said, f"{sign}{key}{value}"))
+                word = in_round(f"{sign}{key}{value}", steps[name].round)
+                steps[name] = replace(steps[name], said=(*steps[name].said, word))
     return replace(recipe, steps=[steps[name] for name in order])
 
 

@@ -59,6 +59,11 @@ def unrolled(
     return flat, names, rest
 
 
+def in_round(word: str, number: int | None) -> str:
+    """An override with the number of its step's round where it says `{round}`."""
+    return word if number is None else word.replace("{round}", str(number))
+
+
 def keys_that_name_steps(stage: str) -> list[str]:
     """Of a stage's config, beside `init`: other parents, and files, which may be the rows that a step has made."""
     spec = stages().get(stage)
@@ -90,7 +95,7 @@ def _of_round(step: RawStep, name: str, number: int, own: list[str], before: str
     words: list[str] = []
     naming = keys_that_name_steps(step.stage or name)
     for word in step.overrides:
-        key, equals, value = word.replace("{round}", str(number)).partition("=")
+        key, equals, value = in_round(word, number).partition("=")
         if (found := named(value) if key.lstrip("+") in naming else value) is None:
             raise UserError(f"{where}: {word}: in the first round '{value}' has made nothing yet; name a step above")
         words.append(f"{key}{equals}{found}")
