@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.commands.checks import every
+from posttrain.commands.checks import every, kernels
 from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, compared, numbers, run_check, within
 from posttrain.commands.checks.every import CHECKS, check_device
 from posttrain.commands.checks.kernels import rms_norm
@@ -65,6 +65,16 @@ def test_an_error_is_relative_and_has_the_gradients() -> None:
     assert compared(lambda x: x + 0.02 * x.detach(), lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
     assert compared(Off.apply, lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
     assert compared(lambda x: x * torch.nan, lambda x: x * 1, given, CPU, torch.float32) == float("inf")
+
+
+def test_without_a_compiler_rope_is_not_here_and_a_kernel_that_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = next(each for each in CHECKS if each.name == "RoPE")
+    for why, outcome in {
+        "Triton and a C compiler are not here": "not here",
+        "Triton's RoPE does not run here (X)": "wrong",
+    }.items():
+        monkeypatch.setattr(kernels, "obstacle_of_triton", lambda _, why=why: why)
+        assert (found := run_check(check, CPU, 1)).outcome == outcome and found.says == why
 
 
 def test_errors_that_are_too_large_are_named() -> None:

@@ -117,6 +117,17 @@ def test_a_models_attention_finds_ours_and_other_models_keep_theirs(monkeypatch:
     assert Stand.calls == 8
 
 
+def test_what_a_family_gives_its_rotation_beside_is_its_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some take nothing more, some other names: neither is called with what it does not know."""
+    monkeypatch.setattr(pointwise, "by_triton", lambda *_: False)
+    x, angles = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
+    four = pointwise.rotary(lambda q, k, cos, sin: (q, k))
+    assert four(x, x, angles, angles) == (x, x)
+    monkeypatch.setattr(pointwise, "by_triton", lambda *_: True)
+    named = pointwise.rotary(lambda q, k, cos, sin, unsqueeze_dim=1: (q + unsqueeze_dim, k))
+    assert torch.equal(named(x, x, angles, angles, unsqueeze_dim=2)[0], x + 2)
+
+
 def test_a_rotation_of_another_kind_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cohere turns neighbours, not halves."""
     on_a_card(monkeypatch, "")

@@ -43,12 +43,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A family's `apply_rotary_pos_emb`, by Triton where it can be."""
+    """A family's `apply_rotary_pos_emb`, by Triton where it can be. What else a family gives it, under whatever name, is its own
+    function's matter."""
 
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if unsqueeze_dim == 1 and q.shape[-1] == cos.shape[-1] and by_triton(q, k, cos, sin):
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if not (more or named) and q.shape[-1] == cos.shape[-1] and by_triton(q, k, cos, sin):
             return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)  # pyright: ignore[reportReturnType]
-        return plain(q, k, cos, sin, unsqueeze_dim)
+        return plain(q, k, cos, sin, *more, **named)
 
     return turned
 

@@ -71,11 +71,8 @@ def product(gate: Tensor, up: Tensor) -> Tensor:
 def product_backward(grad: Tensor, gate: Tensor, up: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and of up; with `again` also silu(gate) * up, and up's is written over the one that is given."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    of_gate, of_up, out = (
-        torch.empty_like(gate),
-        grad if again else torch.empty_like(up),
-        torch.empty_like(gate) if again else None,
-    )
+    of_gate, of_up = torch.empty_like(gate), grad if again else torch.empty_like(up)
+    out = torch.empty_like(gate) if again else None
     with torch.cuda.device(gate.device):
         _run(_product_backward, gate.numel(), grad, gate, up, of_gate, of_up, gate if out is None else out, AGAIN=again)
     return of_gate, of_up, out
