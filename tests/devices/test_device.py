@@ -23,6 +23,9 @@ REPORTED = [
     ("NVIDIA L4", 22.0, "l4"), ("NVIDIA GeForce RTX 4090", 23.6, "4090"), ("NVIDIA GeForce RTX 3090", 23.7, "3090"),
     ("Tesla T4", 14.6, "t4"), ("Tesla V100-SXM2-32GB", 31.7, "v100"), ("NVIDIA B200", 178.4, "b200"),
     ("AMD Instinct MI300X", 191.7, "mi300x"), ("NVIDIA RTX A6000", 47.5, "a6000"),
+    ("NVIDIA A10G", 22.3, "a10g"), ("NVIDIA A10", 22.2, "a10"), ("NVIDIA A40", 44.5, "a40"), ("NVIDIA L40", 44.4, "l40"),
+    ("NVIDIA RTX 6000 Ada Generation", 47.4, "6000-ada"), ("NVIDIA H20", 95.1, "h20"), ("NVIDIA GH200 480GB", 94.5, "gh200"),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 94.9, "pro-6000"), ("NVIDIA GeForce RTX 4080", 15.7, "4080"),
 ]  # fmt: skip
 
 
@@ -42,6 +45,13 @@ def test_a_card_is_found_by_the_name_that_torch_reports(reported: str, memory: f
 
 def test_a_laptops_card_and_an_unknown_one_have_no_row() -> None:
     assert card_of("NVIDIA GeForce RTX 4090 Laptop GPU", 16 * GIB) is None and card_of("NVIDIA X9", GIB) is None
+    assert card_of("Quadro RTX 6000", 22.2 * GIB) is None  # Turing's, of which no row is
+
+
+@pytest.mark.parametrize(("said", "name"), [("RTX-6000-Ada", "6000-ada"), ("rtx_pro_6000", "pro-6000"), ("A10G", "a10g")])
+def test_a_card_has_the_name_that_people_write(said: str, name: str) -> None:
+    found = Device.named(said).card
+    assert found and found.name == name
 
 
 def test_a_card_that_is_there_and_the_same_one_asked_for_have_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
