@@ -14,7 +14,7 @@ from posttrain.data.mixture import read_mixture
 from posttrain.errors import UserError
 from posttrain.stages.language.init import InitSource
 from posttrain.stages.language.prepare import open_language, template_of
-from posttrain.stages.language.summary import example_of, lines_of_template
+from posttrain.stages.language.summary import example_of, lines_of_data, lines_of_template
 from posttrain.stages.spec import row_uses
 
 CHAT = "<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\n[[a<|im_end|>]]\\n"
@@ -68,3 +68,34 @@ def test_a_template_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPa
     cfg = typed_config(compose_run("sft", ["model=tiny", "data.template=chat"]))
     with pytest.raises(UserError, match=r"^data\.template: this tokenizer has no chat template"):
         open_language(cfg, weights=False)  # type: ignore[arg-type]
+
+
+def lines_of_rows(tokenizer: Any, folder: Path, count: int, *words: str) -> list[str]:
+    """What is said of `count` rows."""
+    rows = [json.dumps({"text": f"row {k}"}) + "\n" for k in range(count)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    cfg = validate(compose_run("cpt", [f"data.path={folder / 'rows.jsonl'}", *words]))
+    return lines_of_data(cfg, read_mixture(cfg.data, row_uses()["cpt"], Encoder(tokenizer), 64, folder / "cache"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "said"),
+    [
+        (12, ["data.eval_share=0.001"], "0 rows held out, of at most 16 (data.eval_share=0.001)"),
+        (12, ["data.eval_share=0.9"], "9 rows held out, of at most 16 (data.eval_share=0.9)"),
+        (400, [], "16 rows held out"),
+        (12, ["data.eval_share=0"], "0 rows held out"),
+        (12, ["data.eval_path={}/rows.jsonl"], "12 rows held out, of at most 16 (data.eval_path)"),
+    ],
+)  # fmt: skip
+def test_fewer_rows_held_out_than_asked_for_are_said(
+    make_tokenizer: Any, tmp_path: Path, count: int, words: list[str], said: str
+) -> None:
+    words = ["data.eval_rows=16", *(word.format(tmp_path) for word in words)]
+    first, *rest = lines_of_rows(make_tokenizer(None), tmp_path, count, *words)
+    assert first.endswith(f" trained; {said}")
+    warned = [line for line in rest if line.startswith("  warning: no row is held out")]
+    assert warned == (
+        ["  warning: no row is held out, so the run is not measured on its own data: of these rows, chosen by their content, "
+         "none is in data.eval_share=0.001; a larger share, or data.eval_path"] if said.startswith("0 rows held out, of") else []
+    )  # fmt: skip

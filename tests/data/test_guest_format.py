@@ -70,6 +70,11 @@ def test_sft_trains_on_it(site: Path) -> None:
     manifest = posttrain.run("sft", *words, f"run.dir={site}/run")
     (source,) = manifest["data"]
     assert (source["shape"], source["rows"], source["untrained"]) == ("dialogue", 20, 0)
+    assert {key: manifest["held_out"][key] for key in ("rows", "eval_rows", "eval_share")} == {
+        "rows": 0,
+        "eval_rows": 64,
+        "eval_share": 0,
+    }
     seen = make_preview("sft", [*words, "data.shape=dialogue"], None, 1)
     assert "It is " in "".join(token.text for token in seen.units[0][0].tokens if token.weight)
 

@@ -103,7 +103,7 @@ def make_preview(stage: str, words: list[str], rows: int | None, units: int) -> 
     kind = UNITS.get(use.examples, "pack")
     shown = [_segments(kind == "pair", mixture, int(unit), opened.tokenizer) for unit in drawn]
     template = template_of(mixture, opened.encoder, use.examples == "documents")
-    lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, mixture, opened.tokenizer)
+    lines = lines_of_start(cfg, opened.start, opened.base) + lines_of_data(cfg, mixture, opened.tokenizer, looked[0].complete)
     lines += [*own_lines, *lines_of_parents(cfg, template.rows)]
     return Preview(stage, kind, cfg.model.name, looked, shown, cfg.example_length, notes, lines)
 

@@ -105,7 +105,7 @@ def _record(cfg: LanguageStage, data: PreparedData, model: TrainableModel, kind:
         "added_tokens": {token.text: token.id for token in data.new_tokens},
         "towers": towers(model.module.causal),
         "data": data.data.record(data.order.until(outcome.steps)),
-        "held_out": asdict(data.data.held_out_stats),
+        "held_out": asdict(data.data.held_out_stats) | cfg.data.model_dump(include={"eval_rows", "eval_share"}),
         "steps": outcome.steps,
         "tokens": outcome.state.seen,
     }

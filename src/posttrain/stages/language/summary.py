@@ -45,17 +45,29 @@ def lines_of_start(cfg: LanguageStage, start: InitSource, base: BaseInfo) -> lis
     return [line, *use_of_base(cfg, base).lines(), *OFFLOADED[cfg.train.offload]]
 
 
-def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any) -> list[str]:
-    """Of each source what became of its rows, and the first of them as the model sees it."""
+def lines_of_data(cfg: LanguageStage, data: Mixture, tokenizer: Any, complete: bool = True) -> list[str]:
+    """Of each source what became of its rows, and the first of them as the model sees it. complete: these are all rows."""
     letters = EXAMPLE if len(data.parts) == 1 else EXAMPLE // 2
     lines: list[str] = []
     for part in data.parts:
-        held_out = f"; {part.held_out_stats.rows} rows held out" if part is data.parts[0] else ""
+        held_out, *warnings = _of_held_out(cfg, part, complete) if part is data.parts[0] else [""]
         reward: Any = getattr(cfg, "reward", None)
         how = cfg.data.dedupe != "none", cfg.data.on_error == "skip", bool(reward and reward.function)
-        lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, *how)
+        lines += lines_of_source(part.stats, cfg.example_length, "train.", held_out, *how) + warnings
         lines += example_of(part, tokenizer, letters)
     return lines
+
+
+def _of_held_out(cfg: LanguageStage, part: PreparedSource, complete: bool) -> list[str]:
+    """How many rows are held out, and a warning where none is of those that were to be."""
+    rows, most = part.held_out_stats.rows, cfg.data.eval_rows
+    share = f"data.eval_share={cfg.data.eval_share}"
+    apart = part.stats.source.startswith("builtin:") or not (cfg.data.eval_path or cfg.data.eval_share)
+    if rows >= most or apart or not complete:
+        return [f"; {rows} rows held out"]
+    said = [f"; {rows} rows held out, of at most {most} ({'data.eval_path' if cfg.data.eval_path else share})"]
+    why = f"of these rows, chosen by their content, none is in {share}; a larger share, or data.eval_path"
+    return said if rows else [*said, f"  warning: no row is held out, so the run is not measured on its own data: {why}"]
 
 
 def lines_of_source(
