@@ -34,10 +34,11 @@ from posttrain.losses.policy.ppo import ppo
 from posttrain.losses.surrogates import Sampled
 from posttrain.losses.tokens import answer_sums, token_loss
 from posttrain.models.kernels.logprobs import head_bytes
-from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
+from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
+from posttrain.models.language.room import Layers
 from posttrain.models.offload.activations import check_offload
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
@@ -109,9 +110,8 @@ def recomputed(model: Any, method: Any, options: argparse.Namespace, device: str
     inputs = 2.0 * options.tokens * SHAPES[options.shape]["hidden_size"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 12 * trained + head_bytes(model.get_output_embeddings().weight, options.tokens, device)
-    return layers_to_recompute(
-        0.9 * free_bytes(options.cap), fixed, kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"]
-    )
+    layers = Layers(kept[0] - kept[1], inputs, SHAPES[options.shape]["num_hidden_layers"])
+    return layers.to_recompute(0.9 * free_bytes(options.cap) - fixed)
 
 
 def adapted(options: argparse.Namespace, device: str) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.devices.device import Device
 from posttrain.errors import UserError
-from posttrain.models.language.activations import activations, layers_to_recompute, model_of_shapes
+from posttrain.models.language.activations import activations, model_of_shapes
+from posttrain.models.language.room import Layers
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.language.work import autocast_to, cost
 
@@ -165,10 +166,10 @@ def test_layers_are_recomputed_as_a_run_chooses() -> None:
     """90 % of what is left after the weights is there for the rest; a layer of those that are recomputed is there in whole,
     and what its backward works with, 1.4 times as much."""
     need = Need(100.0, 50.0, 10.0, 1.0, 4, lambda tokens: 2.0 * tokens, "auto", 1000.0)
-    assert need.recomputed(10) == 0 == layers_to_recompute(810, 50 + 20, 100, 10, 4)
+    assert need.recomputed(10) == 0 == Layers(100, 10, 4).to_recompute(810 - 50 - 20)
     assert need.total(10) == 100 + 50 + 20 + 400 + 10 * 14
-    assert need.recomputed(20) == layers_to_recompute(810, 50 + 40, 200, 20, 4) == 2
-    assert need.total(20) == 100 + 50 + 40 + 20 * (2 * 10 + 2 * 1 + 10 + 14)
+    assert need.recomputed(20) == Layers(200, 20, 4).to_recompute(810 - 50 - 40) == 4
+    assert need.total(20) == 100 + 50 + 40 + 20 * (4 * 1 + 10 + 14)
     assert Need(0, 0, 10.0, 1.0, 4, lambda tokens: 0.0, True, 0).total(10) == 4 * 10 + 100 + 140
     assert Need(0, 0, 10.0, 1.0, 4, lambda tokens: 0.0, 3, 0).total(10) == 100 + 30 + 100 + 140
 

@@ -8,35 +8,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import posttrain
+from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.kernels.candidates import peft_differs
 from posttrain.models.kernels.logprobs import head_bytes
-from posttrain.models.language.activations import layers_to_keep_dense, layers_to_recompute
+from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.stages.language import recompute
 from posttrain.stages.language.build import build_model
 from posttrain.stages.language.init import find_base, resolve_start
 
 RUN = ("sft", "model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=20", "eval.sets=null")
-
-
-def test_layers_by_hand() -> None:
-    """Ten layers leave 100 each, of which 10 are inputs; 50 are asked for besides."""
-    assert layers_to_recompute(1050, 50, 100, 10, 10) == 0
-    assert layers_to_recompute(1049, 50, 100, 10, 10) == 2  # 101 too much with the one that is there in whole: two spare 180
-    assert layers_to_recompute(600, 50, 100, 10, 10) == 7  # 550 / 90
-    assert layers_to_recompute(0, 50, 100, 10, 10) == 10
-
-
-def test_dense_layers_by_hand() -> None:
-    """As above, 1250 free: 200 are left, of which half is not touched. With 7 layers recomputed 1250 - 50 - 300 - 70 - 100."""
-    assert layers_to_keep_dense(1250, 50, 100, 10, 0, 30, 10) == 3
-    assert layers_to_keep_dense(1250, 50, 100, 10, 7, 60, 10) == 6
-    assert layers_to_keep_dense(1250, 50, 100, 10, 7, 1, 10) == 10
-    assert layers_to_keep_dense(1000, 50, 100, 10, 0, 30, 10) == 0
 
 
 def trained(tmp_path: Path, name: str, *words: str) -> dict[str, torch.Tensor]:
@@ -54,10 +40,41 @@ def test_of_a_shared_model_a_process_holds_its_part_by_hand() -> None:
     asked = recompute._asked(cfg, built, 48, torch.device("cpu"))
     numbers = sum(p.numel() for p in built.module.parameters())
     head = head_bytes(built.module.head.weight, 48, "cpu")
-    assert len(built.module.units) == 2 and asked and asked[0] == 8 * numbers + 4 * numbers + head
+    assert len(built.module.units) == 2 and asked and asked.fixed == 8 * numbers + 4 * numbers + head
     half = built.module.bfloat16()  # as a base in 16 bits is, until it is sharded
     again = recompute._asked(cfg, replace(built, module=half), 48, torch.device("cpu"))
-    assert again and again[0] - head_bytes(half.head.weight, 48, "cpu") == 12 * numbers
+    assert again and again.fixed - head_bytes(half.head.weight, 48, "cpu") == 12 * numbers
+
+
+def six_layers(directory: Path) -> str:
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=1024, num_hidden_layers=6)).save_pretrained(directory)
+    load_tokenizer("tiny", None, None, None).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("word", ["+peft=lora", "train.precision=bf16"], ids=["lora", "autocast"])
+def test_a_plan_and_a_run_choose_the_same_number(
+    tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of six layers, from where all must be recomputed to where none must."""
+    run = [f"model.name={six_layers(tmp_path)}", *RUN[2:], word]
+    cfg: Any = typed_config(compose_run("sft", run))
+    start, cpu = resolve_start(cfg), torch.device("cpu")
+    built = build_model(cfg, start, find_base(start, None), 2, cpu)
+    plan = make_plan("sft", run)
+    lying = plan["memory"]["weights"] + plan["memory"].get("adapters", 0)
+    least, most = (plan[f"memory_{how}_recomputation"] / recompute.USED for how in ("with", "without"))
+    planned, chosen = [], []
+    capsys.readouterr()
+    for share in (0.02, 0.4, 0.6, 1.05):
+        memory = least + share * (most - least)
+        planned.append(make_plan("sft", run, round(memory))["layers_recomputed"])
+        monkeypatch.setattr(recompute, "free_bytes", lambda device, free=memory - lying: free)
+        recompute.fit_memory(cfg, built.module, built, plan["micro_batch_tokens"], cpu)
+        said = re.search(r"(\d+) of 6 layers are recomputed", capsys.readouterr().out)
+        chosen.append(int(said[1]) if said else 0)
+    assert planned == chosen and (planned[0], planned[-1]) == (6, 0) and len({*planned}) == 4
 
 
 @pytest.mark.slow

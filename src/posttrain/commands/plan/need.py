@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.devices.device import Rates
-from posttrain.models.language.activations import Activations, layers_to_recompute
+from posttrain.models.language.activations import Activations
+from posttrain.models.language.room import Layers
 from posttrain.stages.language.recompute import USED
 
-# of what a layer keeps: what is there at most while its backward runs, beside it. Llama 3 8B on an H100: in its MLP three
-# gradients as wide as what is kept of it, and what LoRA's factors are multiplied by. With all activations sent away 57,344 tokens
-# fitted into 24 GB, where a plan for a 4090 says 51,146.
-GRADIENTS = 1.4
 FORMS = 0.516 + 2  # bytes that are read of a number in NF4, and written of it in 16 bit
 
 
@@ -33,25 +30,21 @@ class Need:
     asked: bool | int | Literal["auto"]
     capacity: float
 
+    def of_layers(self, tokens: int) -> Layers:
+        """What a micro-batch of so many tokens leaves."""
+        return Layers(self.kept * tokens, self.inputs * tokens, self.layers)
+
     def recomputed(self, tokens: int) -> int:
         """Of so many layers, as a run's own `fit_memory` chooses."""
         if self.asked == "auto":
-            free = USED * (self.capacity - self.lying)
-            return layers_to_recompute(
-                free, self.later + self.head(tokens), self.kept * tokens, self.inputs * tokens, self.layers
-            )
+            free = USED * (self.capacity - self.lying) - self.later - self.head(tokens)
+            return self.of_layers(tokens).to_recompute(free)
         return min(self.layers, {True: self.layers, False: 0}[self.asked] if isinstance(self.asked, bool) else self.asked)
-
-    def activations(self, tokens: int, recomputed: int) -> float:
-        """Every layer's inputs where it is recomputed, one such layer in whole, all of the others; and one layer's gradients."""
-        inside = self.kept if recomputed else 0.0
-        each = (self.layers - recomputed) * self.kept + recomputed * self.inputs + inside
-        return tokens * (min(self.layers * self.kept, each) + GRADIENTS * self.kept)
 
     def total(self, tokens: int, recomputed: int | None = None) -> float:
         """All bytes with a micro-batch of so many tokens."""
         layers = self.recomputed(tokens) if recomputed is None else recomputed
-        return self.lying + self.later + self.head(tokens) + self.activations(tokens, layers)
+        return self.lying + self.later + self.head(tokens) + self.of_layers(tokens).most(layers)
 
     def fits(self, tokens: int) -> bool:
         """Does such a micro-batch?"""

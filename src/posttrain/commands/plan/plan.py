@@ -82,7 +82,7 @@ def _language_plan(cfg: Any, spec: StageSpec, device: Device) -> dict[str, Any]:
     memory = _of_one(cfg, device, found) | extra.memory
     need = _need(cfg, device, found, memory, tokens)
     layers = need.recomputed(tokens)
-    memory |= {"logits": need.head(tokens), "activations": need.activations(tokens, layers)}
+    memory |= {"logits": need.head(tokens), "activations": need.of_layers(tokens).most(layers)}
     return {
         "stage": cfg.stage,
         "model": cfg.model.name,

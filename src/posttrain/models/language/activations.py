@@ -1,9 +1,8 @@
-"""The memory that a backward pass needs, counted on the meta device, and how many layers must be recomputed to fit."""
+"""The memory that a backward pass needs, counted on the meta device."""
 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -153,25 +152,3 @@ def _head_work(lm: PackedLM, hidden: Tensor) -> Work:
     target = torch.zeros(len(given), dtype=torch.int64, device="meta")
     _, found = cost(lambda: token_logprobs(given, target, lm.head, *block("cuda")), lambda logps: [logps])
     return found.forward + found.backward
-
-
-def layers_to_recompute(free: float, fixed: float, kept: float, inputs: float, layers: int) -> int:
-    """How many of `layers` must be recomputed so that all fits in `free`. fixed: what else will be asked for; kept, inputs: bytes
-    that a layer leaves for the backward, and what of it recomputation still needs."""
-    over = fixed + layers * kept - free
-    if over <= 0:
-        return 0
-    # the layer that is being recomputed is there in whole
-    return min(layers, math.ceil((over + kept) / max(kept - inputs, 1.0)))
-
-
-def layers_to_keep_dense(
-    free: float, fixed: float, kept: float, inputs: float, recomputed: int, dense: float, layers: int
-) -> int:
-    """Of how many of `layers` a dense copy of `dense` bytes has room beside what `layers_to_recompute` counts.
-
-    All this is an estimate: half of what seems left is not touched.
-    """
-    inside = kept if recomputed else 0.0
-    left = free - fixed - (layers - recomputed) * kept - recomputed * inputs - inside
-    return max(0, min(layers, math.floor(left / 2 / max(dense, 1.0))))

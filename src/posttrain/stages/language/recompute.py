@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -15,8 +15,9 @@ from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.devices.device import Device
 from posttrain.models.kernels.logprobs import head_bytes
-from posttrain.models.language.activations import activations, layers_to_keep_dense, layers_to_recompute, model_of_shapes
+from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.room import Layers
 from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
@@ -42,7 +43,7 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
     free, asked = USED * free_bytes(device), _asked(cfg, built, tokens, device) if "auto" in (wanted, dense) else None
     layers = {True: lm.num_layers, False: 0}[wanted] if isinstance(wanted, bool) else wanted
     if layers == "auto":
-        layers = layers_to_recompute(free, *asked, lm.num_layers) if asked else 0
+        layers = asked.layers.to_recompute(free - asked.fixed) if asked else 0
         if layers:
             are = "layers are recomputed in the backward to save memory"
             say(f"{layers} of {lm.num_layers} {are} (train.gradient_checkpointing=auto)")
@@ -51,7 +52,7 @@ def fit_memory(cfg: LanguageStage, module: nn.Module, built: TrainableModel, tok
             if isinstance(part, PackedLM):
                 part.recompute(layers)
     if dense == "auto":
-        dense = layers_to_keep_dense(free, *asked, layers, dense_bytes(lm.layers[0]), lm.num_layers) if asked else 0
+        dense = asked.layers.to_keep_dense(free - asked.fixed, layers, dense_bytes(lm.layers[0])) if asked else 0
         say(f"{dense} of {lm.num_layers} layers have a dense copy of their 4-bit weights (quant.dense_layers=auto)")
     if dense:
         keep_dense(lm.layers[:dense])
@@ -78,17 +79,26 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch.device) -> tuple[float, float, float] | None:
-    """Bytes that training will yet ask for beside activations, and those that a layer leaves for the backward, whole and
-    recomputed. None where they cannot be counted."""
+class Asked(NamedTuple):
+    """What training will yet ask for. fixed: bytes beside activations; layers: what they leave for the backward."""
+
+    fixed: float
+    layers: Layers
+
+
+def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch.device) -> Asked | None:
+    """None where it cannot be counted."""
     sequences = cfg.train.batch_size
-    kept, first = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
-    if kept is None or first is None:
+    two, one = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
+    if two is None or one is None:
         return None
+    layers = built.module.num_layers
+    kept = two - one + (2 * one - two) / layers  # with a share of what lies in none, as a plan counts a layer
     width = built.module.causal.config.get_text_config().hidden_size
-    itemsize = built.dtype.itemsize
+    inputs = float(tokens * width * built.dtype.itemsize)
     fixed = _shared(cfg, built) if cfg.train.fsdp else _trained(cfg, built, device)
-    return fixed + head_bytes(built.module.head.weight, tokens, device.type), kept - first, float(tokens * width * itemsize)
+    fixed += head_bytes(built.module.head.weight, tokens, device.type)
+    return Asked(fixed, Layers(kept, inputs, layers))
 
 
 def _trained(cfg: LanguageStage, built: TrainableModel, device: torch.device) -> float:
@@ -123,11 +133,11 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
         if kinds := getattr(config.get_text_config(), "layer_types", None):
             config.get_text_config().layer_types = kinds[:layers]
         method, shapes = cfg.peft.model_dump_json(), config.to_json_string(use_diff=False)
-        asked = (type(config), shapes, built.dtype, method, tokens, sequences, cfg.model.kernels)
+        autocast = torch.bfloat16 if autocast_of(cfg, Device.here()) == "bf16" else None
+        asked = (type(config), shapes, built.dtype, method, tokens, sequences, cfg.model.kernels, autocast)
         if asked not in _COUNTED:
-            _COUNTED[asked] = activations(
-                model_of_shapes(config, built.dtype, cfg.peft), tokens, sequences, cfg.model.kernels
-            ).whole
+            model = model_of_shapes(config, built.dtype, cfg.peft)
+            _COUNTED[asked] = activations(model, tokens, sequences, cfg.model.kernels, autocast).whole
         return _COUNTED[asked]
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None
