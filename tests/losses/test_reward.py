@@ -16,7 +16,9 @@ def test_bradley_terry_with_margin_weight_and_centering() -> None:
     assert figures == {
         "accuracy": (1.0, 2.0), "margin": (1.5 - 2.0, 2.0), "score_chosen": (1.0, 2.0), "score_rejected": (1.5, 2.0),
     }  # fmt: skip
-    assert {name: rows.tolist() for name, rows in output.rows.items()} == {"chosen": [2.0, -1.0], "rejected": [0.5, 1.0]}
+    scores = {name: output.rows[name].tolist() for name in ("chosen", "rejected")}
+    assert scores == {"chosen": [2.0, -1.0], "rejected": [0.5, 1.0]}
+    assert float(output.rows["loss"].sum()) == pytest.approx(float(output.total)) and len(output.rows["loss"]) == 2
 
 
 def test_only_the_difference_of_scores_counts_without_centering() -> None:

@@ -73,7 +73,7 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
 
 def _measured(live: LoadedModel, sets: list[EvalSet]) -> dict[str, float]:
     lm = PackedLM(live.model, kernels=live.kernels)
-    metrics = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
+    metrics, _ = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
     return metrics | _intervals(sets, metrics)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from posttrain.batch import PackedBatch
 from posttrain.console import Meter
 from posttrain.data.examples import Examples
+from posttrain.evaluation.paired import HIGH, LOW
 from posttrain.models.language.objectives import LABELLED, LIKELIHOOD, TOKENS
 from posttrain.runs.cache import alone, cached_json, write_cached_json
 from posttrain.training.metrics import evaluate
@@ -23,6 +25,7 @@ from posttrain.training.objective import Objective
 EVAL_TOKENS = 2048  # a forward pass without gradients; rows are taken together up to so many tokens
 
 
+ROWS = "rows"  # of a measurement in the cache: a value for each row
 ANSWER = "answer"  # the set of held-out rows in which only what stands behind the reasoning counts
 Rows = dict[str, list[float]]  # name -> a value for each held-out unit
 
@@ -92,33 +95,37 @@ def set_metrics(
     device: torch.device,
     check: Callable[[], None],
     agree: Callable[[bool], bool] = alone,
-) -> dict[str, float]:
-    """<set>/loss, <set>/perplexity or <set>/accuracy of every set.
+) -> tuple[dict[str, float], Rows]:
+    """<set>/loss, <set>/perplexity or <set>/accuracy of every set, and each row's loss as <set>/loss and <set>/loss_count.
 
     With an `identity` (a hash of the model's weights and precision) each figure is computed once and then read from the cache.
     agree: see `cached_json`.
     """
-    named: dict[str, float] = {}
+    named, rows = dict[str, float](), Rows()
     for each in sets:
         measure = partial(_measured, module, each, device, check)
         found = cached_json(_path(each, identity, cache), measure, agree=agree) if identity else measure()
+        rows |= {f"{each.name}/{name}": values for name, values in found.get(ROWS, {}).items()}  # a cache of 0.1 has none
+        found = {name: value for name, value in found.items() if name != ROWS}
         named |= {f"{each.name}/{name}": value for name, value in found.items()}
         if each.name == ANSWER:
             counted = float((each.examples.weights[:] != 0).sum())
             named[f"{ANSWER}/logp"] = -found["loss"] * counted / len(each.examples.rows)  # of a whole answer
         if each.kind == "text":
             named[f"{each.name}/perplexity"] = math.exp(found["loss"])
-    return named
+    return named, rows
 
 
-def remember(sets: list[EvalSet], metrics: dict[str, float], identity: str, cache: Path) -> None:
+def remember(sets: list[EvalSet], metrics: dict[str, float], rows: Rows, identity: str, cache: Path) -> None:
     """Keep what was measured on the weights called `identity`: the next stage starts from them."""
     for each in sets:
-        names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith(("perplexity", "/logp"))]
-        write_cached_json(_path(each, identity, cache), {n.split("/", 1)[1]: metrics[n] for n in names})
+        names = [n for n in metrics if n.startswith(f"{each.name}/") and not n.endswith(("perplexity", "/logp", LOW, HIGH))]
+        kept = {n.split("/", 1)[1]: values for n, values in rows.items() if n.startswith(f"{each.name}/")}
+        found: dict[str, Any] = {n.split("/", 1)[1]: metrics[n] for n in names}
+        write_cached_json(_path(each, identity, cache), found | ({ROWS: kept} if kept else {}))
 
 
-def _measured(module: nn.Module, each: EvalSet, device: torch.device, check: Callable[[], None]) -> dict[str, float]:
+def _measured(module: nn.Module, each: EvalSet, device: torch.device, check: Callable[[], None]) -> dict[str, Any]:
     batches = pack_by_tokens(each.objective.pack, each.examples)
     with Meter(each.name, len(batches)) as meter:
 
@@ -126,7 +133,8 @@ def _measured(module: nn.Module, each: EvalSet, device: torch.device, check: Cal
             meter.advance()
             check()
 
-        return evaluate(module, batches, each.objective.loss, device, advance)[0]
+        found, rows = evaluate(module, batches, each.objective.loss, device, advance)
+    return {**found, **({ROWS: {name: values.tolist() for name, values in rows.items()}} if rows else {})}
 
 
 def _path(each: EvalSet, identity: str, cache: Path) -> Path:

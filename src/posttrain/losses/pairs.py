@@ -135,6 +135,8 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, name: str) -> Metrics:
 
 
 def weighted(losses: Tensor, weight: Tensor, metrics: Metrics) -> LossOutput:
-    """Sum of weight times loss over P pairs, [P] each; `loss` is its mean in the metrics."""
-    total = (weight * losses).sum()
-    return LossOutput(total, {"loss": (total.detach(), weight.sum()), **metrics})
+    """Sum of weight times loss over P pairs, [P] each; `loss` is its mean in the metrics, and of each pair in the rows."""
+    each = weight * losses
+    total = each.sum()
+    rows = {"loss": each.detach(), "loss_count": weight}
+    return LossOutput(total, {"loss": (total.detach(), weight.sum()), **metrics}, rows)

@@ -27,7 +27,7 @@ def reward_loss(scores: Tensor, margin: Tensor, weight: Tensor, *, centering: fl
     losses = -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
     chosen, rejected = chosen.detach(), rejected.detach()
     output = weighted(losses, weight, pair_metrics(chosen, rejected, "score"))
-    return replace(output, rows={"chosen": chosen, "rejected": rejected})
+    return replace(output, rows={**output.rows, "chosen": chosen, "rejected": rejected})
 
 
 def likelihood_preference(policy: Tensor, lengths: Tensor) -> LossOutput:

@@ -155,6 +155,7 @@ def _figures(manifest: Manifest) -> str:
     for change in changes:
         low, high = (metrics.get(f"{change.name}{end}") for end in ("_low", "_high"))
         between = f"{show(change.name, low)} to {show(change.name, high)}" if low is not None and high is not None else "—"
+        between = f"change {change.between}" if change.between else between
         rows.append(f"| {change.name} | {change.before} | {change.after} | {between} |")
     if "forgetting/percent" in metrics:
         rows += ["", f"Forgetting: {metrics['forgetting/percent']:+.2f} % of the loss on general text."]

@@ -36,7 +36,7 @@ def _html(records: list[Record], path: Path, live: bool) -> str:
     columns = summary_columns([r.metrics for r in records])
     stages = list(dict.fromkeys(r.config["stage"] for r in records))
     alike = {name for name in columns if len({measured_on(r, name) for r in records if name in r.metrics}) <= 1}
-    grid = metric_grid([r.metrics for r in records], columns, [name for name in columns if name in alike])
+    grid = metric_grid([r.metrics for r in records], columns, [name for name in columns if name in alike], records)
     flat = [flatten({k: v for k, v in r.config.items() if k != "run"}) for r in records]
     keys = dict.fromkeys(key for f in flat for key in f)
     differing = [key for key in keys if len({str(f.get(key)) for f in flat}) > 1]

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from posttrain.config.metrics import direction, show, title
+from posttrain.evaluation.paired import change_interval
 from posttrain.reports.plots import COLORS, Curve, Figure, line_figure
 from posttrain.reports.run_records import Record, noise
 from posttrain.runs.files import PAGE, write_text
@@ -90,9 +91,13 @@ def page_link(run_dir: Path, page: Path) -> str:
     return "./" + quote(os.path.relpath(target.resolve(), page.parent.resolve())) if target.exists() else ""
 
 
-def metric_grid(metrics: list[dict[str, float]], names: list[str], rated: list[str]) -> list[list[Cell]]:
-    """One row of cells a run. The best of each `rated` column is marked, where its values differ."""
-    best = {name: best_of(name, [m.get(name) for m in metrics]) if name in rated else None for name in names}
+def metric_grid(
+    metrics: list[dict[str, float]], names: list[str], rated: list[str], records: Sequence[Record | None] = ()
+) -> list[list[Cell]]:
+    """One row of cells a run. The best of each `rated` column is marked, where its values differ. records: the runs, where they
+    are at hand: a loss is then held against each row's of the others."""
+    kept = {n: [r.rows_of(n) if r else {} for r in records] for n in rated}
+    best = {n: best_of(n, [m.get(n) for m in metrics], kept[n]) if n in rated else None for n in names}
     return [[Cell(show(n, m.get(n)), best[n] == i) for n in names] for i, m in enumerate(metrics)]
 
 
@@ -114,11 +119,16 @@ def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smo
     return line_figure(title, curves)
 
 
-def best_of(name: str, values: Sequence[float | None]) -> int | None:
-    """Index of the best value; None where it cannot be said, or all are within what noise does."""
+def best_of(name: str, values: Sequence[float | None], rows: Sequence[dict[str, list[float]]] = ()) -> int | None:
+    """Index of the best value; None where it cannot be said, or all are within what noise does. rows: each value's
+    (`Record.rows_of`): where the best and the worst have the same, their difference's 95 % interval decides."""
     known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and value == value]
     if not known or not direction(name):
         return None
     best, worst = min(known), max(known)
+    first, last = (rows[best[1]], rows[worst[1]]) if rows else ({}, {})
+    paired = first and last and first["counts"] == last["counts"]
+    if paired and (ends := change_interval(first["sums"], last["sums"], first["counts"])):
+        return best[1] if ends[0] > 0 else None
     differs = worst[0] - best[0] > 0 and worst[0] - best[0] >= noise(name, abs(best[0]), abs(worst[0]))
     return best[1] if differs else None

@@ -63,6 +63,7 @@ def _html(record: Record) -> str:
         lead=f"{config['model']['name']}, {method_of(config)}, on {_data_of(config['data'])}",
         tiles=_tiles(record),
         changes=changes,
+        paired=any(change.between for change in changes),
         curves=curves,
         **_data_table(manifest),
         lineage=_lineage(record, page),

@@ -15,9 +15,12 @@ from jinja2 import TemplateError
 from posttrain.config.metrics import direction, metric, place, show, title
 from posttrain.errors import UserError
 from posttrain.evaluation.forgetting import forgetting_percent
+from posttrain.evaluation.paired import COUNT, HIGH, LOW
 from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.earlier import current_figures
 from posttrain.runs.manifest import Manifest, is_finished, is_number, read_manifest
+
+HELD_OUT = "held_out.json"  # a value for each held-out row
 
 SMALLEST = 0.005  # a loss that changes by less than this share of it is not called better or worse
 
@@ -36,6 +39,13 @@ class Record:
         """How many rows are held out; None where that is not known."""
         held_out = self.manifest.held_out if self.manifest else None
         return held_out.to_dict().get("rows") if held_out else None
+
+    def rows_of(self, name: str) -> dict[str, list[float]]:
+        """Each held-out row's summed loss and count, of one loss; empty where none were kept."""
+        path, key = self.dir / HELD_OUT, name.removeprefix("eval/")
+        found: Any = json.loads(path.read_text(encoding="utf-8")) if name.endswith("/loss") and path.exists() else {}
+        kept = {"sums": found.get(key), "counts": found.get(key + COUNT)}
+        return kept if all(kept.values()) else {}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -56,13 +66,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after, in words. verdict: better, worse, or empty where neither can be said."""
+    """A metric before and after, in words. verdict: better, worse, or empty where neither can be said. between: the change's 95 %
+    interval, where the rows were kept that it follows from."""
 
     name: str
     before: str
     after: str
     text: str
     verdict: str
+    between: str = ""
 
     @property
     def title(self) -> str:
@@ -80,7 +92,7 @@ class ChainRow:
 
     def change(self, name: str) -> Change:
         """A figure beside that of the state before."""
-        return compare(name, self.before.get(name), self.values.get(name))
+        return compare(name, self.before.get(name), self.values.get(name), interval=interval_of(name, self.values))
 
 
 def read_record(directory: Path) -> Record:
@@ -123,18 +135,29 @@ def as_written(what: Path) -> Generator[None]:
         raise UserError(f"{what} is not as posttrain writes it ({reason}); is a file of it damaged?") from e
 
 
-def compare(name: str, before: float | None, after: float | None, rows: int | None = None) -> Change:
+def compare(
+    name: str, before: float | None, after: float | None, rows: int | None = None, interval: tuple[float, float] | None = None
+) -> Change:
     """A metric before and after, in words, and whether that is better. rows: that it was measured on, of which a share's noise
-    follows."""
+    follows. interval: of the loss's change (`interval_of`)."""
     if before is None or after is None:
         return Change(name, show(name, before), show(name, after), "", "")
     difference = after - before
     text = _difference(name, before, difference)
     good = difference * direction(name)
-    is_noise = abs(difference) < noise(name, before, after, rows)
+    is_noise = interval[0] <= 0 <= interval[1] if interval else abs(difference) < noise(name, before, after, rows)
     tiny = not any(digit in text for digit in "123456789")
     verdict = "" if tiny or is_noise or good == 0 else "better" if good > 0 else "worse"
-    return Change(name, show(name, before), show(name, after), text, verdict)
+    ends = [_difference(name, before, end) for end in interval] if interval and name.endswith("/loss") else []
+    return Change(name, show(name, before), show(name, after), text, verdict, " to ".join(ends))
+
+
+def interval_of(name: str, metrics: dict[str, float]) -> tuple[float, float] | None:
+    """95 % interval of the change of the loss that a figure follows from (`evaluation/paired.py`); None where none is kept."""
+    group, _, kind = name.rpartition("/")
+    loss = {"loss": name, "perplexity": f"{group}/loss"}.get(kind) or ("general/loss" if group == "forgetting" else "")
+    low, high = metrics.get(loss + LOW), metrics.get(loss + HIGH)
+    return None if low is None or high is None else (low, high)
 
 
 def noise(name: str, before: float, after: float, rows: int | None = None) -> float:
@@ -160,10 +183,10 @@ def _difference(name: str, before: float, difference: float) -> str:
 
 def before_and_after(metrics: dict[str, float], rows: int | None = None) -> list[Change]:
     """Every metric of both sides (or, in a run under way, of one): own held-out rows first (`rows` many), then set by set."""
-    names = {name.removesuffix("_before") for name in metrics} - {"forgetting/percent"}
+    names = {name.removesuffix("_before") for name in metrics if not name.endswith((LOW, HIGH))} - {"forgetting/percent"}
     ordered = sorted(names, key=lambda name: (not name.startswith("eval/"), name.rpartition("/")[0], place(name), name))
     twins = [(n, metrics.get(f"{n}_before"), metrics.get(n)) for n in ordered]
-    return [compare(*twin, rows if twin[0].startswith("eval/") else None) for twin in twins]
+    return [compare(*t, rows if t[0].startswith("eval/") else None, interval_of(t[0], metrics)) for t in twins]
 
 
 def chain_table(records: list[tuple[str, Record]]) -> tuple[list[str], list[ChainRow]]:
@@ -210,7 +233,7 @@ def own_result(record: Record) -> Change | None:
     """What the stage was trained for, on its own held-out rows."""
     m = record.metrics
     name = next((n for n in ("eval/accuracy", "eval/reward", "eval/loss") if n in m), None)
-    return compare(name, m.get(f"{name}_before"), m[name], record.held_out_rows) if name else None
+    return compare(name, m.get(f"{name}_before"), m[name], record.held_out_rows, interval_of(name, m)) if name else None
 
 
 def plain(value: Any) -> str:

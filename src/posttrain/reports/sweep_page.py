@@ -148,7 +148,8 @@ def _label(job: Job, keys: list[str]) -> str:
 
 
 def _table(jobs: list[Job], keys: list[str], columns: list[str], apart: list[str], path: Path) -> list[dict[str, Any]]:
-    grid = metric_grid([job.metrics for job in jobs], columns, [name for name in columns if name not in apart])
+    rated = [name for name in columns if name not in apart]
+    grid = metric_grid([job.metrics for job in jobs], columns, rated, [job.record for job in jobs])
     return [
         {
             "settings": [job.overrides.get(key, "—") for key in keys],

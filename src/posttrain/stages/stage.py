@@ -27,6 +27,7 @@ from posttrain.console import say
 from posttrain.devices.device import Device
 from posttrain.devices.seen import remarks, seen
 from posttrain.errors import Stopped, UserError, of_all
+from posttrain.evaluation.paired import change_bounds, losses_of
 from posttrain.models.counting import in_words
 from posttrain.reports.card import write_card
 from posttrain.reports.live import LivePage
@@ -113,7 +114,8 @@ def _run(
     steps_kept = loop.state.ended["back_to"] if loop.state.ended else prepared.num_steps
     before = loop.state.before
     metrics = measured.metrics | {f"{name}_before": value for name, value in before.items()}
-    outcome = Outcome(loop.state, steps_kept, measured, metrics | training.compare(before, measured.metrics))
+    compared = training.compare(before, measured.metrics) | change_bounds(loop.state.before_rows, measured.rows)
+    outcome = Outcome(loop.state, steps_kept, measured, metrics | compared)
     if training.data is not None:
         prepared = replace(prepared, data=training.data)
     record = steps.save(context, prepared, built, outcome, accelerator)
@@ -233,13 +235,13 @@ def _begin(loop: Loop[Any], history: History, training: Training[Any], stop: Sto
     """The step to go on from. A fresh run is measured first; a resumed one is put back as it was."""
     checkpoint = history.checkpoint
     if checkpoint is None:
-        before = training.measure(0, stop.check).metrics
+        before = training.measure(0, stop.check)
         if loop.judge:
-            loop.judge.check(before)
+            loop.judge.check(before.metrics)
         before = before | training.measure_around(False)
         loop.tracker.rewind(-1)
-        loop.tracker.log(0, before)
-        loop.state.before = before
+        loop.tracker.log(0, before.metrics)
+        loop.state.before, loop.state.before_rows = before.metrics, losses_of(before.rows)
         return 0
     loop.restore(checkpoint)
     loop.tracker.rewind(checkpoint.step, loop.state.lines)
@@ -249,8 +251,7 @@ def _begin(loop: Loop[Any], history: History, training: Training[Any], stop: Sto
 
 def _measure(training: Training[Any], done: int, stop: StopSignal) -> Measured:
     """What the result is worth."""
-    own = training.measure(done, stop.check)
-    return Measured(own.metrics | training.measure_around(True), own.rows)
+    return training.measure(done, stop.check) | training.measure_around(True)
 
 
 def _finish(cfg: Any, run: Run, record: dict[str, Any], session: Session) -> dict[str, Any]:

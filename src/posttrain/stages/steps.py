@@ -114,6 +114,9 @@ class Measured:
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
+    def __or__(self, other: Measured) -> Measured:
+        return Measured(self.metrics | other.metrics, self.rows | other.rows)
+
 
 @dataclass(frozen=True)
 class Training(Generic[B]):
@@ -135,7 +138,7 @@ class Training(Generic[B]):
     updates: UpdateSource[B]
     loss: LossFunction[B]
     measure: Callable[[int, Callable[[], None]], Measured]
-    measure_around: Callable[[bool], dict[str, float]] = lambda after: {}
+    measure_around: Callable[[bool], Measured] = lambda after: Measured()
     compare: Callable[[dict[str, float], dict[str, float]], dict[str, float]] = lambda before, after: {}
     references: dict[str, Any] = field(default_factory=dict[str, Any])
     callback: StepCallback | None = None

@@ -17,14 +17,14 @@ class TrainState:
 
     identity: what makes the run itself, by the key under which `resume.allow` lets it change; order, references: the same of
     which units are drawn when, and of what training compares with. made_with: versions and device of this start. changes:
-    {step, change} of what was not the same at a later start. before: what was measured before the first step. seen: tokens
-    (or images) that were trained on. drawn: hash of all rows drawn so far, in their order. halved: steps at which micro-
-    batches were halved, for want of memory. left_out: updates that were not taken, and why. losses: the last ones, which a
-    spike is judged by. loss_scale: what losses are multiplied by, None for no scaling; scale_held: updates since it was changed.
-    evaluation_owed: a stop came before the evaluation of the step. within_budget: newest step whose weights the checkpoint gate
-    let through. best: of the evaluations, where they are compared. ended: {step, back_to} where the run ended before its last
-    step, or with earlier weights. window: sums since the last logged step, of each process. lines: of metrics.jsonl. stage: what
-    a stage keeps of its own; a dataclass, or a dict as a checkpoint has it.
+    {step, change} of what was not the same at a later start. before: what was measured before the first step; before_rows: each
+    held-out row's loss then. seen: tokens (or images) that were trained on. drawn: hash of all rows drawn so far, in their
+    order. halved: steps at which micro- batches were halved, for want of memory. left_out: updates that were not taken, and
+    why. losses: the last ones, which a spike is judged by. loss_scale: what losses are multiplied by, None for no scaling;
+    scale_held: updates since it was changed. evaluation_owed: a stop came before the evaluation of the step. within_budget:
+    newest step whose weights the checkpoint gate let through. best: of the evaluations, where they are compared. ended: {step,
+    back_to} where the run ended before its last step, or with earlier weights. window: sums since the last logged step, of each
+    process. lines: of metrics.jsonl. stage: what a stage keeps of its own; a dataclass, or a dict as a checkpoint has it.
     """
 
     identity: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -33,6 +33,7 @@ class TrainState:
     made_with: dict[str, str] = field(default_factory=dict[str, str])
     changes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     before: dict[str, float] = field(default_factory=dict[str, float])
+    before_rows: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     seen: int = 0
     seconds: float = 0.0
     drawn: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -14,7 +16,12 @@ from posttrain.training.objective import Objective
 
 
 def _tokens(module: nn.Module, batch: PackedBatch) -> LossOutput:
-    return token_loss(module(batch), batch.weight)
+    logps = module(batch)
+    found = token_loss(logps, batch.weight)
+    if torch.is_grad_enabled():
+        return found
+    both = {"loss": -batch.weight * logps, "loss_count": batch.weight}
+    return replace(found, rows={name: answer_sums(each, batch.sequence_id, batch.num_answers) for name, each in both.items()})
 
 
 def _likelihood(module: nn.Module, batch: PackedBatch) -> LossOutput:

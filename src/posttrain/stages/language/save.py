@@ -46,7 +46,7 @@ def save_language(
         if outcome.measured.rows:
             write_json(context.directory / "held_out.json", outcome.measured.rows)
         function = data.function(cfg, result.base_digest, result.adapter_digest)
-        remember(data.sets, outcome.measured.metrics, function, cache_root())
+        remember(data.sets, outcome.measured.metrics, outcome.measured.rows, function, cache_root())
     record = _record(cfg, data, model, result.kind, outcome)
     return record | ({"classifier": _classifier(model)} if scores else {})
 

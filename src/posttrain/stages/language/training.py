@@ -124,14 +124,15 @@ def _difficulty(difficulty: NDArray[np.floating], units: Any) -> Metrics:
     return {"difficulty": (drawn.sum(), float(len(drawn)))}
 
 
-def measure_sets(context: Context, data: PreparedData, session: Session) -> Callable[[bool], dict[str, float]]:
+def measure_sets(context: Context, data: PreparedData, session: Session) -> Callable[[bool], Measured]:
     """Figures of `eval.sets`, before and after the run. Those of the start are kept in the cache."""
 
-    def measure(after: bool) -> dict[str, float]:
+    def measure(after: bool) -> Measured:
         function = None if after else data.function(context.cfg)
         agree = session.processes.all_say
-        found = set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
-        return found | (data.tasks.at_end(policy_of(session.module), session) if data.tasks else {})
+        found, rows = set_metrics(session.module, data.sets, function, cache_root(), context.device, context.check, agree)
+        tasks = data.tasks.at_end(policy_of(session.module), session) if data.tasks else {}
+        return Measured(found | tasks, rows)
 
     return measure
 
@@ -177,7 +178,7 @@ def checkpoint_gate(context: Context, data: PreparedData, session: Session) -> C
     general = [each for each in data.sets if each.name == "general"]
 
     def within(done: int) -> bool:
-        found = set_metrics(session.module, general, None, cache_root(), context.device, lambda: None)
+        found, _ = set_metrics(session.module, general, None, cache_root(), context.device, lambda: None)
         percent = forgetting_percent(session.state.before["general/loss"], found["general/loss"])
         percent = session.processes.told(partial(float, percent))  # or machines that round differently part here
         session.tracker.log(done, found | {"forgetting/percent": percent})
