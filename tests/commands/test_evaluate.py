@@ -136,3 +136,42 @@ def test_a_pipe_is_answered_line_by_line(
     out = capsys.readouterr().out
     assert len(answers) == 2
     assert "there is no adapter 'c'" in out and "b speaks" in out and "forgotten" in out and "/exit ends" in out
+
+
+def test_runs_whose_directories_share_a_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    """By their paths; a name with a dot in it is one too, which is none of peft's."""
+    first, second = tmp_path / "one" / "v1.0", tmp_path / "two" / "v1.0"
+    for link, name in ((first, "a"), (second, "b")):
+        link.parent.mkdir()
+        link.symlink_to(runs[name])
+    alone = evaluate_runs([str(runs["a"]), str(runs["b"])])
+    found = evaluate_runs([str(first), str(second)])
+    assert list(found) == [str(first), str(second)] and list(found.values()) == list(alone.values())
+    assert alone["a"] != alone["b"]
+
+
+def test_win_rates_load_a_base_once(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters of a and b are on one base, full is none: two loads for three results, and each one's answers as if alone."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in ("A list?", "2 + 2?", "A colour?")))
+    loads: list[str] = []
+
+    def counted(run: Any, *rest: Any, **more: Any) -> Any:
+        loads.append(Path(run).name)
+        return load_model(run, *rest, **more)
+
+    def answers(*names: str) -> dict[str, list[Any]]:
+        monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "-".join(names)))
+        words = [f"data.path={prompts}", "max_new_tokens=8", "reward.function=length", "reward.options.length.at_most=5"]
+        evaluate_runs([*(str(runs[name]) for name in names), *words])
+        kept = sorted((tmp_path / "-".join(names) / "answers").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return {
+            name: [json.loads(line)["answers"] for line in path.read_text().splitlines()]
+            for name, path in zip(names, kept, strict=True)
+        }
+
+    monkeypatch.setattr("posttrain.models.language.one_base.load_model", counted)
+    together = answers("a", "b", "full")
+    assert loads == ["a", "full"]
+    assert together == answers("a") | answers("b") | answers("full")
+    assert together["a"] != together["b"] and loads == ["a", "full", "a", "b", "full"]

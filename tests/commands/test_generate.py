@@ -55,7 +55,7 @@ def test_what_is_in_the_file_is_not_made_again(prompts: str, tmp_path: Path, mon
     file.write_text("".join(lines[:3]) + lines[3][:40])  # stopped in the midst of a line, and of a batch of two prompts
     assert generate(["tiny", prompts, "reward.function=posttrain.rewards:brevity"], wanted(tmp_path)) == whole
     assert file.read_text().splitlines(keepends=True) == lines
-    monkeypatch.setattr("posttrain.commands.generate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("posttrain.models.language.one_base.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     assert generate(["tiny", prompts, "reward.function=posttrain.rewards:brevity"], wanted(tmp_path)) == whole
     with pytest.raises(UserError, match=r"line 1 of .*answers.jsonl was made by another model, prompt or setting"):
         generate(["tiny", prompts, "reward.function=posttrain.rewards:brevity"], replace(wanted(tmp_path), seed=6))
@@ -105,6 +105,6 @@ def test_rows_are_read_by_the_stages(prompts: str, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(
     prompts: str, tmp_path: Path, words: list[str], changes: dict[str, object], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("posttrain.commands.generate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("posttrain.models.language.one_base.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match=match):
         generate(["tiny", prompts, *words], replace(wanted(tmp_path), **changes))  # pyright: ignore[reportArgumentType]

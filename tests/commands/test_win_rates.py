@@ -66,7 +66,7 @@ def test_results_are_scored_on_the_same_prompts_and_kept(
     assert sorted(each["answers/score"] for each in found.values()) == pytest.approx(means) and means[0] != means[1]
     assert set(found) == {"tiny", "other"} and "answers/win_rate" not in found["tiny"] and found["other"]["answers/compared"] == 3
     capsys.readouterr()
-    monkeypatch.setattr("posttrain.commands.generate.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("posttrain.models.language.one_base.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     assert evaluate_runs(words) == found
     told = capsys.readouterr()
     assert (told.out + told.err).count("nothing to generate") == 2

@@ -24,7 +24,8 @@ from posttrain.data.row_use import RowUse
 from posttrain.data.rows import CanonicalRow, prompt_of, reference_of
 from posttrain.errors import UserError
 from posttrain.models.language.generation import Answer, Sampling, sample
-from posttrain.models.language.loading import LoadedModel, base_digest, device_here, load_model, writing
+from posttrain.models.language.loading import LoadedModel, base_digest, writing
+from posttrain.models.language.one_base import Load, one_load
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
 from posttrain.rewards import RewardFunction, check_options, columns_by_name, combined, load_function
@@ -79,12 +80,13 @@ class _Section(Strict):
     reward: RewardConfig
 
 
-def generate(words: list[str], wanted: Wanted) -> list[dict[str, Any]]:
+def generate(words: list[str], wanted: Wanted, load: Load | None = None) -> list[dict[str, Any]]:
     """Answer the prompts of a file by a run's result or a bare model; returns the lines of `wanted.to`, one a prompt, in order.
 
     words: the run, the file, `data.KEY=` in place of how the run read its rows, and `reward.KEY=` for scores. Lines that are in
     the file are not made again, whatever stopped it; a file of another model, prompt or setting is refused. An answer's random
-    numbers follow from the seed and its prompt's row. Raises UserError before a model is loaded.
+    numbers follow from the seed and its prompt's row. load: of a run, where another's base may be in memory already. Raises
+    UserError before a model is loaded.
     """
     given, settings, of_data = runs_and_settings(words, KEYS)
     if len(given) != 2:
@@ -105,7 +107,7 @@ def generate(words: list[str], wanted: Wanted) -> list[dict[str, Any]]:
     answers = Answers(to, keys)
     if missing := len(answers.keys) - len(answers.lines):
         say(f"{missing} of {len(rows)} prompts to answer, {wanted.samples} times each -> {to}")
-        _answer(load_model(given[0], device_here(), words=of_data), rows, answers, wanted, reward, functions)
+        _answer((load or one_load)(given[0], of_data), rows, answers, wanted, reward, functions)
     else:
         say(f"{to} has all {len(rows)} prompts answered: nothing to generate")
     found = answers.in_order()

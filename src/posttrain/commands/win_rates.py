@@ -12,6 +12,7 @@ from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
 from posttrain.models.language.loading import names_of, writing
+from posttrain.models.language.one_base import OneBase
 from posttrain.runs.artifact import open_artifact
 
 KEYS = (*OF_REWARD, "max_new_tokens", "batch_size")
@@ -34,7 +35,8 @@ def answer_metrics(runs: list[str], settings: dict[str, str], of_data: dict[str,
     names = names_of(runs)
     for run in runs:  # the last one's fault is no reason to hear of it after the first one's answers
         writing(open_artifact(run, "run").supported())
-    scores = {name: _scores(generate([run, path, *words], wanted)) for name, run in zip(names, runs, strict=True)}
+    load = OneBase()
+    scores = {name: _scores(generate([run, path, *words], wanted, load)) for name, run in zip(names, runs, strict=True)}
     found = {name: _mean(each) for name, each in scores.items()}
     first = scores[names[0]]
     for name in names[1:]:

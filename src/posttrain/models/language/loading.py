@@ -20,7 +20,7 @@ from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.run_data import data_of, differences, encoder_of, told_of
 from posttrain.models.language.tokenizer import load_tokenizer
-from posttrain.models.peft.attach import load_adapter, put_beside
+from posttrain.models.peft.attach import NEW, load_adapter, put_beside
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
@@ -129,13 +129,11 @@ def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = 
     for artifact in artifacts:
         writing(artifact)
     live = load_model(runs[0], device, words=words)
-    names = [Path(run).name for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"the runs' names are not distinct: {', '.join(names)}")
+    names = names_of(runs)
     for name, other in zip(names[1:], artifacts[1:], strict=True):
         if not _is_beside(other, live.artifact):
             raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
-        put_beside(live.model, other.verified().weights, name)
+        put_beside(live.model, other.verified().weights, _adapter_called(names, name))
         if found := differences(live.artifact, other, live.words):
             say(f"{name}: {', '.join(found)} of its run was another; words are rendered as {names[0]} has them")
     return live, names
@@ -183,7 +181,12 @@ def base_digest(artifact: Artifact) -> str:
 def switch(live: LoadedModel, names: list[str], name: str) -> None:
     """Make the adapter called `name` the active one."""
     if live.artifact.kind == "adapter":
-        live.model.set_adapter("default" if name == names[0] else name)
+        live.model.set_adapter(_adapter_called(names, name))
+
+
+def _adapter_called(names: list[str], name: str) -> str:
+    """As peft knows it: a name may have dots and slashes, and a module's may not."""
+    return NEW if name == names[0] else f"beside_{names.index(name)}"
 
 
 def device_here() -> str:
