@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
+from transformers.models.olmo2 import modeling_olmo2
 
 from posttrain.models.kernels import choice, pointwise, usable
 from posttrain.models.kernels.choice import use_kernels
@@ -53,8 +54,18 @@ for batch, angles in ((2, 2), (2, 1), (1, 1)):
     cos, sin = turn.cos(), turn.sin()  # of both halves apart, which no model has
     turned = rotate(x, cos, sin)
     grad = torch.randn_like(turned)
-    same(rotated(x.detach(), cos, sin, back=False), turned.detach())
-    same(rotated(grad, cos, sin, back=True), torch.autograd.grad((turned * grad).sum(), x)[0])
+    same(rotated(x.detach(), cos, sin, x.dtype, back=False), turned.detach())
+    same(rotated(grad, cos, sin, x.dtype, back=True), torch.autograd.grad((turned * grad).sum(), x)[0])
+half, full = torch.bfloat16, torch.float32
+for of_x, of_angles, of_out in ((half, full, full), (half, full, half), (full, half, full), (half, half, half)):
+    x, c, s = torch.randn(2, 7, 11, 48).to(of_x), cos.to(of_angles), sin.to(of_angles)
+    wide, grad = x.float().requires_grad_(), torch.randn(2, 7, 11, 48).to(of_out)
+    turned = rotate(wide, c.float(), s.float())
+    there, back = rotated(x, c, s, of_out, back=False), rotated(grad, c, s, of_x, back=True)
+    assert there.dtype == of_out and back.dtype == of_x
+    for got, want in ((there, turned.detach()), (back, torch.autograd.grad((turned * grad.float()).sum(), wide)[0])):
+        near = 2.0**-7 if got.dtype == half else 1e-5  # rounded once; the interpreter cuts off, to within the last place
+        torch.testing.assert_close(got.float(), want, rtol=near, atol=1e-5)
 """
 
 
@@ -63,7 +74,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, obstacle: str) -> None:
     monkeypatch.setattr(choice, "obstacle", lambda _: obstacle)
     monkeypatch.setattr(choice, "device_of", lambda _: CARD)
     monkeypatch.setattr(choice, "liger", lambda *_: Choice(None))
-    monkeypatch.setattr(pointwise, "by_triton", lambda *_: not obstacle)
+    monkeypatch.setattr(pointwise, "on_a_card", lambda _: not obstacle)
     monkeypatch.setattr(pointwise, "_triton", lambda: Stand)
 
 
@@ -73,12 +84,13 @@ class Stand:
     calls = 0
 
     @classmethod
-    def rotated(cls, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    def rotated(cls, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> Tensor:
         cls.calls += 1
+        x, cos, sin = x.float(), cos.float(), sin.float()
         if not back:
-            return rotate(x, cos, sin)
+            return rotate(x, cos, sin).to(dtype)
         (first, second), (sin_1, sin_2) = x.chunk(2, -1), sin.unsqueeze(1).chunk(2, -1)
-        return x * cos.unsqueeze(1) + torch.cat((second * sin_2, -first * sin_1), -1)
+        return (x * cos.unsqueeze(1) + torch.cat((second * sin_2, -first * sin_1), -1)).to(dtype)
 
     @staticmethod
     def product(gate: Tensor, up: Tensor) -> Tensor:
@@ -117,13 +129,51 @@ def test_a_models_attention_finds_ours_and_other_models_keep_theirs(monkeypatch:
     assert Stand.calls == 8
 
 
+def test_full_training_under_autocast_turns_in_one_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys are in bfloat16, angles and what is turned in float32, where nothing is rounded: as the family's own."""
+    plain = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = logits_and_gradients(plain)
+    on_a_card(monkeypatch, "")
+    lent = model()
+    use_kernels(lent, "auto")
+    Stand.calls = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_and_gradients(lent)
+    assert Stand.calls == 8
+    torch.testing.assert_close(found[0], want[0], rtol=0, atol=0)  # bit for bit; a gradient is rounded once, not thrice
+    for got, wanted in zip(found[1:], want[1:], strict=True):
+        assert got.dtype == torch.float32 and float((got - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_angles", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [modeling_llama, modeling_olmo2], ids=["llama", "olmo2"])
+def test_results_have_the_familys_own_format(
+    family: Any, of_x: torch.dtype, of_angles: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama's is the wider of both, OLMo's always that of the queries; each is rounded once, there and back."""
+    monkeypatch.setattr(pointwise, "on_a_card", lambda _: True)
+    monkeypatch.setattr(pointwise, "_triton", lambda: Stand)
+    own = family.apply_rotary_pos_emb
+    q, k, angles = torch.randn(1, 2, 5, 8).to(of_x), torch.randn(1, 1, 5, 8).to(of_x), torch.randn(1, 5, 8).to(of_angles)
+    q.requires_grad_()
+    Stand.calls = 0
+    found, wanted = (each(q, k, angles.cos(), angles.sin()) for each in (pointwise.rotary(own), own))
+    assert Stand.calls == 2 and [x.dtype for x in found] == [x.dtype for x in wanted]
+    torch.testing.assert_close(found, wanted, rtol=0 if of_x != of_angles else 1e-2, atol=0 if of_x != of_angles else 1e-2)
+    grads = [torch.autograd.grad(x.float().square().sum(), q)[0] for x, _ in (found, wanted)]
+    assert grads[0].dtype == of_x
+    torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-2)
+
+
 def test_what_a_family_gives_its_rotation_beside_is_its_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some take nothing more, some other names: neither is called with what it does not know."""
-    monkeypatch.setattr(pointwise, "by_triton", lambda *_: False)
+    monkeypatch.setattr(pointwise, "on_a_card", lambda _: False)
     x, angles = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 8)
     four = pointwise.rotary(lambda q, k, cos, sin: (q, k))
     assert four(x, x, angles, angles) == (x, x)
-    monkeypatch.setattr(pointwise, "by_triton", lambda *_: True)
+    monkeypatch.setattr(pointwise, "on_a_card", lambda _: True)
     named = pointwise.rotary(lambda q, k, cos, sin, unsqueeze_dim=1: (q + unsqueeze_dim, k))
     assert torch.equal(named(x, x, angles, angles, unsqueeze_dim=2)[0], x + 2)
 

@@ -89,12 +89,15 @@ def rope(device: torch.device) -> Figures:
     """x turned by its place, and its gradient turned back."""
     angles = numbers((1, ROWS, 64), seed=5)[0]
 
-    def ours(x: Tensor) -> Tensor:
-        return Rotated.apply(x, *(part.to(device, x.dtype) for part in (angles.cos(), angles.sin())))  # pyright: ignore
+    def ours(x: Tensor, of_angles: torch.dtype | None) -> Tensor:
+        turn = [part.to(device, of_angles or x.dtype) for part in (angles.cos(), angles.sin())]
+        return Rotated.apply(x, *turn, of_angles or x.dtype)  # pyright: ignore[reportReturnType]
 
     if why := obstacle_of_triton(device):
         raise (Wrong if _is_wrong(why) else NotHere)(why)
-    return _in_all(device, ours, lambda x: rotate(x, angles.cos(), angles.sin()), (2, HEADS[0], ROWS, 64))
+    shape, reference = (2, HEADS[0], ROWS, 64), lambda x: rotate(x, angles.cos(), angles.sin())
+    _in_all(device, partial(ours, of_angles=torch.float32), reference, shape)  # as under autocast
+    return _in_all(device, partial(ours, of_angles=None), reference, shape)
 
 
 def lora(device: torch.device) -> Figures:

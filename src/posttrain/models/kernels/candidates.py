@@ -30,6 +30,7 @@ ROTATION = "apply_rotary_pos_emb"  # RoPE, in each family's own file
 WIDTH, INNER = 64, 96  # of the copies
 CLOSE = 1e-5  # rounding of LoRA's two ways of adding up, in float32
 FORMATS = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))  # of input, weight
+TURNED = (*FORMATS[::2], (torch.float32, torch.bfloat16))  # of queries, angles; of 16 bits alone some families round more often
 OTHERWISE = "computes it otherwise than the versions that the kernel was written for"
 
 
@@ -81,12 +82,16 @@ def _rotation_differs(module: nn.Module) -> str:
     own, random = type(module).forward.__globals__[ROTATION], Generator().manual_seed(0)
     why = f"transformers {version('transformers')} {OTHERWISE}" if _is_known_attention(module) else "it is another function"
     q, k, angles = _normal(random, 2, 4, 5, WIDTH), _normal(random, 2, 2, 5, WIDTH), _normal(random, 2, 5, WIDTH)
-    try:
-        found = own(q, k, angles.cos(), angles.sin())
-    except Exception:  # such as other arguments
-        return why
-    wanted = [rotate(x, angles.cos(), angles.sin()) for x in (q, k)]
-    return "" if all(map(torch.equal, found, wanted)) else why
+    for of_x, of_angles in TURNED:
+        turn = [part.to(of_angles) for part in (angles.cos(), angles.sin())]
+        try:
+            found = own(q.to(of_x), k.to(of_x), *turn)
+        except Exception:  # such as other arguments
+            return why
+        wanted = [rotate(x.to(of_x), *turn).to(made.dtype) for x, made in zip((q, k), found, strict=True)]
+        if not all(map(torch.equal, found, wanted)):
+            return why
+    return ""
 
 
 @cache

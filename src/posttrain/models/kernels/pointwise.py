@@ -46,31 +46,43 @@ def rotary(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
     """A family's `apply_rotary_pos_emb`, by Triton where it can be. What else a family gives it, under whatever name, is its own
     function's matter."""
 
+    @cache
+    def made_in(dtype: torch.dtype, of_angles: torch.dtype) -> torch.dtype:
+        """The format of what the family makes of queries and angles in two: the wider, or that of the queries."""
+        one = torch.ones(1, 1, 1, 2, dtype=dtype, device="cpu")
+        return plain(one, one, *(one[0].to(of_angles),) * 2)[0].dtype
+
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        if not (more or named) and q.shape[-1] == cos.shape[-1] and by_triton(q, k, cos, sin):
-            return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)  # pyright: ignore[reportReturnType]
+        if not (more or named) and q.shape[-1] == cos.shape[-1] and on_a_card(q):
+            found: Any = [Rotated.apply(x, cos, sin, made_in(x.dtype, cos.dtype)) for x in (q, k)]
+            return found[0], found[1]
         return plain(q, k, cos, sin, *more, **named)
 
     return turned
 
 
 class Rotated(torch.autograd.Function):
-    """The same by Triton; its backward is the turn back (Su et al. 2021, arXiv 2104.09864, eq. 34)."""
+    """The same by Triton, in `dtype`; its backward is the turn back (Su et al. 2021, arXiv 2104.09864, eq. 34)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _triton().rotated(x, cos, sin, back=False)
+        ctx.dtype = x.dtype
+        return _triton().rotated(x, cos, sin, dtype, back=False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _triton().rotated(grads[0], *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _triton().rotated(grads[0], *ctx.saved_tensors, ctx.dtype, back=True), None, None, None
 
 
 def by_triton(*tensors: Tensor) -> bool:
-    """Are these for the kernels: of one format, on a card on which they are right?"""
-    one = tensors[0]
-    return one.is_cuda and all(x.dtype == one.dtype for x in tensors) and not obstacle(one.device)
+    """Are these for the kernels of products: of one format, on a card?"""
+    return on_a_card(tensors[0]) and all(x.dtype == tensors[0].dtype for x in tensors)
+
+
+def on_a_card(x: Tensor) -> bool:
+    """Does it lie on one on which the kernels are right?"""
+    return x.is_cuda and not obstacle(x.device)
 
 
 @cache
@@ -79,9 +91,10 @@ def obstacle(device: torch.device) -> str:
     if not card_of(device).compiles:
         return "Triton and a C compiler (gcc, or CC=...) are not here"
     angles = torch.linspace(0, 3, SHAPE[2] * SHAPE[3], device=device).view(1, SHAPE[2], SHAPE[3])
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    wide, half = (angles.cos(), angles.sin()), (angles.cos().bfloat16(), angles.sin().bfloat16())
     tries: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
-        "RoPE": (lambda x: Rotated.apply(x, cos, sin), lambda x: rotate(x, cos, sin), 1),
+        "RoPE": (lambda x: Rotated.apply(x, *half, x.dtype), lambda x: rotate(x, *half), 1),
+        "RoPE of two formats": (lambda x: Rotated.apply(x, *wide, torch.float32), lambda x: rotate(x, *wide), 1),
         "SwiGLU": (_Product.apply, lambda gate, up: silu(gate) * up, 2),
     }
     for name, (ours, plain, inputs) in tries.items():

@@ -83,11 +83,12 @@ def _run(kernel: Any, count: int, *given: Any, **choices: Any) -> None:
         kernel[(triton.cdiv(count, BLOCK),)](*given, count, **choices, BLOCK=BLOCK)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """RoPE of x [batch, heads, tokens, size], or with `back` the gradient behind it; laid out [batch, tokens, heads, size]."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> Tensor:
+    """RoPE of x [batch, heads, tokens, size], or with `back` the gradient behind it, in `dtype`; laid out [batch, tokens, heads,
+    size]."""
     batch, heads, tokens, size = x.shape
     x, cos, sin = x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
-    out = torch.empty(batch, tokens, heads, size, dtype=x.dtype, device=x.device)
+    out = torch.empty(batch, tokens, heads, size, dtype=dtype, device=x.device)
     strides = (x.stride(0), x.stride(1), x.stride(2), *out.stride()[:2], cos.stride(0) if len(cos) > 1 else 0, cos.stride(1))
     kernel: Any = _rotate
     if out.numel():
