@@ -17,8 +17,9 @@ from posttrain.config.compose import opened
 from posttrain.errors import Stopped
 from posttrain.launch import sweep
 from posttrain.launch.gpus import _gpu_lock
+from posttrain.launch.job_rows import row_of
 from posttrain.launch.subprocess_runner import PYTHON
-from posttrain.launch.sweep import _requeue, _row, _share_of_cores, _wait_for
+from posttrain.launch.sweep import _requeue, _share_of_cores, _wait_for
 from posttrain.training.signals import PARENT
 
 
@@ -38,9 +39,9 @@ def test_jobs_beside_each_other_share_the_cores(monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_job_that_was_stopped_has_not_failed(last: str, status: str, tmp_path: Path) -> None:
     (tmp_path / "job.log").write_text(f"one line\n{last}\n")
-    assert _row({"dir": str(tmp_path), "overrides": {}})["status"] == status
+    assert row_of({"dir": str(tmp_path), "overrides": {}})["status"] == status
     job = {"dir": str(tmp_path), "overrides": {}}
-    assert _row(job, stopped=True)["status"] == ("failed" if last.startswith("failed") else "stopped")
+    assert row_of(job, stopped=True)["status"] == ("failed" if last.startswith("failed") else "stopped")
 
 
 def test_a_stopped_job_of_slurm_is_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

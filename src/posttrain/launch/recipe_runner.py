@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
 from posttrain.console import console, say
-from posttrain.errors import RunError, Stopped, UserError, did_you_mean, first_line
+from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.answers_step import GENERATE, ROWS, answers_command, answers_config
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.launch.rounds import keys_that_name_steps
 from posttrain.launch.step_status import StepStatus, is_done, made_from, status_of
 from posttrain.launch.subprocess_runner import in_group, own_command, run_child, run_command
+from posttrain.reports.live import KeptLive
 from posttrain.runs.files import PAGE, write_json
 from posttrain.stages.spec import spec_of
 
@@ -184,32 +186,28 @@ def _locked(directory: Path) -> FileLock:
 def _run_all(recipe: Recipe, planned: list[Planned], again: dict[str, str]) -> list[dict[str, Any]]:
     entries = [each.entry("to do", "", 0.0) for each in planned]
     page = recipe.dir / PAGE
-    try:
-        for i, each in enumerate(planned):
-            say(f"[{i + 1}/{len(planned)}] {each.step.name} -> {each.dir}")
-            entries[i]["status"] = "running"
-            _write_page(entries, page)
-            _run_step(each, again.get(each.step.name), entries[i])
-    except BaseException as error:
-        for entry in entries:
-            if entry["status"] == "running":
-                entry["status"] = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-        raise
-    finally:
-        _write_page(entries, page)
+    entries[0]["status"] = "running"
+    with KeptLive(page, partial(_write_page, entries, page), "recipe"):
+        try:
+            for i, each in enumerate(planned):
+                say(f"[{i + 1}/{len(planned)}] {each.step.name} -> {each.dir}")
+                entries[i]["status"] = "running"
+                _run_step(each, again.get(each.step.name), entries[i])
+        except BaseException as error:
+            for entry in entries:
+                if entry["status"] == "running":
+                    entry["status"] = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            raise
     _show(entries)
     say(f"report {page}")
     return entries
 
 
-def _write_page(entries: list[dict[str, Any]], page: Path) -> None:
-    """No step waits for it, or fails with it."""
+def _write_page(entries: list[dict[str, Any]], page: Path, state: str | None, every: float) -> None:
+    """state: the entries say it."""
     from posttrain.reports.recipe_page import recipe_page
 
-    try:
-        recipe_page(entries, page)
-    except Exception as error:
-        say(f"{page} cannot be written ({first_line(error)}); the recipe goes on")
+    recipe_page(entries, page, every)
 
 
 def _run_step(each: Planned, again: str | None, entry: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch import warm_worker
 from posttrain.launch.gpus import one_gpu
+from posttrain.launch.job_rows import last_line, live_page, row_of
 from posttrain.launch.subprocess_runner import in_group, worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
@@ -49,11 +50,12 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
         for number, (each, config) in enumerate(zip(sets, configs, strict=True))
     ]
     say(f"sweep of {len(jobs)} jobs -> {sweep_dir}")
-    stopped = launch_jobs(stage, overrides, config_dir, sweep_dir, jobs)
-    rows = [_row(each, stopped) for each in jobs]
-    write_json(sweep_dir / "sweep.json", rows)
-    if stopped:
-        raise Stopped("the sweep was stopped by a signal; the same command with this run.dir goes on: " + str(sweep_dir))
+    with live_page(sweep_dir, jobs, "sweep"):
+        stopped = launch_jobs(stage, overrides, config_dir, sweep_dir, jobs)
+        rows = [row_of(each, stopped) for each in jobs]
+        write_json(sweep_dir / "sweep.json", rows)
+        if stopped:
+            raise Stopped("the sweep was stopped by a signal; the same command with this run.dir goes on: " + str(sweep_dir))
     _show(rows, sweep_dir)
     if waiting := [row for row in rows if row["status"] == "stopped"]:
         raise Stopped(f"{len(waiting)} of {len(rows)} jobs were stopped; the same command goes on with run.dir={sweep_dir}")
@@ -102,7 +104,7 @@ def job(config: Any) -> None:
     if code == Stopped.exit_code and not _stopped and "rung" not in mine:
         _requeue()
     said = "" if code in (0, Stopped.exit_code) else f"failed (exit {code}): "
-    outcome = _loss(_row(mine)) if code == 0 else said + last_line(directory / "job.log")
+    outcome = _loss(row_of(mine)) if code == 0 else said + last_line(directory / "job.log")
     say(f"{label}: {outcome}, {time.monotonic() - began:.0f} s")
 
 
@@ -254,26 +256,8 @@ def _safe(label: str) -> str:
     return "".join(c if c.isalnum() or c in "=._- " else "_" for c in label)[:80]
 
 
-def _row(job: dict[str, Any], stopped: bool = False) -> dict[str, Any]:
-    """stopped: the sweep was, so that a job has failed only where it says so."""
-    directory = Path(job["dir"])
-    row = {"overrides": job["overrides"], "dir": job["dir"]}
-    if is_finished(directory):
-        manifest = read_manifest(directory)
-        return row | {"status": "done", "metrics": manifest.metrics, "seconds": manifest.seconds}
-    last = last_line(directory / "job.log")
-    failed = last.startswith(("failed:", "error:")) if stopped else not last.startswith("stopped:")
-    return row | {"status": "failed" if failed else "stopped", "metrics": {}, "error": last}
-
-
 def _loss(row: dict[str, Any]) -> str:
     return f"eval/loss {row['metrics']['eval/loss']:.4f}" if "eval/loss" in row["metrics"] else "done"
-
-
-def last_line(log: Path) -> str:
-    """What a job has said last."""
-    lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it never started"
 
 
 def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from posttrain.config import compose as composing
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.job_rows import live_page
 from posttrain.launch.proposals import Grid, Proposer, proposer
 from posttrain.launch.sweep import launch_jobs, prepared_job
 from posttrain.runs.files import write_json
@@ -48,7 +49,8 @@ def tune(
 
     def judged(which: list[int], rung: int) -> Scores:
         if waiting := [i for i in which if _score(jobs[i], rung, metric, highest) is None]:
-            _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
+            with live_page(place, jobs, "search"):
+                _advance(stage, words, config_dir, place, [jobs[i] for i in waiting], rung, steps)
         found = {i: _score(jobs[i], rung, metric, highest) for i in which}
         return {i: math.inf if score is None else score for i, score in found.items()}
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.reports.pages import metric_grid, overlays, page_link, read_samples, render
+from posttrain.reports.pages import live_note, metric_grid, overlays, page_link, read_samples, render
 from posttrain.reports.run_records import Record, as_written, duration, plain, read_record, summary_columns
 from posttrain.runs.files import write_text
 from posttrain.runs.identity import flatten
 from posttrain.runs.status import standing
 
-REFRESH = 10  # seconds after which runs that go on are looked at again
 SAMPLES = 8  # prompts whose answers are put side by side
 
 
@@ -42,7 +40,7 @@ def _html(records: list[Record], path: Path, live: bool) -> str:
     differing = [key for key in keys if len({str(f.get(key)) for f in flat}) > 1]
     return render(
         "compare.html",
-        live={"written": int(time.time()), "every": 0, "refresh": REFRESH} if goes_on else None,
+        live=live_note() if goes_on else None,
         title="runs compared",
         kicker="comparison",
         heading=f"{len(records)} runs",

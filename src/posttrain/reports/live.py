@@ -1,4 +1,4 @@
-"""The page of a run that goes on: there from its first step, written again now and then, and true when the run has ended."""
+"""The page of a run, a sweep or a recipe that goes on: there at once, written again now and then, and true at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from threading import Event, Thread
+from typing import Literal, Self
 
 from posttrain.console import is_main, say
 from posttrain.errors import RunError, Stopped, UserError, first_line
@@ -50,6 +51,47 @@ class LivePage:
             self.has_complained = True
         now = time.monotonic()
         self.next = now + max(EVERY, (now - began) / SHARE)
+
+
+class KeptLive:
+    """Inside, a thread writes the page of several runs, which other processes make; on leaving it is written once more.
+
+    write: (state, every) -> the page at `page`; state: running, on leaving by an error stopped or failed, else None: as the runs
+    say; every: seconds until it is written again. What goes wrong with it is said once, and ends nothing. what: it is of.
+    """
+
+    def __init__(self, page: Path, write: Callable[[str | None, float], object], what: str) -> None:
+        self.page, self.write, self.what = page, write, what
+        self._over, self._failed = Event(), 0
+        self._thread = Thread(target=self._keep, name=f"page of a {what}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._write(None if kind is None else "stopped" if issubclass(kind, Stopped | KeyboardInterrupt) else "failed", 0.0)
+
+    def _keep(self) -> None:
+        every = EVERY
+        while True:
+            every = max(EVERY, self._write("running", every) / SHARE)
+            if self._over.wait(every):
+                return
+
+    def _write(self, state: str | None, every: float) -> float:
+        """Returns the seconds that it took."""
+        began = time.monotonic()
+        try:
+            self.write(state, every)
+            self._failed = 0
+        except Exception as error:
+            self._failed += 1
+            if self._failed == 2 or (self._over.is_set() and self._failed == 1):  # once may be a file that was being replaced
+                say(f"{self.page} cannot be written ({first_line(error)}); the {self.what} goes on")
+        return time.monotonic() - began
 
 
 @contextmanager

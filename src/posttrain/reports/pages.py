@@ -24,6 +24,7 @@ from posttrain.reports.run_records import Record, noise
 from posttrain.runs.files import PAGE, write_text
 
 HEAT = 36  # percent of a colour, at most, behind a figure that is to be read
+REFRESH = 10  # seconds after which the page of what goes on is looked at again
 LETTERS = 1500  # of an answer that a page shows
 _FOLDER = Path(__file__).parent / "templates"
 _TEMPLATES = Environment(
@@ -62,6 +63,11 @@ def render(template: str, script: str | None = "plots.js", **values: Any) -> str
         **values,
     }
     return _TEMPLATES.get_template(template).render(script=Markup(code), script_hash=f"sha256-{known}", **values)
+
+
+def live_note(every: float = 0) -> dict[str, int]:
+    """Of a page that is written again: when it was written, after how many seconds it will be, when to look."""
+    return {"written": int(time.time()), "every": round(every), "refresh": REFRESH}
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from posttrain.reports.curves import loss_figure
 from posttrain.reports.forgetting import forgetting_matrix
-from posttrain.reports.pages import HEAT, best_of, page_link, render, run_name
+from posttrain.reports.pages import HEAT, best_of, live_note, page_link, render, run_name
 from posttrain.reports.run_records import Change, Record, chain_table, duration, own_result, read_record
 from posttrain.runs.files import write_text
 
-REFRESH = 30  # seconds after which the page of a recipe that goes on is looked at again
 
-
-def recipe_page(steps: list[dict[str, Any]], path: Path) -> Path:
-    """Write `path` and return it. steps: {name, stage, dir, status, why, seconds}; one yet to run has no figures."""
-    write_text(path, recipe_html(steps, path))
+def recipe_page(steps: list[dict[str, Any]], path: Path, every: float = 0) -> Path:
+    """Write `path` and return it. steps: {name, stage, dir, status, why, seconds}; one yet to run has no figures. every: seconds
+    until it is written again."""
+    write_text(path, recipe_html(steps, path, every))
     return path
 
 
-def recipe_html(steps: list[dict[str, Any]], path: Path) -> str:
-    """The page that is to be at `path`."""
+def recipe_html(steps: list[dict[str, Any]], path: Path, every: float = 0) -> str:
+    """The page that is to be at `path`; see `recipe_page`."""
     records = {s["name"]: read_record(Path(s["dir"])) for s in steps if (Path(s["dir"]) / "config.yaml").exists()}
     finished = [(name, record) for name, record in records.items() if record.manifest]
     columns, rows = chain_table(finished)
@@ -39,7 +37,7 @@ def recipe_html(steps: list[dict[str, Any]], path: Path) -> str:
         kicker="recipe",
         heading=run_name(path.parent),
         state=state,
-        live={"written": int(time.time()), "every": 0, "refresh": REFRESH} if state == "running" else None,
+        live=live_note(every) if state == "running" else None,
         lead=" → ".join(s["name"] for s in steps),
         columns=columns,
         rows=table,

@@ -10,7 +10,7 @@ import yaml
 
 from posttrain.config.metrics import metric, rounded, show, title
 from posttrain.reports.curves import run_curves, speed_curves
-from posttrain.reports.pages import page_link, read_samples, render, run_name
+from posttrain.reports.pages import REFRESH, live_note, page_link, read_samples, render, run_name
 from posttrain.reports.run_records import Record, as_written, before_and_after, compare, duration, own_result, read_record
 from posttrain.reports.sample_grids import sample_grids
 from posttrain.reports.stage_plots import stage_figures
@@ -18,7 +18,6 @@ from posttrain.runs.files import PAGE, write_text
 from posttrain.runs.manifest import DataRecord, Manifest, is_finished, read_manifest
 from posttrain.runs.status import Standing, last_change, read_status, standing
 
-REFRESH = 10  # seconds after which the page of a run that goes on is looked at again
 _COUNTS = (
     "rows",
     "pictures",
@@ -88,7 +87,7 @@ def _live(record: Record, stands: Standing) -> dict[str, Any] | None:
     every = (
         (last_change(record.dir) - status.began) / made * (steps[-1] - steps[-2]) if made > 0 and len(steps) > 1 and status else 0
     )
-    return {"written": int(time.time()), "every": round(max(every, REFRESH)), "refresh": REFRESH}
+    return live_note(max(every, REFRESH))
 
 
 def method_of(config: dict[str, Any]) -> str:

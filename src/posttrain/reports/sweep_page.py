@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.config.metrics import show, title
 from posttrain.reports.compare_page import measured_on
 from posttrain.reports.forgetting import KEY, Choice, choice_figure, choices, describe
-from posttrain.reports.pages import HEAT, metric_grid, overlays, page_link, render, run_name
+from posttrain.reports.pages import HEAT, live_note, metric_grid, overlays, page_link, render, run_name
 from posttrain.reports.plots import Curve, Figure, line_figure
 from posttrain.reports.run_records import Record, read_record, summary_columns
 from posttrain.runs.files import write_text
@@ -32,35 +32,40 @@ class Job:
 
     @property
     def loss(self) -> float:
-        """The figure by which jobs are ranked; infinite where it is missing or not a number."""
-        value = self.metrics[METRIC] if METRIC in self.metrics else float("inf")
+        """The figure by which jobs are ranked; infinite where it is missing, not a number, or of a job that goes on."""
+        value = self.metrics[METRIC] if METRIC in self.metrics and self.status == "done" else float("inf")
         return value if value == value else float("inf")
 
 
-def sweep_page(rows: list[dict[str, Any]], path: Path) -> Path:
+def sweep_page(rows: list[dict[str, Any]], path: Path, state: str | None = None, every: float = 0) -> Path:
     """Write `path` and return it.
 
-    rows: {overrides: {key: value} or ['key=value'], status, dir, metrics}, and where it failed perhaps `error`, one line.
+    rows: {overrides: {key: value} or ['key=value'], status, dir, metrics}, and where it failed perhaps `error`, one line; metrics
+    None: as the job's directory has them. state: of the sweep, None where its jobs say it. every: seconds until it is written
+    again.
     """
-    write_text(path, sweep_html(rows, path))
+    write_text(path, sweep_html(rows, path, state, every))
     return path
 
 
-def sweep_html(rows: list[dict[str, Any]], path: Path) -> str:
-    """The page that is to be at `path`."""
+def sweep_html(rows: list[dict[str, Any]], path: Path, state: str | None = None, every: float = 0) -> str:
+    """The page that is to be at `path`; see `sweep_page`."""
     jobs = sorted((_job(row, path) for row in rows), key=lambda job: job.loss)
+    state = state or sweep_state([job.status for job in jobs])
     keys = _swept(jobs)
     done = [job for job in jobs if job.loss < float("inf")]
     columns = summary_columns([job.metrics for job in jobs])
     caution = [key for key in keys if key.startswith(_OTHER_LOSS)]
     chosen = _choices(done) if KEY in keys else []
-    apart = [name for name in columns if len({measured_on(job.record, name) for job in jobs if job.record}) > 1]
+    ended = [job.record for job in jobs if job.record and job.record.manifest]  # of the others it is not known yet
+    apart = [name for name in columns if len({measured_on(record, name) for record in ended}) > 1]
     return render(
         "sweep.html",
         title=f"sweep {run_name(path.parent)}",
         kicker="sweep",
         heading=run_name(path.parent),
-        state=sweep_state([job.status for job in jobs]),
+        state=state,
+        live=live_note(every) if state == "running" else None,
         lead=_lead(jobs, done, keys, METRIC not in apart),
         metric_name=METRIC,
         ranked=METRIC not in apart,
@@ -118,7 +123,8 @@ def _job(row: dict[str, Any], path: Path) -> Job:
     record = read_record(directory) if (directory / "config.yaml").exists() else None
     error = "" if row["status"] != "failed" else row["error"] if "error" in row else _last_line(directory / "job.log")
     settings = {key.lstrip("+"): str(value) for key, value in overrides.items()}
-    return Job(settings, row["status"], directory, row["metrics"] or {}, error, record)
+    metrics = row["metrics"] if row["metrics"] is not None else record.metrics if record else {}
+    return Job(settings, row["status"], directory, metrics, error, record)
 
 
 def _last_line(log: Path) -> str:
@@ -148,7 +154,8 @@ def _label(job: Job, keys: list[str]) -> str:
 
 
 def _table(jobs: list[Job], keys: list[str], columns: list[str], apart: list[str], path: Path) -> list[dict[str, Any]]:
-    rated = [name for name in columns if name not in apart]
+    are_done = all(job.status == "done" for job in jobs if job.metrics)
+    rated = [name for name in columns if name not in apart] if are_done else []  # others are of fewer steps
     grid = metric_grid([job.metrics for job in jobs], columns, rated, [job.record for job in jobs])
     return [
         {
