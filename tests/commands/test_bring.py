@@ -82,19 +82,21 @@ lr_scheduler_type: cosine_with_min_lr
 beta: 0.05
 loss_type: ipo
 max_prompt_length: 512
+lr_scheduler_kwargs: {min_lr_rate: 0.1}
 adam_beta2: 0.95
 report_to: [wandb, tensorboard]
 trust_remote_code: true
 """
 FROM_TRL = {
     "model.name": "org/model", "data.path": "org/pairs", "data.split": "train_prefs", "dpo.beta": 0.05, "dpo.loss": "ipo",
-    "optim": "adamw", "optim.lr": 1e-6, "optim.betas": [0.9, 0.95], "optim.warmup_ratio": 0.0, "optim.weight_decay": 0.0,
+    "optim": "adamw", "optim.lr": 1e-6, "optim.schedule": "cosine", "optim.min_lr": 1e-7, "optim.betas": [0.9, 0.95],
+    "optim.warmup_ratio": 0.0, "optim.weight_decay": 0.0,
     "train.batch_size": 4, "train.grad_accum": 2, "train.epochs": 1, "train.max_length": 1024, "tracker": "wandb",
 }  # fmt: skip
 CASES = [
     ("axolotl.yml", AXOLOTL, "sft", FROM_AXOLOTL, {"sample_packing", "special_tokens", "made_up"}),
     ("factory.yaml", FACTORY, "dpo", FROM_FACTORY, {"do_train", "template"}),
-    ("trl.yaml", TRL, "dpo", FROM_TRL, {"lr_scheduler_type", "max_prompt_length", "report_to", "trust_remote_code"}),
+    ("trl.yaml", TRL, "dpo", FROM_TRL, {"max_prompt_length", "report_to", "trust_remote_code"}),
 ]
 
 
@@ -158,6 +160,8 @@ def test_a_key_with_a_line_of_its_own_stays_a_comment(tmp_path: Path) -> None:
         ("optim.lr: 1\n", "is no config of Axolotl, LLaMA-Factory, TRL or transformers; ours is given as --config"),
         ("- a\n", "holds no settings"),
         ("a: [\n", "cannot be read"),
+        ("distributed_type: FSDP\nnum_processes: 8\n", "posttrain starts its own: train.processes=8 train.fsdp=true\n"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 4\n", "posttrain starts its own: train.processes=4\n"),
     ],
 )
 def test_what_has_no_like_is_one_line_and_nothing_is_written(tmp_path: Path, text: str, said: str) -> None:
@@ -169,3 +173,68 @@ def test_what_has_no_like_is_one_line_and_nothing_is_written(tmp_path: Path, tex
 def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already"):
         import_config(written(tmp_path, AXOLOTL), written(tmp_path, "mine", "my.yaml"))
+
+
+def settings(text: str, name: str = "theirs.yml") -> dict[str, Any]:
+    found, _ = translate(yaml.safe_load(text), name, None)
+    return {key: value for key, (value, _) in found.settings.items()}
+
+
+def test_splits_of_one_data_set_are_one_source() -> None:
+    mixture = (
+        "{datasets: [{id: a/b, config: x, split: one}, {id: a/b, config: x, split: two, weight: 0.5}, {id: a/b, config: x}]}"
+    )
+    found = settings(f"model_name_or_path: m\ndataset_mixture: {mixture}\n")
+    assert (found["data.path"], found["data.subset"], found["data.split"]) == ("a/b", "x", "one+two+train")
+    apart = settings("base_model: m\ndatasets: [{path: a/b, split: one}, {path: c/d, split: one}]\n")
+    assert (apart["data.path"], apart["data.split"]) == (["a/b", "c/d"], "one")
+
+
+def test_columns_of_pairs_have_their_names_here() -> None:
+    found = settings("base_model: m\nrl: dpo\ndatasets: [{path: a/b, field_prompt: question, field_chosen: chosen}]\n")
+    assert {key: value for key, value in found.items() if key.startswith("data.columns")} == {"data.columns.prompt": "question"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("finetuning_type: oft\noft_block_size: 16\noft_target: q_proj,v_proj\nquantization_bit: 4\n",
+         {"peft": "oft", "quant": "nf4", "peft.block_size": 16, "peft.targets": ["q_proj", "v_proj"]}),
+        ("finetuning_type: lora\nquantization_bit: 8\n", {"peft": "lora", "quant": "int8"}),
+        ("finetuning_type: full\nuse_dft_loss: true\nactivation_offloading: true\n",
+         {"sft.loss": "dft", "train.offload": "activations"}),
+        ("finetuning_type: lora\nbfloat16: false\nfp16: true\nuse_wandb: false\n", {"model.dtype": "float16", "tracker": None}),
+        ("loss_type: dft\nmodel_name_or_path: m\n", {"sft.loss": "dft", "dpo.loss": None}),
+        ("finetuning_type: lora\nearly_stopping_steps: 3\neval_steps: 50\n", {"train.early_stopping.patience": 3}),
+        ("base_model: m\ncosine_min_lr_ratio: 0.1\nlearning_rate: 2.0e-4\n", {"optim.min_lr": 2e-5}),
+        ("base_model: m\nadapter: lora\nlora_target_linear: true\nlora_target_modules: [q_proj]\n",
+         {"peft.targets": "all-linear"}),
+    ],
+)  # fmt: skip
+def test_words_that_have_a_like_are_taken_over(text: str, expected: dict[str, Any]) -> None:
+    found = settings("model_name_or_path: m\n" * text.startswith("finetuning") + text)
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_a_default_that_does_not_belong_is_not_told(tmp_path: Path) -> None:
+    text = import_config(written(tmp_path, "model_name_or_path: m\nfinetuning_type: full\ndataset: a/b\n"), None)
+    assert "Not taken over" not in text
+
+
+def test_what_the_schema_refuses_without_a_line_becomes_a_comment_too(tmp_path: Path) -> None:
+    text = import_config(written(tmp_path, "base_model: m\nload_best_model_at_end: true\nevals_per_epoch: 2\n"), None)
+    assert "# load_best_model_at_end: eval/loss - train.keep_best: evaluations are compared, and there is none" in text
+
+
+def test_a_chat_template_in_the_config_becomes_a_file_beside_it(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    file = written(tmp_path, f"base_model: m\nchat_template: jinja\nchat_template_jinja: '{source}'\n")
+    import_config(file, tmp_path / "my.yaml")
+    beside = tmp_path / "my.jinja"
+    assert beside.read_text() == source
+    assert yaml.safe_load((tmp_path / "my.yaml").read_text())["model.chat_template"] == str(beside)
+    assert "# chat_template: '...' - with --to my.yaml its text becomes my.jinja" in import_config(file, None)
+    import_config(file, tmp_path / "other.yaml")
+    (tmp_path / "third.jinja").write_text("mine")
+    assert "third.jinja is there already" in import_config(file, tmp_path / "third.yaml")
+    assert (tmp_path / "third.jinja").read_text() == "mine"

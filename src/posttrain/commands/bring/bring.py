@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import yaml
 
-from posttrain.commands.bring.special import read_data, read_method, read_numbers
+from posttrain.commands.bring.data import read_data
+from posttrain.commands.bring.special import read_method, read_numbers, read_template
 from posttrain.commands.bring.tools import TRL, stage_of, tool_of, with_defaults, with_sections_open
 from posttrain.commands.bring.translation import UNKNOWN, Translation, looked_up
 from posttrain.config.compose import compose_run
@@ -21,7 +22,10 @@ from posttrain.errors import UserError
 from posttrain.runs.files import write_text
 from posttrain.stages.spec import spec_of
 
-_OF_GRPO = {"beta": "ppo.kl_coef", "loss_type": "ppo.loss"}
+_OF_STAGE = {
+    "ppo": {"beta": "ppo.kl_coef", "loss_type": "ppo.loss"},
+    "sft": {"loss_type": "sft.loss"},
+}  # where a word has another meaning than with pairs
 
 
 def import_config(path: Path, to: Path | None, stage: str | None = None) -> str:
@@ -34,13 +38,28 @@ def import_config(path: Path, to: Path | None, stage: str | None = None) -> str:
     if stage:
         spec_of(stage)
     found, known_by = translate(_read(path), path.name, stage)
+    beside = _beside(found, to)
     text = _checked(found, path, known_by)
     if to:
+        for place, content in beside.items():
+            write_text(place, content)
         write_text(to, text)
         say(f"wrote {to}: {len(found.settings)} settings of {found.tool}'s {path.name}, stage {found.stage} ({known_by})")
     for word, _, why in found.notes:
         say(f"not taken over: {word} - {why}")
     return text
+
+
+def _beside(found: Translation, to: Path | None) -> dict[Path, str]:
+    """What is written beside the file: a chat template that stands in the config."""
+    place = to.with_suffix(".jinja") if to else None
+    if found.template and place and not place.exists():
+        found.put("model.chat_template", str(place), "chat_template, whose text is there")
+        return {place: found.template}
+    if found.template:
+        why = f"{place} is there already; name another file with --to" if place else "with --to my.yaml its text becomes my.jinja"
+        found.note("chat_template", "...", why)
+    return {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -66,6 +85,7 @@ def translate(tree: dict[str, Any], name: str, asked: str | None) -> tuple[Trans
         found.put(key, value, known_by)
     read_method(found)
     read_data(found)
+    read_template(found)
     read_numbers(found)
     for word, value in found.tree.items():
         if word not in found.read and found.has(word):
@@ -78,13 +98,15 @@ def _read_word(found: Translation, word: str, value: Any) -> None:
     known = words().get(word)
     if known is None:
         return found.note(word, value, UNKNOWN)
-    key = _OF_GRPO.get(word, known.key) if found.stage == "ppo" else known.key
+    key = _OF_STAGE.get(found.stage, {}).get(word, known.key)
     if not key:
         return found.note(word, value, known.says)
     if known.values is None and "." not in key and key not in ("data", "init"):
         return found.note(word, value, f"choose {key}= yourself")
     if known.values is None:
         return found.put(key, value, word)
+    if value is False and False not in known.values:
+        return None  # what is off asks for nothing
     has, ours = looked_up(known.values, value)
     return found.put(key, ours, word) if has else found.note(word, value, known.says or f"{key} has no such choice")
 
@@ -109,10 +131,12 @@ def _checked(found: Translation, path: Path, known_by: str) -> str:
                 compose_run(found.stage, [f"{OPTION}{file}", *own])
                 return text
             except UserError as error:
-                line = re.search(r" \(\S*import\.yaml, line (\d+)\)$", str(error))
-                if not line or int(line[1]) not in keys:
+                said = re.sub(r" \(\S*import\.yaml, line \d+\)$", "", str(error))
+                line = re.search(r"import\.yaml, line (\d+)\)$", str(error))
+                key = keys.get(int(line[1])) if line else said.partition(": ")[0]
+                if key not in found.settings:
                     raise UserError(f"{path}: {error}") from None
-                found.refuse(keys[int(line[1])], str(error)[: line.start()].removeprefix(f"{keys[int(line[1])]}: "))
+                found.refuse(key, said.removeprefix(f"{key}: "))
     raise AssertionError("each turn takes out a key")
 
 

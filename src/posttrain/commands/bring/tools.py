@@ -48,7 +48,13 @@ _SAME = (
 
 
 def tool_of(tree: dict[str, Any], name: str) -> str:
-    """The tool with most of its own words in the file. Raises UserError where there are none."""
+    """The tool with most of its own words in the file. Raises UserError where there are none, and for accelerate's own file."""
+    if "distributed_type" in tree:
+        sharded = " train.fsdp=true" if tree["distributed_type"] in ("FSDP", "DEEPSPEED") else ""
+        raise UserError(
+            f"{name} is accelerate's, which says how processes start; posttrain starts its own: "
+            f"train.processes={tree.get('num_processes') or 'N'}{sharded}"
+        )
     counts = {tool: len(signs & tree.keys()) for tool, signs in _SIGNS.items()}
     own = {tool: count for tool, count in counts.items() if tool != TRL and count}  # all use words of transformers
     if not own and not counts[TRL]:
@@ -86,6 +92,8 @@ def stage_of(tree: dict[str, Any], tool: str, asked: str | None) -> tuple[str, d
         return _of_axolotl(tree)
     if tree.get("num_generations"):
         return "ppo", {"ppo.advantage": "grpo"}, "num_generations"
+    if tree.get("loss_type") in ("nll", "chunked_nll", "dft"):
+        return "sft", {}, f"loss_type: {tree['loss_type']}"
     if any(tree.get(name) is not None for name in ("beta", "loss_type", "max_prompt_length")):
         return "dpo", {}, "a guess, by its keys"
     return "sft", {}, "a guess, by its keys"

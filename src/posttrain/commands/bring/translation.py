@@ -11,7 +11,8 @@ UNKNOWN = "has no like here"
 
 @dataclass
 class Translation:
-    """settings: our key -> (value, their words for it). notes: (their word, its value, why it is not taken over)."""
+    """settings: our key -> (value, their words for it). notes: (their word, its value, why it is not taken over). template: the
+    text of a chat template that stands in the config."""
 
     tool: str
     stage: str
@@ -19,6 +20,7 @@ class Translation:
     settings: dict[str, tuple[Any, list[str]]] = field(default_factory=dict[str, Any])
     notes: list[tuple[str, Any, str]] = field(default_factory=list[Any])
     read: set[str] = field(default_factory=set[str])
+    template: str = ""
 
     def has(self, word: str) -> bool:
         """Is it given, and not null?"""
