@@ -1,4 +1,4 @@
-"""How far from the best of a full grid what `posttrain tune` chooses is, and for how many steps: three tasks on the tiny model.
+"""How far from a full grid's best what `posttrain tune` chooses is, and for how many steps: four stages on the tiny model.
 
     python scripts/tuning_regret.py runs/regret --svg docs/tuning.svg
 
@@ -23,19 +23,24 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 import posttrain
+from posttrain.launch.halving import best_first, forecast, half_of, places_of, rungs_of, survivors
 from posttrain.launch.proposals import settings
-from posttrain.launch.tune import best_first, forecast, places_of, rungs_of, survivors
 from posttrain.runs.manifest import is_finished
 
 STEPS, TRIALS, FACTOR = 48, 12, 3
 SEEDS = (42, 1, 2)
 COMMON = f"""model=tiny train.max_steps={STEPS} train.batch_size=4 train.grad_accum=1 train.max_length=256 train.save_steps=null
 eval.sets=null"""
-ROWS = "data=python_questions data.max_rows=300 data.eval_rows=32"
+FEW = "data.max_rows=300 data.eval_rows=32"
+ROWS, PAIRS, TEXTS = (f"data=python_{name} {FEW}" for name in ("questions", "preferences", "reference"))
+START = "start"  # dpo and rm begin from it: SFT in full, whose answers can be told apart
 TASKS = {
-    "LoRA": ("sft", f"+peft=lora {ROWS}", "optim.lr=1e-4..1e-1"),
-    "full": ("sft", ROWS, "optim.lr=1e-5..1e-2"),
-    "LoRA at batch 1": ("sft", f"+peft=lora train.batch_size=1 {ROWS}", "optim.lr=1e-4..1e-1"),
+    "sft, LoRA": ("sft", f"+peft=lora {ROWS}", "optim.lr=1e-4..1e-1"),
+    "cpt, full": ("cpt", TEXTS, "optim.lr=1e-5..1e-2"),
+    "dpo, LoRA": ("dpo", f"+peft=lora init={{start}} {PAIRS}", "optim.lr=1e-5..1e-2"),
+    "rm, LoRA": ("rm", f"+peft=lora init={{start}} {PAIRS}", "optim.lr=1e-5..1e-2"),
+    "sft, full": ("sft", ROWS, "optim.lr=1e-5..1e-2"),
+    "sft, LoRA, one row a step": ("sft", f"+peft=lora train.batch_size=1 {ROWS}", "optim.lr=1e-4..1e-1"),
 }
 Curves = dict[int, dict[int, float]]  # of each trial: step -> held-out loss
 
@@ -53,13 +58,16 @@ def main() -> None:
         "| task | seed | grid's best | tune's choice | regret | steps of the grid's | by loss alone | as many steps at random |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    drawn = {}
+    drawn, start = {}, args.runs / START
+    if not is_finished(start):
+        posttrain.run("sft", *f"{COMMON} {ROWS} optim.lr=2e-3 run.dir={start}".split())
     for name, seed in product(TASKS, args.seed or SEEDS):
         if args.only and name not in args.only:
             continue
         stage, words, over = TASKS[name]
+        words = words.format(start=start)
         rates = [each[0] for each in settings([over], TRIALS)]
-        place = args.runs / f"{name.replace(' ', '-')}-{seed}"
+        place = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
         curves = {
             i: curve(stage, f"{words} train.seed={seed}", rate, place / f"{i:02d}", rungs[0] // 2) for i, rate in enumerate(rates)
         }
@@ -92,7 +100,8 @@ def halved(curves: Curves, rungs: list[int], alone: bool = False) -> tuple[int, 
     for rung, places in zip(rungs, places_of(len(curves), len(rungs), FACTOR), strict=True):
         scores = {i: curves[i][rung] for i in alive}
         out_at |= dict.fromkeys(alive, rung)
-        coming = {} if alone else forecast(scores, {i: curves[i][rung // 2] for i in alive}, FACTOR)
+        half = half_of(rung, rungs[0])
+        coming = {} if alone else forecast(scores, {i: curves[i][half] for i in alive}, FACTOR, rung / half)
         alive = survivors(scores, coming, places)
     return alive[0], sum(out_at.values()), out_at
 

@@ -13,53 +13,9 @@ import yaml
 from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch import tune as tuning
 from posttrain.launch.proposals import Optuna, Proposer, proposer, settings, space_of
-from posttrain.launch.tune import best_first, forecast, places_of, rungs_of, survivors, tune
+from posttrain.launch.tune import tune
 
 WORDS = ["model=tiny", "train.max_steps=18", "data.max_rows=30", "data.eval_rows=4", "train.batch_size=2", "train.grad_accum=1"]
-
-
-def test_survivors_by_hand() -> None:
-    scores = dict(enumerate([2.0, 1.5, math.inf, 1.5, 1.9, 3.0, 1.8]))
-    assert best_first(scores) == [1, 3, 6, 4, 0, 5]  # the first of equals first
-    assert survivors(scores, {}, 3) == [1, 3, 6]  # where nothing is known of what comes
-    coming = {0: 0.5, 1: 1.4, 3: 1.5, 4: 1.0, 6: 1.7}
-    assert survivors(scores, coming, 4) == [1, 0, 3, 4], "the best now, the best to come, and so on"
-    assert survivors(scores, coming, 1) == [1]
-    assert survivors({4: math.inf, 5: 2.0, 6: math.inf}, {5: 1.0}, 2) == [5]
-    assert best_first({1: math.inf}) == []
-
-
-def test_forecast_by_hand() -> None:
-    """A loss of a - b log(step) is foretold exactly, for each factor."""
-    line = {i: (lambda step, b=b: 7 - b * math.log(step)) for i, b in enumerate((0.1, 0.5))}
-    now, half = ({i: at(step) for i, at in line.items()} for step in (12, 6))
-    for factor in (2, 3, 5):
-        assert forecast(now, half, factor) == pytest.approx({i: at(12 * factor) for i, at in line.items()})
-    assert forecast({0: 1.0, 1: 2.0, 2: math.inf}, {0: None, 1: math.inf, 2: 3.0}, 2) == {2: math.inf}
-
-
-def test_rungs_by_hand() -> None:
-    assert rungs_of(90, 9, 3) == [10, 30, 90]
-    assert rungs_of(100, 9, 3) == [12, 36, 100]  # 11 and a bit: rounded up, and even, so that there is a half
-    assert rungs_of(40, 8, 3) == [6, 18, 40]
-    assert rungs_of(40, 2, 3) == [14, 40]
-    assert rungs_of(48, 12, 2) == rungs_of(48, 16, 2) == [6, 12, 24, 48]  # not after 3, a sixteenth
-    assert rungs_of(48, 12, 3) == rungs_of(48, 100, 3) == [6, 18, 48]
-    assert rungs_of(48, 12, 5) == [10, 48]
-    assert rungs_of(4, 27, 3) == [1, 3, 4]
-    assert rungs_of(1, 4, 2) == [1]
-
-
-def test_places_by_hand() -> None:
-    assert places_of(9, 3, 3) == [3, 1, 1]
-    assert places_of(12, 4, 2) == [6, 3, 1, 1]
-    assert places_of(27, 3, 3) == [9, 1, 1]
-    assert places_of(5, 3, 3) == [2, 1, 1]  # a third, rounded up
-    assert places_of(4, 1, 2) == [1]
-    alive, spent = [12, *places_of(12, 3, 3)], 0
-    for rung, before, many in zip((6, 18, 54), (0, 6, 18), alive, strict=False):
-        spent += many * (rung - before)
-    assert spent / (12 * 54) == pytest.approx(0.24, abs=0.001), "a quarter of a grid"
 
 
 def test_settings_by_hand() -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rich.table import Table
 from posttrain.config import compose as composing
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError
+from posttrain.launch.halving import Scores, cost_of, forecast, half_of, places_of, rungs_of, survivors
 from posttrain.launch.job_rows import live_page
 from posttrain.launch.proposals import Grid, Proposer, proposer
 from posttrain.launch.sweep import launch_jobs, prepared_job
@@ -29,8 +29,6 @@ from posttrain.runs.identity import content_hash, digest
 from posttrain.training.checkpoint import newest_checkpoint
 
 STATE = "tune.json"  # in its directory: what is tuned, and what became of each trial
-EARLIEST = 10  # no judgement before a tenth of the steps: twice the usual warm-up, in which nothing is decided
-Scores = dict[int, float]  # of trials by their numbers; infinite where there is none
 
 
 def tune(
@@ -57,8 +55,10 @@ def tune(
     while wave := asked.wave(list(first.values())):
         configs = [_config(stage, [*words, *chosen], max(1, rungs[0] // 2), config_dir) for chosen in wave]
         if not jobs:
-            place = _directory(stage, configs, words, over, metric, asked)
-            say(f"{asked.count} trials, {asked.line}, judged by {metric} after {', '.join(map(str, rungs))} steps -> {place}")
+            place = _directory(stage, configs, words, over, metric, asked, rungs)
+            whole = f"{cost_of(rungs, asked.count, factor)} of {asked.count * steps} steps"
+            judgements = f"judged by {metric} after {', '.join(map(str, rungs))} steps"
+            say(f"{asked.count} trials, {asked.line}, {judgements}; {whole} -> {place}")
         new = zip(wave, configs, strict=True)
         other = [*words, *("" for _ in over)]  # so that each is called by all that is tuned
         jobs += [
@@ -70,47 +70,14 @@ def tune(
         table[rung] = first if rung == rungs[0] else judged(alive, rung)
         if all(score == math.inf for score in table[rung].values()):
             raise RunError(f"no trial has {metric} at step {rung}; see {Path(jobs[alive[0]]['dir']) / 'job.log'}")
-        halfway = {i: _score(jobs[i], rung // 2, metric, highest) for i in alive}
-        staying = survivors(table[rung], forecast(table[rung], halfway, factor), places)
+        coming = Scores()
+        if half := half_of(rung, rungs[0]):
+            coming = forecast(table[rung], {i: _score(jobs[i], half, metric, highest) for i in alive}, factor, rung / half)
+        staying = survivors(table[rung], coming, places)
         for i in set(alive) - set(staying):
             shutil.rmtree(Path(jobs[i]["dir"]) / "checkpoints", ignore_errors=True)  # it will not go on
         alive = staying
     return _outcome(stage, words, place, jobs, table, alive[0], metric, highest)
-
-
-def rungs_of(steps: int, trials: int, factor: int) -> list[int]:
-    """After how many steps trials are judged; the last: all. The others are multiples of the first, even where they can be."""
-    rounds = math.ceil(math.log(trials, factor) - 1e-9)
-    rounds = max(1, min(rounds, math.floor(math.log(EARLIEST, factor) + 1e-9)))
-    first = math.ceil(steps / factor**rounds)
-    first += first % 2 if first > 1 else 0
-    return [*(rung for rung in (first * factor**i for i in range(rounds)) if rung < steps), steps]
-
-
-def places_of(trials: int, rungs: int, factor: int) -> list[int]:
-    """How many go on after each judgement: one in `factor`, rounded up; after the last but one the best alone."""
-    found = list[int]()
-    for left in range(rungs - 1, -1, -1):
-        found.append(math.ceil((found[-1] if found else trials) / factor) if left > 1 else 1)
-    return found
-
-
-def best_first(scores: Scores) -> list[int]:
-    """Trials by score, lower first, the earlier of equals first; those that have none are left out."""
-    return sorted((i for i, score in scores.items() if score < math.inf), key=lambda i: (scores[i], i))
-
-
-def forecast(scores: Scores, halfway: Mapping[int, float | None], factor: int) -> Scores:
-    """What each will have at `factor` times the steps, if its score goes on in a line in the logarithm of the steps. halfway: at
-    half of them; a trial without is left out."""
-    known = {i: half for i, half in halfway.items() if half is not None and half < math.inf}
-    return {i: scores[i] + (scores[i] - half) * math.log2(factor) for i, half in known.items()}
-
-
-def survivors(scores: Scores, coming: Scores, places: int) -> list[int]:
-    """The best now and the best to come, in turn."""
-    both = zip_longest(best_first(scores), best_first(coming))
-    return list(dict.fromkeys(i for each in both for i in each if i is not None))[:places]
 
 
 def _lengths(stage: str, words: list[str], trials: int, factor: int, config_dir: Path | None) -> tuple[int, list[int]]:
@@ -130,12 +97,13 @@ def _config(stage: str, words: list[str], every: int, config_dir: Path | None) -
 
 
 def _directory(
-    stage: str, configs: list[dict[str, Any]], words: list[str], over: Sequence[str], metric: str, asked: Proposer
-) -> Path:
+    stage: str, configs: list[dict[str, Any]], words: list[str], over: Sequence[str], metric: str, asked: Proposer,
+    rungs: list[int],
+) -> Path:  # fmt: skip
     """run.dir, or one whose name follows from what is tuned. configs: of the first trials. Raises UserError for
     another tune's."""
     how = [] if isinstance(asked, Grid) else [list(over), asked.line]
-    what = content_hash([digest(config) for config in configs], metric, *how)
+    what = content_hash([digest(config) for config in configs], metric, rungs, *how)
     given = configs[0]["run"]["dir"]
     place = (Path(given).expanduser() if given else Path("runs") / "tune" / f"{stage}-{what[:8]}").resolve()
     state = {"stage": stage, "words": words, "over": list(over), "metric": metric, "of": what}
