@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.commands.answers_file import best_rows, pair_rows
+from posttrain.commands.answers_file import Answers, best_rows, pair_rows
 from posttrain.commands.generate import Wanted, generate
 from posttrain.errors import UserError
 from posttrain.models.language.loading import load_model
@@ -100,11 +100,54 @@ def test_rows_are_read_by_the_stages(prompts: str, tmp_path: Path) -> None:
         (["reward.function=length", "reward.weights=[1,2]"], {}, "reward.weights: 2 for 1 functions"),
         (["reward.function=length", "reward.timeout=soon"], {}, "reward.timeout: .* valid number"),
         (["reward.whiten=each"], {}, "unknown key 'reward.whiten'"),
+        (["model=smollm2"], {}, "model=smollm2: a run or a model is a word of its own here: smollm2"),
+        (["reward.function=[length"], {}, r"reward.function: '\[length' is no value"),
+        (["+reward.function=length", "+reward.options.length.at_mst=3"], {}, "did you mean 'at_most'"),
+        (["reward.function=f1", "reward.options.f1.column=know"], {}, r"did you mean 'known'\?; their columns are known$"),
+        (["reward.function=code"], {}, "'tests' is no column of the rows; their columns are known$"),
+        (["reward.function=f1"], {}, "f1 has nothing to compare with"),
+        ([], {"stop": ("",)}, "--stop: an empty text would end every answer at its first token"),
+        ([], {"to": Path("/dev/null/answers.jsonl")}, "--to: cannot write to /dev/null/answers.jsonl: Not a directory"),
+        ([], {"to": Path("/")}, "--to: cannot write to /: Is a directory"),
+        (["reward.function=length"], {"best_of": Path("/dev/null/b.jsonl")}, "--best-of: cannot write to"),
+        (["reward.function=length"], {"best_of": Path("answers.jsonl")}, "--best-of: .*answers.jsonl is the file of --to too"),
+        (
+            ["reward.function=length"],
+            {"best_of": Path("a.jsonl"), "pairs": Path("a.jsonl")},
+            "--pairs: .*a.jsonl is the file of --best-of too",
+        ),
+        (["reward.function=length"], {"pairs": Path("prompts.jsonl")}, "--pairs: .*prompts.jsonl is the file of the prompts too"),
     ],
 )
 def test_what_does_not_fit_is_refused(
     prompts: str, tmp_path: Path, words: list[str], changes: dict[str, object], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("posttrain.models.language.one_base.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=match):
         generate(["tiny", prompts, *words], replace(wanted(tmp_path), **changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_what_was_refused_leaves_no_file(prompts: str, tmp_path: Path) -> None:
+    asked = replace(wanted(tmp_path), best_of=tmp_path / "best.jsonl", pairs=tmp_path / "no" / "pairs.jsonl")
+    with pytest.raises(UserError, match="did you mean"):
+        generate(["tiny", prompts, "reward.function=lenght"], asked)
+    assert [each.name for each in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """A text may hold other line breaks: U+2028, U+0085."""
+    file = tmp_path / "answers.jsonl"
+    Answers(file, ["a", "b"]).add([{"key": "a", "answers": [{"text": "one\u2028two\x85three"}]}])
+    again = Answers(file, ["a", "b"])
+    assert list(again.lines) == ["a"] and again.lines["a"]["answers"][0]["text"] == "one\u2028two\x85three"
+
+
+def test_where_no_reward_applies_it_is_said(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none_rewards.py").write_text("def nothing(completions): return [None] * len(completions)\n")
+    found = generate(["tiny", prompts, "reward.function=none_rewards:nothing"], wanted(tmp_path))
+    assert {answer["score"] for line in found for answer in line["answers"]} == {None}
+    assert "no reward applies to any of these answers, so none has a score" in capsys.readouterr().out

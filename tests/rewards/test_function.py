@@ -5,9 +5,12 @@ import json
 import math
 import re
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -191,6 +194,13 @@ def test_a_class_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [function(["p"], ["a"], [""], {"solution": ["s"]}).tolist() for _ in range(2)] == [[1.0], [2.0]]
 
 
+def exec_of(text: str) -> Any:
+    """The function f of this text, whose form a linter would change."""
+    found: dict[str, Any] = {}
+    exec(text, found)
+    return found["f"]
+
+
 def hangs(answers: list[str]) -> list[float]:
     with suppress(Exception):
         time.sleep(30)
@@ -213,13 +223,56 @@ def broken(answers: list[str]) -> list[float]:
     raise KeyError("no such\nword")
 
 
+def leaves(answers: list[str]) -> list[float]:
+    raise SystemExit(3)
+
+
+async def one_by_one(answers: list[str]) -> AsyncIterator[float]:
+    for answer in answers:
+        yield float(answer == "b")
+
+
+async def judged(answer: str) -> float:
+    await asyncio.sleep(0.01)
+    return float(answer == "b")
+
+
+async def promised(answers: list[str]) -> list[Any]:
+    return [judged(each) for each in answers]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda answers: (float(each == "b") for each in answers),
+        lambda answers: numpy.array([each == "b" for each in answers], dtype=numpy.float16),
+        lambda answers: torch.tensor([[float(each == "b")] for each in answers]),
+        lambda answers: [torch.tensor(float(each == "b")) for each in answers],
+        lambda answers: [judged(each) for each in answers],
+        one_by_one,
+        promised,
+        lambda *texts: [float(each == "b") for each in texts[1]],  # prompts and answers
+        exec_of("def f(prompts, completions, /): return [float(each == 'b') for each in completions]"),
+        exec_of("def f(a, b, references, /): return [float(each == 'b') for each in b if len(references) == 2]"),
+        exec_of("def f(*args, **more): return [float(each == 'b') for each in more['completions'] if not args]"),
+    ],
+)
+def test_scores_come_in_many_forms(call: Any) -> None:
+    assert asked(call) == [0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (broken, "mine:f raised KeyError: 'no such\\\\nword'"),
         (lambda answers: [1.0], "mine:f gave 1 scores for 2 answers"),
         (lambda answers: [1.0, math.inf], "mine:f gave inf for 'b'"),
-        (lambda answers: 5, "mine:f raised TypeError"),
+        (lambda answers: 5, "mine:f gave 5; it must give a list: a number for each answer, or None"),
+        (lambda answers: None, "mine:f gave None; it must give a list"),
+        (lambda answers: "10", "mine:f gave '10'; it must give a list"),
+        (lambda answers: {0: 1.0, 1: 2.0}, r"mine:f gave \{0: 1.0, 1: 2.0\}; it must give a list"),
+        (lambda answers: {1.0, 2.0}, r"mine:f gave \{1.0, 2.0\}; it must give a list"),
+        (leaves, "mine:f raised SystemExit: 3"),
     ],
 )
 def test_what_is_wrong_with_one_is_found_before_a_model_loads(call: object, said: str) -> None:

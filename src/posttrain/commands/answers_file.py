@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -13,20 +15,46 @@ from posttrain.rewards import best_and_worst
 from posttrain.runs.files import write_text
 
 
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Files by what they are called, of which the first is only read. Raises UserError for one that cannot be written, or that is
+    another's too."""
+    seen: dict[Path, str] = {}
+    for what, path in files.items():
+        if path is None:
+            continue
+        if other := seen.get(path.resolve()):
+            raise UserError(f"{what}: {path} is the file of {other} too, and would be lost; give another file")
+        if seen:
+            _try_to_write(path, what)
+        seen[path.resolve()] = what
+
+
+def _try_to_write(path: Path, what: str) -> None:
+    """Nothing is left behind. Raises UserError."""
+    try:
+        if path.exists():
+            path.open("a", encoding="utf-8").close()
+        else:
+            TemporaryFile(dir=next(each for each in path.absolute().parents if each.exists())).close()
+    except OSError as error:
+        raise UserError(f"{what}: cannot write to {path}: {error.strerror}; give another file") from None
+
+
 class Answers:
     """The file of answers: whole lines, each with the key of what it was made from."""
 
     def __init__(self, path: Path, keys: list[str]) -> None:
         """Raises UserError where the file holds what was made from something else."""
         self.path, self.keys, self.lines = path, keys, dict[str, dict[str, Any]]()
+        wanted = set(keys)
         if not path.exists():
             return
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # what was being written when it was stopped is no line
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(whole.split("\n")[:-1], 1):
             try:
                 found = json.loads(line)
-                known = found["key"] in keys
+                known = found["key"] in wanted
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"--to: line {number} of {path} is no answer of posttrain generate; give another file") from None
             if not known:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from posttrain.commands.answers_file import Answers, best_rows, pair_rows
+from posttrain.commands.answers_file import Answers, best_rows, check_files, pair_rows
 from posttrain.commands.words import runs_and_settings
 from posttrain.config.fields import Strict
 from posttrain.config.schema import RewardConfig
+from posttrain.config.words import value_of
 from posttrain.console import Meter, say
 from posttrain.data.prepare import canonical_rows
 from posttrain.data.row_use import RowUse
@@ -92,6 +92,7 @@ def generate(words: list[str], wanted: Wanted, load: Load | None = None) -> list
     if len(given) != 2:
         raise UserError("give a run (or a model) and a file of prompts: posttrain generate RUN prompts.jsonl --to answers.jsonl")
     _check(wanted, settings)
+    check_files({"the prompts": Path(given[1]), "--to": wanted.to, "--best-of": wanted.best_of, "--pairs": wanted.pairs})
     reward, functions = _rewards(settings)
     artifact = open_artifact(given[0], "run").supported()
     writing(artifact)
@@ -121,6 +122,8 @@ def _check(wanted: Wanted, settings: dict[str, str]) -> None:
     rows_of = (
         "--best-of" if wanted.best_of else "--pairs" if wanted.pairs else "--at-least" if wanted.at_least is not None else ""
     )
+    if "" in wanted.stop:
+        raise UserError("--stop: an empty text would end every answer at its first token; leave it out")
     if rows_of and "reward.function" not in settings:
         raise UserError(f"{rows_of}: nothing says which answer is better; give reward.function=NAME, or module:name")
     if wanted.pairs and wanted.samples < 2:
@@ -140,7 +143,7 @@ def _rewards(settings: dict[str, str]) -> tuple[RewardConfig, list[RewardFunctio
         for name in way:
             place[name] = dict(place.get(name) or {})
             place = place[name]
-        place[last] = yaml.safe_load(text)
+        place[last] = value_of(text, key)
     try:
         reward = _Section.model_validate({"reward": given}).reward
     except ValidationError as error:
@@ -247,6 +250,8 @@ def _tell(found: list[dict[str, Any]], wanted: Wanted) -> None:
         groups = [[a["score"] for a in line["answers"] if a["score"] is not None] for line in found]
         best = [max(group) for group in groups if group]
         say(f"score {sum(scored) / len(scored):.4f} in the mean, {sum(best) / len(best):.4f} of each prompt's best")
+    elif any("score" in answer for answer in answers):
+        say("no reward applies to any of these answers, so none has a score")
     for path, rows in ((wanted.best_of, best_rows(found, wanted.at_least)), (wanted.pairs, pair_rows(found))):
         if path:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

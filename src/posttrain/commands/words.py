@@ -17,13 +17,15 @@ def runs_and_settings(words: Sequence[str], keys: Sequence[str] = ()) -> tuple[l
     settings: dict[str, str] = {}
     of_data: dict[str, str] = {}
     for word in words:
-        key, separator, value = word.partition("=")
+        key, separator, value = word.removeprefix("+").partition("=")
         if not separator or "/" in key:
             runs.append(word)
         elif ".".join(key.split(".")[:2]) in keys:
             settings[key] = value
         elif ".".join(key.split(".")[:2]) in known:
             of_data[key] = value
+        elif key in ("model", "model.name", "init"):
+            raise UserError(f"{word}: a run or a model is a word of its own here: {value}")
         else:
             told = ", ".join([*keys, f"{PREFIX}KEY as the run's own config has it"])
             raise UserError(f"unknown key '{key}'{did_you_mean(key, known)} (there are: {told})")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
+
+import yaml
 
 from posttrain.errors import UserError
 
@@ -15,6 +18,14 @@ def whole_number(words: Mapping[str, str], key: str, least: int = 0) -> int | No
     if not words[key].isdecimal() or int(words[key]) < least:
         raise UserError(f"{key}: '{words[key]}' is no whole number{' above 0' if least else ''}")
     return int(words[key])
+
+
+def value_of(text: str, key: str) -> Any:
+    """A value as YAML has it. Raises UserError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: '{text}' is no value; put text with odd characters in quotes") from None
 
 
 def part_of(text: str, key: str) -> tuple[int, int]:

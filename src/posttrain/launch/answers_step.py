@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from posttrain.config.code import require_own_words
 from posttrain.config.fields import NonNegative, Positive, Strict, Weight, listed
-from posttrain.config.words import part_of
+from posttrain.config.words import part_of, value_of
 from posttrain.errors import UserError, did_you_mean
 
 GENERATE = "generate"  # instead of a stage
@@ -45,7 +44,7 @@ def answers_config(words: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
         if key.startswith(WORDS):
             further[key] = value
         elif key in _Answers.model_fields:
-            given[key] = yaml.safe_load(value) if key != "part" else value
+            given[key] = value_of(value, key) if key != "part" else value
         else:
             known = [*_Answers.model_fields, "reward.KEY", "data.KEY"]
             raise UserError(f"unknown key '{key}'{did_you_mean(key, known)} (there are: {', '.join(known)})")
@@ -58,7 +57,7 @@ def answers_config(words: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
         part_of(found.part, "part")
     if "reward.function" not in further:
         raise UserError("reward.function: nothing says which answer is better; give a reward's name")
-    require_own_words({key: yaml.safe_load(value) for key, value in further.items()}, said)
+    require_own_words({key: value_of(value, key) for key, value in further.items()}, said)
     return {"stage": GENERATE, **found.model_dump(), "words": further}
 
 

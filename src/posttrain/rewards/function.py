@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import importlib
 import inspect
@@ -19,6 +18,7 @@ from torch import Tensor
 from posttrain.config.choices import REWARDS
 from posttrain.console import say
 from posttrain.errors import BeforeStep, UserError, did_you_mean
+from posttrain.rewards.given import NoScores, listed
 from posttrain.rewards.limits import OutOfTime, within
 from posttrain.runs.earlier import current_function
 
@@ -30,11 +30,11 @@ Columns = Mapping[str, Sequence[Any]]  # of the rows, by name: a value for each 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function of the user's: lists of prompts and answers as text in, as many numbers out.
+    """A function of the user's: lists of prompts and answers as text in, as many numbers out (rewards/given.py).
 
     It gets by name what it names: prompts, answers (or completions, responses), references, and any column of the rows; all of
-    them with **kwargs. Two arguments of other names at its beginning are prompts and answers. columns: of all rows (`of_rows`);
-    it is given None where those that it is asked about lack one.
+    them with **kwargs. Two arguments of other names at its beginning, or *args alone, are prompts and answers. columns: of all
+    rows (`of_rows`); it is given None where those that it is asked about lack one.
     """
 
     name: str
@@ -83,15 +83,15 @@ class RewardFunction:
     def _scores(self, prompts: list[str], answers: list[str], references: list[str], columns: Columns) -> Tensor:
         try:
             with within(self.limit):
-                found = self._called(prompts, answers, references, columns)
-                if inspect.isawaitable(found):
-                    found = asyncio.run(_whole(found))
+                found = listed(self._called(prompts, answers, references, columns))
                 scores = [math.nan if value is None else float(value) for value in found]
         except OutOfTime:
             raise _Failed(f"{self.name} took longer than reward.timeout={self.limit:g} seconds") from None
         except UserError:  # of what is built in
             raise
-        except Exception as error:
+        except NoScores as error:
+            raise _Failed(f"{self.name} {error}") from None
+        except (Exception, SystemExit) as error:
             said = " ".join(str(error).split())
             raise _Failed(f"{self.name} raised {type(error).__name__}: {said}") from error
         if len(scores) != len(answers):
@@ -105,7 +105,9 @@ class RewardFunction:
         lacking: Columns = {name: [None] * len(answers) for name in sorted(self.columns - set(columns))}
         more = {"prompts": prompts, "completions": answers, "references": references, **columns, **lacking}
         known = more | {"prompts": prompts, "references": references} | dict.fromkeys(ANSWERS, answers)
-        placed = [prompts, answers] if self._is_placed else []
+        first = [prompts, answers] if self._is_placed else []
+        by_place = [p.name for p in self._parameters[len(first) :] if p.kind is p.POSITIONAL_ONLY and p.name in known]
+        placed = first + [known[name] for name in by_place]
         wanted = set(self._names[len(placed) :])
         if any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             wanted |= {name for name in more if name not in self._names[: len(placed)]}
@@ -145,6 +147,8 @@ class RewardFunction:
     def _is_placed(self) -> bool:
         """Are its first two arguments prompts and answers by their places?"""
         first = self._parameters[:2]
+        if [p.kind for p in first] == [inspect.Parameter.VAR_POSITIONAL]:
+            return True
         given = all(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in first)
         known = {"prompts", *ANSWERS, "references"}
         return len(first) == 2 and given and not {p.name for p in first} & known
@@ -152,10 +156,6 @@ class RewardFunction:
 
 class _Failed(Exception):
     """What a function has done in place of scoring, in a line."""
-
-
-async def _whole(found: Any) -> Any:
-    return await found
 
 
 def load_function(

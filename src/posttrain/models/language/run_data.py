@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, cast
 
-import yaml
 from pydantic import ValidationError
 
 from posttrain.config.fields import Strict
 from posttrain.config.schema import DataConfig, SourceConfig
 from posttrain.config.schema.data import data_defaults
+from posttrain.config.words import value_of
 from posttrain.data.chat.encoder import Encoder
 from posttrain.data.chat.loss_weights import PLAIN, Weighing
 from posttrain.data.chat.options import options_of
@@ -42,20 +42,13 @@ def data_of(artifact: Artifact, words: Mapping[str, str]) -> DataConfig:
         name, *below = key.removeprefix(PREFIX).split(".")
         if name not in DataConfig.model_fields:
             raise UserError(f"unknown key '{key}'{did_you_mean(name, list(DataConfig.model_fields))}")
-        data[name] = _set(data.get(name), below, _value(key, value))
+        data[name] = _set(data.get(name), below, value_of(value, key))
     try:
         return _Section.model_validate({"data": data}).data
     except ValidationError as error:
         from posttrain.config.complaints import first_complaint
 
         raise UserError(first_complaint(error, {"data": data})) from None
-
-
-def _value(key: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: '{value}' is no value; put text with odd characters in quotes") from None
 
 
 def _set(tree: Any, way: list[str], value: Any) -> Any:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from posttrain.errors import UserError, did_you_mean
+from posttrain.rewards.builtin._columns import no_column
 
 USUAL = ("solution", "ground_truth", "answer", "final_answer", "label")  # columns that hold the right answer
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
@@ -29,8 +29,7 @@ def truths(column: str | None, references: Sequence[str], columns: Mapping[str, 
     """The right answers, None where a row has none: what it has in `column`, else in the first of the USUAL ones in which it has
     something, else the data's answer."""
     if column is not None and column not in columns:
-        near, have = did_you_mean(column, list(columns)), ", ".join(columns) or "none"
-        raise UserError(f"reward.options.{name}.column: '{column}' is no column of the rows{near}; their columns are {have}")
+        raise no_column(name, column, columns)
     looked_in = [columns[name] for name in ([column] if column else USUAL) if name in columns]
     held = [references] if column is None else []
     return [

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.rewards.builtin._columns import no_column
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
@@ -41,8 +41,7 @@ class Code:
     def __call__(self, answers: list[str], **columns: list[Any]) -> list[float | None]:
         """The last block between ``` marks is the code, else the whole answer."""
         if self.column not in columns:
-            have = ", ".join(columns) or "none"
-            raise UserError(f"reward.options.code.column: '{self.column}' is no column of the rows; their columns are {have}")
+            raise no_column("code", self.column, columns)
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(self._score, answers, columns[self.column]))
 
