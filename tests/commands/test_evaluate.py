@@ -50,6 +50,24 @@ def test_several_adapters_are_switched_between(runs: dict[str, Path]) -> None:
         assert found[name]["data/loss"] == pytest.approx(measured(runs[name])["general/loss"], abs=1e-5)
 
 
+def test_a_base_beside_a_run_is_measured_on_the_runs_rows(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Read as the run reads them; the bare model is in bfloat16, the run in float32."""
+    found = evaluate_runs(["tiny", str(runs["a"])])
+    assert f"rows: those that {runs['a']} has held out, for all" in capsys.readouterr().out
+    for key in ("eval/loss", "general/loss"):
+        assert found["tiny"][key] == pytest.approx(measured(runs["a"])[f"{key}_before"], abs=5e-3)
+        assert found["a"][key] == pytest.approx(measured(runs["a"])[key], abs=1e-5)
+
+
+def test_runs_of_other_rows_are_measured_on_the_rows_of_the_first(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    posttrain.run("sft", *WORDS, "data.eval_rows=2", "train.max_steps=1", f"run.dir={other}")
+    found = evaluate_runs([str(runs["full"]), str(other)])["other"]
+    assert found["general/loss"] == pytest.approx(measured(other)["general/loss"], abs=1e-5)
+    own = evaluate_runs([str(other)])["other"]["eval/loss"]
+    assert own == pytest.approx(measured(other)["eval/loss"], abs=1e-5) and abs(found["eval/loss"] - own) > 1e-3
+
+
 def test_pairs_have_an_interval(runs: dict[str, Path]) -> None:
     found = evaluate_runs([str(runs["dpo"]), "data.path=builtin:preferences", "rows=10"])["dpo"]
     low, high = wilson(found["data/accuracy"], 10)
@@ -76,6 +94,7 @@ def test_loss_of_text_by_hand(runs: dict[str, Path], tmp_path: Path) -> None:
     [
         (["tiny", "data.pth=x"], "did you mean 'data.path'"),
         (["tiny"], "data.path: a bare model holds nothing out"),
+        (["nope", "data.path=builtin:general"], "^run: 'nope' is no directory and not to be had from the hub"),
         (["data.path=x"], "give a run directory"),
         (["tiny", "rows=x", "data.path=builtin:general"], "rows: 'x' is no whole number"),
     ],
@@ -83,6 +102,12 @@ def test_loss_of_text_by_hand(runs: dict[str, Path], tmp_path: Path) -> None:
 def test_bad_words(words: list[str], match: str) -> None:
     with pytest.raises(UserError, match=match):
         evaluate_runs(words)
+
+
+@pytest.mark.parametrize(("words", "field"), [(["model.name=org/none"], "model.name"), (["model=tiny", "init=org/none"], "init")])
+def test_a_name_that_nothing_has_is_told_by_the_setting_it_stands_in(words: list[str], field: str) -> None:
+    with pytest.raises(UserError, match=f"^{field}: 'org/none' is no directory and not to be had from the hub"):
+        posttrain.run("sft", *words)
 
 
 def test_adapters_of_other_models_cannot_be_switched_to(runs: dict[str, Path]) -> None:

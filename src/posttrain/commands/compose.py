@@ -115,6 +115,7 @@ def _parse_expression(text: str) -> tuple[list[Path], list[float]]:
 def _read(run: Path, artifact: Artifact) -> Part:
     artifact.supported()
     if artifact.kind == "model":
+        resolve(artifact.source, None, weights=False, field="run")  # or nothing at all
         raise UserError(f"{run} is a whole model; only adapters can be composed")
     refuse_scorer(artifact)
     adapter = Adapter(artifact.verified().weights, "compose")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ from posttrain.evaluation.tasks import KEYS as OF_TASKS
 from posttrain.evaluation.tasks import Tasks
 from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.run_data import of_file
-from posttrain.runs.artifact import open_artifact
+from posttrain.models.language.run_data import data_of, of_file
+from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.cache_place import cache_root
 from posttrain.stages.language.prepare import eval_sets, rows_of
 from posttrain.stages.language.summary import lines_of_source
@@ -45,8 +46,8 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     the run had `data`, unless a word says otherwise (data.template=none).
 
     data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
-    the model has by its own likelihood a token, with a 95 % interval. Without it: what the run's own config holds out. tasks=A,B:
-    tasks of lm-eval (`evaluation.tasks`). reward.function=NAME: what their answers to the prompts at data.path are worth
+    the model has by its own likelihood a token, with a 95 % interval. Without it: what the first run holds out, for all. tasks=
+    A,B: tasks of lm-eval (`evaluation.tasks`). reward.function=NAME: what their answers to the prompts at data.path are worth
     (`commands.win_rates`). Raises UserError before a model is loaded.
     """
     runs, settings, of_data = _sorted(words)
@@ -55,9 +56,16 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None
+    first = _first_of_ours(runs)
+    if not asked and "data.path" not in of_data:
+        if first is None:
+            raise UserError("data.path: a bare model holds nothing out; give data.path=FILE, or a run beside it")
+        if len(runs) > 1:
+            say(f"rows: those that {first.name} has held out, for all")
     found, read_by = dict[str, dict[str, float]](), set[str]()
-    for live, names in load_in_turn(runs, device_here(), of_data):
-        sets = [] if asked else _sets(live, settings)
+    for loaded, names in load_in_turn(runs, device_here(), of_data):
+        live = replace(loaded, beside=first)
+        sets = [] if asked else _sets(live, settings, first)
         chat = bool(asked and asked.chat(live.tokenizer, live.is_chat))
         if asked:
             say(asked.line(chat))
@@ -65,10 +73,15 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
         for name in names:
             switch(live, names, name)
             found[name] = asked.measure(live.model, live.tokenizer, chat) if asked else _measured(live, sets)
-        del live  # before the next one is loaded
+        del live, loaded  # before the next one is loaded
     if len(read_by) > 1 and not asked:
         say("the models read the rows as different tokens, so losses and perplexities, which are of a token, cannot be compared")
     return found
+
+
+def _first_of_ours(runs: list[str]) -> Artifact | None:
+    """The first that has a config: what is measured on its rows, all models are."""
+    return next((found for run in runs if (found := open_artifact(run, "run")).config), None)
 
 
 def _measured(live: LoadedModel, sets: list[EvalSet]) -> dict[str, float]:
@@ -95,7 +108,7 @@ def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]
     return runs, settings, of_data
 
 
-def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
+def _sets(live: LoadedModel, settings: dict[str, str], first: Artifact | None) -> list[EvalSet]:
     if "data.path" in live.words:
         rows, length = _size(settings)
         data = of_file(live.data, live.data.path or "", rows)
@@ -103,12 +116,10 @@ def _sets(live: LoadedModel, settings: dict[str, str]) -> list[EvalSet]:
         for line in lines_of_source(found.stats, length):
             say(line)
         return [EvalSet("data", found.examples, found.kind)]
-    config = live.artifact.config
-    if config is None:
-        raise UserError("data.path: a bare model holds nothing out; give data.path=FILE")
-    cfg = validate(completed(config)).model_copy(update={"data": live.data})
+    assert first and first.config
+    cfg = validate(completed(first.config)).model_copy(update={"data": data_of(first, live.words)})
     encoder = live.encoder.weighing_as(weighing_of(cfg))
-    return [*_own_set(cfg, encoder), *eval_sets(cfg, live.data, encoder)]
+    return [*_own_set(cfg, encoder), *eval_sets(cfg, cfg.data, encoder)]
 
 
 def _size(settings: dict[str, str]) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def read_result(run: str | Path) -> Result:
     if artifact.kind == "adapter":
         artifact.finished()
     artifact.verified()
-    name, base = Path(run).expanduser().name, find_pipeline(artifact.source, artifact.base.revision)
+    name, base = Path(run).expanduser().name, find_pipeline(artifact.source, artifact.base.revision, field=artifact.field)
     if artifact.kind == "model":
         return Result(name, base, None, artifact)
     if not same_base(base.digest, artifact.base.digest):

@@ -36,8 +36,8 @@ class ResolvedModel(NamedTuple):
     origin: str
 
 
-def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedModel:
-    """A built-in name, a directory or a hub id -> files on disk. UserError for anything else."""
+def resolve(name: str, revision: str | None, weights: bool = True, field: str = "model.name") -> ResolvedModel:
+    """A built-in name, a directory or a hub id, which stands in `field` -> files on disk. UserError for anything else."""
     if name in BUILTIN:
         if revision:
             raise UserError(f"model.revision: '{name}' is made by the tool and has no revisions; leave it null")
@@ -48,7 +48,7 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
         return ResolvedModel(str(made), made, None, "made again in the cache")
     if directory.is_dir():
         if not (directory / "config.json").is_file():
-            raise UserError(f"model.name: the directory '{name}' has no config.json; give one made by save_pretrained")
+            raise UserError(f"{field}: the directory '{name}' has no config.json; give one made by save_pretrained")
         return ResolvedModel(str(directory.resolve()), directory.resolve(), None, "a directory")
     try:
         files = FILES if weights else [pattern for pattern in FILES if pattern != "*.safetensors"]
@@ -56,7 +56,7 @@ def resolve(name: str, revision: str | None, weights: bool = True) -> ResolvedMo
     except Exception as error:  # the hub's client has no common class for its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         hint = did_you_mean(name, sorted(BUILTIN)) or f"; made by the tool: {', '.join(sorted(BUILTIN))}"
-        raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
+        raise UserError(f"{field}: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
     # a snapshot's directory is named after its commit
     return ResolvedModel(name, directory, directory.name, "the hub")
 

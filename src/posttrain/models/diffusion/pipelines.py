@@ -24,16 +24,16 @@ LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline is made of
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")  # parts that neither training nor our samples need
 
 
-def find_pipeline(name: str, revision: str | None, weights: bool = True) -> BaseInfo:
+def find_pipeline(name: str, revision: str | None, weights: bool = True, field: str = "model.name") -> BaseInfo:
     """Fetches files, without `weights` only the small ones; loads nothing.
 
-    Raises UserError, naming model.name, for what is no diffusion pipeline of a known family.
+    field: where the name stands, for the UserError that is raised for what is no diffusion pipeline of a known family.
     """
-    directory, path, revision = _locate(name, revision, weights)
+    directory, path, revision = _locate(name, revision, weights, field)
     index = directory / INDEX
     if not index.is_file():
         what = "a model, but no diffusion pipeline" if (directory / "config.json").is_file() else "no diffusion pipeline"
-        raise UserError(f"model.name: '{name}' is {what} (it has no {INDEX}); give one such as sd15, sdxl, sd3, flux or tiny")
+        raise UserError(f"{field}: '{name}' is {what} (it has no {INDEX}); give one such as sd15, sdxl, sd3, flux or tiny")
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
         kind, custom = str(found.get("_class_name")), _custom_part(found)
@@ -45,7 +45,7 @@ def find_pipeline(name: str, revision: str | None, weights: bool = True) -> Base
             f"classes of {' and '.join(LIBRARIES)}"
         )
     if kind not in FAMILIES:
-        raise UserError(f"model.name: '{name}' is a {kind}, which cannot be trained here (there are: {', '.join(FAMILIES)})")
+        raise UserError(f"{field}: '{name}' is a {kind}, which cannot be trained here (there are: {', '.join(FAMILIES)})")
     return BaseInfo(name, path, revision, digest(directory))
 
 
@@ -61,7 +61,7 @@ def pipeline_directory(base: BaseInfo) -> Path:
     return _locate(base.path, base.revision)[0]
 
 
-def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str, str | None]:
+def _locate(name: str, revision: str | None, weights: bool = True, field: str = "model.name") -> tuple[Path, str, str | None]:
     directory = Path(name).expanduser()
     builtin = _gone(directory) or name
     if builtin in TINY:
@@ -75,7 +75,7 @@ def _locate(name: str, revision: str | None, weights: bool = True) -> tuple[Path
     except Exception as error:  # the hub's client has no common class for its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         hint = did_you_mean(name, sorted(TINY)) or f"; made by the tool: {', '.join(sorted(TINY))}"
-        raise UserError(f"model.name: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
+        raise UserError(f"{field}: '{name}' is no directory and not to be had from the hub ({reason}){hint}") from error
     return directory, name, directory.name  # a snapshot's directory is named after its commit
 
 

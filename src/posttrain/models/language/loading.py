@@ -30,12 +30,18 @@ LOADED_AS = "bfloat16"  # a model that no run of ours has made
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: of transformers, or peft's around it, in evaluation mode. words: settings of `data` in place of the run's own."""
+    """model: of transformers, or peft's around it, in evaluation mode. words: settings of `data` in place of the run's own.
+    beside: the run that a bare model is put beside, and reads rows as."""
 
     artifact: Artifact
     model: Any
     tokenizer: Any
     words: Mapping[str, str] = field(default_factory=dict[str, str])
+    beside: Artifact | None = None
+
+    @property
+    def _reads_as(self) -> Artifact:
+        return self.artifact if self.artifact.config else self.beside or self.artifact
 
     @property
     def source(self) -> str:
@@ -50,18 +56,18 @@ class LoadedModel:
     @cached_property
     def data(self) -> DataConfig:
         """How rows are read: as the run had `data`, or as `words` say. Raises UserError."""
-        return data_of(self.artifact, self.words)
+        return data_of(self._reads_as, self.words)
 
     @cached_property
     def encoder(self) -> Encoder:
         """What turns rows into its tokens, rendered as the run has rendered them."""
-        return encoder_of(self.artifact, self.tokenizer, self.data)
+        return encoder_of(self.artifact, self.tokenizer, self.data, told=told_of(self._reads_as, "texts"))
 
     @property
     def is_chat(self) -> bool:
         """Is it spoken with by its chat template? As the run's rows were rendered, be they texts or messages."""
         asked = self.words.get("data.template", "auto")
-        told = asked if asked != "auto" else told_of(self.artifact, "rows")
+        told = asked if asked != "auto" else told_of(self._reads_as, "rows")
         return bool(self.tokenizer.chat_template) and (told == "chat" if told else bool(self.encoder.options.template))
 
     @property
@@ -100,6 +106,8 @@ def load_model(
     if artifact.is_pipeline:
         raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
     data_of(artifact, words or {})
+    if artifact.directory is None:
+        resolve(artifact.source, None, field=artifact.field)
     artifact.verified()
     precision = dtype or (artifact.manifest.dtype if artifact.manifest else LOADED_AS)
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)

@@ -75,9 +75,11 @@ def told_of(artifact: Artifact, how: Literal["rows", "texts"]) -> str | None:
     return getattr(told, how) if told else {"rows": "chat", "texts": "none"}[how]
 
 
-def encoder_of(artifact: Artifact, tokenizer: Any, data: DataConfig, weighing: Weighing = PLAIN) -> Encoder:
-    """What renders rows as the run did. data: of `data_of`."""
-    how = weighing, options_of(data), told_of(artifact, "texts")
+def encoder_of(
+    artifact: Artifact, tokenizer: Any, data: DataConfig, weighing: Weighing = PLAIN, told: str | None = None
+) -> Encoder:
+    """What renders rows as the run did. data: of `data_of`; told: of `told_of`, of texts, where it is another run's."""
+    how = weighing, options_of(data), told or told_of(artifact, "texts")
     return make_encoder(tokenizer, artifact.source, artifact.base.revision, *how)
 
 

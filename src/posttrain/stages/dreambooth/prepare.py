@@ -91,7 +91,7 @@ def _start(cfg: Dreambooth, weights: bool) -> tuple[BaseInfo, list[Parent]]:
             f"init: {cfg.init} is an adapter; merge it first (posttrain merge {cfg.init} --out DIR) and say init=DIR, or train "
             "another on the same base and put both together with posttrain compose"
         )
-    return find_pipeline(artifact.source, None, weights), artifact.parents("init")
+    return find_pipeline(artifact.source, None, weights, "init"), artifact.parents("init")
 
 
 def _check_masks(folder: Path, instance: list[FoundImage]) -> None:

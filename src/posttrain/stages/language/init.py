@@ -27,7 +27,8 @@ class InitSource:
 
     tokenizer: where the tokenizer comes from. scorer: where a reward model's head is, if this is one. template: what has rendered
     the rows of the run, where its manifest says it.
-    identity: sha256 of what the adapter adds; the base has its own digest. place: by which it is opened again.
+    identity: sha256 of what the adapter adds; the base has its own digest. place: by which it is opened again. field: the setting
+    that names it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class InitSource:
     scorer: Path | None = None
     template: str | None = None
     place: str = ""
+    field: str = "model.name"
 
 
 def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str, starts_critic: bool = False) -> InitSource:
@@ -100,11 +102,12 @@ def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
     template, place = told.rows if told else None, str(artifact.directory or artifact.name)
     if artifact.kind == "model":
         return InitSource(
-            base.name, base.path, artifact.tokenizer, parents=parents, scorer=head, template=template, place=place
+            base.name, base.path, artifact.tokenizer, parents=parents, scorer=head, template=template, place=place,
+            field=artifact.field,
         )  # fmt: skip
     return InitSource(
         base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head, template,
-        place,
+        place, artifact.field,
     )  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
 def find_base(start: InitSource, revision: str | None, weights: bool = True) -> BaseInfo:
     """What a stage's start means, and the digest of its weights; fetches files, loads nothing. weights: False leaves those alone,
     and the digest empty. UserError where a finished run's adapter belongs to other weights."""
-    source = resolve(start.source, revision, weights)
+    source = resolve(start.source, revision, weights, start.field)
     base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
     if start.adapter and not start.base_digest:
         say(f"init: an adapter of others; its base is {start.name}, as it says; whether that has changed is not known")
