@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -53,6 +53,15 @@ class KernelReport:
         lent = [f"{name} in {count} modules" for name, count in sorted(self.taken.items()) if name.endswith(LIGER)]
         said = f"computed by an extra that is installed: {', '.join(lent)}" if lent else ""
         return [line for line in (said, self.warning) if line]
+
+    def with_taken(self, kernel: str) -> KernelReport:
+        """With one that was found to serve the model as a whole, after the report was made."""
+        return replace(self, taken={**self.taken, kernel: 1})
+
+    def with_left(self, kernel: str, module: str, why: str) -> KernelReport:
+        """With one that was found not to."""
+        taken = {name: count for name, count in self.taken.items() if name != kernel}
+        return replace(self, taken=taken, left={**self.left, LeftOut(kernel, module, why, True): 1})
 
     def record(self) -> dict[str, Any]:
         """For a manifest."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain.devices.out_of_memory import in_parts, in_two
 from posttrain.models.kernels.choice import for_inference
-from posttrain.models.language.growing import Growing, growing_answers, reads_prompts_packed
+from posttrain.models.language.drawing import Sampling, Step
+from posttrain.models.language.growing import FixedAnswers, Growing, growing_answers, reads_prompts_packed
 from posttrain.models.language.packed_lm import PackedLM
+from posttrain.models.language.replayed import Replayed, replays
 
 
 class Answer(NamedTuple):
@@ -27,54 +27,6 @@ class Answer(NamedTuple):
     logps: list[float]
     ended: bool
     entropy: float
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """top_k 0 and top_p 1 cut nothing off. at_once: answers that grow together. stop: texts that end an answer, and stay in it;
-    decode: token ids to text, which they are looked for in."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    at_once: int
-    stop: tuple[str, ...] = ()
-    decode: Callable[[list[int]], str] | None = None
-
-    def stops(self, tokens: list[int]) -> bool:
-        """Does an answer end with the last of these tokens, by a stop text?"""
-        if not self.stop or not self.decode:
-            return False
-        most = max(len(text.encode()) for text in self.stop)  # a token has a byte at least, but for special ones
-        tail = self.decode(tokens[-most - 4 :])
-        return any(text in tail for text in self.stop)
-
-    @property
-    def cuts(self) -> bool:
-        """Is a part of the softmax cut off?"""
-        return bool(self.top_k) or self.top_p < 1
-
-    def allowed(self, logps: Tensor) -> Tensor:
-        """float32 [n, V] -> the probabilities of the tokens that top-k and top-p keep, and 0 for the others."""
-        cut: Any = LogitsProcessorList()
-        if self.top_k:
-            cut.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            cut.append(TopPLogitsWarper(self.top_p))
-        return cut(None, logps).exp()
-
-
-def draw(chances: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """float32 [n, V], rows that need not add up to 1 -> int64 [n, 1], with a random number for each row: those of `numbers`,
-    float64 [n, 1] in [0, 1), or torch's global ones.
-
-    The number drawn is above 0 and at most the row's sum; the token is the first one at which the cumulative sum reaches it. So a
-    token of probability 0 is never drawn.
-    """
-    sums = chances.cumsum(-1, dtype=torch.float64)
-    numbers = torch.rand_like(sums[:, :1]) if numbers is None else numbers.to(sums)
-    return torch.searchsorted(sums, sums[:, -1:] * (1 - numbers))
 
 
 @torch.no_grad()
@@ -94,8 +46,8 @@ def sample(
     found: dict[int, list[Answer]] = {}
 
     def write(chosen: list[int]) -> dict[int, list[Answer]]:
-        growing = growing_answers(lm, [prompts[i] for i in chosen], samples)
-        given = None if numbers is None else numbers[chosen].flatten(0, 1)
+        growing = growing_answers(lm, [prompts[i] for i in chosen], samples, replays(lm, sampling))
+        given = None if numbers is None else numbers[chosen].flatten(0, 1).to(lm.causal.device)
         answers = _draw_all(lm, growing, sampling, torch.tensor(ends), given)
         return {i: answers[k * samples : (k + 1) * samples] for k, i in enumerate(chosen)}
 
@@ -116,35 +68,38 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, alike: bool) -> Iterato
 
 def _draw_all(lm: PackedLM, growing: Growing, sampling: Sampling, ends: Tensor, numbers: Tensor | None) -> list[Answer]:
     """numbers: float64 [n, max_new_tokens], of each answer."""
-    output: Any = lm.causal.get_output_embeddings()
-    head, hidden = lm.head.at(sampling.temperature), growing.hidden
-    number = torch.arange(len(hidden))  # which answer each row of the batch is
-    alive = torch.ones(len(hidden), dtype=torch.bool)
-    drawn: list[list[tuple[int, float, float]]] = [[] for _ in range(len(hidden))]
-    for step in range(sampling.max_new_tokens):
-        logps = head.shaped(output(hidden).float()).log_softmax(-1)
-        chances = sampling.allowed(logps)
-        choice = draw(chances, None if numbers is None else numbers[number, step, None])
-        kept = chances.sum(-1, keepdim=True).log() if sampling.cuts else 0.0
-        entropies = -(logps.exp() * logps).sum(-1, keepdim=True)
-        # the one wait of a token; its number is exact in 64 bits
-        figures = torch.cat([choice.double(), (logps.gather(1, choice) - kept).double(), entropies.double()], 1).cpu()
+    step = Step(lm, growing, sampling)
+    advance = Replayed(lm, growing, sampling) if isinstance(growing, FixedAnswers) else step
+    number = torch.arange(len(growing.hidden))  # which answer each row of the batch is
+    alive = torch.ones(len(number), dtype=torch.bool)
+    written: list[list[tuple[int, float, float]]] = [[] for _ in range(len(number))]
+    figures = step.draw(growing.hidden, _column(numbers, 0, growing.hidden)).figures
+    for done in range(1, sampling.max_new_tokens + 1):
+        seen = figures.cpu()  # the one wait of a token
         for row in alive.nonzero()[:, 0].tolist():
-            token, logp, entropy = figures[row].tolist()
-            drawn[int(number[row])].append((int(token), logp, entropy))
-        alive &= ~torch.isin(figures[:, 0].long(), ends)
+            token, logp, entropy = seen[row].tolist()
+            written[int(number[row])].append((int(token), logp, entropy))
+        alive &= ~torch.isin(seen[:, 0].long(), ends)
         if sampling.stop:
             for row in alive.nonzero()[:, 0].tolist():
-                alive[row] = not sampling.stops([token for token, *_ in drawn[int(number[row])]])
-        if not alive.any() or step + 1 == sampling.max_new_tokens:
+                alive[row] = not sampling.stops([token for token, *_ in written[int(number[row])]])
+        if not alive.any() or done == sampling.max_new_tokens:
             break
-        if 4 * int(alive.sum()) <= 3 * len(alive):  # the cache is copied then: not for every answer that ends
+        tokens = figures[:, :1].long()
+        if int(alive.sum()) <= growing.keeps_at * len(alive):
             kept = alive.nonzero()[:, 0]
-            number, alive, kept = number[kept], alive[kept], kept.to(choice.device)
-            choice = choice[kept]
+            number, alive, kept = number[kept], alive[kept], kept.to(tokens.device)
+            tokens, numbers = tokens[kept], None if numbers is None else numbers[kept]
             growing.keep(kept)
-        hidden = growing.grow(choice)
-    return [_answer(steps, ends, sampling) for steps in drawn]
+        figures = advance(tokens, _column(numbers, done, tokens)).figures
+    return [_answer(steps, ends, sampling) for steps in written]
+
+
+def _column(numbers: Tensor | None, step: int, like: Tensor) -> Tensor:
+    """A random number for each row of `like`: float64 [n, 1]."""
+    if numbers is None:
+        return torch.rand(len(like), 1, dtype=torch.float64, device=like.device)
+    return numbers[:, step, None]
 
 
 def _answer(steps: list[tuple[int, float, float]], ends: Tensor, sampling: Sampling) -> Answer:

@@ -7,21 +7,25 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from posttrain.batch import Segment
+from posttrain.models.kernels.attention import attention_windows
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.decoder import cache_names, decoder_of, last_hidden
-from posttrain.models.language.kv_cache import roomy_cache
+from posttrain.models.language.kv_cache import ROOM, FixedLayer, roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
 LONGEST_TRIED = 4096  # tokens of a prompt with which a cache is tried
 
 
 class Growing(Protocol):
-    """hidden: last hidden states [n, H] of the prompts, one for each answer."""
+    """hidden: last hidden states [n, H] of the prompts, one for each answer. keeps_at: `keep` is worth it where no more than this
+    share of them goes on."""
 
     hidden: Tensor
+    keeps_at: float
 
     def keep(self, rows: Tensor) -> None:
         """Of all answers go on with these alone: int64 [m]."""
@@ -37,10 +41,11 @@ def reads_prompts_packed(lm: PackedLM) -> bool:
     return lm.reading.way == "packed" and lm.border is None
 
 
-def growing_answers(lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> Growing:
-    """`samples` answers to each prompt, of prompts of one length where they cannot be read packed."""
+def growing_answers(lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int, fixed: bool = False) -> Growing:
+    """`samples` answers to each prompt, of prompts of one length where they cannot be read packed. fixed: as FixedAnswers, which
+    has to be possible (replayed.py)."""
     if reads_prompts_packed(lm):
-        return _FromPack(lm, prompts, samples)
+        return (FixedAnswers if fixed else _FromPack)(lm, prompts, samples)
     tokens = torch.tensor([list(prompt) for prompt in prompts], device=lm.causal.device)
     name = _cache_keyword(lm)
     return _WithOwnCache(lm, tokens, samples, name) if name else _WithoutCache(lm, tokens, samples)
@@ -49,14 +54,17 @@ def growing_answers(lm: PackedLM, prompts: list[Sequence[int]], samples: int) ->
 class _FromPack:
     """Prompts of any lengths, read as one pack, whose keys and values stand at the end of a row each."""
 
-    def __init__(self, lm: PackedLM, prompts: list[Sequence[int]], samples: int) -> None:
+    keeps_at = 0.75  # the cache is copied then: not for every answer that ends
+    whole = False  # as roomy_cache's
+
+    def __init__(self, lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int) -> None:
         device = lm.causal.device
         self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
-        self.cache, self.name = roomy_cache(lm.causal.config), cache_names(self.decoder)[0]
+        self.cache, self.name = roomy_cache(lm.causal.config, self.whole), cache_names(self.decoder)[0]
         hidden = _read_prompts(lm, prompts, self.cache)
         self.cache.batch_repeat_interleave(samples)  # answers to one prompt share its keys and values up to here
         self.hidden = hidden.repeat_interleave(samples, 0)
-        self.positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(samples)], device=device)
+        self.positions: Tensor = torch.tensor([len(prompt) for prompt in prompts for _ in range(samples)], device=device)
         width = int(self.positions.max())
         self.mask = (torch.arange(width, device=device) >= width - self.positions[:, None]).long()
 
@@ -66,16 +74,73 @@ class _FromPack:
 
     def grow(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        hidden = self._read(tokens, self.mask)
+        self.positions = self.positions + 1
+        return hidden
+
+    def _read(self, tokens: Tensor, mask: Tensor | dict[str, Tensor]) -> Tensor:
         read = self.decoder(
-            input_ids=tokens, attention_mask=self.mask, position_ids=self.positions[:, None], use_cache=True,
+            input_ids=tokens, attention_mask=mask, position_ids=self.positions[:, None], use_cache=True,
             **{self.name: self.cache},
         )  # fmt: skip
-        self.positions = self.positions + 1
         return last_hidden(read, self.before_head)[:, -1]
+
+
+class FixedAnswers(_FromPack):
+    """As _FromPack, over tensors that stay where they are: `grow` changes nothing but their numbers, so it can be recorded and
+    replayed.
+
+    made: how often they were made anew, by `ready` or `keep`; a recording serves until then.
+    """
+
+    keeps_at = 0.5  # each time the step has to be recorded again
+    whole = True
+    cache: Any
+
+    def __init__(self, lm: PackedLM, prompts: Sequence[Sequence[int]], samples: int) -> None:
+        super().__init__(lm, prompts, samples)
+        self.made, self.prompt = 0, self.mask.shape[1]
+        self.written = self.prompt  # columns
+        self.place = self.positions.new_tensor([self.written])
+        self.mask = self.mask.bool()[:, None, None]  # of four dimensions it is the attention's own, and no other is made from it
+        self.cache.layers = [FixedLayer(layer.keys, layer.values, self.place) for layer in self.cache.layers]
+        text = lm.causal.config.get_text_config()
+        windows = attention_windows(text)
+        self.windows = {"": windows[0]} if len(set(windows)) == 1 else dict(zip(text.layer_types, windows, strict=True))
+
+    def ready(self) -> None:
+        """Make room for a token of each; to be called before every `grow`, also one that is replayed."""
+        if self.written == self.mask.shape[-1]:
+            more = max(ROOM, self.written - self.prompt)  # twice as much as the answers have
+            self.mask = pad(self.mask, (0, more))
+            for layer in self.cache.layers:
+                layer.add_room(more)
+            self.made += 1
+        self.written += 1
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.made += 1
+
+    def grow(self, tokens: Tensor) -> Tensor:
+        self.mask.index_fill_(3, self.place, True)
+        masks = {kind: self._within(window) for kind, window in self.windows.items()}
+        hidden = self._read(tokens, masks.get("", masks))
+        self.positions += 1
+        self.place += 1
+        return hidden
+
+    def _within(self, window: int | None) -> Tensor:
+        """What layers with this window attend to: bool [n, 1, 1, room]."""
+        if window is None:
+            return self.mask
+        return self.mask & (torch.arange(self.mask.shape[-1], device=self.mask.device) > self.place - window)
 
 
 class _WithOwnCache:
     """Prompts of one length, int64 [n, L], with the cache that the model makes for itself: of keys and values, or of states."""
+
+    keeps_at = _FromPack.keeps_at
 
     def __init__(self, lm: PackedLM, tokens: Tensor, samples: int, name: str) -> None:
         self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))
@@ -94,6 +159,8 @@ class _WithOwnCache:
 
 class _WithoutCache:
     """Prompts of one length, int64 [n, L], all of which is read again for every token: for models whose cache does not serve."""
+
+    keeps_at = _FromPack.keeps_at
 
     def __init__(self, lm: PackedLM, tokens: Tensor, samples: int) -> None:
         self.before_head, self.decoder = lm.before_head, cast(Any, decoder_of(lm.causal))

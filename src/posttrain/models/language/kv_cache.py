@@ -1,10 +1,13 @@
-"""A key-value cache of transformers with room to grow: new tokens are written into it, where theirs copies all before them."""
+"""Key-value caches of transformers with room: new tokens are written into it, where its growing cache copies all before them."""
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 128  # tokens that a layer makes room for at once: so many times rarer is what it holds copied
 
@@ -43,8 +46,43 @@ def _with_room(held: Tensor, length: int) -> Tensor:
     return room
 
 
-def roomy_cache(config: PretrainedConfig) -> DynamicCache:
-    """What a model of this config would make for itself, but layers that keep everything have room. Others stay as they are."""
+def roomy_cache(config: PretrainedConfig, whole: bool = False) -> DynamicCache:
+    """What a model of this config would make for itself, but layers that keep everything have room. Others stay as they are.
+
+    whole: layers keep everything where they would keep a window of it.
+    """
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if whole else (DynamicLayer,)
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer() if type(layer) in kinds else layer for layer in cache.layers]
     return cache
+
+
+def keeps_all(cache: DynamicCache) -> bool:
+    """Does every layer keep the key and the value of every token that was read?"""
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
+class FixedLayer(DynamicLayer):
+    """All of its room is read at every step, for a mask to leave out what is not written yet; a tensor says where the next token
+    goes. So a step works on tensors that are there already, and makes no others that stay.
+
+    As transformers' StaticLayer, but room can be added, answers be dropped, and one number serves all layers.
+
+    keys, values: [n, heads, room, dim]. place: int64 [1].
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor) -> None:
+        cast(Any, super()).__init__()
+        self.keys, self.values, self.place = keys, values, place
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Write the keys and values [n, heads, 1, dim] of a token; returns all that there is room for."""
+        assert self.keys is not None and self.values is not None
+        return self.keys.index_copy_(2, self.place, key_states), self.values.index_copy_(2, self.place, value_states)
+
+    def add_room(self, tokens: int) -> None:
+        """Of zeros: what a mask leaves out is multiplied by 0 all the same."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = (pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values))

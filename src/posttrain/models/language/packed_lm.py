@@ -53,6 +53,7 @@ class PackedLM(nn.Module):
         self.border = lengths_border(self.causal)
         self.routers: list[tuple[Tensor, ...]] | None = None  # their logits of each pack, while somebody listens
         self.cache_keyword: str | None = None  # found out by the first answers that are written (growing.py)
+        self.replays: bool | None = None  # likewise (replayed.py)
         self.sends_away = False  # activations (`train.offload`)
         self.reading = choose_reading(self, attention, packing)
         if self.prompt_kind == "prefix" and self.reading.way != "packed":
