@@ -57,6 +57,12 @@ def for_jobs_in(environment: dict[str, str]) -> WarmWorker | None:
     return fitting[0] if fitting else WarmWorker(environment)
 
 
+def begin(environment: dict[str, str]) -> None:
+    """Have one import while other work is done: the first job finds it."""
+    if worker := for_jobs_in(environment):
+        _idle.append(worker)
+
+
 def close() -> None:
     """End those that are idle."""
     while _idle:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from posttrain.commands.checks import every, kernels
+from posttrain.commands.checks import every, kernels, runs
 from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, compared, numbers, run_check, within
 from posttrain.commands.checks.every import CHECKS, check_device
 from posttrain.commands.checks.kernels import rms_norm
+from posttrain.commands.checks.runs import KILL_CHECK
 from posttrain.errors import RunError, UserError
+from posttrain.launch import warm_worker
 from posttrain.models.kernels import fused
 
 CPU = torch.device("cpu")
@@ -112,6 +115,57 @@ def test_what_is_wrong_ends_with_an_error_and_its_report(tmp_path: Path, capsys:
     assert report["checks"][0]["figures"] == {"GB/s": 12.5} and "driver" in report["checks"][3]["trace"]
     assert report["device"] == "cpu" and {"torch", "bitsandbytes"} <= set(report["libraries"]) and report["cards"] == []
     assert "not here: no tool" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stop_takes_no_figures_with_it(tmp_path: Path) -> None:
+    """The report is there from the first check on, with the one that is at work: as a kill would leave it, and as Ctrl-C does."""
+    report, seen = tmp_path / "report.json", list[dict[str, Any]]()
+
+    def hangs(device: torch.device) -> Figures:
+        seen.append(json.loads(report.read_text()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_device(report, (*made_up("ok", "wrong"), Check("hangs", hangs), *made_up("not here")))
+    for found in (*seen, json.loads(report.read_text())):
+        assert found["at work"] == "hangs" and found["device"] == "cpu"
+        assert [each["outcome"] for each in found["checks"]] == ["ok", "wrong"]
+    check_device(report, made_up("ok"))
+    assert json.loads(report.read_text())["at work"] is None
+
+
+def test_the_kill_comes_before_what_takes_long() -> None:
+    names = [check.name for check in CHECKS]
+    assert names.index("kill -9 and resume") < min(names.index(name) for name in ("NF4", "a short sft, memory and plan"))
+
+
+@pytest.mark.slow
+def test_a_kill_and_resume_take_one_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs are forked from one process that has the libraries."""
+    begun, own = list[dict[str, str]](), warm_worker.WarmWorker.__init__
+
+    def count(self: warm_worker.WarmWorker, environment: dict[str, str]) -> None:
+        begun.append(environment)
+        own(self, environment)
+
+    monkeypatch.setattr(warm_worker.WarmWorker, "__init__", count)
+    monkeypatch.setattr(runs, "worker_command", lambda _: ["false"])
+    try:
+        found = run_check(KILL_CHECK, CPU, 0)
+    finally:
+        warm_worker.close()
+    assert found.outcome == "ok" and found.figures["killed after step"] > 0, f"{found.says}\n{found.trace}"
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize(("script", "says"), [("exit 3", "exit code 3: said so"), ("exit 0", "came to its end before")])
+def test_a_run_that_ends_before_its_kill_is_wrong(
+    script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_worker, "_are_gone", True)
+    monkeypatch.setattr(runs, "worker_command", lambda _: ["sh", "-c", f"echo said so; {script}"])
+    with pytest.raises(Wrong, match=says):
+        runs._worker({"run": {"dir": str(tmp_path / "run")}}, kill_at=tmp_path / "checkpoints")
 
 
 def test_where_all_is_well_nothing_is_raised(tmp_path: Path) -> None:

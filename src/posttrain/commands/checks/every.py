@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ from posttrain.commands.checks.check import Check, Figures, Found, run_check
 from posttrain.commands.checks.kernels import KERNEL_CHECKS
 from posttrain.commands.checks.numbers import NUMBER_CHECKS
 from posttrain.commands.checks.rates import RATE_CHECKS
-from posttrain.commands.checks.runs import RUN_CHECKS
+from posttrain.commands.checks.runs import KILL_CHECK, RUN_CHECKS
 from posttrain.console import Meter, console, say
 from posttrain.devices.device import Device
 from posttrain.devices.seen import remarks, seen
 from posttrain.errors import RunError, UserError
+from posttrain.launch import warm_worker
+from posttrain.launch.worker import choose_allocator
 from posttrain.models.language.loading import device_here
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import code_state, library_versions
 
-CHECKS: tuple[Check, ...] = (*KERNEL_CHECKS, *NUMBER_CHECKS, *RATE_CHECKS, *RUN_CHECKS)
+# what a stop should not take away comes early: the kill as soon as the kernels have given its workers the time to import
+CHECKS: tuple[Check, ...] = (*KERNEL_CHECKS, KILL_CHECK, *NUMBER_CHECKS, *RATE_CHECKS, *RUN_CHECKS)
 
 
 def check_device(to: Path | None, checks: tuple[Check, ...] = CHECKS) -> list[Found]:
@@ -35,18 +40,23 @@ def check_device(to: Path | None, checks: tuple[Check, ...] = CHECKS) -> list[Fo
     report written; UserError where it cannot be."""
     if to and not to.parent.is_dir():
         raise UserError(f"--json: there is no directory {to.parent}; make it, or give another file")
-    device = torch.device(device_here())
-    cards, found, began = torch.cuda.device_count() if device.type == "cuda" else 0, list[Found](), time.perf_counter()
+    choose_allocator()  # as a run does; and the environment of its workers is then this one, whatever runs here before
+    if any(check.slow for check in checks):
+        warm_worker.begin(dict(os.environ))
+    device, found = torch.device(device_here()), list[Found]()
+    cards = torch.cuda.device_count() if device.type == "cuda" else 0
+    write = _writer(to, device, cards, found)
     logging.disable_progress_bar()
     with Meter("checks", len(checks)) as meter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries say of a device: the table says it in figures
         try:
             for check in checks:
+                write(check.name)
                 found.append(run_check(check, device, cards))
                 meter.advance(check.name)
-        finally:  # a check that is waited for in vain, and stopped, takes no other's figures with it
-            if to:
-                write_json(to, _report(device, cards, found, time.perf_counter() - began))
+        finally:
+            warm_worker.close()
+    write(None)
     _show(found)
     if to:
         say(f"report {to}")
@@ -76,8 +86,21 @@ def _in_words(figures: Figures) -> str:
     return ", ".join(said)
 
 
-def _report(device: torch.device, cards: int, found: list[Found], seconds: float) -> dict[str, Any]:
-    """What somebody else needs to know; no name of this machine or of its user."""
+def _writer(to: Path | None, device: torch.device, cards: int, found: list[Found]) -> Callable[[str | None], None]:
+    """What writes the report, told the check that is next: before each one, so that whatever stops it takes no other's figures
+    with it."""
+    about, began = _about(device, cards) if to else {}, time.perf_counter()
+
+    def write(at_work: str | None) -> None:
+        if to:
+            done = [asdict(each) for each in found]
+            write_json(to, about | {"seconds": round(time.perf_counter() - began, 1), "at work": at_work, "checks": done})
+
+    return write
+
+
+def _about(device: torch.device, cards: int) -> dict[str, Any]:
+    """What somebody else needs to know of where it ran; no name of this machine or of its user."""
     seen_now = [seen(Device.here(i), i) for i in range(cards)]
     return {
         "device": device.type,
@@ -89,6 +112,4 @@ def _report(device: torch.device, cards: int, found: list[Found], seconds: float
         "python": platform.python_version(),
         "libraries": library_versions(),
         "code": code_state(),
-        "seconds": round(seconds, 1),
-        "checks": [asdict(each) for each in found],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import tempfile
@@ -21,9 +22,11 @@ from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
 from posttrain.console import console
 from posttrain.devices.device import Device
+from posttrain.launch import warm_worker
 from posttrain.launch.subprocess_runner import config_file, worker_command
 from posttrain.launch.worker import run_config
 from posttrain.models.language.tokenizer import load_tokenizer
+from posttrain.training.signals import PARENT
 
 SMALL = ["train.batch_size=2", "data.max_rows=24", "eval.sets=null"]
 ON_CARD, ON_CPU = (8, 2048), (2, 64)  # layers and width of the model: 0.4 billion numbers on a card
@@ -33,7 +36,8 @@ EXTRA = {
     "ppo": ["+peft=lora", "reward.function=length", "rollout.max_new_tokens=8"],
 }
 MUCH = 256 * 2**20  # bytes that a run may take beside what a plan counts: the libraries' own workspaces
-PATIENCE = 240.0
+PATIENCE = 240.0  # seconds until a first checkpoint
+LOOK = 0.01  # seconds between two looks for it
 
 
 def memory(device: torch.device, stage: str) -> Figures:
@@ -104,23 +108,43 @@ def two_processes(device: torch.device) -> Figures:
 def _worker(config: dict[str, Any], kill_at: Path | None = None) -> int:
     """A run in a process of its own, to its end, or killed at its first checkpoint, whose step is returned. Raises Wrong."""
     with config_file(config) as file:
-        process = subprocess.Popen(
-            worker_command(str(file)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-        )
-        step, ends = 0, time.monotonic() + PATIENCE
-        while kill_at and process.poll() is None and not step and time.monotonic() < ends:
-            step = max((int(path.name[5:]) for path in kill_at.glob("step-*")), default=0)
-            time.sleep(0.01)
-        if kill_at:
-            process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate()
-    if not kill_at and process.returncode:
-        raise Wrong(f"a run ended with exit code {process.returncode}: {' '.join(said.split())[-300:]}")
+        try:
+            code, step, said = _followed(_forked(file), kill_at)
+        except warm_worker.Gone:
+            command, environment = worker_command(str(file)), os.environ | {PARENT: str(os.getpid())}
+            new = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+            code, step, said = _followed(new, kill_at)
+    if code and not step:
+        raise Wrong(f"a run ended with exit code {code}: {' '.join(said.split())[-300:]}")
+    if kill_at and not step:
+        raise Wrong("a run that was to be killed came to its end before")
     return step
 
 
+def _forked(file: Path) -> warm_worker.WarmJob:
+    """Of a process that has the libraries in memory, which a new one takes most of its time for. Raises Gone."""
+    environment = dict(os.environ)
+    if worker := warm_worker.for_jobs_in(environment):
+        return worker.start(file, environment)
+    raise warm_worker.Gone
+
+
+def _followed(child: Any, kill_at: Path | None) -> tuple[int, int, str]:
+    """Its exit code, the step of the checkpoint at which it was killed, or 0, and what it said. Raises Gone."""
+    said, step, ends = b"", 0, time.monotonic() + PATIENCE
+    while True:
+        if select.select([child.stdout], [], [], LOOK)[0]:
+            if not (more := os.read(child.stdout.fileno(), 1 << 16)):
+                return child.wait(), step, said.decode(errors="replace")
+            said += more
+        if kill_at and not step:
+            step = max((int(path.name[5:]) for path in kill_at.glob("step-*")), default=0)
+            if step or time.monotonic() > ends:
+                child.send_signal(signal.SIGKILL)
+
+
+KILL_CHECK = Check("kill -9 and resume", kill_and_resume, slow=True)
 RUN_CHECKS = (
     *(Check(f"a short {stage}, memory and plan", partial(memory, stage=stage), slow=True) for stage in EXTRA),
-    Check("kill -9 and resume", kill_and_resume, slow=True),
     Check("two processes", two_processes, slow=True),
 )
