@@ -56,6 +56,14 @@ def test_a_run_is_rebuilt_bit_for_bit(run: Path, capsys: pytest.CaptureFixture[s
     assert (run.with_name("run-again") / "manifest.json").exists()
 
 
+def test_a_run_is_not_compared_with_what_was_there_before(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out: .*run holds the run itself; name a directory that is not there"):
+        reproduce(run, run)
+    posttrain.run("sft", *settings(tmp_path), "train.max_steps=4", f"run.dir={tmp_path / 'other'}")
+    with pytest.raises(UserError, match=r"--out: .*other holds another run"):
+        reproduce(run, tmp_path / "other")
+
+
 def test_what_differs_is_said_first_and_the_result_after(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from posttrain.config.stored import completed
 from posttrain.console import say
 from posttrain.errors import RunError, UserError
 from posttrain.launch.subprocess_runner import run_child
-from posttrain.runs.directory import read_config
+from posttrain.runs.directory import CONFIG, read_config
 from posttrain.runs.identity import digest
 from posttrain.runs.manifest import read_manifest
 
@@ -28,6 +28,7 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
         )
     refuse_own_code(config, "run", "start it with its stage's own command")
     place = out or run.resolve().with_name(f"{run.resolve().name}-again")
+    _refuse_another(place, run)
     if manifest.changes:
         said = "; ".join(f"{each.change} from step {each.step}" for each in manifest.changes)
         say(f"its settings changed on the way ({said}); the new run has the last ones throughout")
@@ -44,6 +45,13 @@ def reproduce(run: Path, out: Path | None) -> list[RunComparison]:
         raise RunError(f"{place} does not agree with {run}: {', '.join(wrong)}")
     say(f"{place} is {run} again, bit for bit")
     return found
+
+
+def _refuse_another(place: Path, run: Path) -> None:
+    """Raises UserError where a run is there that does not rebuild this one: a finished one would be compared as it is."""
+    if (place / CONFIG).exists() and read_config(place)["run"].get("reproduces") != str(run.resolve()):
+        what = "the run itself" if place.resolve() == run.resolve() else "another run"
+        raise UserError(f"--out: {place} holds {what}; name a directory that is not there")
 
 
 def _here(config: dict[str, Any]) -> dict[str, Any]:
