@@ -74,7 +74,7 @@ bench: setup ## every stage side by side with TRL, into docs/benchmarks.md
 	$(BIN)/python benchmarks/compare.py
 
 bench-gpu: setup ## 1B to 65B, SFT lora, qlora, full, rollouts, beside TRL, Unsloth and torchtune where they install: one JSON, goals judged
-	$(BIN)/python benchmarks/gpu_all.py --to gpu.json
+	$(BIN)/python benchmarks/gpu_all.py --to benchmarks/seen/gpu.json
 
 clean: ## remove .venv and caches of the tools; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_goals import judged
+from posttrain.runs.identity import library_versions
 
 SCRIPT = Path(__file__).with_name("gpu.py")
 SAID = 12  # last lines of a case that failed
@@ -81,7 +82,8 @@ def run_all(
         result = run_case(words, max(60.0, rest))
         found.append({"case": name, "contender": contender, **{k: v for k, v in result.items() if k != "contender"}})
         print(json.dumps(found[-1]), flush=True)
-    return {"cases": found, "left_out": left, "ratios": ratios(found), "goals": judged(found)}
+    about = {"date": time.strftime("%Y-%m-%d"), "libraries": library_versions()}
+    return {**about, "cases": found, "left_out": left, "ratios": ratios(found), "goals": judged(found)}
 
 
 def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -133,6 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = tuple(case for case in (TOY if options.toy else CASES) if options.only in case[0])
     report = run_all(cases, options.minutes, options.peers)
+    options.to.parent.mkdir(parents=True, exist_ok=True)
     options.to.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, options.to.with_suffix(".svg"))
     for goal in report["goals"]:

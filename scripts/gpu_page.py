@@ -1,10 +1,11 @@
-"""docs/gpu.md: its tables of memory and speed, by `posttrain plan --device`.
+"""docs/gpu.md: its tables of memory and speed, by `posttrain plan --device`, and what was measured on a card.
 
 python scripts/gpu_page.py      makes every row (some minutes) and writes the page
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from posttrain.models.language.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, PAGE = HERE / "gpu_page.md", HERE.parent / "docs" / "gpu.md"
+TYPED = HERE / "gpu_typed.md"  # figures of a run whose report was not kept
+REPORT = HERE.parent / "benchmarks" / "seen" / "gpu.json"  # make bench-gpu's
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -111,9 +114,48 @@ def table(shape: str, rows: dict[Row, dict[str, Any]]) -> str:
     return f"### Llama 3 {shape}\n\n" + "\n".join(lines)
 
 
+def seen(report: dict[str, Any] | None) -> str:
+    """What benchmarks/gpu_all.py has measured on a card, case by case; without a report the figures that were typed in."""
+    cards = dict.fromkeys(each["device"] for each in report["cases"] if each.get("device", "CPU") != "CPU") if report else {}
+    if not report or not cards:
+        return TYPED.read_text(encoding="utf-8").rstrip()
+    cases = [each for each in report["cases"] if each.get("device") in cards or "failed" in each]
+    versions = ", ".join(f"{name} {report['libraries'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
+    head = (
+        "    make bench-gpu            # benchmarks/seen/gpu.json, from which `python scripts/gpu_page.py` makes this table\n\n"
+        f"{', '.join(cards)}, {report['date']}, {versions}. Random weights; the words of each case are in\n"
+        "`benchmarks/gpu_all.py`. *share*: of products at the rate that the card reached in the same process.\n"
+    )
+    table = ["| case | by | tokens/s | slowest to fastest | share | peak, GB |", "|---|---|---|---|---|---|", *map(_case, cases)]
+    left = [f"Not begun for want of time: {', '.join(report['left_out'])}."] if report["left_out"] else []
+    return "\n".join([head, *table, *(f"\n{each}" for each in left)])
+
+
+def _case(found: dict[str, Any]) -> str:
+    """One line; of what failed the reason."""
+    name = f"| {found['case']} | {found['contender']} |"
+    if "failed" in found:
+        return f"{name} failed: {found['failed'].replace('|', '/')} |  |  |  |"
+    if "longest_tokens" in found:
+        return f"{name} a row of {found['longest_tokens']:,} tokens fits |  |  |  |"
+    low, high = found.get("spread", (None, None))
+    share, peak = found.get("share_of_matmul_rate"), found.get("peak_gb")
+    cells = [
+        f"{found['tokens_per_second']:,.0f}", f"{low:,.0f} to {high:,.0f}" if low else "", f"{share:.1%}" if share else "",
+        f"{peak:.1f}" if peak else "",
+    ]  # fmt: skip
+    return f"{name} {' | '.join(cells)} |"
+
+
+def template() -> str:
+    """The page but for the tables of plans."""
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else None
+    return TEMPLATE.read_text(encoding="utf-8").replace("{seen}", seen(report))
+
+
 def page(plans: dict[str, dict[Row, dict[str, Any]]]) -> str:
     """The whole page."""
-    return TEMPLATE.read_text(encoding="utf-8").replace("{tables}", "\n\n".join(table(*each) for each in plans.items()))
+    return template().replace("{tables}", "\n\n".join(table(*each) for each in plans.items()))
 
 
 def main() -> None:

@@ -136,6 +136,13 @@ def test_the_goals_stand_in_the_page() -> None:
     assert PAGE.read_text(encoding="utf-8").endswith(gpu_goals.page()), "write gpu_goals.page() at its end"
 
 
+def test_what_is_seen_of_goals_is_the_reports_where_there_is_one() -> None:
+    """Made-up figures: a share that reaches its goal; of the others it says that they were not measured."""
+    made = gpu_goals.page({"cases": [found("8b lora", share_of_matmul_rate=0.61)]})
+    assert "| at least 0.55 | H100 | reached: 0.61, wanted at least 0.55 |" in made
+    assert made.count("not seen: ") == len(gpu_goals.GOALS) - 1 and "0.588" not in made
+
+
 def test_every_goal_has_its_case_and_every_case_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of all cases are those of gpu.py, of the shapes that the issue names."""
     named = {case for case, *_ in gpu_all.CASES}
@@ -195,6 +202,7 @@ def test_all_of_it_is_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["cases"][3]["failed"] == "unsloth: unsloth is not installed" and report["left_out"] == []
     assert report["ratios"] == [{"case": "a", "peer": "trl", "ratio": 3.0, "spread": [1.0, 8.0]}]
     assert {each["state"] for each in report["goals"]} == {"not seen"} and len(report["goals"]) == len(gpu_goals.GOALS)
+    assert "torch" in report["libraries"] and len(report["date"]) == 10
     late = gpu_all.run_all((("a", "--a", ("trl",)),), 0)
     assert late["cases"] == late["ratios"] == [] and late["left_out"] == ["a: posttrain", "a: trl"]
 

@@ -82,10 +82,35 @@ def test_the_page_names_the_smallest_card() -> None:
 
 
 def test_the_prose_is_the_templates() -> None:
-    before, after = gpu_page.TEMPLATE.read_text(encoding="utf-8").split("{tables}")
+    before, after = gpu_page.template().split("{tables}")
     page = PAGE.read_text(encoding="utf-8")
     assert page.startswith(before) and page.endswith(after), "run python scripts/gpu_page.py"
     assert len(re.findall(r"^\| `", page, re.M)) >= len(CASES)
+
+
+def test_what_a_card_reached_is_made_of_the_report_where_there_is_one() -> None:
+    """Made-up figures; what was measured on a CPU is left out, and without any the typed ones say that they are."""
+    card = {"contender": "posttrain", "device": "NVIDIA MADE-UP"}
+    speed = {"tokens_per_second": 1234.4, "spread": [1200.0, 1300.6], "share_of_matmul_rate": 0.5512, "peak_gb": 12.34}
+    cases = [
+        {"case": "8b lora", **card, **speed}, {"case": "longest", **card, "longest_tokens": 65536},
+        {"case": "8b rollout", **card, "tokens_per_second": 900.0, "peak_gb": 20.0},
+        {"case": "65b", "contender": "posttrain", "failed": "out | of memory"},
+        {"case": "toy", "contender": "posttrain", "device": "CPU", **speed},
+    ]  # fmt: skip
+    libraries = {"torch": "2.99", "transformers": "5.99", "bitsandbytes": "0.99"}
+    report = {"cases": cases, "left_out": ["1b full: trl"], "libraries": libraries, "date": "2030-01-02"}
+    made = gpu_page.seen(report)
+    assert "NVIDIA MADE-UP, 2030-01-02, torch 2.99, transformers 5.99, bitsandbytes 0.99." in made and "toy" not in made
+    assert [each for each in made.splitlines() if each.startswith("|")][2:] == [
+        "| 8b lora | posttrain | 1,234 | 1,200 to 1,301 | 55.1% | 12.3 |",
+        "| longest | posttrain | a row of 65,536 tokens fits |  |  |  |",
+        "| 8b rollout | posttrain | 900 |  |  | 20.0 |",
+        "| 65b | posttrain | failed: out / of memory |  |  |  |",
+    ]
+    assert made.endswith("Not begun for want of time: 1b full: trl.")
+    for none in (None, {**report, "cases": cases[3:]}):
+        assert "was not kept" in gpu_page.seen(none) and "make bench-gpu" in gpu_page.seen(none)
 
 
 @pytest.mark.slow
