@@ -228,7 +228,7 @@ def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, 
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"--out: .* exists already"):
         export_run(run, "gguf", tmp_path / "taken", None, 0.05)
-    monkeypatch.setattr("posttrain.models.gguf.write.FAMILIES", {})
+    monkeypatch.setattr("posttrain.models.gguf.families.FAMILIES", {})
     with pytest.raises(UserError, match="no GGUF is written of llama models"):
         export_run(run, "gguf", tmp_path / "out", None, 0.05)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -9,30 +9,42 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import tiny_tokenizer
-from posttrain.models.gguf.read import check_vocabulary, load_gguf
+from posttrain.models.gguf.families import FAMILIES, require_family
+from posttrain.models.gguf.read import OTHERS, check_vocabulary, load_gguf, read_gguf
 from posttrain.models.gguf.vocabulary import vocabulary_of
-from posttrain.models.gguf.write import require_family, write_gguf
+from posttrain.models.gguf.write import write_gguf
 
 IDS = torch.randint(5, 800, (2, 16), generator=torch.Generator().manual_seed(0))
 SHAPE: dict[str, Any] = {
     "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
-CLASSES: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True, "rope_theta": 1e6}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOWS = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-5},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": {"head_dim": 32},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**EXPERTS, "head_dim": 32, "norm_topk_prob": True},
+    "gemma": {"head_dim": 32},
+    "gemma2": WINDOWS,
+    "gemma3_text": {**WINDOWS, "num_hidden_layers": 7},
+    "phi3": {"sliding_window": None, "pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "olmo2": {},
+    "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
 }
 
 
 def made(folder: Path, kind: str, **more: Any) -> Any:
-    config_class, model_class, own = CLASSES[kind]
     torch.manual_seed(0)
-    model = model_class(config_class(**SHAPE, **own, **more)).eval()
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SHAPE, **OWN[kind], **more}), dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.normal_(parameter, 1.0, 0.2)
@@ -48,12 +60,75 @@ def written(folder: Path, model: Any, dtype: str = "f32", tokenizer: Any = None)
     return folder / "m.gguf"
 
 
-@pytest.mark.parametrize("kind", list(CLASSES))
-def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_what_is_read_is_the_same_model(kind: str, tmp_path: Path) -> None:
+    """By transformers' reader where it has the family, and by ours: KL, top token and greedy answers."""
     model = made(tmp_path, kind)
-    back = load_gguf(written(tmp_path, model), model.config)
+    require_family(model.config)
+    file = written(tmp_path, model)
     with torch.no_grad():
-        torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+        want = model(IDS).logits
+        for read in (load_gguf, *([read_gguf] if kind in OTHERS else [])):
+            back = read(file, model.config)
+            logits = back(IDS).logits
+            torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
+            gap = want.log_softmax(-1) - logits.log_softmax(-1)
+            assert float((want.softmax(-1) * gap).sum(-1).mean()) < 1e-6
+            greedy = [each.generate(IDS[:1, :8], max_new_tokens=8, do_sample=False) for each in (model, back)]
+            assert torch.equal(*greedy)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.adds_one])
+def test_gemma_s_norms_are_written_as_llama_cpp_multiplies(kind: str, tmp_path: Path) -> None:
+    model = made(tmp_path, kind)
+    tensors = {t.name: t for t in GGUFReader(written(tmp_path, model)).tensors}
+    want = 1 + model.model.layers[0].input_layernorm.weight.detach().numpy()
+    np.testing.assert_array_equal(tensors["blk.0.attn_norm.weight"].data, want)
+
+
+def test_experts_lie_together_and_their_router_in_32_bits(tmp_path: Path) -> None:
+    model = made(tmp_path, "mixtral", hidden_size=64, intermediate_size=96)
+    tensors = {t.name: t for t in GGUFReader(written(tmp_path, model, "q8_0")).tensors}
+    assert list(tensors["blk.1.ffn_gate_exps.weight"].shape) == [64, 96, 4]  # the innermost first
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    assert tensors["blk.1.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "want"),
+    [
+        ("granite", "granite.attention.scale", 0.1),
+        ("granite", "granite.logit_scale", 4.0),
+        ("gemma2", "gemma2.attn_logit_softcapping", 50.0),
+        ("gemma3_text", "gemma3.attention.sliding_window", 8),
+        ("qwen2_moe", "qwen2moe.expert_shared_feed_forward_length", 64),
+        ("phi3", "phi3.rope.dimension_count", 8),
+        ("mixtral", "llama.expert_used_count", 2),
+    ],
+)
+def test_what_a_family_computes_with_is_said(kind: str, key: str, want: float, tmp_path: Path) -> None:
+    fields = GGUFReader(written(tmp_path, made(tmp_path, kind))).fields
+    assert fields[key].contents() == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("mistral", {"sliding_window": 16}, "a sliding window"),
+        ("phi3", {"sliding_window": 16}, "a sliding window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "a sliding window"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "layers without experts"),
+        ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar=32"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "one in 6"),
+        ("olmo2", {"attention_bias": True}, "biases in attention"),
+        ("granite", {"hidden_act": "relu"}, "relu in the MLP"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear rope"),
+    ],
+)
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(kind: str, more: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        require_family(CONFIG_MAPPING[kind](**{**SHAPE, **OWN[kind], **more}))
 
 
 def test_rows_of_q_are_in_the_order_of_llama_cpp(tmp_path: Path) -> None:
@@ -100,14 +175,14 @@ def test_a_file_of_another_shape_or_vocabulary_is_seen(tmp_path: Path) -> None:
     model = made(tmp_path, "llama")
     file = written(tmp_path, model)
     other = LlamaConfig(**{**SHAPE, "num_key_value_heads": 4, "rms_norm_eps": 1e-5})
-    with pytest.raises(RunError, match="says num_key_value_heads 2, and the model has 4"):
+    with pytest.raises(RunError, match=r"says llama\.attention\.head_count_kv 2, and the model has 4"):
         load_gguf(file, other)
     with pytest.raises(RunError, match=r"tokenizer\.ggml\.eos_token_id"):
         check_vocabulary(file, vocabulary_of(tiny_tokenizer(), [1], 896))
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, qwen2, qwen3\)"):
+    with pytest.raises(UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, .*granite\)"):
         require_family(_of("gemma3"))
     with pytest.raises(UserError, match="yarn rope"):
         require_family(LlamaConfig(**SHAPE, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}))

@@ -1,4 +1,4 @@
-"""A GGUF file as a model of transformers, by transformers' own reader, so that what is written is held against someone else's."""
+"""A GGUF file as a model of transformers, to hold what was written against the model that it was written of."""
 
 from __future__ import annotations
 
@@ -8,31 +8,77 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, TokenType
+from gguf import GGUFReader, TokenType, dequantize, get_tensor_name_map
+from torch import Tensor
 
 from posttrain.errors import RunError
+from posttrain.models.gguf.families import FAMILIES, figures_of
 from posttrain.models.gguf.vocabulary import Vocabulary
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+OTHERS = ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "phi3")  # that transformers' reader has
 
 
 def load_gguf(file: Path, config: Any) -> Any:
-    """The model, float32, in evaluation mode. config: of transformers, of the model that was written.
+    """The model, float32, in evaluation mode: by transformers' own reader where it knows the family, so that what is written is
+    held against someone else's; else by ours. config: of transformers, of the model that was written.
 
-    Raises RunError where the file's metadata say another shape.
+    Raises RunError where the file's figures are not the model's, or a tensor is not there.
     """
+    check_figures(file, config)
+    if config.model_type not in OTHERS:
+        return read_gguf(file, config)
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    found = load_gguf_checkpoint(str(file))["config"]
-    for key in SHAPE:
-        if found[key] != getattr(config, key):
-            raise RunError(f"{file.name} says {key} {found[key]}, and the model has {getattr(config, key)}")
-    if abs(found["rms_norm_eps"] / config.rms_norm_eps - 1) > 1e-6:
-        raise RunError(f"{file.name} says rms_norm_eps {found['rms_norm_eps']}, and the model has {config.rms_norm_eps}")
     with redirect_stderr(io.StringIO()):  # transformers' bar of the conversion listens to no setting
         made = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
     return made.eval()
+
+
+def check_figures(file: Path, config: Any) -> None:
+    """Raises RunError where the file says another shape than the model has."""
+    fields = GGUFReader(file).fields
+    for key, want in figures_of(config).items():
+        found: Any = fields[key].contents() if key in fields else None
+        if found is None or abs(found - want) > 1e-6 * abs(want):
+            raise RunError(f"{file.name} says {key} {found}, and the model has {want}")
+
+
+def read_gguf(file: Path, config: Any) -> Any:
+    """As `load_gguf`, by the gguf package's names of tensors, its dequantizers, and the inverse of what the family needs."""
+    from transformers import AutoModelForCausalLM
+
+    family = FAMILIES[config.model_type]
+    names = get_tensor_name_map(family.arch, config.num_hidden_layers)
+    there = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
+
+    def tensor(name: str) -> Tensor:
+        place = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
+        if place not in there:
+            raise RunError(f"{file.name} has no {name}")
+        found = torch.from_numpy(dequantize(there[place].data, there[place].tensor_type).copy())
+        if family.adds_one and name.endswith("norm.weight"):
+            return found - 1
+        if name.endswith("shared_expert_gate.weight"):
+            return found[None]
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.turns else {}
+        for end, count in heads.items():
+            if f".{end}." in name:
+                return found.view(count, -1, 2, *found.shape[1:]).transpose(1, 2).reshape(found.shape)
+        return found
+
+    state: dict[str, Tensor] = {}
+    for name in model.state_dict():
+        if name in tied:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            both = [tensor(name.replace("gate_up_proj", part)) for part in ("gate_proj.weight", "up_proj.weight")]
+            state[name] = torch.cat(both, dim=1)
+        else:
+            state[name] = tensor(f"{name}.weight" if name.endswith("experts.down_proj") else name)
+    model.load_state_dict(state, strict=False)
+    return model.eval()
 
 
 def check_vocabulary(file: Path, expected: Vocabulary) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
+from posttrain.models.gguf.families import FAMILIES, figures_of, head_dim, rope_of
 from posttrain.models.gguf.vocabulary import Vocabulary
 
 # --dtype -> of matrices, of the embedding and the head, and the file's own mark
@@ -28,27 +31,9 @@ DTYPES = {
     "q4_1": (Kind.Q4_1, Kind.Q8_0, FileType.MOSTLY_Q4_1),
     "q4_0": (Kind.Q4_0, Kind.Q8_0, FileType.MOSTLY_Q4_0),
 }
-# model_type -> llama.cpp's architecture, and whether it wants the rows of q and k in the order of its own rope
-FAMILIES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
-}
 ENDS = ("token_embd.weight", "output.weight")
-
-
-def require_family(config: Any) -> None:
-    """Raises UserError for a model of transformers' config that is not written. Loads nothing."""
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"export: no GGUF is written of {config.model_type} models (there are: {', '.join(FAMILIES)}); --to hf writes any, "
-            "which llama.cpp's own converter reads"
-        )
-    rope = _rope(config)
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"export: no GGUF is written of models with {rope['rope_type']} rope (there are: default, llama3)")
-    if getattr(config, "use_sliding_window", False):
-        raise UserError("export: no GGUF is written of models with a sliding window; --to hf writes any")
+ROUTER = ".ffn_gate_inp."  # llama.cpp reads it in 32 bits
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,7 @@ class _Form:
 
     names: gguf.TensorNameMap
     heads: dict[str, int]  # ending of a name whose rows are put into llama.cpp's order -> heads
+    adds_one: bool
     dtype: str
 
     def place(self, name: str) -> str:
@@ -65,16 +51,21 @@ class _Form:
             raise UserError(f"export: llama.cpp's architecture has no place for {name}; --to hf writes any")
         return found
 
-    def rows(self, name: str, tensor: Tensor) -> Tensor:
-        """Rope of llama.cpp turns neighbours, that of transformers the halves of a head."""
+    def values(self, name: str, tensor: Tensor) -> Tensor:
+        """Rope of llama.cpp turns neighbours, that of transformers the halves of a head; Gemma's norms multiply by 1 + w, those
+        of llama.cpp by w; the gate of a shared expert is a vector there."""
+        if self.adds_one and name.endswith("norm.weight"):
+            return tensor + 1
+        if name.endswith("shared_expert_gate.weight"):
+            return tensor[0]
         count = next((n for end, n in self.heads.items() if f".{end}." in name), None)
         if count is None:
             return tensor
         return tensor.view(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def kind(self, name: str, tensor: Tensor) -> Kind:
-        """Vectors stay in 32 bits; a matrix whose rows do not fill the quantizer's blocks is kept in f16."""
-        if tensor.dim() < 2:
+        """Vectors and routers stay in 32 bits; a matrix whose rows do not fill the quantizer's blocks is kept in f16."""
+        if tensor.dim() < 2 or ROUTER in name:
             return Kind.F32
         matrices, ends, _ = DTYPES[self.dtype]
         kind = ends if name in ENDS else matrices
@@ -86,18 +77,20 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
 
     Raises UserError for what llama.cpp has no place for; `require_family` says most of it beforehand.
     """
-    arch, permutes = FAMILIES[config.model_type]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if permutes else {}
-    form = _Form(gguf.get_tensor_name_map(arch, config.num_hidden_layers), heads, dtype)
-    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
+    family = FAMILIES[config.model_type]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.turns else {}
+    form = _Form(gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), heads, family.adds_one, dtype)
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch], use_temp_file=True)
     writer.add_name(name)
     writer.add_file_type(DTYPES[dtype][2])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_shape(writer, config)
+    for key, value in figures_of(config).items():
+        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_float32(key, value)
     vocabulary.write(writer)
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
-    left = [_add(writer, form, *item) for _, tensors in Checkpoint(directory).shards() for item in tensors.items()]
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
+    left = [_add(writer, form, *item) for item in _together(Checkpoint(directory), experts)]
     if kept := [each for each in left if each]:
         say(f"{len(kept)} matrices, such as {kept[0]}, stay in f16: their rows do not fill blocks of {dtype}")
     writer.write_header_to_file()
@@ -106,49 +99,39 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     writer.close()
 
 
+def _together(checkpoint: Checkpoint, experts: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, those of all experts of a layer as one, as llama.cpp has them."""
+    waiting: dict[str, dict[int, Tensor]] = {}
+    for _, tensors in checkpoint.shards():
+        for name, tensor in tensors.items():
+            if not (found := _EXPERT.fullmatch(name)):
+                yield name, tensor
+                continue
+            layer, number, part = found.groups()
+            of_all = waiting.setdefault(f"{layer}.{part}", {})
+            of_all[int(number)] = tensor
+            if len(of_all) == experts:
+                yield f"{layer}.{part}", torch.stack([of_all[i] for i in range(experts)])
+                del waiting[f"{layer}.{part}"]
+    if waiting:
+        raise UserError(f"export: {next(iter(waiting))} is not there of all {experts} experts")
+
+
 def _add(writer: gguf.GGUFWriter, form: _Form, name: str, tensor: Tensor) -> str:
     """Returns the name where it is kept in more bits than was asked for."""
-    place, kind = form.place(name), form.kind(form.place(name), tensor)
-    values = form.rows(name, tensor.float()).contiguous().numpy()
-    writer.add_tensor(place, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    place, values = form.place(name), form.values(name, tensor.float()).contiguous()
+    kind = form.kind(place, values)
+    writer.add_tensor(place, gguf.quants.quantize(values.numpy(), kind), raw_dtype=kind)
     return place if tensor.dim() > 1 and kind == Kind.F16 and form.dtype not in ("f16",) else ""
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
-    head = _head_dim(config)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """transformers before 5 kept it in two keys."""
-    found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    found.setdefault("rope_type", "default")
-    found.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    return found
 
 
 def _rope_factors(config: Any) -> Tensor | None:
     """By what llama.cpp divides each frequency: float32 [head / 2]; None where they are as they are."""
-    if _rope(config)["rope_type"] == "default":
+    if rope_of(config)["rope_type"] == "default":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    head = _head_dim(config)
-    plain = 1.0 / (_rope(config)["rope_theta"] ** (torch.arange(0, head, 2).float() / head))
+    head = head_dim(config)
+    plain = 1.0 / (rope_of(config)["rope_theta"] ** (torch.arange(0, head, 2).float() / head))
     return (plain / scaled).float()

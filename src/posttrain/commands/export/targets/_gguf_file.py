@@ -8,9 +8,10 @@ from posttrain.commands.export.held import FIGURES, Heard, hear
 from posttrain.commands.export.plain import plain_model
 from posttrain.commands.export.target import Request
 from posttrain.console import say
+from posttrain.models.gguf.families import require_family
 from posttrain.models.gguf.read import check_vocabulary, load_gguf
 from posttrain.models.gguf.vocabulary import vocabulary_of
-from posttrain.models.gguf.write import DTYPES, require_family, write_gguf
+from posttrain.models.gguf.write import DTYPES, write_gguf
 from posttrain.models.hub import resolve
 from posttrain.models.language.architecture import config_of
 from posttrain.models.language.tokenizer import load_tokenizer
