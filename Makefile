@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOLDEN ?= runs/golden.json
 
-.PHONY: audit help setup demo demo-dreambooth check test slow docs site lowest golden mutate house torture load models bench bench-gpu clean
+.PHONY: audit help setup demo demo-dreambooth check test slow docs site lowest newest golden mutate house torture load models bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,8 +43,11 @@ docs: setup ## the pages of docs/ that are made: configuration, commands, losses
 site: setup ## docs/ as a site, into build/site; it opens from the disk
 	$(BIN)/python -m mkdocs build --strict
 
-lowest: setup ## the lowest versions that pyproject.toml allows, in a venv of their own, and small runs with them
-	$(BIN)/python scripts/lowest.py
+lowest: setup ## the lowest versions that pyproject.toml allows, in a venv of their own, and the tests that use them most
+	$(BIN)/python scripts/versions.py lowest
+
+newest: setup ## the same of the newest versions that the registry has
+	$(BIN)/python scripts/versions.py newest
 
 golden: setup ## record small runs of everything, to the last bit; where GOLDEN is there already, compare with it
 	mkdir -p $(dir $(GOLDEN))
