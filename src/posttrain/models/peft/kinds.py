@@ -39,6 +39,14 @@ def require_kind(config: dict[str, Any], field: str) -> AdapterKind:
     return kind
 
 
+def way_on(kind: AdapterKind, parent: dict[str, Any]) -> str:
+    """What a stage can do with an adapter that it can neither lie on nor go on with as it was told."""
+    if not kind.objection(parent):
+        return "say chain.mode=merge"
+    names = [name for name, method in METHODS.all().items() if method.saves is kind and method.can_continue]
+    return f"say chain.mode=continue with peft={names[0]}" if names else "start from the model that it was trained on"
+
+
 def is_plain_sum(config: dict[str, Any]) -> bool:
     """Is it a sum B A and nothing besides, so that it can lie under another adapter, and be added to one?"""
     kind = kind_of(config)
