@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from posttrain.devices import recording
 from posttrain.devices.host_waits import _asks
 
 
@@ -71,9 +72,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
     stream: Any = SimpleNamespace(wait_stream=lambda _: None)
     own = {
-        "CUDAGraph": make, "graph": _recorded, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "CUDAGraph": make, "graph": _recorded, "current_stream": lambda: stream, "current_device": lambda: 0,
         "stream": lambda _: nullcontext(), "set_stream": lambda _: None,
     }  # fmt: skip
     for name, value in own.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(recording, "own_stream", lambda _: stream)
     return made

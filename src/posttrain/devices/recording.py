@@ -7,6 +7,7 @@ for the device (`HostWaits` in host_waits.py says where it would).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -21,39 +22,40 @@ def records(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class Recorder:
-    """What it does is done on a stream of its own, as CUDA wants it, and in turn with the caller's."""
+@cache
+def own_stream(device: int) -> torch.cuda.Stream:
+    """The one on which work is done once and recorded: a product's memory stays with the stream that it was asked for on."""
+    return torch.cuda.Stream(device)
 
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
 
-    def once(self, work: Callable[[], Found]) -> Found:
-        """Do the work as it is. It has to be done so before it is recorded: what libraries set up at a first call is no part of
-        it."""
-        caller = torch.cuda.current_stream()
-        self.stream.wait_stream(caller)
-        with torch.cuda.stream(self.stream):
+def once(work: Callable[[], Found]) -> Found:
+    """Do the work as it is, as has to be done before it is recorded: what libraries set up at a first call is no part of it."""
+    caller = torch.cuda.current_stream()
+    own = own_stream(torch.cuda.current_device())
+    own.wait_stream(caller)
+    with torch.cuda.stream(own):
+        found = work()
+    caller.wait_stream(own)
+    return found
+
+
+def record(work: Callable[[], Found]) -> Callable[[], Found]:
+    """Record the work without doing it; returns what does it, each time into the same tensors.
+
+    Raises RuntimeError with the reason where CUDA does not record it.
+    """
+    caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    own = own_stream(torch.cuda.current_device())
+    try:
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # other threads may go on
             found = work()
-        caller.wait_stream(self.stream)
+    except Exception as error:
+        torch.cuda.set_stream(caller)  # torch does not come back to it where the end of a recording fails as well
+        cause = error.__context__ or error
+        raise RuntimeError(f"CUDA does not record it: {first_line(cause)}") from cause
+
+    def play() -> Found:
+        graph.replay()
         return found
 
-    def record(self, work: Callable[[], Found]) -> Callable[[], Found]:
-        """Record the work without doing it; returns what does it, each time into the same tensors.
-
-        Raises RuntimeError with the reason where CUDA does not record it.
-        """
-        caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        try:
-            # other threads may go on meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                found = work()
-        except Exception as error:
-            torch.cuda.set_stream(caller)  # torch does not come back to it where the end of a recording fails as well
-            cause = error.__context__ or error
-            raise RuntimeError(f"CUDA does not record it: {first_line(cause)}") from cause
-
-        def play() -> Found:
-            graph.replay()
-            return found
-
-        return play
+    return play

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices.graphs import stand_in
 from torch import Tensor
 
-from posttrain.commands.checks import every, kernels, runs
+from posttrain.commands.checks import every, kernels, rates, runs
 from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, compared, numbers, run_check, within
 from posttrain.commands.checks.every import CHECKS, check_device
 from posttrain.commands.checks.kernels import rms_norm
@@ -19,6 +20,7 @@ from posttrain.commands.checks.runs import KILL_CHECK
 from posttrain.errors import RunError, UserError
 from posttrain.launch import warm_worker
 from posttrain.models.kernels import fused
+from posttrain.models.language import replayed
 
 CPU = torch.device("cpu")
 LONG = ("attention: documents", "attention: dense", "a training step", "a short sft, memory and plan")
@@ -45,7 +47,7 @@ def test_all_of_it_is_right_on_this_card(check: Check) -> None:
 
 def test_what_needs_a_card_says_so_on_a_cpu() -> None:
     needing = [check for check in CHECKS if check.cards]
-    assert {each.name for each in needing} == {"attention: varlen", "attention: flex", "RoPE", "liger-kernel"}
+    assert {each.name for each in needing} == {"attention: varlen", "attention: flex", "RoPE", "liger-kernel", "a rollout"}
     assert {run_check(each, CPU, 0).says for each in needing} == {"needs CUDA"}
     two = run_check(replace(needing[0], cards=2), CPU, 1)
     assert (two.outcome, two.says) == ("not here", "needs 2 CUDA cards")
@@ -78,6 +80,18 @@ def test_without_a_compiler_rope_is_not_here_and_a_kernel_that_fails_is_wrong(mo
     }.items():
         monkeypatch.setattr(kernels, "obstacle_of_triton", lambda _, why=why: why)
         assert (found := run_check(check, CPU, 1)).outcome == outcome and found.says == why
+
+
+def test_answers_by_a_recorded_step_are_timed_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's graphs; and where a recording fails."""
+    monkeypatch.setattr(replayed, "records", lambda _: True)
+    monkeypatch.setattr(rates, "NEW", 4)
+    made, check = stand_in(monkeypatch), next(each for each in CHECKS if each.name == "a rollout")
+    found = run_check(check, CPU, 1)
+    assert found.outcome == "ok" and min(found.figures.values()) > 0 and len(found.figures) == 2 and len(made) == 4, found.trace
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs")))
+    wrong = run_check(check, CPU, 1)
+    assert wrong.outcome == "wrong" and "CUDA graph of a token of 1 LlamaForCausalLM" in wrong.says and "no graphs" in wrong.says
 
 
 def test_errors_that_are_too_large_are_named() -> None:

@@ -82,7 +82,7 @@ OTHERS = {
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     monkeypatch.setattr(replayed, "records", lambda _: True)
-    monkeypatch.setattr(growing, "ROOM", 4)
+    monkeypatch.setattr(growing, "ROOM", 1)
     return stand_in(monkeypatch)
 
 
@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_growing_cache(family: str, cut: dict[str, Any]
     lm = enlarged(with_lora(FAMILIES["llama"])) if family not in FAMILIES else model_of(FAMILIES[family])
     expected = written(lm, **cut)
     monkeypatch.setattr(replayed, "records", lambda _: True)
-    monkeypatch.setattr(growing, "ROOM", 4)
+    monkeypatch.setattr(growing, "ROOM", 1)
     graphs = stand_in(monkeypatch)
     assert_alike(written(lm, **cut), expected)
     assert len({len(answer.tokens) for answer in expected}) > 3
@@ -167,7 +167,7 @@ def test_stop_texts_and_random_numbers_of_torch(graphs: list[Graph]) -> None:
 
 
 def test_a_step_stays_with_its_tensors_and_asks_nothing_of_the_device(graphs: list[Graph]) -> None:
-    """Until its room is full: five tokens in room for four."""
+    """Until its room is full: a prompt of 13 and five tokens, in room for 16 and then 24."""
     lm, places = model_of(FAMILIES["gemma3: some layers with a window"]).eval(), list[tuple[int, ...]]()
     answers = growing_answers(lm, PROMPTS, 1, fixed=True)
     assert isinstance(answers, FixedAnswers)
@@ -179,8 +179,8 @@ def test_a_step_stays_with_its_tensors_and_asks_nothing_of_the_device(graphs: li
         assert waits.found == []
         layers = [x for layer in answers.cache.layers for x in (layer.keys, layer.values)]
         places.append(tuple(x.data_ptr() for x in (answers.mask, answers.positions, answers.place, *layers)))
-    assert len(set(places[:4])) == 1 and places[4] != places[0]
-    assert answers.made == 2 and answers.mask.shape == (5, 1, 1, 13 + 8)
+    assert len(set(places[:3])) == len(set(places[3:])) == 1 and places[3] != places[0]
+    assert answers.made == 2 and answers.mask.shape == (5, 1, 1, 24)
     assert answers.positions.tolist() == [6, 18, 9, 14, 13] and answers.place.tolist() == [18]
 
 
@@ -200,6 +200,7 @@ class Calls(TorchDispatchMode):
 def test_the_host_starts_a_replayed_step_by_three_calls(graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them bring tokens and random numbers; a growing step of as few as two layers is more than a hundred. What it gives
     is always in the same place."""
+    monkeypatch.setattr(growing, "ROOM", 8)
     lm = model_of(FAMILIES["llama"]).eval()
     given = torch.arange(5)[:, None], torch.rand(5, 1, dtype=torch.float64)
     answers = growing_answers(lm, PROMPTS, 1, fixed=True)

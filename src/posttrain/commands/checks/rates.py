@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.commands.checks.check import Check, Figures, wait
+from posttrain.commands.checks.check import Check, Figures, Wrong, wait
 from posttrain.commands.checks.kernels import dtypes
 from posttrain.data.collate import pack
 from posttrain.data.examples import build
 from posttrain.devices.device import Device
 from posttrain.losses.tokens import token_loss
+from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
@@ -22,8 +23,10 @@ from posttrain.training.optimizer import make_optimizer
 
 TIMES = 20
 STEPS = 6
-# layers, width, MLP, heads, tokens of a step; four layers of Llama 3 8B's shape on a card
-ON_CARD, ON_CPU = (4, 4096, 14336, 32, 8192), (2, 64, 192, 4, 256)
+# layers, width, MLP, heads, words; four layers of Llama 3 8B's shape on a card
+ON_CARD, ON_CPU = (4, 4096, 14336, 32, 4096), (2, 64, 192, 4, 512)
+TOKENS = 8192  # of a step on a card
+ANSWERS, NEW = 32, 64  # and the tokens of each
 
 
 def quickest(device: torch.device, work: Callable[[], Any], times: int = TIMES) -> float:
@@ -69,27 +72,46 @@ def copies(device: torch.device) -> Figures:
     return {"GB/s": rate / 1e9} | ({"share of data sheet": rate / 1e9 / card.bandwidth} if card else {})
 
 
-def training_step(device: torch.device) -> Figures:
-    """Tokens a second of LoRA on a few layers with random weights. share of the limit: the time that the products it needs would
-    take at the measured rate, of the time that it takes; nothing that is computed again counts as needed."""
-    layers, width, inner, heads, tokens = ON_CARD if device.type == "cuda" else ON_CPU
-    dtype, words = dtypes(device)[-1], 4096 if device.type == "cuda" else 512
+def _random_model(device: torch.device) -> Any:
+    """Its weights are frozen, and in the format that a run computes in."""
+    layers, width, inner, heads, words = ON_CARD if device.type == "cuda" else ON_CPU
     config = LlamaConfig(
         vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4), tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
-        base: Any = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(dtypes(device)[-1]).requires_grad_(False)
+
+
+def rollout(device: torch.device) -> Figures:
+    """Tokens a second of answers whose every token is one recorded step, and of the growing cache, which it is tried against."""
+    lm, sampling = PackedLM(_random_model(device)), Sampling(NEW, 1.0, 1.0, 0, ANSWERS)
+    prompts, found = [list(range(1 + i, 33 + i)) for i in range(ANSWERS)], dict[str, float]()
+    for name in ("tokens/s", "tokens/s of the growing cache"):
+        sample(lm, prompts, 1, sampling, ends=[])  # tries, loads kernels
+        if name == "tokens/s" and not lm.replays:
+            raise Wrong(lm.report.warning)
+        found[name] = ANSWERS * NEW / quickest(device, lambda: sample(lm, prompts, 1, sampling, ends=[]), 2)
+        lm.replays = False
+    return found
+
+
+def training_step(device: torch.device) -> Figures:
+    """Tokens a second of LoRA on a few layers with random weights. share of the limit: the time that the products it needs would
+    take at the measured rate, of the time that it takes; nothing that is computed again counts as needed."""
+    tokens = TOKENS if device.type == "cuda" else 256
+    base, dtype = _random_model(device), dtypes(device)[-1]
     method = Lora(
         method="lora",
         init="default", init_rows=64, rank_pattern=None, alpha_pattern=None,
         r=16, alpha=32.0, dropout=0.0, targets="all-linear", dtype="float32", lr_factor=1.0, experts=True,
         router=False,
     )  # fmt: skip
-    model = add_method(base.to(dtype).requires_grad_(False), method)
+    model = add_method(base, method)
     lm = PackedLM(model).train()
     optimizer, _ = make_optimizer("adamw", model, lambda _: 1.0, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    row = torch.randint(words, (tokens // 4,), generator=torch.Generator().manual_seed(0)).tolist()
+    row = torch.randint(base.config.vocab_size, (tokens // 4,), generator=torch.Generator().manual_seed(0)).tolist()
     batch = pack(build([(row, [1.0] * len(row), i) for i in range(4)]), range(4)).to(device)
 
     def step() -> None:
@@ -110,4 +132,5 @@ RATE_CHECKS = (
     Check("rate of products", products),
     Check("rate of copies", copies),
     Check("a training step", training_step),
+    Check("a rollout", rollout, cards=1),
 )

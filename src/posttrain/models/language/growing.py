@@ -17,6 +17,7 @@ from posttrain.models.language.decoder import cache_names, decoder_of, last_hidd
 from posttrain.models.language.kv_cache import ROOM, FixedLayer, roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
+ALIGNED = 8  # tokens in whose multiples attention's kernels take a mask without a copy
 LONGEST_TRIED = 4096  # tokens of a prompt with which a cache is tried
 
 
@@ -112,6 +113,7 @@ class FixedAnswers(_FromPack):
         """Make room for a token of each; to be called before every `grow`, also one that is replayed."""
         if self.written == self.mask.shape[-1]:
             more = max(ROOM, self.written - self.prompt)  # twice as much as the answers have
+            more += -(self.written + more) % ALIGNED
             self.mask = pad(self.mask, (0, more))
             for layer in self.cache.layers:
                 layer.add_room(more)

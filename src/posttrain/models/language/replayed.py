@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain.console import say
 from posttrain.devices.host_waits import HostWaits
-from posttrain.devices.recording import Recorder, records
+from posttrain.devices.recording import once, record, records
 from posttrain.errors import first_line, is_out_of_memory
 from posttrain.models.language.drawing import Drawn, Sampling, Step
 from posttrain.models.language.growing import FixedAnswers, growing_answers, reads_prompts_packed
@@ -32,7 +32,7 @@ class Replayed:
 
     def __init__(self, lm: PackedLM, growing: FixedAnswers, sampling: Sampling) -> None:
         self.lm, self.growing, self.step = lm, growing, Step(lm, growing, sampling)
-        self.recorder, self.made = Recorder(), -1
+        self.made = -1
         self._play: Callable[[], Drawn] | None = None
 
     def __call__(self, tokens: Tensor, numbers: Tensor) -> Drawn:
@@ -41,7 +41,7 @@ class Replayed:
         if self.made != self.growing.made:
             self.made, self._play = self.growing.made, None
             self._inputs = tokens.clone(), numbers.clone()
-            return self.recorder.once(self._eager)
+            return once(self._eager)
         for own, new in zip(self._inputs, (tokens, numbers), strict=True):
             own.copy_(new)
         if self._play is None:
@@ -55,7 +55,7 @@ class Replayed:
         if not self.lm.replays:
             return self._eager
         try:
-            return self.recorder.record(self._eager)
+            return record(self._eager)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
