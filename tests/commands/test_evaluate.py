@@ -68,6 +68,15 @@ def test_runs_of_other_rows_are_measured_on_the_rows_of_the_first(runs: dict[str
     assert own == pytest.approx(measured(other)["eval/loss"], abs=1e-5) and abs(found["eval/loss"] - own) > 1e-3
 
 
+def test_a_difference_from_the_first_result_has_an_interval(runs: dict[str, Path]) -> None:
+    """Of the same rows: their own spread falls out, so it is far narrower than that of the losses."""
+    found = evaluate_runs([str(runs["a"]), str(runs["b"]), "data.path=builtin:questions", "rows=20"])
+    low, high = (found["b"][f"data/loss_change_{end}"] for end in ("low", "high"))
+    assert (low + high) / 2 == pytest.approx(found["b"]["data/loss"] - found["a"]["data/loss"], abs=1e-6)
+    assert 0 < low < high < low + 0.3
+    assert not any("change" in name for name in found["a"])
+
+
 def test_pairs_have_an_interval(runs: dict[str, Path]) -> None:
     found = evaluate_runs([str(runs["dpo"]), "data.path=builtin:preferences", "rows=10"])["dpo"]
     low, high = wilson(found["data/accuracy"], 10)

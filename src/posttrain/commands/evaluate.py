@@ -23,6 +23,7 @@ from posttrain.data.prepare import held_out_of, prepare, prepare_set
 from posttrain.errors import UserError
 from posttrain.evaluation.calibration import wilson
 from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, set_metrics
+from posttrain.evaluation.paired import Rows, change_bounds
 from posttrain.evaluation.tasks import KEYS as OF_TASKS
 from posttrain.evaluation.tasks import Tasks
 from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, scorer, switch
@@ -46,8 +47,9 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     the run had `data`, unless a word says otherwise (data.template=none).
 
     data.path=FILE: text gives loss and perplexity, conversations the loss of the responses, pairs the share of preferences that
-    the model has by its own likelihood a token, with a 95 % interval. Without it: what the first run holds out, for all. tasks=
-    A,B: tasks of lm-eval (`evaluation.tasks`). reward.function=NAME: what their answers to the prompts at data.path are worth
+    the model has by its own likelihood a token, with a 95 % interval. Without it: what the first run holds out, for all. Beside
+    the first result a loss has the 95 % interval of its difference from that one's, as loss_change_low and _high. tasks=A,B:
+    tasks of lm-eval (`evaluation.tasks`). reward.function=NAME: what their answers to the prompts at data.path are worth
     (`commands.win_rates`). Raises UserError before a model is loaded.
     """
     runs, settings, of_data = _sorted(words)
@@ -62,7 +64,7 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
             raise UserError("data.path: a bare model holds nothing out; give data.path=FILE, or a run beside it")
         if len(runs) > 1:
             say(f"rows: those that {first.name} has held out, for all")
-    found, read_by = dict[str, dict[str, float]](), set[str]()
+    found, read_by, by_row = dict[str, dict[str, float]](), set[str](), dict[str, Rows]()
     for loaded, names in load_in_turn(runs, device_here(), of_data):
         live = replace(loaded, beside=first)
         sets = [] if asked else _sets(live, settings, first)
@@ -72,10 +74,15 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
         read_by.add(live.encoder.identity)
         for name in names:
             switch(live, names, name)
-            found[name] = asked.measure(live.model, live.tokenizer, chat) if asked else _measured(live, sets)
+            if asked:
+                found[name] = asked.measure(live.model, live.tokenizer, chat)
+            else:
+                found[name], by_row[name] = _measured(live, sets)
         del live, loaded  # before the next one is loaded
     if len(read_by) > 1 and not asked:
         say("the models read the rows as different tokens, so losses and perplexities, which are of a token, cannot be compared")
+    for name in list(by_row)[1:]:
+        found[name] |= change_bounds(by_row[next(iter(by_row))], by_row[name])
     return found
 
 
@@ -84,10 +91,10 @@ def _first_of_ours(runs: list[str]) -> Artifact | None:
     return next((found for run in runs if (found := open_artifact(run, "run")).config), None)
 
 
-def _measured(live: LoadedModel, sets: list[EvalSet]) -> dict[str, float]:
+def _measured(live: LoadedModel, sets: list[EvalSet]) -> tuple[dict[str, float], Rows]:
     lm = PackedLM(live.model, kernels=live.kernels)
-    metrics, _ = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
-    return metrics | _intervals(sets, metrics)
+    metrics, rows = set_metrics(lm, sets, None, cache_root(), torch.device(live.model.device), lambda: None)
+    return metrics | _intervals(sets, metrics), rows
 
 
 def _sorted(words: list[str]) -> tuple[list[str], dict[str, str], dict[str, str]]:

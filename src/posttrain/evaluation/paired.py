@@ -32,11 +32,15 @@ def change_interval(before: Sequence[float], after: Sequence[float], counts: Seq
 def change_bounds(before: Rows, after: Rows) -> dict[str, float]:
     """Both ends of every loss's change, by the names of figures: eval/loss_change_low, general/loss_change_high, ...
 
-    before, after: by name (`loss` of the run's own rows, `general/loss` of a set) each row's summed loss, and their counts.
+    before, after: by name (`loss` of the run's own rows, `general/loss` of a set) each row's summed loss, and their counts. Where
+    both have counts and they differ (other tokens), nothing is said.
     """
     found: dict[str, float] = {}
     for name, sums in before.items():
-        if name in after and (ends := change_interval(sums, after[name], after.get(name + COUNT, ()))):
+        counts = after.get(name + COUNT, ())
+        if list(before.get(name + COUNT, counts)) != list(counts):
+            continue
+        if name in after and (ends := change_interval(sums, after[name], counts)):
             figure = name if "/" in name else f"eval/{name}"
             found |= {figure + LOW: ends[0], figure + HIGH: ends[1]}
     return found
