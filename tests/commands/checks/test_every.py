@@ -13,13 +13,14 @@ from tests.devices.graphs import stand_in
 from torch import Tensor
 
 from posttrain.commands.checks import every, kernels, rates, runs
-from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, compared, numbers, run_check, within
+from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, numbers, run_check, within
 from posttrain.commands.checks.every import CHECKS, check_device
 from posttrain.commands.checks.kernels import rms_norm
 from posttrain.commands.checks.runs import KILL_CHECK
 from posttrain.errors import RunError, UserError
 from posttrain.launch import warm_worker
 from posttrain.models.kernels import fused
+from posttrain.models.kernels.beside import compared
 from posttrain.models.language import replayed
 
 CPU = torch.device("cpu")
@@ -66,10 +67,10 @@ def test_an_error_is_relative_and_has_the_gradients() -> None:
             return 1.02 * grads[0]
 
     given = numbers((4, 5))
-    assert compared(lambda x: x * 1, lambda x: x * 1, given, CPU, torch.float32) == 0
-    assert compared(lambda x: x + 0.02 * x.detach(), lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
-    assert compared(Off.apply, lambda x: x * 1, given, CPU, torch.float32) == pytest.approx(0.02, rel=1e-4)
-    assert compared(lambda x: x * torch.nan, lambda x: x * 1, given, CPU, torch.float32) == float("inf")
+    assert compared(lambda x: x * 1, lambda x: x * 1, given) == 0
+    assert compared(lambda x: x + 0.02 * x.detach(), lambda x: x * 1, given) == pytest.approx(0.02, rel=1e-4)
+    assert compared(Off.apply, lambda x: x * 1, given) == pytest.approx(0.02, rel=1e-4)
+    assert compared(lambda x: x * torch.nan, lambda x: x * 1, given) == float("inf")
 
 
 def test_without_a_compiler_rope_is_not_here_and_a_kernel_that_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

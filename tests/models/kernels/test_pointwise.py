@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.olmo2 import modeling_olmo2
 
 from posttrain.models.kernels import choice, pointwise, usable
+from posttrain.models.kernels.beside import compared
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.liger import Choice
 from posttrain.models.kernels.pointwise import rotate, silu_product_backward
@@ -231,7 +232,24 @@ def test_a_try_hands_out_copies() -> None:
             return x.mul_(2 * grads[0])
 
     assert beside(Over.apply, lambda x: x.square(), [(8, 16)], CPU) == ""
+    given = torch.randn(8, 16)
+    assert compared(Over.apply, lambda x: x.square(), [given]) == 0
     assert beside(lambda x: 1.1 * x.square(), lambda x: x.square(), [(8, 16)], CPU).startswith("computes something else here")
+
+
+def test_a_gradient_that_is_no_number_is_seen() -> None:
+    """Also after values that are right: of a number and nan Python's max is the first."""
+
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] * float("nan")
+
+    assert beside(Lost.apply, lambda x: x.clone(), [(8, 16)], CPU) == "computes something else here (relative error inf)"
 
 
 def test_what_keeps_them_from_running_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

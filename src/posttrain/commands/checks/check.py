@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,29 +67,6 @@ def run_check(check: Check, device: torch.device, cards: int) -> Found:
     finally:
         give_back()
     return Found(check.name, "ok", figures=figures, seconds=time.perf_counter() - began)
-
-
-def compared(
-    compute: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], device: torch.device,
-    dtype: torch.dtype,
-) -> float:  # fmt: skip
-    """The largest relative error of values and gradients: `compute` on the device in `dtype`, `reference` on the CPU in float32,
-    both of the same numbers, those that `dtype` has."""
-    rounded = [x.to(dtype) for x in inputs]
-    mine = [x.to(device).requires_grad_() for x in rounded]
-    theirs = [x.float().requires_grad_() for x in rounded]
-    with torch.enable_grad():
-        out, expected = compute(*mine), reference(*theirs)
-        chooses = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-        grads = torch.autograd.grad((out * chooses.to(device, out.dtype)).sum(), mine)
-        wanted = torch.autograd.grad((expected * chooses.to(out.dtype).float()).sum(), theirs)
-    return max(apart(a, b) for a, b in zip((out, *grads), (expected, *wanted), strict=True))
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """Relative, of whole tensors; infinite where something is not finite."""
-    difference = float((found.detach().cpu().float() - expected.detach().cpu().float()).norm() / expected.detach().float().norm())
-    return difference if difference == difference else float("inf")
 
 
 def within(errors: dict[str, float], most: float) -> Figures:

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from posttrain.commands.checks.check import APART, Check, Figures, NotHere, Wrong, compared, numbers, within
+from posttrain.commands.checks.check import APART, Check, Figures, NotHere, Wrong, numbers, within
 from posttrain.models.kernels import usable
 from posttrain.models.kernels.attention import attention_function
+from posttrain.models.kernels.beside import compared
 from posttrain.models.kernels.fused import RMSNorm, SiluProduct, with_lora
 from posttrain.models.kernels.liger import FORWARDS, liger
 from posttrain.models.kernels.logprobs import Head, plain_logprobs, token_logprobs
@@ -22,6 +23,7 @@ from posttrain.models.kernels.pointwise import Rotated, rotate
 from posttrain.models.kernels.pointwise import obstacle as obstacle_of_triton
 from posttrain.models.kernels.usable import TRIED, card_of, obstacle
 
+CPU = torch.device("cpu")
 HEADS = (8, 2)  # of queries, of keys
 SIZES = (64, 128, 256)  # of a head: Llama 3.2 1B, Llama 3 8B, Gemma 3
 WIDTH = 256
@@ -67,8 +69,8 @@ def _attention_apart(how: str, size: int, window: int | None, device: torch.devi
         return attention_function(way)(nn.Identity(), *inputs, None, document_mask=mask, sliding_window=window)[0]
 
     inputs = numbers(*((1, heads, length, size) for heads in (HEADS[0], HEADS[1], HEADS[1])))
-    reference = partial(compute, way="dense", place=torch.device("cpu"))
-    return compared(partial(compute, way=how, place=device), reference, inputs, device, dtype)
+    reference = partial(compute, way="dense", place=CPU)
+    return compared(partial(compute, way=how, place=device), reference, [x.to(device, dtype) for x in inputs], CPU)
 
 
 def rms_norm(device: torch.device) -> Figures:
@@ -161,9 +163,10 @@ def by_liger(device: torch.device) -> Figures:
 
 def _in_all(device: torch.device, compute: Any, reference: Any, *shapes: tuple[int, ...]) -> Figures:
     """In every format that a run may compute in; errors are divided by what rounding may cause."""
-    errors = {
-        str(dtype)[6:]: compared(compute, reference, numbers(*shapes), device, dtype) / APART[dtype] for dtype in dtypes(device)
-    }
+    errors: dict[str, float] = {}
+    for dtype in dtypes(device):
+        inputs = [x.to(device, dtype) for x in numbers(*shapes)]
+        errors[str(dtype)[6:]] = compared(compute, reference, inputs, CPU) / APART[dtype]
     return within(errors, 1.0) | {"unit": "of what rounding may cause"}
 
 

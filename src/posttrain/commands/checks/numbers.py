@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.commands.checks.check import Check, Figures, Wrong, apart, numbers, within
+from posttrain.commands.checks.check import Check, Figures, Wrong, numbers, within
 from posttrain.config.choices import OPTIMIZERS
+from posttrain.models.kernels.beside import apart
 from posttrain.training.checkpoint import newest_checkpoint, restore, save_checkpoint
 from posttrain.training.optimizer import make_moments
 from posttrain.training.optimizers._kind import Settings

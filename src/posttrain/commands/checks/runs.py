@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong, apart
+from posttrain.commands.checks.check import Check, Figures, NotHere, Wrong
 from posttrain.commands.compare_runs import compare_runs
 from posttrain.commands.plan.plan import make_plan
 from posttrain.config.compose import compose_run
@@ -25,6 +25,7 @@ from posttrain.devices.device import Device
 from posttrain.launch import warm_worker
 from posttrain.launch.subprocess_runner import config_file, worker_command
 from posttrain.launch.worker import run_config
+from posttrain.models.kernels.beside import apart
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.training.signals import PARENT
 

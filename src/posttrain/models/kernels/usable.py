@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.batch import Segment
 from posttrain.errors import first_line
+from posttrain.models.kernels.beside import compared
 from posttrain.models.kernels.masks import Asked, DocumentMask
 
 Ways = Callable[[str], Callable[..., tuple[Tensor, Any]]]  # a way's function, as transformers' AttentionInterface has it
@@ -72,26 +73,24 @@ def beside(
 ) -> str:
     """'' where both give the same values and gradients of random bfloat16, up to rounding, else what is wrong with `compute`."""
     random, dtype = torch.Generator().manual_seed(0), torch.bfloat16
-    numbers = [torch.randn(*shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
-    chooses = torch.randn(*shapes[0], generator=random).to(device, dtype)
-    found: list[list[Tensor]] = []
-    with torch.enable_grad():
-        for way in (compute, reference):
-            out: Any = way(*[x.clone() for x in numbers])  # a backward may write over what it was given (liger-kernel's does)
-            found.append([out.detach(), *torch.autograd.grad((out * chooses).sum(), numbers)])
-    apart = max(float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in zip(*found, strict=True))
-    return "" if apart <= APART[dtype] else f"computes something else here (relative error {apart:.1e})"
+    numbers = [torch.randn(*shape, generator=random, device="cpu").to(device, dtype) for shape in shapes]
+    return _in_words(compared(compute, reference, numbers), dtype)
+
+
+def _in_words(error: float, dtype: torch.dtype) -> str:
+    """'' where it is rounding."""
+    return "" if error <= APART[dtype] else f"computes something else here (relative error {error:.1e})"
 
 
 @cache
 def _tried(how: str, asked: Iterable[Asked], dtype: torch.dtype, device: torch.device, ways: Ways) -> str:
     for each in asked:
         try:
-            apart = _apart(how, each, dtype, device, ways)
+            wrong = _in_words(_apart(how, each, dtype, device, ways), dtype)
         except Exception as error:  # of a compiler, a driver or a kernel: whatever it is, another way is taken
             return f"{how} does not run here ({first_line(error)})"
-        if not apart <= APART[dtype]:
-            return f"{how} computes something else here (relative error {apart:.1e})"
+        if wrong:
+            return f"{how} {wrong}"
     return ""
 
 
@@ -100,16 +99,13 @@ def _apart(how: str, asked: Asked, dtype: torch.dtype, device: torch.device, way
     random, length = torch.Generator().manual_seed(0), TRIED[-1].stop
     shapes = [(asked.heads, asked.size), (asked.key_heads, asked.size), (asked.key_heads, asked.value_size)]
     numbers = [torch.randn(1, n, length, d, generator=random, device="cpu").to(device, dtype) for n, d in shapes]
-    chooses = torch.randn(1, length, asked.heads, asked.value_size, generator=random, device="cpu").to(device, dtype)
     window = asked.window and min(asked.window, NEAR)
     sinks = torch.zeros(asked.heads, device=device, dtype=dtype) if asked.sinks else None
     options: dict[str, Any] = {"sliding_window": window, "softcap": asked.softcap, "s_aux": sinks}
-    found: list[list[Tensor]] = []
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for way, wide in ((how, dtype), ("dense", torch.float32)):
-            inputs = [x.detach().to(wide).requires_grad_() for x in numbers]
-            mask = DocumentMask(TRIED, length, device)
-            out, _ = ways(way)(nn.Identity(), *inputs, None, document_mask=mask, **options)
-            grads = torch.autograd.grad((out * chooses.to(wide)).sum(), inputs)
-            found.append([out.detach(), *grads])
-    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+
+    def compute(*inputs: Tensor, way: str) -> Tensor:
+        mask = DocumentMask(TRIED, length, device)
+        return ways(way)(nn.Identity(), *inputs, None, document_mask=mask, **options)[0]
+
+    with torch.autocast(device.type, enabled=False):
+        return compared(partial(compute, way=how), partial(compute, way="dense"), numbers)
