@@ -57,11 +57,6 @@ def roomy_cache(config: PretrainedConfig, whole: bool = False) -> DynamicCache:
     return cache
 
 
-def keeps_all(cache: DynamicCache) -> bool:
-    """Does every layer keep the key and the value of every token that was read?"""
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
-
-
 class FixedLayer(DynamicLayer):
     """All of its room is read at every step, for a mask to leave out what is not written yet; a tensor says where the next token
     goes. So a step works on tensors that are there already, and makes no others that stay.

@@ -17,7 +17,6 @@ from posttrain.devices.recording import once, record, records
 from posttrain.errors import first_line, is_out_of_memory
 from posttrain.models.language.drawing import Drawn, Sampling, Step
 from posttrain.models.language.growing import FixedAnswers, growing_answers, reads_prompts_packed
-from posttrain.models.language.kv_cache import keeps_all, roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
 KERNEL = "CUDA graph of a token"  # its name in the report of kernels
@@ -87,8 +86,6 @@ def _known(lm: PackedLM) -> str:
     """What needs no try."""
     if not reads_prompts_packed(lm):
         return "it does not read prompts as a pack"
-    if not keeps_all(roomy_cache(lm.causal.config, whole=True)):
-        return "its layers do not each have keys and values of their own"
     return "autocast is on" if torch.is_autocast_enabled(lm.causal.device.type) else ""
 
 
