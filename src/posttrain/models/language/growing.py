@@ -14,7 +14,7 @@ from posttrain.batch import Segment
 from posttrain.models.kernels.attention import attention_windows
 from posttrain.models.kernels.masks import DocumentMask
 from posttrain.models.language.decoder import cache_names, decoder_of, last_hidden
-from posttrain.models.language.kv_cache import ROOM, FixedLayer, RoomyLayer, roomy_cache
+from posttrain.models.language.kv_cache import ROOM, FixedLayer, fixed_layer, roomy_cache
 from posttrain.models.language.packed_lm import PackedLM
 
 ALIGNED = 8  # tokens in whose multiples attention's kernels take a mask without a copy
@@ -104,10 +104,7 @@ class FixedAnswers(_FromPack):
         self.written = self.prompt  # columns
         self.place = self.positions.new_tensor([self.written])
         self.mask = self.mask.bool()[:, None, None]  # of four dimensions it is the attention's own, and no other is made from it
-        self.cache.layers = [
-            FixedLayer(layer.keys, layer.values, self.place) if isinstance(layer, RoomyLayer) and layer.is_initialized else layer
-            for layer in self.cache.layers  # one that shares another's keys has none
-        ]
+        self.cache.layers = [fixed_layer(layer, self.place) for layer in self.cache.layers]
         text = lm.causal.config.get_text_config()
         windows = attention_windows(text)
         self.windows = {"": windows[0]} if len(set(windows)) == 1 else dict(zip(text.layer_types, windows, strict=True))

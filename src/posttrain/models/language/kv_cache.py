@@ -81,3 +81,10 @@ class FixedLayer(DynamicLayer):
         """Of zeros: what a mask leaves out is multiplied by 0 all the same."""
         assert self.keys is not None and self.values is not None
         self.keys, self.values = (pad(x, (0, 0, 0, tokens)) for x in (self.keys, self.values))
+
+
+def fixed_layer(layer: Any, place: Tensor) -> Any:
+    """With what a layer holds; one that holds nothing, as it shares another's keys, is left as it is."""
+    if isinstance(layer, RoomyLayer) and layer.keys is not None and layer.values is not None:
+        return FixedLayer(layer.keys, layer.values, place)
+    return layer
