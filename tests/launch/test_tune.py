@@ -38,6 +38,7 @@ def test_settings_by_hand() -> None:
         (["optim.lr=a..b"], 9, "ends that are no numbers"),
         (["optim.lr=1e-5..1e-3", "peft.r=1,2,3,4,5,6"], 9, "--trials: 9 .* give 12 or more"),
         (["optim.lr=1e-4"], 9, "one setting"),
+        (["optim.lr=1e-4..1e-2", "optim.lr=1e-3,1e-2"], 9, "--over: optim.lr is given twice"),
     ],
 )
 def test_what_is_no_range_is_refused(over: list[str], trials: int, match: str) -> None:
@@ -143,8 +144,22 @@ def test_the_choice_on_a_made_up_table(made_up: list[list[str]], tmp_path: Path)
 
 def test_where_all_fail(made_up: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_advance", lambda *_: None)
-    with pytest.raises(RunError, match="no trial has eval/loss at step 10"):
+    with pytest.raises(RunError, match="no trial has eval/loss at step 10; see"):
         tune("sft", [*WORDS, f"run.dir={tmp_path}"], ["optim.lr=1e-3,1e-2"], 9, 2, "eval/loss", False)
+
+
+def test_a_metric_that_nobody_measures_is_told_beside_those_that_are(made_up: list[list[str]], tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"no trial has eval/los at step 2, which have eval/loss - did you mean 'eval/loss'\?; see"
+    ):
+        tune("sft", [*WORDS, f"run.dir={tmp_path}"], OVER, 9, 3, "eval/los", False)
+
+
+def test_the_best_command_has_each_key_once(made_up: list[list[str]], tmp_path: Path) -> None:
+    words = [*WORDS, "optim.lr=1e-6", f"run.dir={tmp_path}"]
+    with pytest.raises(Stopped):
+        tune("sft", words, OVER, 9, 3, "eval/loss", False)
+    assert tune("sft", words, OVER, 9, 3, "eval/loss", False)["command"] == f"posttrain sft {' '.join(WORDS)} optim.lr=1e-3"
 
 
 def test_what_tune_cannot_know(tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def space_of(over: Sequence[str]) -> dict[str, list[str] | Range]:
         key, separator, text = each.partition("=")
         if not separator or not text:
             raise UserError(f"--over: '{each}' is none; write KEY=LOW..HIGH or KEY=a,b, as in optim.lr=1e-5..1e-3")
+        if key in found:
+            raise UserError(f"--over: {key} is given twice; join its values, as in {key}=a,b,c")
         found[key] = _range(each, text) if ".." in text else text.split(",")
     return found
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from posttrain.config import compose as composing
 from posttrain.console import console, say
-from posttrain.errors import RunError, Stopped, UserError
+from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.halving import Scores, cost_of, forecast, half_of, places_of, rungs_of, survivors
 from posttrain.launch.job_rows import live_page
 from posttrain.launch.proposals import Grid, Proposer, proposer
@@ -69,7 +69,7 @@ def tune(
     for rung, places in zip(rungs, places_of(len(jobs), len(rungs), factor), strict=True):
         table[rung] = first if rung == rungs[0] else judged(alive, rung)
         if all(score == math.inf for score in table[rung].values()):
-            raise RunError(f"no trial has {metric} at step {rung}; see {Path(jobs[alive[0]]['dir']) / 'job.log'}")
+            raise RunError(_unmeasured(jobs[alive[0]], rung, metric))
         coming = Scores()
         if half := half_of(rung, rungs[0]):
             coming = forecast(table[rung], {i: _score(jobs[i], half, metric, highest) for i in alive}, factor, rung / half)
@@ -137,14 +137,26 @@ def _advance(
 
 def _score(job: dict[str, Any], rung: int, metric: str, highest: bool) -> float | None:
     """What a trial has reached at a step, lower better, infinite where that is no number; None where it has not been there."""
-    file = Path(job["dir"]) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    found = [row[metric] for row in map(_row, lines) if row.get("step") == rung and metric in row]
+    found = [row[metric] for row in _measured(job, rung) if metric in row]
     if not found:
         return None
     if found[-1] is None or not math.isfinite(found[-1]):
         return math.inf
     return -found[-1] if highest else found[-1]
+
+
+def _measured(job: dict[str, Any], rung: int) -> list[dict[str, Any]]:
+    """The lines of its metrics of a step."""
+    file = Path(job["dir"]) / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [row for row in map(_row, lines) if row.get("step") == rung]
+
+
+def _unmeasured(job: dict[str, Any], rung: int, metric: str) -> str:
+    """Why none has a metric: what there is in its place, or that there is nothing."""
+    names = sorted({name for row in _measured(job, rung) for name in row if name.startswith(("eval/", "answers/"))})
+    others = f", which have {', '.join(names)}{did_you_mean(metric, names)}" if names and metric not in names else ""
+    return f"no trial has {metric} at step {rung}{others}; see {Path(job['dir']) / 'job.log'}"
 
 
 def _row(line: str) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _outcome(
     sign = -1 if highest else 1
     rows = [_told(job, i, table, sign, metric, best) for i, job in enumerate(jobs)]
     said = [f"{key}={value}" for key, value in jobs[best]["overrides"].items()]
-    kept = [word for word in words if not word.lstrip("+").startswith("run.dir=")]
+    kept = [word for word in words if word.lstrip("+").partition("=")[0] not in {"run.dir", *jobs[best]["overrides"]}]
     command = " ".join(["posttrain", stage, *kept, *said])
     spent = sum(max(rung for rung, scores in table.items() if i in scores) for i in range(len(jobs)))
     found = {"best": best, "overrides": jobs[best]["overrides"], "dir": jobs[best]["dir"], "command": command}
