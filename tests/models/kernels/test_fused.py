@@ -150,6 +150,21 @@ def test_with_recomputation_it_is_the_same() -> None:
     assert torch.equal(logits, again) and difference(gradients, recomputed) == 0.0
 
 
+def test_recomputation_leaves_out_the_last_product_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an MLP with LoRA all that the backward asks for is there before `down` is computed: seven products with weights in the
+    forward, six when a layer is computed again."""
+    model = with_lora(FAMILIES["llama"])
+    use_kernels(model, "auto")
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    counts, plain = list[int](), fused.linear
+    monkeypatch.setattr(fused, "linear", lambda x, weight, bias: counts.append(len(weight)) or plain(x, weight, bias))
+    logits = model(input_ids=torch.arange(24)[None], use_cache=False).logits
+    assert len(counts) == 2 * 7
+    counts.clear()
+    logits.float().sum().backward()
+    assert len(counts) == 2 * 6
+
+
 def test_on_nf4_it_equals_peft_over_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -113,7 +113,10 @@ def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
         x = x if gated is None else silu_product(x, gated)
         down, up = _joined(factors, scales, x.dtype)
         return without_gradient(base, x).add_((x @ down.T) @ up.T)
-    y: Any = _LoraLinear.apply(x, gated, weight, base.bias, quantized, scales, _dropout(layer, names), *factors)
+    rest: list[Tensor] | None = None if gated is None else []
+    y: Any = _LoraLinear.apply(x, gated, weight, base.bias, quantized, scales, _dropout(layer, names), rest, *factors)
+    if rest:
+        y = _Product.apply(y, *rest, weight, base.bias, quantized)
     return y.view(*x.shape[:-1], -1)  # not within: a model may write into its layers' outputs (Gemma 3n)
 
 
@@ -127,26 +130,29 @@ class _LoraLinear(torch.autograd.Function):
     """y = x W' + b + sum_i s_i (drop(x) A_i') B_i' (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen.
 
     x: [..., in], or with `gated` silu(x) * gated, which is made again in the backward, as is what dropout leaves of it. factors:
-    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's. y: [n, out].
+    A_1 [r, in], B_1 [out, r], A_2, ... in a format of their own, computed with in x's. rest: a list, for what `_Product` makes y
+    of; what is returned then has y's shape and its gradient, and no numbers. y: [n, out].
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gated: Tensor | None, weight: Tensor, bias: Tensor | None,
-        quantized: Any, scales: tuple[float, ...], dropout: float, *factors: Tensor,
+        quantized: Any, scales: tuple[float, ...], dropout: float, rest: list[Tensor] | None, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         flat = (x if gated is None else silu_product(x, gated)).reshape(-1, x.shape[-1])
         down, up = _joined(factors, scales, x.dtype)
         heard, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         inner = heard @ down.T
-        y = linear(flat, dense_weight(weight, quantized, x.dtype), bias).addmm_(inner, up.T)
         trains = any(ctx.needs_input_grad[OTHERS:])
         needs_x = trains or gated is not None
         ctx.save_for_backward(x if needs_x else None, gated, inner if trains else None, mask, weight, down, up)
         ctx.quantized, ctx.scales, ctx.heard = quantized, scales, 1.0 / (1.0 - dropout) if dropout < 1 else 0.0
         ctx.factors = [(factor.shape[0], factor.dtype) for factor in factors]
         ctx.shape = x.shape
-        return y
+        if rest is None:
+            return _product(flat, inner, up, weight, bias, quantized)
+        rest += [flat, inner, up]
+        return flat.new_empty(()).expand(len(flat), len(up))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,6 +169,25 @@ class _LoraLinear(torch.autograd.Function):
             of_x, of_gated, x = silu_product_backward(of_x, x, gated, again=True)
         heard: Any = x if x is None or mask is None else _heard(x.reshape(mask.shape), mask, ctx.heard)
         return of_x, of_gated, *[None] * (OTHERS - 2), *_of_factors(ctx, grad, behind, heard, inner)
+
+
+class _Product(torch.autograd.Function):
+    """The product that a `_LoraLinear` has left out, which keeps nothing. An MLP ends with it, so a layer that is computed again
+    for its backward is done before it: all that the backward asks for is there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, flat: Tensor, inner: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, quantized: Any
+    ) -> Tensor:
+        return _product(flat, inner, up, weight, bias, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], *[None] * 6
+
+
+def _product(flat: Tensor, inner: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, quantized: Any) -> Tensor:
+    return linear(flat, dense_weight(weight, quantized, flat.dtype), bias).addmm_(inner, up.T)
 
 
 def _heard(x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -182,7 +207,7 @@ def _join(factors: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
     return torch.cat([a.to(dtype) for a in factors[0::2]]), torch.cat(up, dim=1)
 
 
-OTHERS = 7  # arguments of _LoraLinear before its factors
+OTHERS = 8  # arguments of _LoraLinear before its factors
 
 
 def _of_factors(ctx: Any, grad: Tensor, behind: Tensor, x: Tensor, inner: Tensor) -> list[Tensor | None]:
