@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,7 +24,7 @@ import matplotlib.pyplot as plt
 import posttrain
 from posttrain.runs.manifest import is_finished
 
-METHODS = ("lora", "none", "dora", "pissa", "rslora", "qlora", "hira", "gralora", "shira")
+METHODS = ("lora", "none", "dora", "pissa", "rslora", "qlora", "hira", "gralora", "shira", "oft", "miss", "lokr", "ia3")
 # a toy that has learnt to answer, of half a million weights, reads other texts
 FIRST_RUN = """model=tiny data=python_questions data.max_rows=400 train.max_steps=120 train.batch_size=8 train.max_length=256
 train.save_steps=null eval.sets=null optim.lr=2e-3"""
@@ -69,21 +70,29 @@ def half(values: list[float]) -> float:
     return T95 * stdev(values) / math.sqrt(len(values))
 
 
-def tuned(runs: Path, method: str) -> dict[str, Any]:
-    """The best factor of the default rate by the search's seed, and the losses of the others there."""
+def searched(
+    label: str, first: float, run: Callable[[float, int], dict[str, Any]], lowest: float = 0.0
+) -> tuple[float, list[dict[str, Any]]]:
+    """The best factor of the default rate by the search's seed, and all seeds' manifests there. run: of a factor and a seed.
+    lowest: no factor below it is tried."""
     losses: dict[int, float] = {}  # by how many times APART
 
     def loss(power: int) -> float:
-        losses.setdefault(power, one(runs, method, FIRST * APART**power, SEEDS[0])["metrics"]["eval/loss"] or math.inf)
+        losses.setdefault(power, run(first * APART**power, SEEDS[0])["metrics"].get("eval/loss") or math.inf)
         return losses[power]
 
     best = 0
     for way in (1, -1):
-        while loss(best + way) < loss(best):
+        while first * APART ** (best + way) >= lowest and loss(best + way) < loss(best):
             best += way
-    factor = FIRST * APART**best
-    print(f"{name(method)}: {', '.join(f'{FIRST * APART**p:.3g}: {losses[p]:.4f}' for p in sorted(losses))}", flush=True)
-    done = [one(runs, method, factor, seed) for seed in SEEDS]
+    print(f"{label}: {', '.join(f'{first * APART**p:.3g}: {losses[p]:.4f}' for p in sorted(losses))}", flush=True)
+    factor = first * APART**best
+    return factor, [run(factor, seed) for seed in SEEDS]
+
+
+def tuned(runs: Path, method: str) -> dict[str, Any]:
+    """A method at its own rate."""
+    factor, done = searched(name(method), FIRST, lambda factor, seed: one(runs, method, factor, seed))
     metrics = [each["metrics"]["eval/loss"] for each in done]
     return {"factor": factor, "rate": done[0]["lr"], "losses": metrics, "trained": done[0]["trainable"]["trained"]}
 
