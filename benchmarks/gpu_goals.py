@@ -68,8 +68,9 @@ arithmetic is tested.
 
 The 24 GB are 24 GB of an H100, whose products are several times as fast as those of a card with so little memory. The peak that
 missed its goal, 10.4 GB, had the making of the model in it, which `gpu.py` leaves out since: whether that was it is not known,
-for it was not measured again (a step's own by `plan`: 7.8 GB). A row of 80,000 tokens does not fit because the backward of an
-MLP has four tensors of its width at once beside what the forward has kept.
+for it was not measured again. By `plan` a step takes 7.8 GB; what is alive at its worst moment, counted on shapes alone, is
+7.2 GB, 1.05 times the floor (`tests/models/kernels/test_peak.py`: *simulated*). A row of 80,000 tokens does not fit because the
+backward of an MLP has four tensors of its width at once beside what the forward has kept.
 
 The floor is the weights (NF4 with double quantization 0.516 bytes a number), 6 bytes a trained number, each layer's input and
 all that one layer keeps: 6.86 GB of 8B and 39.1 GB of 65B, rank 16, 2,048 tokens. Others' figures, as they give them: NeMo
