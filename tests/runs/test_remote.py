@@ -37,6 +37,8 @@ def test_addresses() -> None:
     for name in ("runs/sft", "org/name", "C:/runs", "module:function", "builtin:general", "/s3:/x", ""):
         assert not is_address(name)
     assert Place(Path("memory://bucket/a/"), "init").url == "memory://bucket/a"
+    for name in ("file:///tmp/a", "file://tmp/a", Path("file:///tmp/a/")):
+        assert is_address(name) and Place(name, "init").url == "file:///tmp/a"
 
 
 def test_what_is_written_is_whole_or_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Two processes that were stopped, asked to stop or killed go on to the same bits as two that were not."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from posttrain.runs.files import sha256
+from posttrain.runs.remote import LISTING
 from posttrain.training.checkpoint import FILES, RECORD, _sha256_of
 from ranks import Kill, Nursery
 from resume_matrix import STAGES, config, left, stopping, tried
@@ -99,3 +101,19 @@ def earlier_names(checkpoint: Path) -> None:
         record["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     text = json.dumps(record, indent=2, sort_keys=True)
     (checkpoint / RECORD).write_text(json.dumps({"sha256": _sha256_of(text), **record}, indent=2))
+
+
+def test_two_processes_go_on_from_a_mirror_where_their_directory_is_lost(nursery: Nursery, tmp_path: Path) -> None:
+    """One of them writes it and fetches from it, the other waits: on a machine that has nothing, to the same bits."""
+    plain = config("sft", tmp_path, *STAGES["sft"])
+    asked = config("sft", tmp_path, *STAGES["sft"], f"run.mirror=file://{tmp_path}/mirror")
+    assert nursery.run(plain, tmp_path / "straight", 2).codes == [0, 0]
+    assert nursery.run(stopping(asked, 2), tmp_path / "lost", 2).codes == [75, 75]
+    shutil.rmtree(tmp_path / "lost")
+    ended = nursery.run(asked, tmp_path / "found", 2)
+    assert ended.codes == [0, 0], ended.said
+    assert ended.said[0].count("the checkpoint of step 2 was fetched from file://") == 1 and "fetched" not in ended.said[1]
+    assert "going on from step 2 of 4" in ended.said[0]
+    assert left(tmp_path / "found", 4) == left(tmp_path / "straight", 4)
+    listing = json.loads((tmp_path / "mirror" / LISTING).read_text())
+    assert listing["whole"] and listing["files"]["manifest.json"]["sha256"] == sha256(tmp_path / "found" / "manifest.json")

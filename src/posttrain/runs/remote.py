@@ -27,7 +27,8 @@ from posttrain.secrets import redact
 T = TypeVar("T")
 LISTING = "posttrain.json"
 TRIES, PAUSE = 4, 1.0  # of what a network may refuse; seconds before the second, twice as many before each after it
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(?=[^/])(.*)")  # pathlib makes one slash of two
+# pathlib makes one slash of two; file:///tmp has three
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):(?:/{1,2}|(?<=file:)/{3})(?=[^/])(.*)")
 _NEAR = ["s3", "gs", "hf", "az", "file", "memory", "sftp", "https"]
 _PACKAGES = {"s3": "posttrain[remote]", "s3a": "posttrain[remote]", "gs": "posttrain[remote]", "gcs": "posttrain[remote]"}
 _KEYS = {
