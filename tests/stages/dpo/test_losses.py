@@ -98,8 +98,14 @@ def test_rows_that_do_not_fit_a_loss_are_refused(tmp_path: Path) -> None:
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({"prompt": "x", "chosen": " y", "rejected": " z"}) + "\n")
     small = ["model=tiny", "+peft=lora", "data.eval_share=0", "eval.sets=null"]
-    with pytest.raises(UserError, match=r"^data.path: the rows to train on have one prompt alone, and dpo.loss looks at answers"):
+    with pytest.raises(
+        UserError, match=r"^data.path: the rows to train on have one prompt alone, .* to others; give more of them$"
+    ):
         posttrain.run("dpo", *small, f"data.path={one}", "dpo.loss=kto", f"run.dir={tmp_path / 'a'}")
+    one.write_text(json.dumps({"prompt": "x", "completion": " y", "label": True}) + "\n")
+    held_out = [f"data.path={labelled(tmp_path)}", f"data.eval_path={one}", "dpo.loss=kto", f"run.dir={tmp_path / 'held'}"]
+    with pytest.raises(UserError, match=r"^the held-out rows have one prompt alone, .*; hold more out by data.eval_share or"):
+        posttrain.run("dpo", *small, *held_out)
     with pytest.raises(UserError, match=r"dpo does not take prompt_completion .*give data with prompt, chosen and rejected$"):
         posttrain.run("dpo", *small, f"data.path={labelled(tmp_path)}", f"run.dir={tmp_path / 'b'}")
     one.write_text(json.dumps({"text": "x"}) + "\n")

@@ -31,8 +31,8 @@ class PreferenceSteps(LanguageSteps):
         if loss.unpaired:
             prepared.lines.insert(-1, line_of_labels(data.train.margins))
         if loss.over_step and loss.over_step.mismatched:
-            for which, examples in (("data.path: the rows to train on", data.train), ("the held-out rows", data.held_out)):
-                _check_prompts(which, examples)
+            _check_prompts("data.path: the rows to train on", data.train, "give more of them")
+            _check_prompts("the held-out rows", data.held_out, "hold more out by data.eval_share or data.eval_path, or none by 0")
         return prepared
 
     def save(
@@ -51,11 +51,9 @@ class PreferenceSteps(LanguageSteps):
         return record | {"alarms": [{"step": outcome.steps, "text": line} for line in found]}
 
 
-def _check_prompts(which: str, examples: Examples) -> None:
+def _check_prompts(which: str, examples: Examples, way: str) -> None:
     try:
         if len(examples):
             other_prompt(examples, 0)
     except LookupError:
-        raise UserError(
-            f"{which} have one prompt alone, and dpo.loss looks at answers to others (data.eval_share=0 holds none out)"
-        ) from None
+        raise UserError(f"{which} have one prompt alone, and dpo.loss looks at answers to others; {way}") from None
