@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from posttrain.commands.evaluate import evaluate_runs
+from posttrain.commands.evaluate import evaluate_runs, show_evaluation
 from posttrain.commands.generate import Wanted, generate
 from posttrain.commands.win_rates import win_rate
 from posttrain.errors import UserError
@@ -98,3 +98,9 @@ def test_results_are_scored_on_the_same_prompts_and_kept(
 def test_bad_input(words: list[str], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         evaluate_runs(words)
+
+
+def test_counts_are_shown_as_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    show_evaluation({"a": {"answers/score": 0.25, "answers/scored": 1200}})
+    out = capsys.readouterr().out
+    assert "0.2500" in out and "1,200" in out and "1200.0" not in out

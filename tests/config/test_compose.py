@@ -88,6 +88,7 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
         (["train.early_stopping.patience=2"], "train.early_stopping.patience: evaluations are compared"),
         (["train.early_stopping.metric=eval/loss"], "train.early_stopping: give its patience too"),
         (["train.eval_steps=5", "train.keep_best=eval/odd"], "train.early_stopping.direction=lower or higher"),
+        (["train.eval_steps=5", "train.keep_best=eval/los"], "did you mean 'eval/loss'?"),
         (["train.eval_steps=5", "train.keep_best=eval/loss", "train.early_stopping.metric=eval/x"], "one metric decides"),
     ],
 )

@@ -185,5 +185,10 @@ def show_evaluation(found: dict[str, dict[str, float]]) -> None:
     """Metrics down, runs across."""
     table = Table("held out", *found)
     for metric in dict.fromkeys(name for metrics in found.values() for name in metrics):
-        table.add_row(metric, *(f"{metrics[metric]:.4f}" if metric in metrics else "" for metrics in found.values()))
+        table.add_row(metric, *(_shown(metrics[metric]) if metric in metrics else "" for metrics in found.values()))
     console.print(table)
+
+
+def _shown(value: float) -> str:
+    """A count in full."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, StrictBool, model_validator
 from posttrain.config.choices import OPTIMIZERS, RATE_GROUPS, Schedule
 from posttrain.config.fields import NonNegative, OneOf, Positive, Rate, Share, Strict, Weight, listed
 from posttrain.config.interfaces import Method
-from posttrain.config.metrics import direction
+from posttrain.config.metrics import METRICS, direction
 from posttrain.config.schema.launch import Launcher
 from posttrain.errors import did_you_mean
 from posttrain.runs.remote import is_address
@@ -145,7 +145,11 @@ class TrainConfig(Strict):
                 f"train.early_stopping.metric: one metric decides, and train.keep_best is {self.keep_best}; leave one of them out"
             )
         if stopping.direction == "auto" and not direction(metric):
-            raise ValueError(f"{key}: is more or less of {metric} better? say train.early_stopping.direction=lower or higher")
+            near = did_you_mean(metric, [f"eval/{name}" for name in METRICS])
+            raise ValueError(
+                f"{key}: nothing says whether more or less of {metric} is better{near} "
+                "(train.early_stopping.direction=lower or higher does)"
+            )
         return self
 
 
