@@ -26,7 +26,7 @@ from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, 
 from posttrain.evaluation.paired import Rows, change_bounds
 from posttrain.evaluation.tasks import KEYS as OF_TASKS
 from posttrain.evaluation.tasks import Tasks
-from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, scorer, switch
+from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, of_language, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
 from posttrain.runs.artifact import Artifact, open_artifact
@@ -58,7 +58,9 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None
-    first = _first_of_ours(runs)
+    given = [of_language(run) for run in runs]
+    first = next((each for each in given if each.config), None)  # what is measured on its rows, all models are
+    data_of(first or given[0], of_data)  # a word that does not fit is told first
     if not asked and "data.path" not in of_data:
         if first is None:
             raise UserError("data.path: a bare model holds nothing out; give data.path=FILE, or a run beside it")
@@ -84,11 +86,6 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     for name in list(by_row)[1:]:
         found[name] |= change_bounds(by_row[next(iter(by_row))], by_row[name])
     return found
-
-
-def _first_of_ours(runs: list[str]) -> Artifact | None:
-    """The first that has a config: what is measured on its rows, all models are."""
-    return next((found for run in runs if (found := open_artifact(run, "run")).config), None)
 
 
 def _measured(live: LoadedModel, sets: list[EvalSet]) -> tuple[dict[str, float], Rows]:

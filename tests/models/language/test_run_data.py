@@ -96,7 +96,7 @@ def test_earlier_answers_are_as_the_run_had_reasoning(tmp_path: Path) -> None:
 def measured(folder: Path, file: Path, *words: str) -> tuple[str, str]:
     """The kind of the set, and its first row as it is measured, what counts in brackets."""
     found = live(folder, f"data.path={file}", *words)
-    (only,) = sets_of(found, {})
+    (only,) = sets_of(found, {}, None)
     tokens, weights = only.examples.sequence(0)
     text = ""
     for token, weight in zip(tokens.tolist(), weights.tolist(), strict=True):

@@ -18,6 +18,7 @@ from tests.evaluation.test_image_similarity import clip_and_dino
 import posttrain
 from posttrain.batch import ImagePart
 from posttrain.commands.compose import compose_runs
+from posttrain.commands.evaluate import evaluate_runs
 from posttrain.commands.export.export import export_run
 from posttrain.commands.merge import merge_run
 from posttrain.commands.sample import sample
@@ -88,6 +89,8 @@ def test_a_run_leaves_adapter_samples_page_and_manifest(photos: Path, tmp_path: 
     assert torch.equal(made[f"lora_unet_{layer.replace('.', '_')}.lora_up.weight"], factors[layer].b.half())
     with pytest.raises(UserError, match=r"is of a diffusion model, which --to gguf does not take; --to comfyui"):
         export_run(tmp_path / "run", "gguf", None, None, 0.05)
+    with pytest.raises(UserError, match="is of a diffusion model; posttrain sample draws with it"):
+        evaluate_runs(["tiny", str(tmp_path / "run")])
 
 
 def test_full_training_leaves_a_pipeline_to_go_on_from(photos: Path, tmp_path: Path) -> None:

@@ -89,6 +89,14 @@ def load_base(artifact: Artifact, device: str, dtype: str, quantized: bool) -> A
     return load_causal(base.path, base.revision, dtype, device, None, config, "say")
 
 
+def of_language(run: Path | str) -> Artifact:
+    """Raises UserError for what makes pictures."""
+    artifact = open_artifact(run, "run")
+    if artifact.is_pipeline:
+        raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
+    return artifact
+
+
 def load_model(
     run: Path | str,
     device: str = "cpu",
@@ -102,9 +110,7 @@ def load_model(
     dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
     words: see `LoadedModel`; what does not fit is refused before anything is loaded. scores: it is loaded to be a `scorer`.
     """
-    artifact = open_artifact(run, "run").supported(scores)
-    if artifact.is_pipeline:
-        raise UserError(f"{run} is of a diffusion model; posttrain sample draws with it, and its page has its figures")
+    artifact = of_language(run).supported(scores)
     data_of(artifact, words or {})
     if artifact.directory is None:
         resolve(artifact.source, None, field=artifact.field)
