@@ -88,8 +88,12 @@ def check_vocabulary(file: Path, expected: Vocabulary) -> None:
     def value(key: str) -> Any:
         return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else None
 
+    pieces = expected.pieces
     wanted = {
-        "ggml.tokens": expected.texts, "ggml.token_type": expected.kinds, "ggml.merges": expected.merges,
+        "ggml.model": "llama" if pieces else "gpt2", "ggml.scores": pieces.scores if pieces else None,
+        "ggml.add_space_prefix": expected.prefix if pieces else None, "ggml.unknown_token_id": expected.unk if pieces else None,
+        "ggml.add_eos_token": expected.close,
+        "ggml.tokens": expected.texts, "ggml.token_type": expected.kinds, "ggml.merges": expected.merges or None,
         "ggml.pre": expected.rule, "chat_template": expected.template or None, "ggml.eos_token_id": expected.ends[0],
         "ggml.eot_token_id": expected.ends[1] if len(expected.ends) > 1 else None, "ggml.add_bos_token": expected.begin,
     }  # fmt: skip

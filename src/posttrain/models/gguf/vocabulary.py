@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp has it: token texts and kinds, merges, and the name of the rule that cuts a text into words."""
+"""A tokenizer as llama.cpp has it: token texts and kinds, and merges with the name of the rule that cuts a text, or scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from posttrain.errors import UserError
+from posttrain.models.gguf.pieces import Pieces, is_sentencepiece, pieces_of
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # how a text is cut, as tokenizers has it -> llama.cpp's name for the same rule
@@ -19,11 +20,14 @@ RULES = {
     (("Split", _WORDS % r"\p{N}{1,3}"), ("ByteLevel", False)): "llama-bpe",
 }
 
+NO_RULE = "default"  # of a vocabulary with scores, which are all the rule that there is
+
 
 @dataclass(frozen=True)
 class Vocabulary:
     """texts, kinds: one a row of the embedding; a row without a token has a text of its own. rule: of RULES. ends: where
-    answers stop. begin: whether a text begins with `bos` by itself. template: the chat template's text."""
+    answers stop. begin, close: whether a text begins with `bos`, ends with eos by itself. template: the chat template's text.
+    pieces: of a vocabulary of SentencePiece's kind, which has neither merges nor rule."""
 
     texts: list[str]
     kinds: list[int]
@@ -32,17 +36,33 @@ class Vocabulary:
     ends: list[int]
     bos: int | None
     pad: int | None
+    unk: int | None
     begin: bool
+    close: bool
     template: str | None
+    pieces: Pieces | None = None
+
+    @property
+    def prefix(self) -> bool:
+        """Does llama.cpp put a space before texts? Where that is done before a whole text alone, it cannot do the same: then not
+        in conversations, which begin with a special token."""
+        scheme = self.pieces.scheme if self.pieces else "never"
+        return not self.template if scheme == "first" else scheme != "never"
 
     def write(self, writer: GGUFWriter) -> None:
         """Into the file's metadata."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("llama" if self.pieces else "gpt2")
         writer.add_tokenizer_pre(self.rule)
         writer.add_token_list(self.texts)
         writer.add_token_types(self.kinds)
-        writer.add_token_merges(self.merges)
+        if self.pieces:
+            writer.add_token_scores(self.pieces.scores)
+            writer.add_add_space_prefix(self.prefix)
+            writer.add_remove_extra_whitespaces(False)
+        else:
+            writer.add_token_merges(self.merges)
         writer.add_add_bos_token(self.begin)
+        writer.add_add_eos_token(self.close)
         writer.add_eos_token_id(self.ends[0])
         if len(self.ends) > 1:
             writer.add_eot_token_id(self.ends[1])
@@ -50,6 +70,8 @@ class Vocabulary:
             writer.add_bos_token_id(self.bos)
         if self.pad is not None:
             writer.add_pad_token_id(self.pad)
+        if self.pieces and self.unk is not None:
+            writer.add_unk_token_id(self.unk)
         if self.template:
             writer.add_chat_template(self.template)
 
@@ -59,7 +81,8 @@ def vocabulary_of(tokenizer: Any, ends: list[int], rows: int) -> Vocabulary:
     if not getattr(tokenizer, "backend_tokenizer", None):
         raise UserError("export: this tokenizer has no tokenizer.json, so its merges are not known; --to hf writes any")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    rule, model = _rule(content), content["model"]
+    model, apart = content["model"], is_sentencepiece(content)
+    rule = NO_RULE if apart else _rule(content)
     texts, kinds = [f"[PAD{i}]" for i in range(rows)], [int(TokenType.UNUSED)] * rows
     added = {token["id"]: token for token in content["added_tokens"]}
     entries = {i: text for text, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
@@ -72,15 +95,20 @@ def vocabulary_of(tokenizer: Any, ends: list[int], rows: int) -> Vocabulary:
     if not stops:
         raise UserError("export: the model has no token at which it stops, and llama.cpp needs one; give the tokenizer an eos")
     own = [i for i in stops if i == tokenizer.eos_token_id]
-    begin = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    stops = own + [i for i in stops if i not in own]
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Vocabulary(texts, kinds, merges, rule, stops, tokenizer.bos_token_id, tokenizer.pad_token_id, begin, template)
+    x, bos, eos = tokenizer("x").input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id
+    pieces = pieces_of(content, texts, kinds, tokenizer.unk_token_id) if apart else None
+    merges = [] if apart else [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary(
+        texts, pieces.kinds if pieces else kinds, merges, rule, own + [i for i in stops if i not in own], bos,
+        tokenizer.pad_token_id, tokenizer.unk_token_id, x[:1] == [bos], x[-1:] == [eos],
+        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None, pieces,
+    )  # fmt: skip
 
 
 def _rule(content: dict[str, Any]) -> str:
     """llama.cpp's name of how the tokenizer cuts texts. Raises UserError where it has none that we know to be the same."""
+    if content["model"]["type"] == "Unigram":
+        raise UserError("export: no GGUF is written with a Unigram vocabulary, as T5 has; --to hf writes any")
     model, cutting, before = content["model"], content["pre_tokenizer"], content["normalizer"]
     parts = cutting["pretokenizers"] if cutting and cutting["type"] == "Sequence" else [cutting]
     found = RULES.get(tuple(_part(part) for part in parts if part))

@@ -18,6 +18,7 @@ from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.gguf.families import FAMILIES, figures_of, head_dim, rope_of
+from posttrain.models.gguf.spm import STRIPPING
 from posttrain.models.gguf.vocabulary import Vocabulary
 
 # --dtype -> of matrices, of the embedding and the head, and the file's own mark
@@ -81,7 +82,7 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.turns else {}
     form = _Form(gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), heads, family.adds_one, dtype)
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch], use_temp_file=True)
-    writer.add_name(name)
+    writer.add_name(_name(name, vocabulary))
     writer.add_file_type(DTYPES[dtype][2])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in figures_of(config).items():
@@ -97,6 +98,14 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _name(name: str, vocabulary: Vocabulary) -> str:
+    """llama.cpp knows by the name alone whether special tokens take the white space after them."""
+    strips = vocabulary.pieces is not None and vocabulary.pieces.strips
+    for word in STRIPPING:
+        name = re.sub(word, "phi", name, flags=re.IGNORECASE)
+    return f"{STRIPPING[0]} {name}" if strips else name
 
 
 def _together(checkpoint: Checkpoint, experts: int) -> Iterator[tuple[str, Tensor]]:

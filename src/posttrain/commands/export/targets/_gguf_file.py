@@ -10,6 +10,8 @@ from posttrain.commands.export.target import Request
 from posttrain.console import say
 from posttrain.models.gguf.families import require_family
 from posttrain.models.gguf.read import check_vocabulary, load_gguf
+from posttrain.models.gguf.spm import read_spm
+from posttrain.models.gguf.texts import check_texts, spm_of
 from posttrain.models.gguf.vocabulary import vocabulary_of
 from posttrain.models.gguf.write import DTYPES, write_gguf
 from posttrain.models.hub import resolve
@@ -31,7 +33,9 @@ def gguf_file(request: Request) -> tuple[Path, Heard]:
     source = resolve(artifact.source, artifact.base.revision if artifact.kind == "adapter" else None, weights=False)
     require_family(config_of(source.directory, None))
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
-    vocabulary_of(tokenizer, [], len(tokenizer) + 2**20)
+    vocabulary = vocabulary_of(tokenizer, [], len(tokenizer) + 2**20)
+    if spm := spm_of(vocabulary):
+        check_texts(spm, tokenizer, vocabulary)
     file = request.made / f"{request.name}-{dtype}.gguf"
     with scratch_beside(request.made) as scratch:
         heard = hear(request.run, scratch)
@@ -42,6 +46,8 @@ def gguf_file(request: Request) -> tuple[Path, Heard]:
             say(f"GGUF has room for two stop tokens: {len(vocabulary.ends) - 2} of {len(vocabulary.ends)} are left out")
         write_gguf(scratch / "model", config, vocabulary, dtype, file, request.name)
         check_vocabulary(file, vocabulary)
+        if vocabulary.pieces and (told := check_texts(read_spm(file), tokenizer, vocabulary)):
+            say(told)
         figures = heard.against(load_gguf(file, config), dtype, request.max_kl)
     write_json(request.made / FIGURES, {"run": str(request.run.resolve()), **figures, "ends": vocabulary.ends[:2]})
     return file, heard
