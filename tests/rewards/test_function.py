@@ -261,6 +261,16 @@ def test_scores_come_in_many_forms(call: Any) -> None:
     assert asked(call) == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("call", [one_by_one, promised])
+def test_asynchronous_rewards_are_asked_in_a_notebook_too(call: Any) -> None:
+    """Where a loop is at work in the thread already."""
+
+    async def cell() -> Any:
+        return asked(call)
+
+    assert asyncio.run(cell()) == [0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -105,7 +105,7 @@ def set_metrics(
     for each in sets:
         measure = partial(_measured, module, each, device, check)
         found = cached_json(_path(each, identity, cache), measure, agree=agree) if identity else measure()
-        rows |= {f"{each.name}/{name}": values for name, values in found.get(ROWS, {}).items()}  # a cache of 0.1 has none
+        rows |= {f"{each.name}/{name}": values for name, values in found.get(ROWS, {}).items()}  # not every objective has any
         found = {name: value for name, value in found.items() if name != ROWS}
         named |= {f"{each.name}/{name}": value for name, value in found.items()}
         if each.name == ANSWER:
@@ -138,4 +138,5 @@ def _measured(module: nn.Module, each: EvalSet, device: torch.device, check: Cal
 
 
 def _path(each: EvalSet, identity: str, cache: Path) -> Path:
-    return cache / "measured" / f"{hashlib.sha256(f'{identity} {each.fingerprint()}'.encode()).hexdigest()[:32]}.json"
+    key = f"{identity} {each.fingerprint()} {ROWS}"  # ROWS: earlier versions kept no rows, and cannot read a file that has them
+    return cache / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Coroutine, Iterable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
@@ -15,9 +16,18 @@ class NoScores(Exception):
 def listed(found: Any) -> list[Any]:
     """A score for each answer, whatever way it came. Raises NoScores."""
     if inspect.isawaitable(found) or hasattr(found, "__aiter__"):
-        return asyncio.run(_settled(found))
+        return _waited_for(_settled(found))
     values = _in_order(found)
-    return asyncio.run(_settled(values)) if any(map(inspect.isawaitable, values)) else values
+    return _waited_for(_settled(values)) if any(map(inspect.isawaitable, values)) else values
+
+
+def _waited_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as apart:  # a notebook has a loop at work in this thread, beside which none may run
+        return apart.submit(asyncio.run, work).result()
 
 
 async def _settled(found: Any) -> list[Any]:
