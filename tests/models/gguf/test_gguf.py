@@ -38,6 +38,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {**WINDOWS, "num_hidden_layers": 7},
     "phi3": {"sliding_window": None, "pad_token_id": 0, "partial_rotary_factor": 0.5},
     "olmo2": {},
+    "stablelm": {"use_qkv_bias": True, "layer_norm_eps": 1e-4},
+    "starcoder2": {"sliding_window": None, "norm_epsilon": 1e-4, "tie_word_embeddings": True},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
 }
 
@@ -103,6 +105,9 @@ def test_experts_lie_together_and_their_router_in_32_bits(tmp_path: Path) -> Non
         ("gemma3_text", "gemma3.attention.sliding_window", 8),
         ("qwen2_moe", "qwen2moe.expert_shared_feed_forward_length", 64),
         ("phi3", "phi3.rope.dimension_count", 8),
+        ("stablelm", "stablelm.rope.dimension_count", 4),
+        ("stablelm", "stablelm.attention.layer_norm_epsilon", 1e-4),
+        ("starcoder2", "starcoder2.attention.layer_norm_epsilon", 1e-4),
         ("mixtral", "llama.expert_used_count", 2),
     ],
 )
@@ -123,6 +128,10 @@ def test_what_a_family_computes_with_is_said(kind: str, key: str, want: float, t
         ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "one in 6"),
         ("olmo2", {"attention_bias": True}, "biases in attention"),
         ("granite", {"hidden_act": "relu"}, "relu in the MLP"),
+        ("stablelm", {"qk_layernorm": True}, "norms of queries and keys"),
+        ("stablelm", {"tie_word_embeddings": True}, "a head that is the embedding"),
+        ("starcoder2", {"use_bias": False}, "no biases"),
+        ("starcoder2", {"sliding_window": 16}, "a sliding window"),
         ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear rope"),
     ],
 )
@@ -182,7 +191,9 @@ def test_a_file_of_another_shape_or_vocabulary_is_seen(tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, .*granite\)"):
+    with pytest.raises(
+        UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, .*granite, stablelm, starcoder2\)"
+    ):
         require_family(_of("gemma3"))
     with pytest.raises(UserError, match="yarn rope"):
         require_family(LlamaConfig(**SHAPE, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}))

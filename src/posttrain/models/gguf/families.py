@@ -18,7 +18,7 @@ LLM, ATTENTION = Keys.LLM, Keys.Attention
 class Family:
     """arch: llama.cpp's. turns: q's and k's rows go into the order of its own rope. adds_one: norms are written as 1 + w.
     figures: beside the usual ones. odd: why a model of this family is not written, '' where it is. acts: of the MLP. biases:
-    attention may have them. ropes: beside the plain one."""
+    attention may have them. ropes: beside the plain one. epsilon: where the config keeps that of LayerNorm, '' with RMSNorm."""
 
     arch: MODEL_ARCH
     turns: bool = False
@@ -28,6 +28,7 @@ class Family:
     acts: tuple[str, ...] = ("silu", "swish")
     biases: bool = False
     ropes: tuple[str, ...] = ()
+    epsilon: str = ""
 
 
 def _experts(config: Any) -> Figures:
@@ -92,6 +93,16 @@ def _odd_gemma(period: int) -> Callable[[Any], str]:
     return odd
 
 
+def _odd_stablelm(config: Any) -> str:
+    if config.tie_word_embeddings:
+        return "a head that is the embedding"
+    return "norms of queries and keys" if config.qk_layernorm else ""
+
+
+def _odd_starcoder2(config: Any) -> str:
+    return _slides(config) if config.use_bias else "no biases"
+
+
 _GELU = ("gelu_pytorch_tanh",)
 FAMILIES = {
     "llama": Family(MODEL_ARCH.LLAMA, turns=True, biases=True, ropes=("llama3",)),
@@ -107,6 +118,8 @@ FAMILIES = {
     "phi3": Family(MODEL_ARCH.PHI3, odd=_slides),
     "olmo2": Family(MODEL_ARCH.OLMO2),
     "granite": Family(MODEL_ARCH.GRANITE, turns=True, figures=_of_granite),
+    "stablelm": Family(MODEL_ARCH.STABLELM, odd=_odd_stablelm, epsilon="layer_norm_eps"),
+    "starcoder2": Family(MODEL_ARCH.STARCODER2, odd=_odd_starcoder2, acts=_GELU, epsilon="norm_epsilon"),
 }
 
 
@@ -146,7 +159,9 @@ def figures_of(config: Any) -> Figures:
         ATTENTION.HEAD_COUNT_KV: config.num_key_value_heads,
         ATTENTION.KEY_LENGTH: head,
         ATTENTION.VALUE_LENGTH: head,
-        ATTENTION.LAYERNORM_RMS_EPS: float(config.rms_norm_eps),
+        ATTENTION.LAYERNORM_EPS if family.epsilon else ATTENTION.LAYERNORM_RMS_EPS: float(
+            getattr(config, family.epsilon or "rms_norm_eps")
+        ),
         Keys.Rope.DIMENSION_COUNT: round(head * float(rope.get("partial_rotary_factor") or 1.0)),
         Keys.Rope.FREQ_BASE: float(rope["rope_theta"]),
     }
