@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GOLDEN ?= runs/golden.json
 
-.PHONY: audit help setup demo demo-dreambooth check test slow docs site lowest newest golden mutate house torture load models bench bench-gpu clean
+.PHONY: audit help setup demo demo-dreambooth check lint fast test slow docs site lowest newest golden mutate house torture load models bench bench-gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -21,14 +21,18 @@ demo: setup ## CPT -> SFT -> DPO on a real 135M model, on two cores, under 20 mi
 demo-dreambooth: setup ## a text-to-image model from scratch learns one new individual, four ways
 	$(BIN)/python scripts/dreambooth_demo.py
 
-check: setup ## format, lint, types, fast tests
+check: lint fast ## what a commit has to pass: format, lint, types, fast tests
+
+lint: setup ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+fast: setup ## the fast tests
 	$(BIN)/pytest -q -m "not slow" -n 2 --dist worksteal
 
-slow: setup ## the slow tests alone; with `make check` these are all tests
-	$(BIN)/pytest -q -m slow -n 2 --dist worksteal
+slow: setup ## the slow tests, which wait for processes for a third of their time; with the fast ones these are all
+	$(BIN)/pytest -q -m slow -n 3 --dist worksteal
 
 test: setup ## all tests
 	$(BIN)/pytest -q -n 2 --dist worksteal

@@ -88,8 +88,8 @@ def installed(which: str, pins: list[str]) -> Path:
     python = place / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        behind = next(place.glob("lib/*/site-packages")) / "behind.pth"  # of what is found last
-        behind.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        behind = next(place.glob("lib/*/site-packages")) / "behind.pth"  # of what is found last; .pth files there are not read
+        behind.write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'src'}\n", encoding="utf-8")
     _pip(python, *pins)
     return python
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -83,3 +84,21 @@ def test_the_newest_that_are_here_are_not_tried_again(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, '{"install": []}', ""))
     assert versions.main("newest", []) == 0 and "are those of this environment" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_venv_has_the_package_without_a_path_that_somebody_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(versions, "_pip", lambda *words: "")
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    python = versions.installed("of_a_test", [])
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run(
+        [python, "-c", "import posttrain.cli, yaml; print(posttrain.__file__)"],
+        env=bare,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    assert Path(said.stdout.strip()).is_relative_to(tmp_path / "src")
