@@ -1,6 +1,7 @@
 """Reward functions and their sum against numbers worked out by hand; what is wrong with one is said in a line."""
 
 import asyncio
+import importlib
 import json
 import math
 import re
@@ -259,6 +260,18 @@ async def promised(answers: list[str]) -> list[Any]:
 )
 def test_scores_come_in_many_forms(call: Any) -> None:
     assert asked(call) == [0.0, 1.0]
+
+
+def test_a_file_here_comes_before_an_installed_package_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the reward alone: whoever else imports the package gets it."""
+    import yaml
+
+    (tmp_path / "yaml.py").write_text("def two(answers):\n    return [2.0] * len(answers)\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_function("yaml:two", "reward.function")(["p"], ["a"], [""]).tolist() == [2.0]
+    assert importlib.import_module("yaml") is yaml and hasattr(yaml, "safe_load")
+    with pytest.raises(UserError, match="there is no 'three' in yaml"):
+        load_function("yaml:three", "reward.function")
 
 
 @pytest.mark.parametrize("call", [one_by_one, promised])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import inspect
 import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -171,10 +173,8 @@ def load_function(
     if (new := current_function(name)) != name:
         say(f"{field}: {name} is {new} now; the old name works until the next version")
         module_name = new.partition(":")[0]
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # last: it shadows no module
     try:
-        module = importlib.import_module(module_name)
+        module = _module(module_name)
         if not hasattr(module, attribute):
             there = sorted(key for key, value in vars(module).items() if callable(value))
             raise UserError(f"{field}: there is no '{attribute}' in {module_name}{did_you_mean(attribute, there)}")
@@ -186,6 +186,28 @@ def load_function(
     except Exception as error:  # whatever the user's module raises
         raise UserError(f"{field}: '{name}' cannot be had ({type(error).__name__}: {error})") from error
     return RewardFunction(name, found, limit)
+
+
+def _module(name: str) -> ModuleType:
+    """As Python finds it, in the current directory too. A file there comes before an installed package of its name, for this
+    function alone: all others keep the package."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: it shadows no module
+    own = Path(here) / f"{name}.py"
+    found = importlib.util.find_spec(name) if own.is_file() else None
+    if found is None or Path(found.origin or "") == own:
+        return importlib.import_module(name)
+    alias = str(own)
+    if alias not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alias, own)
+        assert spec and spec.loader
+        sys.modules[alias] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[alias])
+        except BaseException:
+            del sys.modules[alias]
+            raise
+    return sys.modules[alias]
 
 
 def check_options(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ def cache_names(decoder: Any) -> list[str]:
 
 
 def last_hidden(output: Any, parts: list[Any]) -> Tensor:
-    """What the head reads of a decoder's output, [..., H]. parts: the model's `before_head`."""
+    """What the head reads of a decoder's output, [..., H]. parts: the model's `before_head`, and `narrowed`."""
     hidden = output.last_hidden_state
     for part in parts:
         hidden = part(hidden)
@@ -44,3 +45,9 @@ def before_head(causal: PreTrainedModel) -> list[Any]:
         if child is not decoder and not any(part in (decoder, *ends) for part in child.modules())
         and any(True for _ in child.parameters())
     ]  # fmt: skip
+
+
+def narrowed(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Mamba keeps its residuals in float32, whatever format its weights have; its own forward narrows them to the head's."""
+    wanted = cast(Any, causal.get_output_embeddings()).weight.dtype
+    return hidden.to(wanted) if hidden.dtype == torch.float32 and wanted in (torch.bfloat16, torch.float16) else hidden

@@ -16,6 +16,7 @@ from posttrain.console import say
 from posttrain.data.chat.encoder import Encoder
 from posttrain.errors import UserError
 from posttrain.models.hub import digest, resolve
+from posttrain.models.language.architecture import config_of
 from posttrain.models.language.pretrained import load_causal
 from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.run_data import data_of, differences, encoder_of, told_of
@@ -25,7 +26,8 @@ from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
 
-LOADED_AS = "bfloat16"  # a model that no run of ours has made
+LOADED_AS = "bfloat16"  # a model that no run of ours has made, and whose own config does not say
+FORMATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -107,21 +109,30 @@ def load_model(
 ) -> LoadedModel:
     """Load a run directory's result, whose files are checked first, or a bare model (a directory, a hub id, a built-in name).
 
-    dtype: None, as it was trained; of a bare model bfloat16. quantized: with the base in 4 or 8 bit where it was trained so.
-    words: see `LoadedModel`; what does not fit is refused before anything is loaded. scores: it is loaded to be a `scorer`.
+    dtype: None, as it was trained, and a bare model as its files are. quantized: with the base in 4 or 8 bit where it was trained
+    so. words: see `LoadedModel`; what does not fit is refused before anything is loaded. scores: it is loaded to be a `scorer`.
     """
     artifact = of_language(run).supported(scores)
     data_of(artifact, words or {})
     if artifact.directory is None:
         resolve(artifact.source, None, field=artifact.field)
     artifact.verified()
-    precision = dtype or (artifact.manifest.dtype if artifact.manifest else LOADED_AS)
+    precision = dtype or (artifact.manifest.dtype if artifact.manifest else _own_format(artifact))
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
     if artifact.kind == "model":
         model = load_causal(artifact.source, None, precision, device, None, None, "say")
     else:
         model = load_adapter(load_base(artifact, device, precision, quantized), artifact.weights)
     return LoadedModel(artifact, model.eval(), tokenizer, words or {})
+
+
+def _own_format(artifact: Artifact) -> str:
+    """Of a model's weights, as its config says."""
+    if artifact.kind != "model":
+        return LOADED_AS
+    config: Any = config_of(resolve(artifact.source, None, weights=False).directory, None)
+    said = str(getattr(config.get_text_config(), "dtype", None) or config.dtype).removeprefix("torch.")
+    return said if said in FORMATS else LOADED_AS
 
 
 def scorer(live: LoadedModel) -> PackedScorer:

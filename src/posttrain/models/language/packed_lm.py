@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs, token_spread
 from posttrain.models.kernels.masks import DocumentMask
-from posttrain.models.language.decoder import before_head, cache_names, decoder_of, last_hidden
+from posttrain.models.language.decoder import before_head, cache_names, decoder_of, last_hidden, narrowed
 from posttrain.models.language.neftune import check_noise, noisy
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
 from posttrain.models.offload.activations import ActivationsAway
@@ -45,7 +46,7 @@ class PackedLM(nn.Module):
             raise UserError(
                 f"model.name: {type(self.causal).__name__} does not say where its head is; give its language model alone"
             )
-        self.before_head = before_head(self.causal)
+        self.before_head = [*before_head(self.causal), partial(narrowed, self.causal)]
         self.prompt_kind = prompts.virtual_of(model)
         self.report = use_kernels(model, kernels)
         self.own_attention = str(self.causal.config._attn_implementation)
