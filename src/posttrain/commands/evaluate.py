@@ -29,7 +29,7 @@ from posttrain.evaluation.tasks import Tasks
 from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, of_language, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
-from posttrain.runs.artifact import Artifact, open_artifact
+from posttrain.runs.artifact import Artifact
 from posttrain.runs.cache_place import cache_root
 from posttrain.stages.language.prepare import eval_sets, rows_of
 from posttrain.stages.language.summary import lines_of_source
@@ -55,10 +55,10 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     runs, settings, of_data = _sorted(words)
     if "reward.function" in settings:
         return answer_metrics(runs, settings, of_data)
-    if len(runs) == 1 and open_artifact(runs[0], "run").reward_head:
+    given = [of_language(run) for run in runs]
+    if len(runs) == 1 and given[0].reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None
-    given = [of_language(run) for run in runs]
     first = next((each for each in given if each.config), None)  # what is measured on its rows, all models are
     data_of(first or given[0], of_data)  # a word that does not fit is told first
     if not asked and "data.path" not in of_data:

@@ -131,8 +131,8 @@ def _checked(found: Translation, path: Path, known_by: str) -> str:
                 compose_run(found.stage, [f"{OPTION}{file}", *own])
                 return text
             except UserError as error:
-                said = re.sub(r" \(\S*import\.yaml, line \d+\)$", "", str(error))
-                line = re.search(r"import\.yaml, line (\d+)\)$", str(error))
+                line = re.search(r" \(\S*import\.yaml, line (\d+)\)$", str(error))
+                said = str(error)[: line.start()] if line else str(error)
                 key = keys.get(int(line[1])) if line else said.partition(": ")[0]
                 if key not in found.settings:
                     raise UserError(f"{path}: {error}") from None

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from posttrain.commands.bring.tools import FACTORY
 from posttrain.commands.bring.translation import Translation
+from posttrain.config.other_tools import words
 
 _SHAPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "auto"}
 _HERE = ("path", "split", "name", "data_files", "type", "ds_type", "id", "config")
@@ -25,16 +26,14 @@ _COLUMNS = {
     "field_rejected": "rejected",
     "field_label": "label",
 }
+_MESSAGES = "messages are {role, content} or {from, value}; posttrain preview shows what is read"
 _SAID = {
     "ds_type": "the reader looks at the file",
     "columns": "columns without a meaning are left alone",
     "weight": "data.max_rows uses a part of the rows; data=mix draws by shares of tokens",
-    "message_property_mappings": "messages are {role, content} or {from, value}; posttrain preview shows what is read",
-    "message_field_role": "messages are {role, content} or {from, value}; posttrain preview shows what is read",
-    "message_field_content": "messages are {role, content} or {from, value}; posttrain preview shows what is read",
+    **dict.fromkeys(("message_property_mappings", "message_field_role", "message_field_content"), _MESSAGES),
     "roles": "roles are user, assistant, system, tool and ShareGPT's human and gpt; posttrain preview shows what is read",
-    "roles_to_train": "data.train_on=[assistant,tool] names the roles",
-    "train_on_eos": "each turn that data.train_on names is learnt with its end",
+    **{word: words()[word].says for word in ("roles_to_train", "train_on_eos")},
     "chat_template": "model.chat_template is one for all",
     "message_field_training": "a message's own weight, train or loss counts; rename the column",
 }

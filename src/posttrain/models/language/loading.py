@@ -114,10 +114,10 @@ def load_model(
     """
     artifact = of_language(run).supported(scores)
     data_of(artifact, words or {})
-    if artifact.directory is None:
-        resolve(artifact.source, None, field=artifact.field)
+    bare = artifact.kind == "model" and artifact.manifest is None
+    files = resolve(artifact.source, None, field=artifact.field).directory if bare else None
     artifact.verified()
-    precision = dtype or (artifact.manifest.dtype if artifact.manifest else _own_format(artifact))
+    precision = dtype or (artifact.manifest.dtype if artifact.manifest else _own_format(files) if files else LOADED_AS)
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
     if artifact.kind == "model":
         model = load_causal(artifact.source, None, precision, device, None, None, "say")
@@ -126,11 +126,9 @@ def load_model(
     return LoadedModel(artifact, model.eval(), tokenizer, words or {})
 
 
-def _own_format(artifact: Artifact) -> str:
+def _own_format(directory: Path) -> str:
     """Of a model's weights, as its config says."""
-    if artifact.kind != "model":
-        return LOADED_AS
-    config: Any = config_of(resolve(artifact.source, None, weights=False).directory, None)
+    config: Any = config_of(directory, None)
     said = str(getattr(config.get_text_config(), "dtype", None) or config.dtype).removeprefix("torch.")
     return said if said in FORMATS else LOADED_AS
 
