@@ -39,10 +39,10 @@ class Averages:
         names = sorted(self.sums)
         if not names:  # nothing was learnt from
             return {}
-        device = self.sums[names[0]].device
-        totals = torch.stack(
-            [self.sums[n].float() for n in names] + [torch.as_tensor(self.counts[n], device=device) for n in names]
-        )
+        found = [self.sums[n] for n in names] + [torch.as_tensor(self.counts[n]) for n in names]
+        # what a stage knows without the model is on the CPU
+        device = next((each.device for each in found if each.device.type != "cpu"), found[0].device)
+        totals = torch.stack([each.to(device, torch.float32) for each in found])
         if accelerator is not None and accelerator.num_processes > 1:
             totals = total_over(accelerator, totals)
         values = totals.tolist()
