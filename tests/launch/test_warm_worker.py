@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from posttrain.config.compose import compose_run
@@ -21,6 +22,26 @@ from posttrain.runs.manifest import is_finished, read_manifest
 TINY = ["model=tiny", "train.max_steps=2", "train.batch_size=2", "data.max_rows=24", "data.eval_rows=4", "eval.rows=2"]
 TINY += ["+peft=lora", "peft.dropout=0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}  # two threads: the job has a parallel region
+
+
+def test_who_asks_of_what_generation_a_gpu_is_is_told_what_a_fork_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes asks as it is imported: the question would open the device in the worker, and no job could use it."""
+    asked: list[int] = []
+    monkeypatch.setattr(warm_worker, "_has_devices", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (asked.append(device), (8 + device, 0))[1])
+    warm_worker._found_first.cache_clear()
+    try:
+        with warm_worker._devices_are_known():
+            ways = [0, 1, torch.cuda.device(1), "cuda:1", torch.device("cuda", 1), "cuda", None]
+            found = [torch.cuda.get_device_capability(way) for way in ways]
+    finally:
+        warm_worker._found_first.cache_clear()
+    assert found == [(8, 0), (9, 0), (9, 0), (9, 0), (9, 0), (8, 0), (8, 0)] and asked == []
+    assert torch.cuda.get_device_capability(1) == (9, 0) and asked == [1]
+    monkeypatch.setattr(torch.cuda, "init", lambda: 1 / 0)
+    assert not warm_worker._devices_serve()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,9 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -209,26 +212,74 @@ def _watch(job: int, asking: socket.socket) -> int:
 
 
 def _import(names: Any) -> None:
-    for name in names:
-        if name not in sys.modules:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+    with _devices_are_known():
+        for name in names:
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
     gc.freeze()  # a job's collector leaves alone what all jobs share; looking at it would copy it
 
 
-def _devices_serve() -> bool:
-    """Can a job reach the GPU, or has one of the libraries looked at it already, which no fork survives? Tried in a fork."""
+@contextmanager
+def _devices_are_known() -> Iterator[None]:
+    """Inside, who asks of what generation a GPU is, as bitsandbytes does while it is imported, is told what a fork has found out:
+    the question itself would open the device here, and no fork could use it then."""
     import torch
 
-    if not (torch.version.cuda and gpus()):
-        return True
+    found = _found_first()
+    if found is None:
+        yield
+        return
+    own = torch.cuda.get_device_capability
+
+    def known(device: Any = None) -> tuple[int, int]:
+        number = device.idx if isinstance(device, torch.cuda.device) else device
+        return found[number if isinstance(number, int) else torch.device(number or "cuda").index or 0]
+
+    torch.cuda.get_device_capability = known
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = own
+
+
+def _devices_serve() -> bool:
+    """Can a job reach the GPU, or has one of the libraries looked at it already, which no fork survives?"""
+    return not _has_devices() or _capabilities() is not None
+
+
+def _has_devices() -> bool:
+    import torch
+
+    return bool(torch.version.cuda and gpus())
+
+
+@cache
+def _found_first() -> list[tuple[int, int]] | None:
+    """Before anything was imported."""
+    return _capabilities()
+
+
+def _capabilities() -> list[tuple[int, int]] | None:
+    """Of each GPU, by a fork that asks; None where there is none, or a fork cannot."""
+    import torch
+
+    if not _has_devices():
+        return None
+    read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
             torch.cuda.init()
+            found = [torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())]
+            os.write(write, json.dumps(found).encode())
         except BaseException:
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return [(major, minor) for major, minor in json.loads(said)] if said else None
 
 
 if __name__ == "__main__":
