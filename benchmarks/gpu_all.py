@@ -3,9 +3,9 @@
 python benchmarks/gpu_all.py [--to gpu.json] [--minutes 25] [--only 8b] [--peers trl unsloth] [--toy]
 
 Cases go in the order in which they are worth most, ours before the peers', and none is begun after so many minutes; those left
-out are named in it. What
-fails, or has no tool installed, stands there with its last line. Goals (gpu_goals.py) are compared with what was found. --toy:
-the same on small shapes, for a CPU.
+out are named in it. Where the file is there already, and of the same card and libraries, its cases stay, and only the others are
+run. What fails, or has no tool installed, stands there with its last line. Goals (gpu_goals.py) are compared with what was found.
+--toy: the same on small shapes, for a CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gpu_goals import judged
 from posttrain.runs.identity import library_versions
@@ -67,14 +69,20 @@ def run_case(words: str, timeout: float) -> dict[str, Any]:
 
 
 def run_all(
-    cases: tuple[tuple[str, str, tuple[str, ...]], ...], minutes: float, asked: Collection[str] = PEERS
+    cases: tuple[tuple[str, str, tuple[str, ...]], ...],
+    minutes: float,
+    asked: Collection[str] = PEERS,
+    before: Collection[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Ours of every case, which the goals are about, then the others that are asked for; the ratio of ours to each, by the
-    medians and by the worst of both spreads."""
-    ends, found, left = time.monotonic() + 60 * minutes, list[dict[str, Any]](), list[str]()
+    medians and by the worst of both spreads. before: cases that need not be run again, and any others that stay in the report."""
+    ends, left = time.monotonic() + 60 * minutes, list[str]()
+    found, measured = list(before), {(each["case"], each["contender"]) for each in before}
     ours = [(name, words, "posttrain") for name, words, _ in cases]
     theirs = [(name, f"{words} --peer {peer}", peer) for name, words, peers in cases for peer in peers if peer in asked]
     for name, words, contender in (*ours, *theirs):
+        if (name, contender) in measured:
+            continue
         rest = ends - time.monotonic()
         if rest <= 0:
             left.append(f"{name}: {contender}")
@@ -84,6 +92,17 @@ def run_all(
         print(json.dumps(found[-1]), flush=True)
     about = {"date": time.strftime("%Y-%m-%d"), "libraries": library_versions()}
     return {**about, "cases": found, "left_out": left, "ratios": ratios(found), "goals": judged(found)}
+
+
+def measured_before(path: Path) -> list[dict[str, Any]]:
+    """Of a report that is there, the cases that did not fail, were they of this card and these libraries."""
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if report["libraries"] != library_versions():
+        return []
+    return [each for each in report["cases"] if "failed" not in each and each.get("device") == card]
 
 
 def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +153,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     cases = tuple(case for case in (TOY if options.toy else CASES) if options.only in case[0])
-    report = run_all(cases, options.minutes, options.peers)
+    report = run_all(cases, options.minutes, options.peers, measured_before(options.to))
     options.to.parent.mkdir(parents=True, exist_ok=True)
     options.to.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, options.to.with_suffix(".svg"))

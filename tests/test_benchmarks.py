@@ -1,6 +1,7 @@
 """The GPU benchmark runs as it is, on a toy shape."""
 
 import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import gpu_goals
 import gpu_limits
 import gpu_model
 from gpu_goals import Goal
+from posttrain.runs.identity import library_versions
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 TOY = ["--shape", "toy", "--tokens", "128", "--documents", "2"]
@@ -203,8 +205,21 @@ def test_all_of_it_is_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["ratios"] == [{"case": "a", "peer": "trl", "ratio": 3.0, "spread": [1.0, 8.0]}]
     assert {each["state"] for each in report["goals"]} == {"not seen"} and len(report["goals"]) == len(gpu_goals.GOALS)
     assert "torch" in report["libraries"] and len(report["date"]) == 10
+    again = gpu_all.run_all((("a", "--a", ("trl", "unsloth")), ("b", "--b", ())), 0, before=report["cases"][:3])
+    assert again["cases"] == report["cases"][:3] and again["left_out"] == ["a: unsloth"]
     late = gpu_all.run_all((("a", "--a", ("trl",)),), 0)
     assert late["cases"] == late["ratios"] == [] and late["left_out"] == ["a: posttrain", "a: trl"]
+
+
+def test_a_report_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """With what did not fail, of the same card and libraries; else all of it is measured anew."""
+    assert gpu_all.measured_before(tmp_path / "gpu.json") == []
+    cases = [{"case": "a", "device": "CPU"}, {"case": "b", "failed": "x"}, {"case": "c", "device": "NVIDIA H100 80GB HBM3"}]
+    report = {"libraries": library_versions(), "cases": cases}
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    assert gpu_all.measured_before(tmp_path / "gpu.json") == cases[:1]
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"libraries": {"torch": "1.0"}}))
+    assert gpu_all.measured_before(tmp_path / "gpu.json") == []
 
 
 @pytest.mark.slow
