@@ -16,6 +16,7 @@ from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.devices.device import Device
 from posttrain.errors import UserError
+from posttrain.models.kernels.tiles import TILE
 from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.room import Layers
 from posttrain.models.language.tokenizer import load_tokenizer
@@ -128,7 +129,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(directory: str) -> Non
     memory = 4_000_000
     found = plan(directory, "4090", "+peft=lora", "peft.r=4", memory=memory)
     largest = found["largest_batch_size"]
-    need = Need(100.0, 50.0, 10.0, 1.0, 4, lambda tokens: 2.0 * tokens, "auto", 1000.0)
+    need = Need(100.0, 50.0, 10.0, 1.0, 10.0, 4, lambda tokens: 2.0 * tokens, "auto", 1000.0)
     most = need.most()
     assert need.fits(most) and not need.fits(most + 1)
     assert largest >= 1 and found["capacity_bytes"] == memory
@@ -165,13 +166,15 @@ def test_the_largest_multiple_up_to_a_border() -> None:
 def test_layers_are_recomputed_as_a_run_chooses() -> None:
     """90 % of what is left after the weights is there for the rest; a layer of those that are recomputed is there in whole,
     and what its backward works with, 1.4 times as much."""
-    need = Need(100.0, 50.0, 10.0, 1.0, 4, lambda tokens: 2.0 * tokens, "auto", 1000.0)
-    assert need.recomputed(10) == 0 == Layers(100, 10, 4).to_recompute(810 - 50 - 20)
+    need = Need(100.0, 50.0, 10.0, 1.0, 10.0, 4, lambda tokens: 2.0 * tokens, "auto", 1000.0)
+    assert need.recomputed(10) == 0 == Layers(100, 10, 4, 100).to_recompute(810 - 50 - 20)
     assert need.total(10) == 100 + 50 + 20 + 400 + 10 * 14
-    assert need.recomputed(20) == Layers(200, 20, 4).to_recompute(810 - 50 - 40) == 4
+    assert need.recomputed(20) == Layers(200, 20, 4, 200).to_recompute(810 - 50 - 40) == 4
     assert need.total(20) == 100 + 50 + 40 + 20 * (4 * 1 + 10 + 14)
-    assert Need(0, 0, 10.0, 1.0, 4, lambda tokens: 0.0, True, 0).total(10) == 4 * 10 + 100 + 140
-    assert Need(0, 0, 10.0, 1.0, 4, lambda tokens: 0.0, 3, 0).total(10) == 100 + 30 + 100 + 140
+    assert Need(0, 0, 10.0, 1.0, 5.0, 4, lambda tokens: 0.0, True, 0).total(10) == 4 * 10 + 100 + 140
+    tiled = Need(0, 0, 1.0, 0.1, 0.5, 4, lambda tokens: 0.0, True, 0)
+    assert tiled.total(4 * TILE) == pytest.approx(TILE * (4 * 0.4 + 2.4 * (2 + 0.5)))
+    assert Need(0, 0, 10.0, 1.0, 5.0, 4, lambda tokens: 0.0, 3, 0).total(10) == 100 + 30 + 100 + 140
 
 
 def test_a_faster_card_is_faster_by_its_rates(directory: str) -> None:

@@ -1,8 +1,12 @@
 """What layers have in memory at most, and how many are recomputed for it: by hand."""
 
-from posttrain.models.language.room import Layers
+import pytest
 
-TEN = Layers(100, 10, 10)  # each leaves 100, of which 10 are inputs
+from posttrain.models.kernels.tiles import TILE
+from posttrain.models.language.room import Layers, inside
+
+TEN = Layers(100, 10, 10, 100)  # each leaves 100, of which 10 are inputs
+TILED = TEN._replace(inside=40)
 
 
 def test_at_most_there_is_one_layer_in_whole_and_what_its_backward_works_with() -> None:
@@ -10,6 +14,14 @@ def test_at_most_there_is_one_layer_in_whole_and_what_its_backward_works_with() 
     assert TEN.most(10) == 100 + 100 + 140
     assert TEN.most(4) == 600 + 40 + 100 + 140
     assert TEN.most(1) == 1000 + 140  # no more than nothing recomputed: the one in whole is the first of the backward
+
+
+def test_one_that_goes_in_tiles_is_not_there_in_whole() -> None:
+    assert TILED.most(10) == 100 + 40 + 56
+    assert TILED.most(4) == 600 + 40 + 40 + 140  # the last ones do not go in tiles
+    assert TILED.to_recompute(690) == 6  # 490 / 90
+    assert inside(100, 40, 2 * TILE - 1) == 100 and inside(100, 40, 0) == 100
+    assert inside(100, 40, 2 * TILE) == 70 and inside(100, 40, 6 * TILE) == pytest.approx(50)
 
 
 def test_layers_to_recompute() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from posttrain.devices.device import Rates
 from posttrain.models.language.activations import Activations
-from posttrain.models.language.room import Layers
+from posttrain.models.language.room import Layers, inside
 from posttrain.stages.language.recompute import USED
 
 FORMS = 0.516 + 2  # bytes that are read of a number in NF4, and written of it in 16 bit
@@ -18,13 +18,14 @@ FORMS = 0.516 + 2  # bytes that are read of a number in NF4, and written of it i
 @dataclass(frozen=True)
 class Need:
     """lying: bytes that are there before training; later: those that it adds, whatever the batch: gradients, moments. kept,
-    inputs: what a layer leaves for the backward, and its inputs, a token. head: bytes, of so many tokens. asked: as
-    `train.gradient_checkpointing`."""
+    inputs: what a layer leaves for the backward, and its inputs, a token; narrow: what it leaves where what can goes in tiles.
+    head: bytes, of so many tokens. asked: as `train.gradient_checkpointing`."""
 
     lying: float
     later: float
     kept: float
     inputs: float
+    narrow: float
     layers: int
     head: Callable[[int], float]
     asked: bool | int | Literal["auto"]
@@ -32,7 +33,8 @@ class Need:
 
     def of_layers(self, tokens: int) -> Layers:
         """What a micro-batch of so many tokens leaves."""
-        return Layers(self.kept * tokens, self.inputs * tokens, self.layers)
+        kept = self.kept * tokens
+        return Layers(kept, self.inputs * tokens, self.layers, inside(kept, self.narrow * tokens, tokens))
 
     def recomputed(self, tokens: int) -> int:
         """Of so many layers, as a run's own `fit_memory` chooses."""

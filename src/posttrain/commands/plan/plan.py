@@ -126,11 +126,13 @@ def _of_one(cfg: Any, device: Device, found: Counted) -> dict[str, float]:
 
 def _need(cfg: Any, device: Device, found: Counted, memory: dict[str, float], tokens: int) -> Need:
     """With `train.offload` all layers are recomputed, and where it is activations that go, their inputs are away too."""
+    a_layer = found.layers * tokens
     return Need(
         lying=sum(size for part, size in memory.items() if part not in LATER),
         later=sum(memory[part] for part in LATER),
-        kept=found.kept.whole / found.layers / tokens,
+        kept=found.kept.whole / a_layer,
         inputs=0.0 if cfg.train.offload == "activations" else found.inputs,
+        narrow=(found.kept.whole if cfg.train.offload == "layers" else found.kept.narrow) / a_layer,
         layers=found.layers,
         head=found.head,
         asked=True if cfg.train.offload != "none" else cfg.train.gradient_checkpointing,

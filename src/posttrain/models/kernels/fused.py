@@ -8,6 +8,7 @@ module's own forward, to which a call that asks for more (DoRA, autocast) is han
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posttrain.models.kernels.pointwise import silu_product, silu_product_backward
+from posttrain.models.kernels.tiles import in_tiles
 from posttrain.models.quantization.nf4 import dense_weight
 from posttrain.models.quantization.packed import Packed, packed_of, stored
 from posttrain.training.at_rest import made_once
@@ -104,8 +106,9 @@ def _factors(layer: Any) -> tuple[list[Tensor], tuple[float, ...]]:
     return factors, tuple(float(layer.scaling[name]) for name in names)
 
 
-def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
-    """`_LoraLinear` of a layer for which `is_plain`, of x or of silu(x) * gated."""
+def with_lora(layer: Any, x: Tensor, gated: Tensor | None, numbers: bool = True) -> Tensor:
+    """`_LoraLinear` of a layer for which `is_plain`, of x or of silu(x) * gated. numbers: false where the way of the gradient is
+    all that is wanted."""
     names, base = _speaking(layer), layer.base_layer
     factors, scales = _factors(layer)
     weight, quantized = held_as(base)
@@ -115,7 +118,7 @@ def with_lora(layer: Any, x: Tensor, gated: Tensor | None) -> Tensor:
         return without_gradient(base, x).add_((x @ down.T) @ up.T)
     rest: list[Tensor] | None = None if gated is None else []
     y: Any = _LoraLinear.apply(x, gated, weight, base.bias, quantized, scales, _dropout(layer, names), rest, *factors)
-    if rest:
+    if rest and numbers:
         y = _Product.apply(y, *rest, weight, base.bias, quantized)
     return y.view(*x.shape[:-1], -1)  # not within: a model may write into its layers' outputs (Gemma 3n)
 
@@ -253,9 +256,13 @@ class RMSNorm(torch.autograd.Function):
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
     """LlamaMLP's forward, down(silu(gate(x)) * up(x)). What goes into `down` is kept as the two that it is made of."""
-    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    return in_tiles(self, partial(_mlp, self), x)
+
+
+def _mlp(mlp: Any, x: Tensor, numbers: bool) -> Tensor:
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
     if hasattr(down, OWN) and gate.dtype == up.dtype and is_plain(down, gate):
-        return with_lora(down, gate, up)
+        return with_lora(down, gate, up, numbers)
     return down(SiluProduct.apply(gate, up))
 
 

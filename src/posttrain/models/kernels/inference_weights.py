@@ -1,8 +1,8 @@
 """A model that stays as it is for a while, as it does in a rollout: what follows from its weights alone is worked out once.
 
-Adapters of a layer are joined and cast once, nothing is kept for a backward, and on a CPU weights are laid out as its products
-read them, which a product of few rows would otherwise do anew each time: it then takes a half or a third of the time. The plain
-reference is the model outside of it.
+Adapters of a layer are joined and cast once, nothing is kept for a backward (liger-kernel's norm, one kernel, stays), and
+on a CPU weights are laid out as its products read them, which a product of few rows would otherwise do anew each time: it then
+takes a half or a third of the time. The plain reference is the model outside of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posttrain.models.kernels.fused import OWN, held_as, joined_adapters, without_gradient
+from posttrain.models.kernels.liger import FORWARDS
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -44,7 +45,7 @@ def inference_weights(model: nn.Module) -> Iterator[None]:
             if adapters is not None:
                 parts.update(module.modules())
                 module.forward = _with_adapters(module, *adapters, lays_out=lays_out)
-            elif hasattr(module, OWN):
+            elif hasattr(module, OWN) and getattr(module.forward, "__func__", None) not in FORWARDS.values():
                 module.forward = getattr(module, OWN)
             elif lays_out and _fits(module.weight):
                 module.forward = _laid_out(module.weight, module.bias)

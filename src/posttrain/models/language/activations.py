@@ -18,9 +18,10 @@ from posttrain.models.kernels.attention import attention_function, register
 from posttrain.models.kernels.experts import use_shapes
 from posttrain.models.kernels.logprobs import block, token_logprobs
 from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.kernels.tiles import go_in_tiles
 from posttrain.models.language.architecture import model_class
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.work import Work, as_autocast, autocast_to, cost, in_one_kernel
+from posttrain.models.language.work import Work, as_autocast, autocast_to, cost, in_one_kernel, kept_by
 from posttrain.models.peft.attach import add_method
 
 
@@ -101,12 +102,12 @@ register(COUNTED, attention_function("documents", _counted))
 
 
 class Activations(NamedTuple):
-    """Bytes that a backward pass needs, without and with recomputation of all layers, and what both passes compute, without.
-    forward, backward: of the body; head: of both passes of the head. reading: as people are told of it
-    (models/language/reading.py)."""
+    """Bytes that a backward pass needs, and what both passes compute, without recomputation. narrow: bytes without what goes in
+    tiles where there is recomputation. forward, backward: of the body; head: of both passes of
+    the head. reading: as people are told of it (models/language/reading.py)."""
 
     whole: float
-    recomputed: float
+    narrow: float
     forward: Work
     backward: Work
     head: Work
@@ -124,8 +125,7 @@ def activations(
     """What one micro-batch of `tokens` tokens in `sequences` documents keeps and computes. kernels: as `model.kernels`.
     autocast: in which products are computed, where not in the weights' own precision.
 
-    The model really runs, on the meta device; what autograd keeps is counted once a storage. With recomputation it is every
-    layer's input and one layer's inside.
+    The model really runs, on the meta device; what autograd keeps is counted once a storage.
     """
     lm = PackedLM(model, kernels=kernels)
     if lm.reading.attention == "documents":
@@ -137,13 +137,17 @@ def activations(
     with torch.device("meta"):
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         mask = DocumentMask(segments, tokens, torch.device("meta"))
+
+        def read() -> Tensor:
+            return lm.hidden(ids, mask, input_ids=ids)
+
         with autocast_to(autocast):
-            hidden, found = cost(lambda: lm.hidden(ids, mask, input_ids=ids), lambda hidden: [hidden], model.parameters())
+            hidden, found = cost(read, lambda hidden: [hidden], model.parameters())
+            go_in_tiles(lm, max(1, tokens // 2))
+            narrow = kept_by(read, model.parameters()) if tokens > 1 else found.kept
+            go_in_tiles(lm, None)
         head = _head_work(lm, hidden)
-    layers = lm.causal.config.get_text_config().num_hidden_layers
-    inputs = float(hidden.numel() * hidden.element_size() * layers)
-    recomputed = min(found.kept, inputs + found.kept / layers)
-    return Activations(found.kept, recomputed, found.forward, found.backward, head, lm.reading.line)
+    return Activations(found.kept, narrow, found.forward, found.backward, head, lm.reading.line)
 
 
 def _head_work(lm: PackedLM, hidden: Tensor) -> Work:

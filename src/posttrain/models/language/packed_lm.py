@@ -20,6 +20,7 @@ from posttrain.errors import UserError
 from posttrain.models.kernels.choice import use_kernels
 from posttrain.models.kernels.logprobs import Head, head_of, plain_logprobs, token_logprobs, token_spread
 from posttrain.models.kernels.masks import DocumentMask
+from posttrain.models.kernels.tiles import TILE, go_in_tiles
 from posttrain.models.language.decoder import before_head, cache_names, decoder_of, last_hidden, narrowed
 from posttrain.models.language.neftune import check_noise, noisy
 from posttrain.models.language.reading import OWN, Packing, choose_reading, forget_lengths, lengths_border
@@ -70,13 +71,16 @@ class PackedLM(nn.Module):
         """The layers that can be recomputed."""
         return [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    def recompute(self, layers: int) -> None:
-        """Keep of the first `layers` layers their inputs alone; the backward computes the rest of them again."""
+    def recompute(self, layers: int, tile: int | None = TILE) -> None:
+        """Keep of the first `layers` layers their inputs alone; the backward computes the rest of them again, what can of it in
+        tiles of so many tokens (models/kernels/tiles.py)."""
         causal = self.causal  # renamed in transformers 5.2x
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         for layer in self.layers[layers:]:
             layer.gradient_checkpointing = False
+        for layer in self.layers[:layers]:
+            go_in_tiles(layer, tile)
 
     @contextmanager
     def without_prompt(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from posttrain.models.kernels.tiles import TILE, largest_tile
+
 # of what a layer keeps: what is there at most while its backward runs, beside it. Llama 3 8B on an H100: in its MLP three
 # gradients as wide as what is kept of it, and what LoRA's factors are multiplied by. With all activations sent away 57,344 tokens
 # fitted into 24 GB, where a plan for a 4090 says 51,146.
@@ -13,18 +15,20 @@ GRADIENTS = 1.4
 
 
 class Layers(NamedTuple):
-    """kept: bytes that a layer leaves for the backward; inputs: what of it recomputation still needs; number: of layers."""
+    """kept: bytes that a layer leaves for the backward; inputs: what of it recomputation still needs; number: of layers; inside:
+    what one that is recomputed has in whole while its backward runs."""
 
     kept: float
     inputs: float
     number: int
+    inside: float
 
     def most(self, recomputed: int) -> float:
         """Bytes at the worst moment: every layer's inputs where it is recomputed, one such layer in whole, all of the others; and
         what one layer's backward works with."""
-        inside = self.kept if recomputed else 0.0
+        inside = self.inside if recomputed else 0.0
         each = (self.number - recomputed) * self.kept + recomputed * self.inputs + inside
-        return min(self.number * self.kept, each) + GRADIENTS * self.kept
+        return min(self.number * self.kept, each) + GRADIENTS * (self.inside if recomputed == self.number else self.kept)
 
     def to_recompute(self, free: float) -> int:
         """Of so many layers, that the rest fits in `free`."""
@@ -32,7 +36,7 @@ class Layers(NamedTuple):
         if over <= 0:
             return 0
         # the layer that is being recomputed is there in whole
-        return min(self.number, math.ceil((over + self.kept) / max(self.kept - self.inputs, 1.0)))
+        return min(self.number, math.ceil((over + self.inside) / max(self.kept - self.inputs, 1.0)))
 
     def to_keep_dense(self, free: float, recomputed: int, dense: float) -> int:
         """Of how many layers a dense copy of `dense` bytes has room beside all this.
@@ -40,3 +44,10 @@ class Layers(NamedTuple):
         All this is an estimate: half of what seems left is not touched.
         """
         return max(0, min(self.number, math.floor((free - self.most(recomputed)) / 2 / max(dense, 1.0))))
+
+
+def inside(kept: float, narrow: float, tokens: int) -> float:
+    """Bytes that a layer which is recomputed has in whole with so many tokens. kept: bytes that it leaves; narrow: without what
+    goes in tiles, of which one is there at a time."""
+    share = largest_tile(tokens, TILE) / tokens if tokens else 1.0
+    return narrow + (kept - narrow) * share

@@ -55,22 +55,41 @@ def cost(
 ) -> tuple[Kept, Cost]:
     """What `forward` gives, and what it and the backward pass from its outputs cost. weights: of which views are not counted
     as kept either. operations: how to count what torch's own counter of FLOPs does not know."""
-    own = {weight.untyped_storage()._cdata for weight in weights}
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage()._cdata not in own:
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
+    storages = _Storages(weights)
     with _Counter(display=False, custom_mapping=operations) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved_tensors_hooks(storages.keep, lambda tensor: tensor):
             found = forward()
         before = len(counter.work)
         if trained := [output.sum() for output in outputs(found) if output.requires_grad]:
             torch.stack(trained).sum().backward()
-    kept = float(sum(storage.nbytes() for storage in storages.values()))
-    return found, Cost(kept, tuple(counter.work[:before]), tuple(counter.work[before:]))
+    return found, Cost(storages.bytes, tuple(counter.work[:before]), tuple(counter.work[before:]))
+
+
+def kept_by(forward: Callable[[], Any], weights: Iterable[Tensor] = ()) -> float:
+    """Bytes that it leaves for a backward, as `Cost` counts them."""
+    storages = _Storages(weights)
+    with saved_tensors_hooks(storages.keep, lambda tensor: tensor):
+        forward()
+    return storages.bytes
+
+
+class _Storages:
+    """Of tensors that are kept, each once and no parameter's. weights: of which views are not counted either."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.own, self.found = {weight.untyped_storage()._cdata for weight in weights}, dict[int, Any]()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """As a hook of autograd's."""
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in self.own:
+            self.found[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> float:
+        """In all."""
+        return float(sum(storage.nbytes() for storage in self.found.values()))
 
 
 class _Counter(FlopCounterMode):

@@ -15,9 +15,9 @@ from posttrain.config.schema import LanguageStage
 from posttrain.console import say
 from posttrain.devices.device import Device
 from posttrain.models.kernels.logprobs import head_bytes
-from posttrain.models.language.activations import activations, model_of_shapes
+from posttrain.models.language.activations import Activations, activations, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.room import Layers
+from posttrain.models.language.room import Layers, inside
 from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
@@ -25,7 +25,8 @@ from posttrain.stages.language.prepare import PreparedData
 from posttrain.stages.precision import autocast_of
 from posttrain.training.optimizer import optimizer_used, state_bytes
 
-_COUNTED: dict[tuple[Any, ...], float] = {}  # by this process: jobs of a sweep have the same shapes, and counting takes a second
+# By this process: jobs of a sweep have the same shapes, and counting takes a second.
+_COUNTED: dict[tuple[Any, ...], Activations] = {}
 USED = 0.9  # of what is free; allocators do not fill it to the last byte
 
 
@@ -66,7 +67,7 @@ def _send_away(module: nn.Module) -> None:
 
 def _stream(lm: PackedLM, stream: LayerStream) -> None:
     """Have all layers recomputed, for they come and go."""
-    lm.recompute(lm.num_layers)
+    lm.recompute(lm.num_layers, tile=None)  # weights go as soon as a layer is computed again, before its tiles would be
     stream.recompute()
     say(f"{len(stream.layers)} layers of {stream.bytes / 1e9:.3g} GB come one at a time from {stream.place}, and are recomputed")
 
@@ -89,16 +90,17 @@ class Asked(NamedTuple):
 def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch.device) -> Asked | None:
     """None where it cannot be counted."""
     sequences = cfg.train.batch_size
-    two, one = (_kept(cfg, built, tokens, sequences, layers) for layers in (2, 1))
+    two, one = (_counted(cfg, built, tokens, sequences, layers) for layers in (2, 1))
     if two is None or one is None:
         return None
     layers = built.module.num_layers
-    kept = two - one + (2 * one - two) / layers  # with a share of what lies in none, as a plan counts a layer
+    # a layer's, with a share of what lies in none, as a plan counts it
+    kept, narrow = (b - a + (2 * a - b) / layers for a, b in ((one.whole, two.whole), (one.narrow, two.narrow)))
     width = built.module.causal.config.get_text_config().hidden_size
     inputs = float(tokens * width * built.dtype.itemsize)
     fixed = _shared(cfg, built) if cfg.train.fsdp else _trained(cfg, built, device)
     fixed += head_bytes(built.module.head.weight, tokens, device.type)
-    return Asked(fixed, Layers(kept, inputs, layers))
+    return Asked(fixed, Layers(kept, inputs, layers, inside(kept, narrow, tokens)))
 
 
 def _trained(cfg: LanguageStage, built: TrainableModel, device: torch.device) -> float:
@@ -125,8 +127,8 @@ def largest_batch(cfg: LanguageStage, data: PreparedData) -> int:
     return sum(sizes[: cfg.train.batch_size]) or cfg.train.max_length
 
 
-def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int, layers: int) -> float | None:
-    """Bytes that a model of the same kind with `layers` layers keeps; None where it cannot be made so small."""
+def _counted(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int, layers: int) -> Activations | None:
+    """What a model of the same kind with `layers` layers keeps; None where it cannot be made so small."""
     try:
         config: Any = copy.deepcopy(built.module.causal.config)
         config.get_text_config().num_hidden_layers = layers
@@ -137,7 +139,7 @@ def _kept(cfg: LanguageStage, built: TrainableModel, tokens: int, sequences: int
         asked = (type(config), shapes, built.dtype, method, tokens, sequences, cfg.model.kernels, autocast)
         if asked not in _COUNTED:
             model = model_of_shapes(config, built.dtype, cfg.peft)
-            _COUNTED[asked] = activations(model, tokens, sequences, cfg.model.kernels, autocast).whole
+            _COUNTED[asked] = activations(model, tokens, sequences, cfg.model.kernels, autocast)
         return _COUNTED[asked]
     except Exception:  # an architecture that refuses: then no estimate, and out of memory halves the micro-batches
         return None
