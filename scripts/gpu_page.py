@@ -20,7 +20,6 @@ from posttrain.models.language.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, PAGE = HERE / "gpu_page.md", HERE.parent / "docs" / "gpu.md"
-TYPED = HERE / "gpu_typed.md"  # figures of a run whose report was not kept
 REPORT = HERE.parent / "benchmarks" / "seen" / "gpu.json"  # make bench-gpu's
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -114,11 +113,9 @@ def table(shape: str, rows: dict[Row, dict[str, Any]]) -> str:
     return f"### Llama 3 {shape}\n\n" + "\n".join(lines)
 
 
-def seen(report: dict[str, Any] | None) -> str:
-    """What benchmarks/gpu_all.py has measured on a card, case by case; without a report the figures that were typed in."""
-    cards = dict.fromkeys(each["device"] for each in report["cases"] if each.get("device", "CPU") != "CPU") if report else {}
-    if not report or not cards:
-        return TYPED.read_text(encoding="utf-8").rstrip()
+def seen(report: dict[str, Any]) -> str:
+    """What benchmarks/gpu_all.py has measured on a card, case by case."""
+    cards = dict.fromkeys(each["device"] for each in report["cases"] if each.get("device", "CPU") != "CPU")
     cases = [each for each in report["cases"] if each.get("device") in cards or "failed" in each]
     versions = ", ".join(f"{name} {report['libraries'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
     head = (
@@ -149,7 +146,7 @@ def _case(found: dict[str, Any]) -> str:
 
 def template() -> str:
     """The page but for the tables of plans."""
-    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else None
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
     return TEMPLATE.read_text(encoding="utf-8").replace("{seen}", seen(report))
 
 

@@ -88,8 +88,8 @@ def test_the_prose_is_the_templates() -> None:
     assert len(re.findall(r"^\| `", page, re.M)) >= len(CASES)
 
 
-def test_what_a_card_reached_is_made_of_the_report_where_there_is_one() -> None:
-    """Made-up figures; what was measured on a CPU is left out, and without any the typed ones say that they are."""
+def test_what_a_card_reached_is_made_of_the_report() -> None:
+    """Made-up figures; what was measured on a CPU is left out."""
     card = {"contender": "posttrain", "device": "NVIDIA MADE-UP"}
     speed = {"tokens_per_second": 1234.4, "spread": [1200.0, 1300.6], "share_of_matmul_rate": 0.5512, "peak_gb": 12.34}
     cases = [
@@ -109,8 +109,6 @@ def test_what_a_card_reached_is_made_of_the_report_where_there_is_one() -> None:
         "| 65b | posttrain | failed: out / of memory |  |  |  |",
     ]
     assert made.endswith("Not begun for want of time: 1b full: trl.")
-    for none in (None, {**report, "cases": cases[3:]}):
-        assert "was not kept" in gpu_page.seen(none) and "make bench-gpu" in gpu_page.seen(none)
 
 
 @pytest.mark.slow
