@@ -11,9 +11,13 @@ from typing import Any, cast
 import yaml
 
 from posttrain.commands.bring.data import read_data
-from posttrain.commands.bring.special import read_method, read_numbers, read_template
+from posttrain.commands.bring.losses import read_losses
+from posttrain.commands.bring.numbers import read_numbers
+from posttrain.commands.bring.sampling import read_sampling
+from posttrain.commands.bring.special import read_method, read_template
 from posttrain.commands.bring.tools import TRL, stage_of, tool_of, with_defaults, with_sections_open
-from posttrain.commands.bring.translation import UNKNOWN, Translation, looked_up
+from posttrain.commands.bring.translation import DEFAULT, UNKNOWN, Translation, looked_up
+from posttrain.commands.bring.unsaid import say_unsaid
 from posttrain.config.compose import compose_run
 from posttrain.config.files import OPTION, Loader12
 from posttrain.config.other_tools import words
@@ -23,7 +27,7 @@ from posttrain.runs.files import write_text
 from posttrain.stages.spec import spec_of
 
 _OF_STAGE = {
-    "ppo": {"beta": "ppo.kl_coef", "loss_type": "ppo.loss"},
+    "ppo": {"beta": "ppo.kl_coef", "rl_beta": "ppo.kl_coef", "loss_type": "ppo.loss"},
     "sft": {"loss_type": "sft.loss"},
 }  # where a word has another meaning than with pairs
 
@@ -47,6 +51,8 @@ def import_config(path: Path, to: Path | None, stage: str | None = None) -> str:
         say(f"wrote {to}: {len(found.settings)} settings of {found.tool}'s {path.name}, stage {found.stage} ({known_by})")
     for word, _, why in found.notes:
         say(f"not taken over: {word} - {why}")
+    for word, why in found.unsaid:
+        say(f"otherwise here: {word} - {why}")
     return text
 
 
@@ -86,11 +92,14 @@ def translate(tree: dict[str, Any], name: str, asked: str | None) -> tuple[Trans
     read_method(found)
     read_data(found)
     read_template(found)
+    read_losses(found)
+    read_sampling(found)
     read_numbers(found)
     for word, value in found.tree.items():
         if word not in found.read and found.has(word):
             _read_word(found, word, value)
     _mark_defaults(found, usual)
+    say_unsaid(found, tree)
     return found, known_by
 
 
@@ -114,7 +123,7 @@ def _read_word(found: Translation, word: str, value: Any) -> None:
 def _mark_defaults(found: Translation, usual: dict[str, Any]) -> None:
     for key, (value, given) in found.settings.items():
         if all(word in usual for word in given):
-            found.settings[key] = (value, [f"{', '.join(given)}: {found.tool}'s default"])
+            found.settings[key] = (value, [f"{', '.join(given)}: {found.tool}{DEFAULT}"])
     found.notes = [note for note in found.notes if note[0] not in usual]
 
 
@@ -154,6 +163,9 @@ def _written(found: Translation, path: Path, known_by: str) -> tuple[str, dict[i
         lines += ["", "# Not taken over:"]
         said = [f"{word}: {_inline(value)[:200]} - {why}" for word, value, why in found.notes]
         lines += sorted(f"# {' '.join(line.split())}" for line in said)  # a line of theirs stays a comment
+    if found.unsaid:
+        lines += ["", f"# {found.tool} does otherwise where its file says nothing:"]
+        lines += [f"# {word} - {why}" for word, why in found.unsaid]
     return "\n".join(lines) + "\n", keys
 
 
