@@ -46,7 +46,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, in any order.", autocompletion=_overrides)
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file of settings, or a run's config.yaml; words beat it.")
+    list[Path] | None,
+    typer.Option("--config", help="A YAML file of settings, or a run's config.yaml; words beat it, and a later file an earlier."),
 ]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Your own config groups; they can shadow the shipped ones.")]
 
@@ -55,8 +56,8 @@ def _end(command: Callable[[], Any]) -> None:
     raise typer.Exit(guarded(command))
 
 
-def _words(overrides: list[str] | None, config: Path | None) -> list[str]:
-    return [*([f"--config={config}"] if config else []), *(overrides or [])]
+def _words(overrides: list[str] | None, config: list[Path] | None) -> list[str]:
+    return [*(f"--config={file}" for file in config or []), *(overrides or [])]
 
 
 class _StageCommand(TyperCommand):
@@ -98,10 +99,12 @@ def _add_stage(spec: StageSpec) -> None:
     ) -> None:
         def command() -> None:
             from posttrain.config import compose as composing
+            from posttrain.console import output_alone
 
             words = _words(overrides, config)
             if cfg or info:
-                print(composing.show(name, words, config_dir, cfg, info))
+                with output_alone():
+                    print(composing.show(name, words, config_dir, cfg, info))
             elif multirun:
                 from posttrain.launch.sweep import run_sweep
 
@@ -384,10 +387,10 @@ def bring(
 
     def command() -> None:
         from posttrain.commands.bring.bring import import_config
-        from posttrain.console import console
+        from posttrain.console import output_alone
 
-        console.stderr = to is None  # the file alone on standard output
-        text = import_config(file, to, stage)
+        with output_alone(to is None):
+            text = import_config(file, to, stage)
         if to is None:
             print(text, end="")
 

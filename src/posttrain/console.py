@@ -6,7 +6,8 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -62,6 +63,16 @@ QUIET_SECONDS = 5.0  # without a terminal, at most one line of progress in so ma
 def is_main() -> bool:
     """True in the one process that prints: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def output_alone(is_alone: bool = True) -> Generator[None]:
+    """What is said meanwhile goes to standard error: on standard output stands a file that may be kept."""
+    before, console.stderr = console.stderr, is_alone or console.stderr
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 def say(line: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,16 @@ def test_the_pages_commands_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     page = (Path(__file__).parents[2] / "docs" / "config-files.md").read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "team.yaml").write_text("peft: dora\n")
     run = re.search(r"runs/sft/\S+/config.yaml", page)
     assert run
     Path(run[0]).parent.mkdir(parents=True)
     Path(run[0]).write_text(yaml.safe_dump(compose_run("sft", ["peft=lora"])))
     commands = [shlex.split(line, comments=True)[1:] for line in page.splitlines() if "--config" in line and line[:4] == "    "]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for words in commands:
         words = words[words.index("sft") + 1 :]
-        given = [f"--config={words[words.index('--config') + 1]}", *(word for word in words if re.match(r"[\w.]+=", word))]
+        files = [f"--config={after}" for word, after in pairwise(words) if word == "--config"]
+        given = [*files, *(word for word in words if re.match(r"[\w.]+=", word))]
         for job in expand("sft", given):
             assert compose_run("sft", job)["peft"]["method"] in ("lora", "qlora")

@@ -55,7 +55,9 @@ def first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
         message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])
     message = re.sub(", unable to parse string as an? [a-z]+", "", message)
     choices = re.findall("'([^']+)'", message) if complaint["type"] == "literal_error" else []
-    return f"{key}: {message}{did_you_mean(str(complaint['input']), choices)} (got {complaint['input']!r})"
+    given = complaint["input"]
+    quotes = "; put it in quotes" if complaint["type"] == "string_type" and isinstance(given, int | float) else ""
+    return f"{key}: {message}{did_you_mean(str(given), choices)} (got {given!r}){quotes}"
 
 
 def _parent(tree: Any, path: list[str]) -> list[str]:

@@ -191,7 +191,18 @@ def _explain(hydra: Hydra, stage: str, message: str) -> str:
     found = re.search(r"Could not override '([^']+)'", message)
     if found:
         return unknown_key(found.group(1), shipped_keys(hydra, stage))
+    for pattern, said in _INTERPOLATIONS.items():
+        if found := re.search(pattern, message):
+            return said.format(*found.groups())
     return " ".join(message.split())[:300]
+
+
+# what OmegaConf says of ${...} -> ours
+_INTERPOLATIONS = {
+    r"Environment variable '(\w+)' not found.*\s+full_key: (\S+)": "{1}: the environment variable {0} is not set",
+    r"Interpolation key '([^']+)' not found\s+full_key: (\S+)": "{1}: there is no setting {0}, which it names",
+    r"Error merging override (.*)": "{0} cannot be taken: a ${{ names another setting, and ends with }}",
+}
 
 
 def shipped_keys(hydra: Hydra, stage: str) -> list[str]:

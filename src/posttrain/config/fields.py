@@ -19,9 +19,9 @@ def listed(value: Any) -> Any:
 
 
 class Strict(BaseModel):
-    """A section of a config: every key is known, and none changes."""
+    """A section of a config: every key is known, none changes, and every number is finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]

@@ -16,26 +16,16 @@ from typing import Any, cast
 
 import yaml
 
+from posttrain.config.settings_text import Loader12, settings_text, why_not
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.runs.earlier import NAMED_BY_USER, as_it_ran, current_config
-from posttrain.runs.yaml_files import Loader
 
 OPTION = "--config="  # how a list of words names a file
 CHOSEN_BY = {"peft": "method", "quant": "method", "optim": "name"}  # group -> the key that holds the choice
 # the keys that no file of one's own has all of: a run's config, or what `--cfg job` prints
 _WHOLE = {"stage", "init", "full_lr", "tracker", "model", "data", "train", "optim", "run", "launch"}
 _OF_ONE_RUN = ("run", "resume", "track.id", "stage")
-
-
-class Loader12(Loader):
-    """With 1e-4 as a number, which it is in YAML 1.2 and on the command line."""
-
-
-Loader12.yaml_implicit_resolvers = {key: list(value) for key, value in Loader.yaml_implicit_resolvers.items()}
-Loader12.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 Options = Callable[[str], Collection[str]]  # of a group
@@ -65,22 +55,37 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def with_files(words: list[str], stage: str, options: Options, composed: Callable[[list[str]], dict[str, Any]]) -> list[str]:
-    """The words, with a file's own in place of `--config=FILE`, before all else; a group that the user chooses takes the place of
-    the file's. options: of a group. composed: the config that words lead to."""
-    files, own = split_words(words)
-    groups = {name for name in _said(own) if "." not in name and options(name)}
+    """The words, with a file's own in place of `--config=FILE`, before all else, of several files the last to win; a group that
+    is chosen over a file takes the place of the file's. options: of a group. composed: the config that words lead to."""
+    names, own = split_words(words)
+    files = [read_file(Path(word.removeprefix(OPTION)).expanduser(), stage) for word in names]
+    over, whose = _groups(own, options), "the command line"  # what lies over a file, and who chose it
     found: list[str] = []
-    for word in files:
-        file = read_file(Path(word.removeprefix(OPTION)).expanduser(), stage)
-        choices = chosen(file, options)
-        if file.is_whole:
-            lines = [*_needed(choices, composed), *changes_of(file, composed(_choosing(choices)))]
-        else:
-            lines = words_of(file, choices)
-        replaced = [line for line in lines if line.lstrip("+~").split("=")[0].split(".")[0] in groups]
-        _say_once(file, replaced)
-        found += [line for line in lines if line not in replaced]
+    for file in reversed(files):
+        if file.is_whole and file is not files[0]:
+            raise UserError(f"{file.path} holds every key, so it comes first: --config {file.path} --config {files[0].path}")
+        lines = _lines(file, options, composed)
+        replaced = [line for line in lines if _key(line).split(".")[0] in over]
+        _say_once(file, replaced, whose)
+        found = [*(line for line in lines if line not in replaced), *found]
+        over, whose = over | _groups(lines, options), f"{whose} or {file.path}"
     return [*found, *own]
+
+
+def _lines(file: ConfigFile, options: Options, composed: Callable[[list[str]], dict[str, Any]]) -> list[str]:
+    choices = chosen(file, options)
+    if file.is_whole:
+        return [*_needed(choices, composed), *changes_of(file, composed(_choosing(choices)))]
+    return words_of(file, choices)
+
+
+def _key(line: str) -> str:
+    return line.lstrip("+~").partition("=")[0]
+
+
+def _groups(lines: list[str], options: Options) -> set[str]:
+    """The groups that lines choose, each of which takes the place of a whole section."""
+    return {name for name in map(_key, lines) if "." not in name and options(name)}
 
 
 @contextmanager
@@ -92,14 +97,14 @@ def naming_place(stage: str, words: list[str]) -> Generator[None]:
         files, own = split_words(words)
         named = re.findall(r"\w+(?:\.\w+)+|\w+(?=[:='/])", str(error)) if files and ", line" not in str(error) else []
         for key in (key for key in named if key not in _said(own)):
-            places = [read_file(Path(word.removeprefix(OPTION)).expanduser(), stage).place(key) for word in files]
+            places = [read_file(Path(word.removeprefix(OPTION)).expanduser(), stage).place(key) for word in files[::-1]]
             if place := next(filter(None, places), ""):
                 raise UserError(f"{error} ({place})") from None
         raise
 
 
 def _said(words: list[str]) -> set[str]:
-    return {line.lstrip("+~").partition("=")[0] for line in words}
+    return set(map(_key, words))
 
 
 def _choosing(choices: dict[str, str]) -> list[str]:
@@ -119,9 +124,9 @@ def _tell(line: str) -> None:
     say(line)  # composing is done several times
 
 
-def _say_once(file: ConfigFile, replaced: list[str]) -> None:
+def _say_once(file: ConfigFile, replaced: list[str], whose: str) -> None:
     if replaced:
-        _tell(f"{file.path}: the command line chooses instead of {', '.join(replaced)}"[:400])
+        _tell(f"{file.path}: {whose} chooses instead of {', '.join(replaced)}"[:400])
     if file.is_whole and (gone := left_out(file)):
         _tell(f"{file.path}: {', '.join(gone)} belonged to that run alone, and {'is' if len(gone) == 1 else 'are'} left out")
 
@@ -131,12 +136,11 @@ def read_file(path: Path, stage: str) -> ConfigFile:
     if path.is_dir():
         raise UserError(f"--config: {path} is a directory; name a file in it, such as {path / 'config.yaml'}")
     try:
-        loader = Loader12(path.read_text(encoding="utf-8"))
+        loader = Loader12(settings_text(path))
         node = loader.get_single_node()
         settings = list(_settings(loader, node, "", path)) if node else []
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise UserError(f"--config: {path} cannot be read ({said})"[:500]) from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config: {path} cannot be read ({why_not(error)})") from None
     tree: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key, value, line in settings:

@@ -19,8 +19,9 @@ from posttrain.commands.bring.tools import TRL, stage_of, tool_of, with_defaults
 from posttrain.commands.bring.translation import DEFAULT, UNKNOWN, Translation, looked_up
 from posttrain.commands.bring.unsaid import say_unsaid
 from posttrain.config.compose import compose_run
-from posttrain.config.files import OPTION, Loader12
+from posttrain.config.files import OPTION
 from posttrain.config.other_tools import words
+from posttrain.config.settings_text import WithExponents
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.runs.files import write_text
@@ -70,7 +71,7 @@ def _beside(found: Translation, to: Path | None) -> dict[Path, str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8").replace("\t", "    "), Loader12)
+        tree = yaml.load(path.read_text(encoding="utf-8-sig").replace("\t", "    "), WithExponents)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({said})"[:400]) from None
