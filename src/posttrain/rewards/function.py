@@ -8,7 +8,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -167,7 +168,8 @@ def load_function(
     directory; of a class, an instance. Raises UserError, about `field`."""
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        return RewardFunction(name, _built_in(name, field, (options or {}).get(name) or {}), limit)
+        with _about(field):
+            return RewardFunction(name, _built_in(name, field, (options or {}).get(name) or {}), limit)
     if not module_name or not attribute:
         raise UserError(f"{field}: '{name}' is no function; write module:name, as in my_rewards:brevity")
     if (new := current_function(name)) != name:
@@ -224,6 +226,16 @@ def check_options(
 def columns_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """As functions are given them: by name, a value for each row; None where it has none."""
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+@contextmanager
+def _about(field: str) -> Generator[None]:
+    """What is built in speaks of `reward`, whose words a function has elsewhere under other names."""
+    try:
+        yield
+    except UserError as error:
+        options = f"{field.rpartition('.')[0]}.options"
+        raise UserError(str(error).replace("reward.options", options).replace("reward.function", field)) from None
 
 
 def _built_in(name: str, field: str, options: Mapping[str, Any]) -> Any:

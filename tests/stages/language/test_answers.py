@@ -115,3 +115,20 @@ def test_a_run_keeps_the_best_by_its_answers(tmp_path: Path) -> None:
     assert manifest["best"]["metric"] == "answers/f1" and manifest["best"]["value"] == manifest["metrics"]["answers/f1"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Answers to held-out prompts: F1" in page and "the data's answer" in page and ", f1 0" in page
+
+
+NO_PATTERN = ["eval.generate.metrics=[regex]", "eval.generate.options.regex.pattern='('"]
+NO_OPTION = ["eval.generate.metrics=[regex]", "eval.generate.options.regex.patern=a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval.generate.metrics=[judge]"], r"judge: give its url and model, as eval.generate.options.judge.url="),
+        (NO_PATTERN, r"regex.pattern: '\(' is no regular expression"),
+        (NO_OPTION, r"regex.patern: regex has"),
+    ],
+)
+def test_a_built_in_reward_is_spoken_of_by_the_words_that_asked_for_it(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^eval.generate.options.{said}"):
+        posttrain.run("sft", "model=tiny", "train.max_steps=1", "eval.generate.prompts=2", f"run.dir={tmp_path}/run", *words)
