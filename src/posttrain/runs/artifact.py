@@ -20,6 +20,12 @@ from posttrain.runs.manifest import MANIFEST, Base, Manifest, Parent, is_finishe
 from posttrain.runs.remote import here
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+# of adapter_config.json, what makes no difference to what an adapter does
+WITHOUT_EFFECT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core",
+    "qalora_group_size", "runtime_config",
+}  # fmt: skip
 HEAD_FILE = "score.safetensors"  # of a reward model for which transformers has no class: its head, and the mark that it is one
 MODEL_CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"  # of transformers, of diffusers
 
@@ -139,11 +145,16 @@ class Artifact:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of what an adapter adds; '' for a model, whose files have a digest of their own."""
+        """sha256 of what an adapter adds; '' for a model, whose files have a digest of their own. Of one of others with how its
+        tensors are used (alpha, rsLoRA), which nothing holds together with them."""
         if self.kind == "model":
             return ""
         listed = self.manifest and self.weight_files.get(f"{self.manifest.weights.path}/{ADAPTER_WEIGHTS}")
-        return listed or sha256(self.weights / ADAPTER_WEIGHTS)
+        if listed:
+            return listed
+        used = {key: value for key, value in self.adapter.whole.items() if key not in WITHOUT_EFFECT and value is not None}
+        said = f"{sha256(self.weights / ADAPTER_WEIGHTS)} {json.dumps(used, sort_keys=True)}"
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def parents(self, role: str) -> list[Parent]:
         """For the manifest of what is made from it: one of a run, none of anything else."""

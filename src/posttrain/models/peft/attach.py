@@ -17,6 +17,7 @@ from posttrain.models.peft.names import in_memory, todays_names, with_layers
 from posttrain.models.peft.quantized import read_packed
 from posttrain.models.peft.shared import check_shared, silence_followers
 from posttrain.models.peft.tokens import size_of, without_rows
+from posttrain.models.peft.whole import check_whole, fitting
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,8 +60,9 @@ def put_beside(model: PeftModel, adapter_dir: Path, name: str) -> None:
     read_packed(model)
     torch.set_rng_state(before)  # peft initialises at random what is then loaded
     tensors = in_memory(model, saved, weights)
-    with todays_names():
+    with todays_names(), fitting(adapter_dir):
         set_peft_model_state_dict(model, tensors, adapter_name=name)
+        check_whole(model, name, tensors, adapter_dir)
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.requires_grad_(False)
@@ -108,13 +110,17 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
     if not saved.get("target_parameters"):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
+        with fitting(adapter_dir):
+            found = PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=NEW, is_trainable=is_trainable, config=config)
+        check_whole(found, NEW, in_memory(found, saved, load_peft_weights(str(adapter_dir), device="cpu")), adapter_dir)
+        return found
     with todays_names():
         made: Any = get_peft_model(model, with_layers(config, model), adapter_name=NEW)
     read_packed(made)
     tensors = in_memory(made, saved, load_peft_weights(str(adapter_dir), device="cpu"))
-    with todays_names():
+    with todays_names(), fitting(adapter_dir):
         set_peft_model_state_dict(made, tensors, adapter_name=NEW)
+        check_whole(made, NEW, tensors, adapter_dir)
     return made if is_trainable else made.eval()
 
 

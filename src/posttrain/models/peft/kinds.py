@@ -7,13 +7,9 @@ from typing import Any
 
 from posttrain.config.interfaces import METHODS, AdapterKind
 from posttrain.errors import UserError
+from posttrain.runs.artifact import WITHOUT_EFFECT
 
-# of adapter_config.json: what makes no difference to what an adapter does, and what does where it has another value than these
-WITHOUT_EFFECT = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core",
-    "qalora_group_size", "runtime_config",
-}  # fmt: skip
+# of adapter_config.json: what makes a difference to what an adapter does where it has another value than these
 PLAIN = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),

@@ -45,6 +45,9 @@ class Adapter:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{field}: {directory} holds no whole adapter ({error}); finish its run again") from None
         self.kind = require_kind(self.config, field)
+        self.where = f"{field}: the adapter in {directory}"
+        if bad := next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None):
+            raise UserError(f"{self.where} holds values that are not finite, in {bad.removeprefix(PREFIX)}; take one without")
         self._take({name.removeprefix(PREFIX): value for name, value in tensors.items()})
         if self.modules and self.kind.is_zero(self):
             raise UserError(f"{field}: the adapter in {directory} is all zero: its run has learned nothing")
@@ -77,7 +80,10 @@ class Adapter:
         """The layer's weight with the change in it, float32 [out, in]. transposed: the base keeps it as [in, out]; None: as the
         adapter's files say it."""
         transposed = bool(self.config.get("fan_in_fan_out")) if transposed is None else transposed
-        changed = self.kind.changed(self, module, (weight.mT if transposed else weight).float())
+        try:
+            changed = self.kind.changed(self, module, (weight.mT if transposed else weight).float())
+        except KeyError as error:
+            raise UserError(f"{self.where} lacks {error.args[0]}; give the whole adapter") from None
         return changed.mT.contiguous() if transposed else changed
 
 

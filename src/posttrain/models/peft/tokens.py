@@ -7,7 +7,7 @@ own, so that plain peft puts them over any base that is large enough.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,21 @@ class Rows(dict[str, tuple[list[int], Tensor]]):
     def of(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> Rows:
         """config: an adapter_config.json. tensors: of its file, with peft's prefix or without."""
         plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        layers = config.get(KEY) or {}
+        layers = _by_layer(config.get(KEY) or {}, plain)
         return cls({layer: (list(ids), plain[layer + SUFFIX]) for layer, ids in layers.items()})
 
 
 def size_of(adapter_dir: Path) -> int:
     """Rows that an embedding must have for a saved adapter; 0 where it asks for none."""
-    layers = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8")).get(KEY) or {}
-    return max((max(ids) + 1 for ids in layers.values()), default=0)
+    asked = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8")).get(KEY) or {}
+    return max((max(ids) + 1 for ids in (asked.values() if isinstance(asked, dict) else [asked])), default=0)
+
+
+def _by_layer(asked: dict[str, list[int]] | list[int], tensors: Iterable[str]) -> dict[str, list[int]]:
+    """What peft is asked to train: ids by layer, or ids alone, which are of the layers whose rows lie in the file."""
+    if isinstance(asked, dict):
+        return asked
+    return {name.removesuffix(SUFFIX): asked for name in tensors if name.endswith(SUFFIX)}
 
 
 def rows_of(adapter_dir: Path) -> Rows:
@@ -101,7 +108,8 @@ def drop_layer(layer: str, config: dict[str, Any], tensors: dict[str, Tensor]) -
     if not config.get(KEY):
         return config, tensors
     kept = {name: tensor for name, tensor in tensors.items() if name != f"{PREFIX}{layer}{SUFFIX}"}
-    return config | {KEY: {name: ids for name, ids in config[KEY].items() if name != layer}}, kept
+    layers = _by_layer(config[KEY], (name.removeprefix(PREFIX) for name in tensors))
+    return config | {KEY: {name: ids for name, ids in layers.items() if name != layer}}, kept
 
 
 def merge_rows(directory: Path, rows: Rows) -> None:
