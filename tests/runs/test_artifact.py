@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.runs.artifact import open_artifact
+from posttrain.runs.artifact import WITHOUT_EFFECT, open_artifact
 from posttrain.runs.files import sha256
 from posttrain.runs.manifest import Base, Parent
 
@@ -94,7 +94,9 @@ def test_an_adapter_of_someone_elses_making(tmp_path: Path) -> None:
     assert (found.kind, found.is_run, found.stage, found.manifest) == ("adapter", False, None, None)
     assert found.base == Base(name="org/base", path="org/base") and found.tokenizer == "org/base"
     assert found.weights == directory and found.quantization == {"method": "none"} and found.parents("init") == []
-    assert found.digest == hashlib.sha256(b"tensors").hexdigest() and found.verified() is found
+    used = json.dumps({k: v for k, v in found.adapter.whole.items() if k not in WITHOUT_EFFECT and v is not None}, sort_keys=True)
+    said = f"{hashlib.sha256(b'tensors').hexdigest()} {used}"
+    assert found.digest == hashlib.sha256(said.encode()).hexdigest() and found.verified() is found
     assert found.chat_template == hashlib.sha256(b"{{ x }}").hexdigest()
     files(directory, tokenizer_config__json={})
     assert open_artifact(directory, "init").tokenizer == str(directory)
