@@ -29,16 +29,16 @@ from pydantic import ValidationError
 from posttrain.config.code import refuse_targets, require_own_words
 from posttrain.config.complaints import first_complaint, unknown_key
 from posttrain.config.files import in_quotes, naming_place, split_words, with_files
+from posttrain.config.inherit import inherit_model
 from posttrain.config.interfaces import REGISTRIES
 from posttrain.config.parsed_files import ParsedFiles
 from posttrain.config.paths import root
 from posttrain.config.stages import REGISTRY, typed_config
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
-from posttrain.runs.directory import CONFIG, read_config, refuse_secrets
+from posttrain.runs.directory import refuse_secrets
 from posttrain.runs.earlier import NAMED_BY_USER, RENAMED_KEYS
 from posttrain.runs.identity import flatten
-from posttrain.runs.remote import here
 from posttrain.runs.yaml_files import check_aliases
 
 LORA_FACTOR = 10.0  # peft.lr_factor of lora, to which a stage's lora_lr belongs
@@ -229,26 +229,6 @@ def said_words(stage: str, overrides: list[str], config_dir: Path | None = None)
         return overrides
     with opened(config_dir) as hydra:
         return _with_files(hydra, stage, overrides)
-
-
-def inherit_model(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """With `init` a finished run, the model is that run's. Raises UserError where the user names another one."""
-    directory = Path(here(config["init"] or "", "init")).expanduser()
-    if not config["init"] or not (directory / CONFIG).is_file():
-        return config
-    whole = read_config(directory)
-    parent = whole["model"]
-    if whole["stage"] in REGISTRY.names() and REGISTRY.get(whole["stage"]).reads != REGISTRY.get(config["stage"]).reads:
-        raise UserError(f"init: {config['init']} is a {whole['stage']} run, which {config['stage']} cannot start from")
-    said = any(line.lstrip("+").startswith(("model=", "model.name=")) for line in overrides)
-    if said and config["model"]["name"] != parent["name"]:
-        raise UserError(
-            f"init: {config['init']} was trained from {parent['name']}, not from model {config['model']['name']}; leave model out"
-        )
-    kept = {line.lstrip("+").split("=")[0].removeprefix("model.") for line in overrides if line.lstrip("+").startswith("model.")}
-    # a parent's tokens are in its tokenizer; trust is the user's alone to give; models of images have neither
-    kept = (kept | {"add_tokens", "trust_remote_code"}) & config["model"].keys()
-    return {**config, "model": {**config["model"], **parent, **{key: config["model"][key] for key in kept}}}
 
 
 def show(stage: str, overrides: list[str], config_dir: Path | None, cfg: str | None, info: str | None) -> str:

@@ -167,13 +167,18 @@ class Artifact:
         return self.manifest
 
     def supported(self, scores: bool = False) -> Artifact:
-        """Itself. Raises UserError for an adapter of others that does not name its base, or is a reward model's and is not wanted
-        for its scores."""
+        """Itself. Raises UserError for an adapter of others that names no base, or a directory that is gone, or is a reward
+        model's and is not wanted for its scores."""
         if self.kind == "adapter" and not self.is_run:
             if not self.base.path:
                 raise UserError(
                     f"{self.field}: {self.weights / ADAPTER_CONFIG} does not say which base the adapter belongs to; write its "
                     "hub id or directory there, as base_model_name_or_path"
+                )
+            if _can_only_be_a_path(self.base.path) and not Path(self.base.path).expanduser().exists():
+                raise UserError(
+                    f"{self.field}: the base of {self.name} is {self.base.path} by its {ADAPTER_CONFIG}, and is not there; write "
+                    "another directory or a hub id into that file, as base_model_name_or_path"
                 )
             if self.reward_head and not scores:
                 raise UserError(
@@ -252,7 +257,9 @@ def _bare_adapter(name: str, field: str, directory: Path) -> Artifact:
     found = Artifact(name, field, "adapter", directory, Base(name=""), name, {"method": "none"})
     base = found.adapter.base
     tokenizer = str(directory) if (directory / "tokenizer_config.json").is_file() else base
-    return replace(found, base=Base(name=base, path=base), tokenizer=tokenizer)
+    of_hub = not Path(base).expanduser().exists()  # a directory has no revisions
+    revision = found.adapter.whole.get("revision") if of_hub else None
+    return replace(found, base=Base(name=base, path=base, revision=revision), tokenizer=tokenizer)
 
 
 def _cached_adapter(name: str) -> Path | None:

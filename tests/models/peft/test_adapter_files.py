@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import posttrain
+from posttrain.config.compose import compose_run
+from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
 from posttrain.models.builtin import builtin_directory
+from posttrain.models.language.loading import load_in_turn, load_model, load_models, switch
 from posttrain.models.peft.attach import add_method, load_adapter, put_beside
 from posttrain.models.peft.merge import Adapter, write_merged
 from posttrain.models.peft.tokens import rows_of, size_of
@@ -77,9 +81,6 @@ def test_a_damaged_adapter_is_never_loaded(whole: Path, tmp_path: Path, change: 
         UserError, match=rf"the adapter in {folder} {said}.*; give the whole adapter, and the base it belongs to$"
     ):
         load_adapter(tiny(), folder)
-    from posttrain.config.compose import compose_run
-    from posttrain.config.stages import typed_config
-
     method = typed_config(compose_run("sft", ["model=tiny", "peft=lora"])).peft
     model: Any = add_method(tiny(), method)
     with pytest.raises(UserError, match=f"the adapter in {folder} "):
@@ -138,3 +139,55 @@ def test_what_an_adapter_adds_is_more_than_its_tensors(whole: Path, tmp_path: Pa
 
     assert digest() == digest(inference_mode=False, base_model_name_or_path="elsewhere", peft_version="1")
     assert len({digest(), digest(lora_alpha=16), digest(use_rslora=True), digest(alpha_pattern={"q_proj": 2})}) == 4
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_that_changes_the_base_is_measured_alone(whole: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Beside it another one would be measured on what it has made of the base."""
+    other = saved(tmp_path / "other", **settings)
+    ids = torch.tensor([[1, 5, 9, 3]])
+    for pair in ([whole, other], [other, whole]):
+        for live, names in load_in_turn([str(each) for each in pair], "cpu"):
+            for name in names:
+                switch(live, names, name)
+                folder = next(each for each in pair if each.name == name)
+                with torch.no_grad():
+                    alone = load_adapter(tiny().to(live.model.dtype), folder)(ids).logits
+                    torch.testing.assert_close(live.model(ids).logits, alone, atol=0.02, rtol=0)  # bfloat16
+
+
+def test_two_that_cannot_be_told_apart_are_refused_by_chat(whole: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", init_lora_weights="pissa")
+    with pytest.raises(UserError, match="other has to lie on a base of its own; give it alone"):
+        load_models([str(whole), str(other)], "cpu")
+
+
+def test_a_base_that_is_gone_is_spoken_of_as_the_adapters(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "moved")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for field, use in (
+        ("run", lambda: load_model(str(folder))),
+        ("init", lambda: posttrain.run("sft", f"init={folder}", f"run.dir={tmp_path}/run")),
+    ):
+        said = rf"^{field}: the base of {folder} is {tmp_path}/gone by its adapter_config.json, and is not there; write another"
+        with pytest.raises(UserError, match=said):
+            use()
+
+
+def test_the_bases_revision_is_the_adapters_word(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "pinned")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for base, revision in (("org/base", "abc"), (str(builtin_directory("tiny")[0]), None)):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base, "revision": "abc"}))
+        assert open_artifact(folder, "init").base.revision == revision
+
+
+def test_another_model_than_the_adapters_base_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^init: \S+ is an adapter of \S+, not of model smollm2; leave model out, or write"):
+        posttrain.run("sft", f"init={whole}", "model=smollm2", f"run.dir={tmp_path}/run")
+    small = ["model=tiny", "train.max_steps=1", "train.max_length=64", "eval.sets=null", "peft=lora"]
+    with pytest.raises(UserError, match=r"^chain.mode: continue goes on with an adapter, and init is a whole model"):
+        posttrain.run("sft", *small, f"init={builtin_directory('tiny')[0]}", "chain.mode=continue", f"run.dir={tmp_path}/other")
+    with pytest.raises(UserError, match=r"^chain.mode: continue goes on with an adapter, and there is no init"):
+        posttrain.run("sft", *small, "chain.mode=continue", f"run.dir={tmp_path}/run")

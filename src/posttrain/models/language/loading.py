@@ -22,6 +22,7 @@ from posttrain.models.language.reward_model import PackedScorer
 from posttrain.models.language.run_data import data_of, differences, encoder_of, told_of
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import NEW, load_adapter, put_beside
+from posttrain.models.peft.kinds import leaves_the_base
 from posttrain.models.quantization import quantization
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
@@ -155,7 +156,10 @@ def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = 
     names = names_of(runs)
     for name, other in zip(names[1:], artifacts[1:], strict=True):
         if not _is_beside(other, live.artifact):
-            raise UserError(f"{other.name} has no adapter on the base of {runs[0]}; give runs of one base, or one run")
+            why = "has to lie on a base of its own; give it alone" if _alone(other, live.artifact) else ""
+            raise UserError(
+                f"{other.name} {why or f'has no adapter on the base of {runs[0]}; give runs of one base, or one run'}"
+            )
         put_beside(live.model, other.verified().weights, _adapter_called(names, name))
         if found := differences(live.artifact, other, live.words):
             say(f"{name}: {', '.join(found)} of its run was another; words are rendered as {names[0]} has them")
@@ -163,9 +167,16 @@ def load_models(runs: list[str], device: str, words: Mapping[str, str] | None = 
 
 
 def _is_beside(other: Artifact, first: Artifact) -> bool:
-    """Are both adapters, of one base?"""
+    """Are both adapters, of one base, each of which leaves that as it is?"""
     adapters = "model" not in (first.kind, other.supported().kind)
-    return adapters and same_base(base_digest(other), base_digest(first))
+    return adapters and same_base(base_digest(other), base_digest(first)) and not _alone(other, first)
+
+
+def _alone(*artifacts: Artifact) -> bool:
+    """Is one of these adapters of a kind, or with a setting, that others cannot lie beside?"""
+    kinds = {artifact.adapter.peft_type for artifact in artifacts if artifact.kind == "adapter"}
+    configs = [artifact.adapter.whole for artifact in artifacts if artifact.kind == "adapter"]
+    return len(kinds) > 1 or not all(map(leaves_the_base, configs))
 
 
 def load_in_turn(runs: list[str], device: str, words: Mapping[str, str] | None = None) -> Iterator[tuple[LoadedModel, list[str]]]:

@@ -8,6 +8,7 @@ from posttrain.models.language.loading import LoadedModel, base_digest, device_h
 from posttrain.models.language.run_data import data_of
 from posttrain.models.language.tokenizer import load_tokenizer
 from posttrain.models.peft.attach import NEW, put_beside
+from posttrain.models.peft.kinds import leaves_the_base
 from posttrain.models.peft.tokens import size_of
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
@@ -57,4 +58,4 @@ def _share(a: Artifact, b: Artifact) -> bool:
 def _is_plain(artifact: Artifact) -> bool:
     if artifact.kind != "adapter" or artifact.adapter.peft_type != "LORA" or size_of(artifact.weights):
         return False
-    return not any(artifact.adapter.whole.get(key) for key in _OF_OTHER_SHAPE)
+    return leaves_the_base(artifact.adapter.whole) and not any(artifact.adapter.whole.get(key) for key in _OF_OTHER_SHAPE)

@@ -49,6 +49,11 @@ def is_plain_sum(config: dict[str, Any]) -> bool:
     return kind is not None and kind.is_sum and not kind.objection(config)
 
 
+def leaves_the_base(config: dict[str, Any]) -> bool:
+    """Can others lie beside it? Some inits, biases and whole modules change the base itself."""
+    return all(not config.get(key) or config[key] in plain for key, plain in PLAIN.items())
+
+
 def odd_setting(config: dict[str, Any], understood: Collection[str]) -> str:
     """The first setting of an adapter_config.json that a merge which knows those of `understood` cannot be sure of; or ''."""
     known = {*understood, *WITHOUT_EFFECT, *PLAIN}

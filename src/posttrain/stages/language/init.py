@@ -43,6 +43,7 @@ class InitSource:
     template: str | None = None
     place: str = ""
     field: str = "model.name"
+    revision: str | None = None  # of the base of an adapter of others, as it says
 
 
 def resolve_reward(cfg: LanguageStage, run: str, field: str, tokenizer_hash: str, starts_critic: bool = False) -> InitSource:
@@ -107,7 +108,7 @@ def source_of(artifact: Artifact, role: str, mode: str) -> InitSource:
         )  # fmt: skip
     return InitSource(
         base.name, base.path, artifact.tokenizer, artifact.weights, mode, base.digest, artifact.digest, parents, head, template,
-        place, artifact.field,
+        place, artifact.field, None if artifact.is_run else artifact.base.revision,
     )  # fmt: skip
 
 
@@ -118,10 +119,14 @@ def resolve_start(cfg: LanguageStage, weights: bool = True) -> InitSource:
     cannot become what `chain.mode` says.
     """
     if cfg.init is None:
+        if cfg.chain.mode == "continue":
+            raise UserError("chain.mode: continue goes on with an adapter, and there is no init; give init=RUN, or leave it out")
         return InitSource(cfg.model.name, cfg.model.name, cfg.model.name)
     artifact = open_artifact(cfg.init, "init").supported()
     if weights:
         artifact.verified()
+    if artifact.kind == "model" and cfg.chain.mode == "continue":
+        raise UserError(f"chain.mode: continue goes on with an adapter, and init is a whole model ({cfg.init}); leave it out")
     if artifact.is_pipeline:
         raise UserError(f"init: {cfg.init} is of a diffusion model, which {cfg.stage} cannot start from")
     if artifact.reward_head and cfg.stage != "rm":
@@ -152,7 +157,7 @@ def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
 def find_base(start: InitSource, revision: str | None, weights: bool = True) -> BaseInfo:
     """What a stage's start means, and the digest of its weights; fetches files, loads nothing. weights: False leaves those alone,
     and the digest empty. UserError where a finished run's adapter belongs to other weights."""
-    source = resolve(start.source, revision, weights, start.field)
+    source = resolve(start.source, revision or start.revision, weights, start.field)
     base = BaseInfo(start.name, source.path, source.revision, digest(source.directory) if weights else "")
     if start.adapter and not start.base_digest:
         say(f"init: an adapter of others; its base is {start.name}, as it says; whether that has changed is not known")
