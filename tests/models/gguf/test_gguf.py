@@ -40,6 +40,24 @@ OWN: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "stablelm": {"use_qkv_bias": True, "layer_norm_eps": 1e-4},
     "starcoder2": {"sliding_window": None, "norm_epsilon": 1e-4, "tie_word_embeddings": True},
+    "phi": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "olmo": {"clip_qkv": 0.9, "pad_token_id": 0},
+    "olmo3": {"sliding_window": 8, "num_hidden_layers": 5, "pad_token_id": 0},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4, "pad_token_id": 0},
+    "smollm3": {"num_hidden_layers": 5, "pad_token_id": 0},
+    "gpt2": {"n_inner": 96},
+    "gpt_bigcode": {"n_inner": 96, "multi_query": True},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 5, "logit_scale": 0.25},
+    "arcee": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "seed_oss": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 16},
+    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
 }
 
@@ -80,7 +98,7 @@ def test_what_is_read_is_the_same_model(kind: str, tmp_path: Path) -> None:
             assert torch.equal(*greedy)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.adds_one])
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "nemotron"])
 def test_gemma_s_norms_are_written_as_llama_cpp_multiplies(kind: str, tmp_path: Path) -> None:
     model = made(tmp_path, kind)
     tensors = {t.name: t for t in GGUFReader(written(tmp_path, model)).tensors}
@@ -109,6 +127,15 @@ def test_experts_lie_together_and_their_router_in_32_bits(tmp_path: Path) -> Non
         ("stablelm", "stablelm.attention.layer_norm_epsilon", 1e-4),
         ("starcoder2", "starcoder2.attention.layer_norm_epsilon", 1e-4),
         ("mixtral", "llama.expert_used_count", 2),
+        ("gpt_neox", "gptneox.use_parallel_residual", True),
+        ("gpt_neox", "gptneox.rope.dimension_count", 4),
+        ("falcon", "falcon.attention.head_count_kv", 2),
+        ("gpt_bigcode", "starcoder.attention.head_count_kv", 1),
+        ("olmo", "olmo.attention.clamp_kqv", 0.9),
+        ("olmo", "olmo.attention.layer_norm_epsilon", 1e-5),
+        ("cohere2", "cohere2.attention.sliding_window", 8),
+        ("cohere", "command-r.logit_scale", 0.25),
+        ("olmo3", "olmo2.attention.sliding_window", 8),
     ],
 )
 def test_what_a_family_computes_with_is_said(kind: str, key: str, want: float, tmp_path: Path) -> None:
@@ -131,6 +158,29 @@ def test_what_a_family_computes_with_is_said(kind: str, key: str, want: float, t
         ("stablelm", {"qk_layernorm": True}, "norms of queries and keys"),
         ("stablelm", {"tie_word_embeddings": True}, "a head that is the embedding"),
         ("starcoder2", {"use_bias": False}, "no biases"),
+        ("gpt_neox", {"attention_bias": False}, "no biases"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "a head that is the embedding"),
+        ("qwen2_moe", {"tie_word_embeddings": True}, "a head that is the embedding"),
+        ("olmo2", {"tie_word_embeddings": True}, "a head that is the embedding"),
+        ("gemma", {"tie_word_embeddings": False}, "a head of its own"),
+        ("gemma2", {"tie_word_embeddings": False}, "a head of its own"),
+        ("cohere", {"tie_word_embeddings": False}, "a head of its own"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm=True in 2 layers"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("falcon", {"bias": True}, "biases"),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": False}, "keys of their own for all heads"),
+        ("falcon", {"new_decoder_architecture": False, "parallel_attn": False}, "attention before its MLP"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "another scale of attention"),
+        ("gpt_bigcode", {"multi_query": False}, "keys of their own for all heads"),
+        ("smollm3", {"no_rope_layers": [1] * 5}, "another order of layers without rope than one in 4"),
+        ("olmo3", {"layer_types": ["full_attention"] * 5}, "one in 4"),
+        ("olmoe", {"num_key_value_heads": 2}, "keys that heads share"),
+        ("olmoe", {"clip_qkv": 1.0}, "clip_qkv=1.0"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm=True"),
+        ("arcee", {"mlp_bias": True}, "biases in the MLP"),
+        ("ernie4_5", {"use_bias": True}, "biases everywhere"),
+        ("seed_oss", {"attention_out_bias": True}, "biases behind attention"),
+        ("exaone4", {"sliding_window": 16}, "a sliding window"),
         ("starcoder2", {"sliding_window": 16}, "a sliding window"),
         ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear rope"),
     ],
@@ -147,6 +197,28 @@ def test_rows_of_q_are_in_the_order_of_llama_cpp(tmp_path: Path) -> None:
     rows = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
     np.testing.assert_array_equal(tensors["blk.0.attn_q.weight"].data[:4], rows[[0, 8, 1, 9]])
     assert tensors["blk.0.attn_v.weight"].data[1].tolist() == model.model.layers[0].self_attn.v_proj.weight[1].tolist()
+
+
+def test_queries_keys_and_values_of_falcon_and_gpt_neox_by_hand(tmp_path: Path) -> None:
+    """Falcon: two queries, a key and a value a group of heads of 16; GPT-NeoX: one of each. There all queries come first."""
+    for kind, queries in (("falcon", [0, 16, 64, 80]), ("gpt_neox", [0, 48, 96, 144])):
+        (tmp_path / kind).mkdir()
+        model = made(tmp_path / kind, kind)
+        tensors = {t.name: t for t in GGUFReader(written(tmp_path / kind, model)).tensors}
+        rows = next(p for n, p in model.named_parameters() if "0." in n and n.endswith("query_key_value.weight")).detach().numpy()
+        found = tensors["blk.0.attn_qkv.weight"].data
+        np.testing.assert_array_equal(found[[0, 16, 32, 48]], rows[queries])
+        np.testing.assert_array_equal(found[64], rows[32 if kind == "falcon" else 16])
+        np.testing.assert_array_equal(found[-1], rows[-1])
+
+
+def test_gpt_2_s_layers_lie_the_other_way_round_and_its_positions_in_32_bits(tmp_path: Path) -> None:
+    model = made(tmp_path, "gpt2")
+    file = written(tmp_path, model, "q8_0")
+    tensors = {t.name: t for t in GGUFReader(file).tensors}
+    assert list(tensors["blk.0.ffn_up.weight"].shape) == [64, 96]  # the innermost first
+    assert tensors["position_embd.weight"].tensor_type.name == "F32"
+    assert "gpt2.rope.freq_base" not in GGUFReader(file).fields
 
 
 def test_every_dtype_is_as_near_as_its_bits(tmp_path: Path) -> None:
@@ -192,7 +264,7 @@ def test_a_file_of_another_shape_or_vocabulary_is_seen(tmp_path: Path) -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, .*granite, stablelm, starcoder2\)"
+        UserError, match=r"no GGUF is written of gemma3 models \(there are: llama, .*gpt_neox, falcon, .*starcoder2\)"
     ):
         require_family(_of("gemma3"))
     with pytest.raises(UserError, match="yarn rope"):

@@ -6,120 +6,94 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gguf import MODEL_ARCH, Keys
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
 from posttrain.errors import UserError
-
-Figures = dict[str, int | float]
-LLM, ATTENTION = Keys.LLM, Keys.Attention
+from posttrain.models.gguf import changes, odd, shapes
+from posttrain.models.gguf.shapes import ATTENTION, LLM, ROPE, Figures, Own, act, head_dim, kv_heads, rope_of, rope_width, width
 
 
 @dataclass(frozen=True)
 class Family:
-    """arch: llama.cpp's. turns: q's and k's rows go into the order of its own rope. adds_one: norms are written as 1 + w.
-    figures: beside the usual ones. odd: why a model of this family is not written, '' where it is. acts: of the MLP. biases:
-    attention may have them. ropes: beside the plain one. epsilon: where the config keeps that of LayerNorm, '' with RMSNorm."""
+    """arch: llama.cpp's. changes: of tensors, by what is found in their names. figures: beside the usual ones. odd: why a model
+    of this family is not written, '' where it is. acts: of the MLP. biases: the config's keys of BIASES that may be set. ropes:
+    beside the plain one. epsilon: the config's key of that of LayerNorm, or the number; '' with RMSNorm."""
 
     arch: MODEL_ARCH
-    turns: bool = False
-    adds_one: bool = False
-    figures: Callable[[Any], Figures] = lambda config: {}
-    odd: Callable[[Any], str] = lambda config: ""
+    changes: Callable[[Any], changes.Changes] = changes.none
+    figures: Callable[[Any], Own] = shapes.plain
+    odd: odd.Odd = odd.no
     acts: tuple[str, ...] = ("silu", "swish")
-    biases: bool = False
+    biases: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ()
-    epsilon: str = ""
+    epsilon: str | float = ""
 
 
-def _experts(config: Any) -> Figures:
-    count = getattr(config, "num_experts", None) or config.num_local_experts
-    own = getattr(config, "moe_intermediate_size", None)
-    shared = getattr(config, "shared_expert_intermediate_size", None)
-    found: Figures = {LLM.EXPERT_COUNT: count, LLM.EXPERT_USED_COUNT: config.num_experts_per_tok}
-    found |= {LLM.EXPERT_FEED_FORWARD_LENGTH: own} if own else {}
-    return found | ({LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: shared} if shared else {})
-
-
-def _of_gemma(config: Any) -> Figures:
-    found: Figures = {ATTENTION.SLIDING_WINDOW: config.sliding_window}
-    caps = {
-        LLM.ATTN_LOGIT_SOFTCAPPING: config.attn_logit_softcapping,
-        LLM.FINAL_LOGIT_SOFTCAPPING: config.final_logit_softcapping,
-    }
-    return found | {key: value for key, value in caps.items() if value}
-
-
-def _of_granite(config: Any) -> Figures:
-    return {
-        ATTENTION.SCALE: config.attention_multiplier,
-        LLM.EMBEDDING_SCALE: config.embedding_multiplier,
-        LLM.RESIDUAL_SCALE: config.residual_multiplier,
-        LLM.LOGIT_SCALE: config.logits_scaling,
-    }
-
-
-def _slides(config: Any) -> str:
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return "a sliding window" if window and window < config.max_position_embeddings else ""
-
-
-def _odd_experts(normed: bool) -> Callable[[Any], str]:
-    def odd(config: Any) -> str:
-        if bool(config.norm_topk_prob) != normed:
-            return f"norm_topk_prob={config.norm_topk_prob}"
-        if config.decoder_sparse_step != 1 or config.mlp_only_layers:
-            return "layers without experts"
-        return _slides(config)
-
-    return odd
-
-
-def _odd_gemma(period: int) -> Callable[[Any], str]:
-    """period: every so manieth layer sees everything, the others a window."""
-
-    def odd(config: Any) -> str:
-        head = config.head_dim
-        largest = {2: 46, 6: 62}[period]  # layers of the model of 27B, for which llama.cpp divides by another width
-        scale = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == largest else head
-        if config.query_pre_attn_scalar != scale:
-            return f"query_pre_attn_scalar={config.query_pre_attn_scalar}"
-        kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
-        if list(config.layer_types) != kinds:
-            return f"another order of layers than one in {period} that sees everything"
-        if period == 6 and rope_of(config, "sliding_attention")["rope_theta"] != 10000.0:
-            return "another rope of its windows than theta 10000"
-        return "attention in both directions" if getattr(config, "use_bidirectional_attention", False) else ""
-
-    return odd
-
-
-def _odd_stablelm(config: Any) -> str:
-    if config.tie_word_embeddings:
-        return "a head that is the embedding"
-    return "norms of queries and keys" if config.qk_layernorm else ""
-
-
-def _odd_starcoder2(config: Any) -> str:
-    return _slides(config) if config.use_bias else "no biases"
-
-
-_GELU = ("gelu_pytorch_tanh",)
+_ROPE, _TANH = changes.by_rope, ("gelu_pytorch_tanh", "gelu_new")
+_GELU = (*_TANH, "gelu")  # llama.cpp takes all of them as the former, and transformers does so in Gemma
+_LAYER, _BIASED = "layer_norm_eps", ("attention_bias",)
+BIASES = {
+    "attention_bias": "in attention",
+    "mlp_bias": "in the MLP",
+    "attention_out_bias": "behind attention",
+    "use_bias": "everywhere",
+}
 FAMILIES = {
-    "llama": Family(MODEL_ARCH.LLAMA, turns=True, biases=True, ropes=("llama3",)),
-    "mistral": Family(MODEL_ARCH.LLAMA, turns=True, odd=_slides),
-    "mixtral": Family(MODEL_ARCH.LLAMA, turns=True, figures=_experts, odd=_slides),
-    "qwen2": Family(MODEL_ARCH.QWEN2, odd=_slides, biases=True),
-    "qwen3": Family(MODEL_ARCH.QWEN3, odd=_slides),
-    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, figures=_experts, odd=_odd_experts(False), biases=True),
-    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, figures=_experts, odd=_odd_experts(True)),
-    "gemma": Family(MODEL_ARCH.GEMMA, adds_one=True, acts=(*_GELU, "gelu")),  # transformers and llama.cpp take both as the former
-    "gemma2": Family(MODEL_ARCH.GEMMA2, adds_one=True, figures=_of_gemma, odd=_odd_gemma(2), acts=_GELU),
-    "gemma3_text": Family(MODEL_ARCH.GEMMA3, adds_one=True, figures=_of_gemma, odd=_odd_gemma(6), acts=_GELU),
-    "phi3": Family(MODEL_ARCH.PHI3, odd=_slides),
-    "olmo2": Family(MODEL_ARCH.OLMO2),
-    "granite": Family(MODEL_ARCH.GRANITE, turns=True, figures=_of_granite),
-    "stablelm": Family(MODEL_ARCH.STABLELM, odd=_odd_stablelm, epsilon="layer_norm_eps"),
-    "starcoder2": Family(MODEL_ARCH.STARCODER2, odd=_odd_starcoder2, acts=_GELU, epsilon="norm_epsilon"),
+    "llama": Family(MODEL_ARCH.LLAMA, _ROPE, biases=(*_BIASED, "mlp_bias"), ropes=("llama3",)),
+    "mistral": Family(MODEL_ARCH.LLAMA, _ROPE, odd=odd.slides),
+    "mixtral": Family(MODEL_ARCH.LLAMA, _ROPE, shapes.experts, odd.slides),
+    "qwen2": Family(MODEL_ARCH.QWEN2, odd=odd.slides, biases=_BIASED),
+    "qwen3": Family(MODEL_ARCH.QWEN3, odd=odd.slides),
+    "qwen2_moe": Family(
+        MODEL_ARCH.QWEN2MOE, changes.shared_gate, shapes.experts, odd.any_of(odd.tied, odd.experts(False)), biases=_BIASED
+    ),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, figures=shapes.experts, odd=odd.experts(True)),
+    "gemma": Family(MODEL_ARCH.GEMMA, changes.norms_by_one, odd=odd.untied, acts=_GELU),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, changes.norms_by_one, shapes.of_gemma, odd.gemma(2), _TANH),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, changes.norms_by_one, shapes.of_gemma, odd.gemma(6), _TANH),
+    "phi": Family(MODEL_ARCH.PHI2, odd=odd.any_of(odd.tied, odd.which("qk_layernorm")), acts=_TANH, epsilon=_LAYER),
+    "phi3": Family(MODEL_ARCH.PHI3, odd=odd.slides),
+    "olmo": Family(MODEL_ARCH.OLMO, _ROPE, shapes.of_olmo, epsilon=1e-5),
+    "olmo2": Family(MODEL_ARCH.OLMO2, odd=odd.tied),
+    "olmo3": Family(MODEL_ARCH.OLMO2, figures=shapes.windowed, odd=odd.olmo3),
+    "olmoe": Family(MODEL_ARCH.OLMOE, figures=shapes.experts, odd=odd.olmoe),
+    "granite": Family(MODEL_ARCH.GRANITE, _ROPE, shapes.of_granite, biases=("mlp_bias",)),
+    "smollm3": Family(MODEL_ARCH.SMOLLM3, _ROPE, odd=odd.smollm3),
+    "gpt2": Family(MODEL_ARCH.GPT2, changes.convolved, shapes.of_gpt2, odd.gpt2, _TANH, epsilon="layer_norm_epsilon"),
+    "gpt_bigcode": Family(
+        MODEL_ARCH.STARCODER, figures=shapes.of_gpt2, odd=odd.bigcode, acts=_TANH, epsilon="layer_norm_epsilon"
+    ),
+    "gpt_neox": Family(
+        MODEL_ARCH.GPTNEOX,
+        changes.of_neox,
+        shapes.of_neox,
+        odd.any_of(odd.tied, odd.unless("attention_bias", "no biases")),
+        _GELU,
+        _BIASED,
+        epsilon=_LAYER,
+    ),
+    "falcon": Family(MODEL_ARCH.FALCON, changes.of_falcon, odd=odd.falcon, acts=_GELU, epsilon="layer_norm_epsilon"),
+    "cohere": Family(MODEL_ARCH.COMMAND_R, figures=shapes.of_cohere, odd=odd.cohere, epsilon=_LAYER),
+    "cohere2": Family(MODEL_ARCH.COHERE2, figures=shapes.of_cohere, odd=odd.any_of(odd.untied, odd.period(4)), epsilon=_LAYER),
+    "arcee": Family(MODEL_ARCH.ARCEE, _ROPE, acts=("relu2",)),
+    "nemotron": Family(
+        MODEL_ARCH.NEMOTRON, changes.norms_by_one, odd=odd.tied, acts=("relu2",), biases=("mlp_bias",), epsilon="norm_eps"
+    ),
+    "seed_oss": Family(MODEL_ARCH.SEED_OSS, biases=_BIASED),
+    "ernie4_5": Family(MODEL_ARCH.ERNIE4_5),
+    "glm4": Family(MODEL_ARCH.GLM4, biases=_BIASED),
+    "hunyuan_v1_dense": Family(MODEL_ARCH.HUNYUAN_DENSE),
+    "exaone4": Family(MODEL_ARCH.EXAONE4, odd=odd.exaone4),
+    "stablelm": Family(
+        MODEL_ARCH.STABLELM, odd=odd.any_of(odd.tied, odd.which("qk_layernorm", said="norms of queries and keys")), epsilon=_LAYER
+    ),
+    "starcoder2": Family(
+        MODEL_ARCH.STARCODER2,
+        odd=odd.any_of(odd.unless("use_bias", "no biases"), odd.slides),
+        acts=_TANH,
+        biases=("use_bias",),
+        epsilon="norm_epsilon",
+    ),
 }
 
 
@@ -132,57 +106,39 @@ def require_family(config: Any) -> Family:
             "llama.cpp's own converter reads"
         )
     family, rope = FAMILIES[kind], rope_of(config)["rope_type"]
-    odd = family.odd(config)
+    found = family.odd(config)
     if rope not in ("default", *family.ropes):
         known = ", ".join(("default", *family.ropes))
         raise UserError(f"export: no GGUF is written of {kind} models with {rope} rope (there are: {known}); --to hf writes any")
-    if (act := _act(config)) not in family.acts:
-        odd = f"{act} in the MLP"
-    if getattr(config, "attention_bias", False) and not family.biases:
-        odd = "biases in attention"
-    if odd:
-        raise UserError(f"export: no GGUF is written of {kind} models with {odd}; --to hf writes any")
+    if act(config) not in family.acts:
+        found = f"{act(config)} in the MLP"
+    for key, where in BIASES.items():
+        if getattr(config, key, False) and key not in family.biases:
+            found = f"biases {where}"
+    if found:
+        raise UserError(f"export: no GGUF is written of {kind} models with {found}; --to hf writes any")
     return family
 
 
 def figures_of(config: Any) -> Figures:
     """All that the file says of the model's shape, by the gguf package's names of keys, with {arch} filled in."""
     family, head = FAMILIES[config.model_type], head_dim(config)
-    rope = rope_of(config)
-    found: Figures = {
+    key = family.epsilon or "rms_norm_eps"
+    found: Own = {
         LLM.VOCAB_SIZE: config.vocab_size,
         LLM.CONTEXT_LENGTH: config.max_position_embeddings,
         LLM.EMBEDDING_LENGTH: config.hidden_size,
         LLM.BLOCK_COUNT: config.num_hidden_layers,
-        LLM.FEED_FORWARD_LENGTH: config.intermediate_size,
+        LLM.FEED_FORWARD_LENGTH: width(config),
         ATTENTION.HEAD_COUNT: config.num_attention_heads,
-        ATTENTION.HEAD_COUNT_KV: config.num_key_value_heads,
+        ATTENTION.HEAD_COUNT_KV: kv_heads(config),
         ATTENTION.KEY_LENGTH: head,
         ATTENTION.VALUE_LENGTH: head,
         ATTENTION.LAYERNORM_EPS if family.epsilon else ATTENTION.LAYERNORM_RMS_EPS: float(
-            getattr(config, family.epsilon or "rms_norm_eps")
+            getattr(config, key) if isinstance(key, str) else key
         ),
-        Keys.Rope.DIMENSION_COUNT: round(head * float(rope.get("partial_rotary_factor") or 1.0)),
-        Keys.Rope.FREQ_BASE: float(rope["rope_theta"]),
+        ROPE.DIMENSION_COUNT: rope_width(config),
+        ROPE.FREQ_BASE: float(rope_of(config)["rope_theta"]),
     }
-    from gguf import MODEL_ARCH_NAMES
-
-    return {key.format(arch=MODEL_ARCH_NAMES[family.arch]): value for key, value in (found | family.figures(config)).items()}
-
-
-def head_dim(config: Any) -> int:
-    """Of attention."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
-    """rope_type, rope_theta and what else there is, of one kind of layers. transformers before 5 kept it in two keys."""
-    found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    found = dict(found.get(layers, found))
-    found.setdefault("rope_type", "default")
-    found.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
-    return found
-
-
-def _act(config: Any) -> str:
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    name, found = MODEL_ARCH_NAMES[family.arch], found | family.figures(config)
+    return {key.format(arch=name): value for key, value in found.items() if value is not None}

@@ -12,6 +12,7 @@ from gguf import GGUFReader, TokenType, dequantize, get_tensor_name_map
 from torch import Tensor
 
 from posttrain.errors import RunError
+from posttrain.models.gguf.changes import change_of
 from posttrain.models.gguf.families import FAMILIES, figures_of
 from posttrain.models.gguf.vocabulary import Vocabulary
 
@@ -48,6 +49,7 @@ def read_gguf(file: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     family = FAMILIES[config.model_type]
+    changes = family.changes(config)
     names = get_tensor_name_map(family.arch, config.num_hidden_layers)
     there = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -58,15 +60,7 @@ def read_gguf(file: Path, config: Any) -> Any:
         if place not in there:
             raise RunError(f"{file.name} has no {name}")
         found = torch.from_numpy(dequantize(there[place].data, there[place].tensor_type).copy())
-        if family.adds_one and name.endswith("norm.weight"):
-            return found - 1
-        if name.endswith("shared_expert_gate.weight"):
-            return found[None]
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.turns else {}
-        for end, count in heads.items():
-            if f".{end}." in name:
-                return found.view(count, -1, 2, *found.shape[1:]).transpose(1, 2).reshape(found.shape)
-        return found
+        return change_of(name, changes).back(found)
 
     state: dict[str, Tensor] = {}
     for name in model.state_dict():

@@ -17,7 +17,9 @@ from torch import Tensor
 from posttrain.console import say
 from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
-from posttrain.models.gguf.families import FAMILIES, figures_of, head_dim, rope_of
+from posttrain.models.gguf.changes import Changes, change_of
+from posttrain.models.gguf.families import FAMILIES, figures_of
+from posttrain.models.gguf.shapes import head_dim, rope_of
 from posttrain.models.gguf.spm import STRIPPING
 from posttrain.models.gguf.vocabulary import Vocabulary
 
@@ -33,17 +35,16 @@ DTYPES = {
     "q4_0": (Kind.Q4_0, Kind.Q8_0, FileType.MOSTLY_Q4_0),
 }
 ENDS = ("token_embd.weight", "output.weight")
-ROUTER = ".ffn_gate_inp."  # llama.cpp reads it in 32 bits
+WHOLE = (".ffn_gate_inp.", "_norm.", "position_embd.")  # llama.cpp reads them in 32 bits
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of tensors by name: where they go, in which order of rows and in how many bits."""
+    """What becomes of tensors by name: where they go, how they lie there and in how many bits."""
 
     names: gguf.TensorNameMap
-    heads: dict[str, int]  # ending of a name whose rows are put into llama.cpp's order -> heads
-    adds_one: bool
+    changes: Changes
     dtype: str
 
     def place(self, name: str) -> str:
@@ -52,21 +53,10 @@ class _Form:
             raise UserError(f"export: llama.cpp's architecture has no place for {name}; --to hf writes any")
         return found
 
-    def values(self, name: str, tensor: Tensor) -> Tensor:
-        """Rope of llama.cpp turns neighbours, that of transformers the halves of a head; Gemma's norms multiply by 1 + w, those
-        of llama.cpp by w; the gate of a shared expert is a vector there."""
-        if self.adds_one and name.endswith("norm.weight"):
-            return tensor + 1
-        if name.endswith("shared_expert_gate.weight"):
-            return tensor[0]
-        count = next((n for end, n in self.heads.items() if f".{end}." in name), None)
-        if count is None:
-            return tensor
-        return tensor.view(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
     def kind(self, name: str, tensor: Tensor) -> Kind:
-        """Vectors and routers stay in 32 bits; a matrix whose rows do not fill the quantizer's blocks is kept in f16."""
-        if tensor.dim() < 2 or ROUTER in name:
+        """Of a place. Vectors and what llama.cpp reads in 32 bits stay so; a matrix whose rows do not fill the quantizer's
+        blocks is kept in f16."""
+        if tensor.dim() < 2 or any(part in name for part in WHOLE):
             return Kind.F32
         matrices, ends, _ = DTYPES[self.dtype]
         kind = ends if name in ENDS else matrices
@@ -79,14 +69,13 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     Raises UserError for what llama.cpp has no place for; `require_family` says most of it beforehand.
     """
     family = FAMILIES[config.model_type]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.turns else {}
-    form = _Form(gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), heads, family.adds_one, dtype)
+    form = _Form(gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), family.changes(config), dtype)
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch], use_temp_file=True)
     writer.add_name(_name(name, vocabulary))
     writer.add_file_type(DTYPES[dtype][2])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in figures_of(config).items():
-        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_float32(key, value)
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
     vocabulary.write(writer)
     if (factors := _rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
@@ -128,7 +117,7 @@ def _together(checkpoint: Checkpoint, experts: int) -> Iterator[tuple[str, Tenso
 
 def _add(writer: gguf.GGUFWriter, form: _Form, name: str, tensor: Tensor) -> str:
     """Returns the name where it is kept in more bits than was asked for."""
-    place, values = form.place(name), form.values(name, tensor.float()).contiguous()
+    place, values = form.place(name), change_of(name, form.changes).there(tensor.float()).contiguous()
     kind = form.kind(place, values)
     writer.add_tensor(place, gguf.quants.quantize(values.numpy(), kind), raw_dtype=kind)
     return place if tensor.dim() > 1 and kind == Kind.F16 and form.dtype not in ("f16",) else ""
