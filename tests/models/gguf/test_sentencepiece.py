@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from posttrain.errors import RunError, UserError
 from posttrain.models.gguf.read import check_vocabulary
 from posttrain.models.gguf.spm import Spm, read_spm
-from posttrain.models.gguf.texts import LEADING, PLAIN, check_texts, spm_of
+from posttrain.models.gguf.texts import LEADING, PLAIN, check_texts, cutter_of
 from posttrain.models.gguf.vocabulary import vocabulary_of
 from posttrain.models.gguf.write import write_gguf
 
@@ -161,7 +161,7 @@ def test_runs_of_spaces_may_have_one_score_together() -> None:
     tokenizer = changed(sentencepiece("llama2"), mixed)
     vocabulary = vocabulary_of(tokenizer, [], 896)
     ids = tokenizer.convert_tokens_to_ids([SPACE * n for n in (2, 3, 4, 8)])
-    spm = spm_of(vocabulary)
+    spm = cutter_of(vocabulary, tokenizer)
     assert spm and [spm.scores[i] - spm.scores[ids[0]] for i in ids] == [0.0, 5.0, 5.0, 6.0]
     assert check_texts(spm, tokenizer, vocabulary) == ""
 

@@ -89,7 +89,7 @@ def check_vocabulary(file: Path, expected: Vocabulary) -> None:
         "ggml.add_eos_token": expected.close,
         "ggml.tokens": expected.texts, "ggml.token_type": expected.kinds, "ggml.merges": expected.merges or None,
         "ggml.pre": expected.rule, "chat_template": expected.template or None, "ggml.eos_token_id": expected.ends[0],
-        "ggml.eot_token_id": expected.ends[1] if len(expected.ends) > 1 else None, "ggml.add_bos_token": expected.begin,
+        "ggml.add_bos_token": expected.begin, **{key.removeprefix("tokenizer."): end for key, end in expected.others.items()},
     }  # fmt: skip
     for key, want in wanted.items():
         if value(key) != want:

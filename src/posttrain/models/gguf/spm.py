@@ -1,15 +1,17 @@
-"""A small tokenizer by llama.cpp's rule for SentencePiece vocabularies, to hold what is written against the run's own tokenizer.
+"""Small tokenizers by llama.cpp's rules, to hold what is written against the run's own.
 
-It knows nothing of merges or normalizers: all that it reads are the texts, scores and kinds that stand in the file.
+That of SentencePiece vocabularies knows nothing of merges or normalizers: all that it reads are the texts, scores and kinds that
+stand in the file.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader, Keys, TokenType
 
@@ -20,30 +22,24 @@ _WHITE = " \t\n\v\f\r"  # C's isspace
 WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)  # found in a text before anything is merged
 
 
-@dataclass(frozen=True)
-class Spm:
-    """prefix: a space goes before a text, and before one after a whole token. strips: special tokens take white space."""
+class Cutter:
+    """Cuts a text as llama.cpp does: whole tokens first, the longest first, and what is between them by the rule of its kind."""
 
     texts: Sequence[str]
-    scores: Sequence[float]
     kinds: Sequence[int]
-    prefix: bool
-    strips: bool
+    strips: bool  # special tokens take the white space after them
 
     def __call__(self, text: str) -> list[int]:
         """Ids, with nothing added at the ends."""
         found, after_whole = list[int](), True
         for part in self._parts(text):
-            if isinstance(part, int):
-                found.append(part)
-            else:
-                found += self._merged((" " + part if self.prefix and after_whole else part).replace(" ", SPACE))
+            found += [part] if isinstance(part, int) else self.between(part, after_whole)
             after_whole = isinstance(part, int)
         return found
 
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return {text: i for i, text in enumerate(self.texts)}
+    def between(self, text: str, after_whole: bool) -> Iterable[int]:
+        """Ids of what is no whole token. after_whole: is it the first of a text, or behind one?"""
+        raise NotImplementedError
 
     @cached_property
     def _whole(self) -> list[int]:
@@ -65,6 +61,41 @@ class Spm:
         for other in others:
             yield token
             yield other.lstrip(_WHITE) if strips else other
+
+
+@dataclass(frozen=True)
+class Bytes(Cutter):
+    """Of a byte-level vocabulary: what is between whole tokens goes by rule and merges of `backend`, a tokenizer of tokenizers,
+    with nothing done to it before."""
+
+    texts: Sequence[str]
+    kinds: Sequence[int]
+    backend: Any
+    strips: bool = False
+
+    def between(self, text: str, after_whole: bool) -> Iterator[int]:
+        """By its own words."""
+        for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(text):
+            yield from (token.id for token in self.backend.model.tokenize(word))
+
+
+@dataclass(frozen=True)
+class Spm(Cutter):
+    """prefix: a space goes before a text, and before one after a whole token."""
+
+    texts: Sequence[str]
+    scores: Sequence[float]
+    kinds: Sequence[int]
+    prefix: bool
+    strips: bool
+
+    def between(self, text: str, after_whole: bool) -> Iterator[int]:
+        """By scores."""
+        return self._merged((" " + text if self.prefix and after_whole else text).replace(" ", SPACE))
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(self.texts)}
 
     def _merged(self, text: str) -> Iterator[int]:
         """The neighbours that make the token of the highest score become it, of equals the first, until none make any."""

@@ -11,7 +11,7 @@ from posttrain.console import say
 from posttrain.models.gguf.families import require_family
 from posttrain.models.gguf.read import check_vocabulary, load_gguf
 from posttrain.models.gguf.spm import read_spm
-from posttrain.models.gguf.texts import check_texts, spm_of
+from posttrain.models.gguf.texts import check_texts, cutter_of
 from posttrain.models.gguf.vocabulary import vocabulary_of
 from posttrain.models.gguf.write import DTYPES, write_gguf
 from posttrain.models.hub import resolve
@@ -34,20 +34,22 @@ def gguf_file(request: Request) -> tuple[Path, Heard]:
     require_family(config_of(source.directory, None))
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
     vocabulary = vocabulary_of(tokenizer, [], len(tokenizer) + 2**20)
-    if spm := spm_of(vocabulary):
-        check_texts(spm, tokenizer, vocabulary)
+    check_texts(cutter_of(vocabulary, tokenizer), tokenizer, vocabulary)
     file = request.made / f"{request.name}-{dtype}.gguf"
     with scratch_beside(request.made) as scratch:
         heard = hear(request.run, scratch)
         plain_model(artifact, scratch / "model", None, request.max_kl)
         config = config_of(scratch / "model", None)
         vocabulary = vocabulary_of(tokenizer, heard.ends, config.vocab_size)
-        if len(vocabulary.ends) > 2:
-            say(f"GGUF has room for two stop tokens: {len(vocabulary.ends) - 2} of {len(vocabulary.ends)} are left out")
+        if left := len(vocabulary.ends) - 1 - len(vocabulary.others):
+            say(f"GGUF has room for three stop tokens: {left} of {len(vocabulary.ends)} are left out")
+        if vocabulary.beyond:
+            say(f"the model has no row for {len(vocabulary.beyond)} tokens, such as {vocabulary.beyond[0]}: left out")
         write_gguf(scratch / "model", config, vocabulary, dtype, file, request.name)
         check_vocabulary(file, vocabulary)
-        if vocabulary.pieces and (told := check_texts(read_spm(file), tokenizer, vocabulary)):
+        cutter = read_spm(file) if vocabulary.pieces else cutter_of(vocabulary, tokenizer)
+        if told := check_texts(cutter, tokenizer, vocabulary):
             say(told)
         figures = heard.against(load_gguf(file, config), dtype, request.max_kl)
-    write_json(request.made / FIGURES, {"run": str(request.run.resolve()), **figures, "ends": vocabulary.ends[:2]})
+    write_json(request.made / FIGURES, {"run": str(request.run.resolve()), **figures, "ends": vocabulary.ends[:3]})
     return file, heard
