@@ -306,7 +306,7 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            "--dtype", help="hf: bf16, f16, f32, nf4, int8, gptq; gguf, ollama: f16, q8_0, q4_0, ...; mlx: bf16, q4, q8, ..."
+            "--dtype", help="hf: bf16, f16, f32, nf4, int8, gptq; gguf, ollama: f16, q8_0, q4_k_m, ...; mlx: bf16, q4, q8, ..."
         ),
     ] = None,
     max_kl: Annotated[float, typer.Option("--max-kl", help="Refuse above so many nats a token from the live model.")] = 0.05,

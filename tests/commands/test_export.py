@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import posttrain
 from posttrain.commands.export.export import export_run
+from posttrain.commands.export.target import TARGETS
 from posttrain.commands.export.targets._serving import SHAPES, modelfile, serve_command
 from posttrain.errors import RunError, UserError
 from posttrain.models.builtin import tiny_tokenizer
@@ -184,7 +185,8 @@ def test_vllm_gets_the_adapter_and_a_command(run: Path, tmp_path: Path) -> None:
     ).read_bytes()
     command = (place / "serve.sh").read_text().splitlines()[-1]
     assert command == (
-        f"vllm serve {open_artifact(run, 'run').source} --tokenizer ./adapter --enable-lora --max-lora-rank 8 "
+        f"vllm serve {open_artifact(run, 'run').source} --tokenizer ./adapter --generation-config ./adapter "
+        "--enable-lora --max-lora-rank 8 "
         "--lora-modules mine=./adapter"
     )
 
@@ -204,8 +206,43 @@ def test_vllm_refuses_what_it_would_not_serve(run: Path, tmp_path: Path, change:
     shutil.copytree(run, copy)
     file = copy / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=f"{why}.*--to hf|{why}.*give --to hf"):
+    out = "it cannot be merged" if {"peft_type", "modules_to_save"} & set(change) else "--to hf"
+    with pytest.raises(UserError, match=f"{why}.*{out}"):
         serve_command(open_artifact(copy, "run"))
+
+
+@pytest.mark.parametrize(
+    ("to", "said", "dtype"),
+    [
+        ("gguf", "Q8_0", "q8_0"),
+        ("gguf", "float16", "f16"),
+        ("hf", "fp32", "f32"),
+        ("hf", "BFloat16", "bf16"),
+        ("vllm", None, None),
+    ],
+)
+def test_other_spellings_are_the_same_dtype(to: str, said: str | None, dtype: str | None) -> None:
+    assert TARGETS.get(to).dtype_of(said) == dtype
+
+
+def test_a_place_where_nothing_can_be_made_is_said_before_a_model_loads(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.commands.export.held.load_model", None)
+    monkeypatch.setattr("posttrain.commands.merge.load_model", None)
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").write_text("kept")
+    for to in ("gguf", "hf", "vllm"):
+        with pytest.raises(UserError, match=r"--out: .*link exists already"):
+            export_run(run, to, tmp_path / "link", None, 0.05)
+        with pytest.raises(
+            UserError, match=r"--out: .*below cannot be made \(Not a directory|--out: .*below cannot be made \(File exists"
+        ):
+            export_run(run, to, tmp_path / "file" / "below", None, 0.05)
+        for budget in (-1.0, float("nan")):
+            with pytest.raises(UserError, match=r"--max-kl: .* is no distance"):
+                export_run(run, to, tmp_path / "out", None, budget)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"] and (tmp_path / "file").read_text() == "kept"
 
 
 def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +250,7 @@ def test_bad_words_are_one_line_before_a_model_loads(run: Path, tmp_path: Path, 
     monkeypatch.setattr("posttrain.commands.merge.load_model", None)
     for to, dtype, why in (
         ("ggf", None, r"--to: there is no 'ggf'.*gguf"),
-        ("gguf", "q4_k_m", "--dtype: there is no 'q4_k_m'.*llama-quantize"),
+        ("gguf", "Q3_K_M", "--dtype: there is no 'Q3_K_M'.*llama-quantize"),
         ("hf", "q8_0", "--dtype: there is no 'q8_0'"),
         ("comfyui", None, "run: .* is a sft run, of a language model, and --to comfyui is for pictures' models"),
         ("vllm", "f16", "--dtype: there is no 'f16'"),

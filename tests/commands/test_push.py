@@ -26,6 +26,7 @@ class Hub(BaseHTTPRequestHandler):
     repositories: dict[str, dict[str, bytes]]
     asked: list[tuple[str, Any]]
     refuses = False
+    private = True
     card = 200  # what the check of cards answers
 
     def answer(self, status: int, content: Any, **headers: str) -> None:
@@ -39,7 +40,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.split("?")[0].removeprefix("/api/models/")
         if name in self.repositories:
-            self.answer(200, {"id": name, "modelId": name, "private": True, "tags": [], "siblings": []})
+            files = [{"rfilename": file} for file in self.repositories[name]]
+            self.answer(200, {"id": name, "modelId": name, "private": self.private, "tags": [], "siblings": files})
         else:
             self.answer(404, {"error": "not found"}, **{"X-Error-Code": "RepoNotFound"})
 
@@ -65,6 +67,9 @@ class Hub(BaseHTTPRequestHandler):
             name = path.removeprefix("/api/models/").removesuffix("/commit/main")
             files = [line["value"] for line in lines if line["key"] == "file"]
             self.repositories[name] |= {f["path"]: base64.b64decode(f["content"]) for f in files}
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del self.repositories[name][line["value"]["path"]]
             return self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/1", "commitOid": "1"})
         return self.answer(200, {"errors": [], "warnings": []})
 
@@ -122,6 +127,23 @@ def test_what_exists_is_written_over_only_with_update(hub: type[Hub], run: Path)
     assert "adapter_model.safetensors" in hub.repositories["me/mine"]
 
 
+def test_weights_of_another_result_do_not_stay_beside_the_new_ones(
+    hub: type[Hub], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loader takes an adapter that lies beside a model, and a listing of shards for what it lists."""
+    old = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"2", "notes.txt": b"3", "figure.png": b"4"}
+    hub.repositories["me/mine"] = {**old, "adapter_config.json": b"5"}
+    hub.private = False
+    push_run(run, "me/mine", update=True)
+    files = hub.repositories["me/mine"]
+    assert {"notes.txt", "figure.png"} <= set(files) and not set(files) & set(list(old)[:2])
+    assert json.loads(files["adapter_config.json"])["peft_type"] == "LORA"
+    assert len([path for path, _ in hub.asked if path.endswith("/commit/main")]) == 1
+    said = capsys.readouterr()
+    assert "me/mine is public" in said.out + said.err
+    assert "2 files of another result, such as model-00001-of-00002.safetensors, are deleted there" in said.out + said.err
+
+
 def test_refusals_are_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mine", "a/b/c", "me/my run"):
         with pytest.raises(UserError, match="write org/name"):
@@ -130,7 +152,7 @@ def test_refusals_are_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.Mo
     with pytest.raises(RunError, match=r"the token may not write there \(me/mine is there and empty: --update goes on\)"):
         push_run(run, "me/mine")
     monkeypatch.setenv("HF_TOKEN", "hf_" + "b" * 34)
-    with pytest.raises(RunError, match="does not take the token") as error:
+    with pytest.raises(UserError, match="does not take the token") as error:
         push_run(run, "me/other")
     assert "bbb" not in str(error.value)
     monkeypatch.setattr("posttrain.commands.push.get_token", lambda: None)
@@ -154,5 +176,6 @@ def test_a_card_that_the_hub_does_not_take_is_said_before_anything_is_made(hub: 
 
 def test_no_network_is_one_line(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RunError, match="the hub could not be written to"):
+    with pytest.raises(UserError, match="the hub could not be written to") as error:
         push_run(run, "me/mine")
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)

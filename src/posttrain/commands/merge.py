@@ -47,6 +47,7 @@ def merge_run(run: Path, out: Path, max_kl: float, onto: str = "auto", form: str
         artifact.finished()
     if form not in FORMS:
         raise UserError(f"--as: there is no '{form}'{did_you_mean(form, list(FORMS))} (there are: {', '.join(FORMS)})")
+    require_budget(max_kl)
     if artifact.is_pipeline:
         require_empty(out)
         return merge_pipeline(run, out)
@@ -97,9 +98,20 @@ def refuse_scorer(artifact: Artifact) -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Raises UserError where something lies at `out` that would be overwritten."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    """Raises UserError where something lies at `out` that would be overwritten, and where no directory can be made."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"--out: {out} exists already; give a new directory")
+    try:
+        with scratch_beside(out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made ({error.strerror})") from None
+
+
+def require_budget(max_kl: float) -> None:
+    """Raises UserError for one that nothing can keep."""
+    if not max_kl >= 0:
+        raise UserError(f"--max-kl: {max_kl} is no distance; give 0 or more nats a token")
 
 
 def _build(artifact: Artifact, adapter: Adapter, base_dir: Path, scratch: Path, form: str) -> dict[str, Agreement]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -21,6 +22,9 @@ from posttrain.runs.remote import here
 from posttrain.secrets import redact
 
 T = TypeVar("T")
+Operation = CommitOperationAdd | CommitOperationDelete
+# files of weights, and those by which loaders find them
+_WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)\S*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json")
 
 
 def push_run(run: Path, repository: str, update: bool = False, public: bool = False) -> str:
@@ -34,21 +38,34 @@ def push_run(run: Path, repository: str, update: bool = False, public: bool = Fa
     artifact.finished()
     files = _operations(artifact.verified(), run)
     api = HfApi(token=_token(repository))
-    exists = _asked(lambda: api.repo_exists(repository))
+    exists = _asked(lambda: api.repo_exists(repository), UserError)
     if exists and not update:
         raise UserError(f"push: {repository} exists already; give another name, or --update to write over its files")
     _check_card(artifact.weights / CARD)
     if not exists:
-        _asked(lambda: api.create_repo(repository, private=not public))
+        _asked(lambda: api.create_repo(repository, private=not public), UserError)
         say(f"{repository} made, {'public' if public else 'private'}")
-    elif public:
-        say(f"{repository} exists already: --public changes nothing")
+    else:
+        files += _stale(api, repository, {file.path_in_repo for file in files}, public)
     message = f"posttrain: {artifact.finished().stage} run {run.resolve().name}"
     after = "" if exists else f" ({repository} is there and empty: --update goes on)"
-    _asked(lambda: api.create_commit(repository, files, commit_message=message), after)
+    _asked(lambda: api.create_commit(repository, files, commit_message=message), RunError, after)
     address = f"{api.endpoint}/{repository}"
-    say(f"pushed {len(files)} files to {address}")
+    say(f"pushed {sum(isinstance(file, CommitOperationAdd) for file in files)} files to {address}")
     return address
+
+
+def _stale(api: HfApi, repository: str, new: set[str], public: bool) -> list[Operation]:
+    """What is to be deleted of a repository that exists: weights of another result, which loaders would take too."""
+    found = _asked(lambda: api.model_info(repository), UserError)
+    if not found.private:
+        say(f"{repository} is public")
+    elif public:
+        say(f"{repository} exists already, private: --public changes nothing")
+    stale = [s.rfilename for s in found.siblings or [] if _WEIGHTS.fullmatch(s.rfilename) and s.rfilename not in new]
+    if stale:
+        say(f"{len(stale)} files of another result, such as {stale[0]}, are deleted there")
+    return [CommitOperationDelete(name) for name in stale]
 
 
 def _token(repository: str) -> str:
@@ -76,11 +93,11 @@ def _check_card(card: Path) -> None:
             return first_line(error)[:300]
         return ""
 
-    if said := _asked(complaint):
+    if said := _asked(complaint, UserError):
         raise UserError(f"push: the hub does not take the card ({redact(said)}); mend {card}")
 
 
-def _operations(artifact: Artifact, run: Path) -> list[CommitOperationAdd]:
+def _operations(artifact: Artifact, run: Path) -> list[Operation]:
     """The files that the manifest lists, and the card; an adapter's config with the base's name on the hub in place of a path."""
     if not (artifact.weights / CARD).is_file():
         write_card(run)
@@ -96,8 +113,8 @@ def _operations(artifact: Artifact, run: Path) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(name, content) for name, content in found.items()]
 
 
-def _asked(question: Callable[[], T], after: str = "") -> T:
-    """The hub's answer. Raises RunError, in one line without secrets."""
+def _asked(question: Callable[[], T], failure: type[UserError] | type[RunError], after: str = "") -> T:
+    """The hub's answer. Raises `failure`, in one line without secrets: UserError while nothing has been made there."""
     try:
         return question()
     except Exception as error:  # of the client, of the network, of the hub: all are one line here
@@ -107,4 +124,4 @@ def _asked(question: Callable[[], T], after: str = "") -> T:
             status or 0
         )
         line = reason or (f"it answered {status}" if status else first_line(error))
-        raise RunError(f"push: the hub could not be written to: {redact(line)}{after}") from None
+        raise failure(f"push: the hub could not be written to: {redact(line)}{after}") from None

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from posttrain.commands.export.target import TARGETS, Request
-from posttrain.commands.merge import refuse_scorer, require_empty
+from posttrain.commands.merge import refuse_scorer, require_budget, require_empty
 from posttrain.console import say
 from posttrain.errors import UserError, did_you_mean
 from posttrain.runs.artifact import open_artifact
@@ -20,10 +20,11 @@ def export_run(run: Path, to: str, out: Path | None, dtype: str | None, max_kl: 
     dtype: None: as the target has it. Raises UserError for what cannot be exported, and RunError, with nothing written, where the
     result is further than `max_kl` nats a token from the live model.
     """
-    known = TARGETS.names()
+    known, to = TARGETS.names(), to.lower()
     if to not in known:
         raise UserError(f"--to: there is no '{to}'{did_you_mean(to, known)} (there are: {', '.join(known)})")
     target = TARGETS.get(to)
+    require_budget(max_kl)
     elsewhere, run = is_address(run), Path(here(run, "run"))
     artifact = open_artifact(run, "run")
     artifact.finished()
@@ -35,7 +36,7 @@ def export_run(run: Path, to: str, out: Path | None, dtype: str | None, max_kl: 
     if target.pictures and not artifact.is_pipeline:
         raise UserError(f"run: {run} is a {artifact.stage} run, of a language model, and --to {to} is for pictures' models")
     refuse_scorer(artifact)
-    target.check_dtype(dtype)
+    dtype = target.dtype_of(dtype)
     beside = Path() if elsewhere else run.resolve().parent
     with result_at(out or beside / f"{run.resolve().name}-{to}") as place:
         require_empty(place)

@@ -10,6 +10,8 @@ from posttrain.errors import UserError, did_you_mean
 from posttrain.registry import Registry
 from posttrain.runs.artifact import Artifact
 
+SPELLED = {"float16": "f16", "fp16": "f16", "half": "f16", "bfloat16": "bf16", "float32": "f32", "fp32": "f32"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,13 +46,14 @@ class Target:
     pictures: bool = False
     instead: Callable[[str], str] = lambda dtype: ""
 
-    def check_dtype(self, dtype: str | None) -> None:
-        """Raises UserError for one that it does not have."""
+    def dtype_of(self, said: str | None) -> str | None:
+        """As it calls it: Q8_0, float16 and fp16 are names too. Raises UserError for one that it does not have."""
+        dtype = said and SPELLED.get(said.lower(), said.lower())
         if dtype is None or dtype in self.dtypes:
-            return
+            return dtype
         there = f" (there are: {', '.join(self.dtypes)})" if self.dtypes else ", it takes none"
-        instead = f"; {said}" if (said := self.instead(dtype)) else ""
-        raise UserError(f"--dtype: there is no '{dtype}' here{did_you_mean(dtype, list(self.dtypes))}{there}{instead}")
+        instead = f"; {how}" if (how := self.instead(dtype)) else ""
+        raise UserError(f"--dtype: there is no '{said}' here{did_you_mean(dtype, list(self.dtypes))}{there}{instead}")
 
 
 TARGETS: Registry[Target] = Registry(

@@ -19,6 +19,7 @@ from posttrain.errors import UserError
 from posttrain.models.checkpoints.files import Checkpoint
 from posttrain.models.gguf.changes import Changes, change_of
 from posttrain.models.gguf.families import FAMILIES, figures_of
+from posttrain.models.gguf.kquants import KINDS, quantize_k
 from posttrain.models.gguf.shapes import head_dim, rope_of
 from posttrain.models.gguf.spm import STRIPPING
 from posttrain.models.gguf.vocabulary import Vocabulary
@@ -33,7 +34,14 @@ DTYPES = {
     "q5_0": (Kind.Q5_0, Kind.Q8_0, FileType.MOSTLY_Q5_0),
     "q4_1": (Kind.Q4_1, Kind.Q8_0, FileType.MOSTLY_Q4_1),
     "q4_0": (Kind.Q4_0, Kind.Q8_0, FileType.MOSTLY_Q4_0),
+    "q6_k": (Kind.Q6_K, Kind.Q6_K, FileType.MOSTLY_Q6_K),
+    "q5_k_m": (Kind.Q5_K, Kind.Q6_K, FileType.MOSTLY_Q5_K_M),
+    "q4_k_m": (Kind.Q4_K, Kind.Q6_K, FileType.MOSTLY_Q4_K_M),
 }
+# of rows that do not fill a kind's blocks -> what they are kept in; as llama.cpp does it
+NARROW = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
+# of these q4_k_m and q5_k_m keep the first and last eighth of the layers, and a third of the others, in more bits
+_WEIGHTY = re.compile(r"blk\.(\d+)\.(attn_v|attn_qkv|ffn_down|ffn_down_exps)\.weight")
 ENDS = ("token_embd.weight", "output.weight")
 WHOLE = (".ffn_gate_inp.", "_norm.", "position_embd.")  # llama.cpp reads them in 32 bits
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
@@ -46,6 +54,7 @@ class _Form:
     names: gguf.TensorNameMap
     changes: Changes
     dtype: str
+    layers: int
 
     def place(self, name: str) -> str:
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -54,13 +63,18 @@ class _Form:
         return found
 
     def kind(self, name: str, tensor: Tensor) -> Kind:
-        """Of a place. Vectors and what llama.cpp reads in 32 bits stay so; a matrix whose rows do not fill the quantizer's
-        blocks is kept in f16."""
+        """Of a place, as it is asked for. Vectors and what llama.cpp reads in 32 bits stay so."""
         if tensor.dim() < 2 or any(part in name for part in WHOLE):
             return Kind.F32
         matrices, ends, _ = DTYPES[self.dtype]
-        kind = ends if name in ENDS else matrices
-        return Kind.F16 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+        return ends if name in ENDS or self._is_weighty(name) else matrices
+
+    def _is_weighty(self, name: str) -> bool:
+        found, eighth = _WEIGHTY.fullmatch(name), self.layers // 8
+        if not found or not self.dtype.endswith("_k_m"):
+            return False
+        layer = int(found[1])
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
 
 def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str, out: Path, name: str) -> None:
@@ -69,7 +83,9 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     Raises UserError for what llama.cpp has no place for; `require_family` says most of it beforehand.
     """
     family = FAMILIES[config.model_type]
-    form = _Form(gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), family.changes(config), dtype)
+    form = _Form(
+        gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), family.changes(config), dtype, config.num_hidden_layers
+    )
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch], use_temp_file=True)
     writer.add_name(_name(name, vocabulary))
     writer.add_file_type(DTYPES[dtype][2])
@@ -82,7 +98,7 @@ def write_gguf(directory: Path, config: Any, vocabulary: Vocabulary, dtype: str,
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
     left = [_add(writer, form, *item) for item in _together(Checkpoint(directory), experts)]
     if kept := [each for each in left if each]:
-        say(f"{len(kept)} matrices, such as {kept[0]}, stay in f16: their rows do not fill blocks of {dtype}")
+        say(f"{len(kept)} matrices, such as {kept[0]}: their rows do not fill blocks of {dtype}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,11 +132,20 @@ def _together(checkpoint: Checkpoint, experts: int) -> Iterator[tuple[str, Tenso
 
 
 def _add(writer: gguf.GGUFWriter, form: _Form, name: str, tensor: Tensor) -> str:
-    """Returns the name where it is kept in more bits than was asked for."""
+    """Returns its name, and what it is kept in, where that is not what was asked for."""
     place, values = form.place(name), change_of(name, form.changes).there(tensor.float()).contiguous()
-    kind = form.kind(place, values)
-    writer.add_tensor(place, gguf.quants.quantize(values.numpy(), kind), raw_dtype=kind)
-    return place if tensor.dim() > 1 and kind == Kind.F16 and form.dtype not in ("f16",) else ""
+    asked = form.kind(place, values)
+    kind = _filled(asked, values.shape[-1])
+    coded = quantize_k(values, kind) if kind in KINDS else gguf.quants.quantize(values.numpy(), kind)
+    writer.add_tensor(place, coded, raw_dtype=kind)
+    return "" if kind == asked else f"{place}, are kept in {kind.name.lower()}"
+
+
+def _filled(kind: Kind, columns: int) -> Kind:
+    """The kind, or that of more bits whose blocks so long rows fill."""
+    while columns % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = NARROW.get(kind, Kind.F16)
+    return kind
 
 
 def _rope_factors(config: Any) -> Tensor | None:

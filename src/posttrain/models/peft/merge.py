@@ -61,10 +61,13 @@ class Adapter:
         """Take the names of a base's layers, with or without weights, where a file has others for the sake of plain peft."""
         self._take(as_read(model, self._of_file))
 
+    def objection(self) -> str:
+        """Why it cannot be merged; '' where it can."""
+        return self.kind.objection(self.config, self.tensors) or ("" if self.modules else "it changes no layer")
+
     def require_mergeable(self, field: str, instead: str) -> None:
         """Raises UserError, about `field`, where it cannot be merged. instead: what to do then."""
-        reason = self.kind.objection(self.config, self.tensors) or ("" if self.modules else "it changes no layer")
-        if reason:
+        if reason := self.objection():
             raise UserError(f"{field}: its adapter cannot be merged ({reason}); {instead}")
 
     def factors(self, module: str) -> Factors:

@@ -23,8 +23,8 @@ KNOWN = tuple(DTYPES)
 
 
 def instead(dtype: str) -> str:
-    """What to do for a dtype that the gguf package does not write."""
-    return "K-quants are made by llama.cpp's llama-quantize, of a file in f16" if dtype.startswith(("q", "iq")) else ""
+    """What to do for a dtype that is not written here."""
+    return "others are made by llama.cpp's llama-quantize, of a file in f16" if dtype.startswith(("q", "iq")) else ""
 
 
 def gguf_file(request: Request) -> tuple[Path, Heard]:

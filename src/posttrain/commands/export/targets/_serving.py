@@ -10,6 +10,7 @@ from posttrain.console import say
 from posttrain.data.chat.rendering import Given, Renderer
 from posttrain.errors import UserError
 from posttrain.models.peft.kinds import ROWS as OWN_ROWS
+from posttrain.models.peft.merge import Adapter
 from posttrain.runs.artifact import Artifact
 
 # a turn, and what comes before an answer; in Python for `_shape`, in Go for Ollama
@@ -75,7 +76,9 @@ def serve_command(artifact: Artifact) -> str:
         return "vllm serve ./model"
     config = artifact.adapter.whole
     if objection := _objection(config):
-        raise UserError(f"run: vLLM serves no such adapter ({objection}); --to hf writes a model that it serves")
+        way = Adapter(artifact.weights, "run").objection()
+        out = f"and it cannot be merged ({way})" if way else "--to hf writes a model that it serves"
+        raise UserError(f"run: vLLM serves no such adapter ({objection}); {out}")
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     rank = next((r for r in RANKS if r >= max(ranks)), None)
     if rank is None:
@@ -86,7 +89,8 @@ def serve_command(artifact: Artifact) -> str:
     name = (artifact.directory or artifact.weights).resolve().name
     revision = f" --revision {shlex.quote(artifact.base.revision)}" if artifact.base.revision else ""
     return (
-        f"vllm serve {shlex.quote(artifact.source)}{revision} --tokenizer ./adapter --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {shlex.quote(artifact.source)}{revision} --tokenizer ./adapter --generation-config ./adapter --enable-lora "
+        f"--max-lora-rank {rank} "
         f"--lora-modules {shlex.quote(name)}=./adapter"
     )
 
