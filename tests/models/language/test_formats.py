@@ -422,3 +422,24 @@ def test_what_waits_for_the_backward_is_no_weight(tmp_path: Path) -> None:
         layer(x).sum().backward()
     assert not kept
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_another_shape_than_the_configs_is_refused(which: str, tmp_path: Path) -> None:
+    """A plain weight, one that would be held, and a quantized one that is dequantized at load."""
+    tensors = llama(tmp_path)
+    tensors[which] = torch.cat([tensors[which]] * 2)
+    for name in [*filter(is_linear, list(tensors)), "lm_head.weight"]:
+        tensors[name], tensors[f"{name}_scale_inv"], _ = fp8(tensors[name], (32, 32))
+    name = write(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    with pytest.raises(UserError, match=rf"1 .*of another shape than its config.json says \({which} is"):
+        load_causal(name, None, "bfloat16", "cpu", None, None)
+
+
+def test_experts_of_which_some_are_quantized_are_refused(tmp_path: Path) -> None:
+    tensors, settings = mixed_experts(tmp_path)
+    one = next(name for name in tensors if ".experts.1." in name and name.endswith("weight"))
+    del tensors[f"{one}_scale_inv"]
+    tensors[one] = tensors[one].bfloat16()
+    with pytest.raises(UserError, match=r"only a part of model\.layers\.0\.mlp\.experts\.\w+ is quantized .*quant=dequantize"):
+        load_causal(write(tmp_path, tensors, settings), None, "bfloat16", "cpu", None, None)

@@ -195,11 +195,6 @@ class _Quantized:
     entry: Entry
     dtype: torch.dtype | None
 
-    @property
-    def is_carried(self) -> bool:
-        """Asked by held.py."""
-        return self.dtype is None
-
     def get_shape(self) -> list[int]:
         return list(self.entry.shape)
 

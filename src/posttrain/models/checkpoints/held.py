@@ -6,9 +6,6 @@ quantized weight goes through it as 64 bits that carry its code, zero and scale,
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -141,18 +138,17 @@ class _Quantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
-        super().__init__(quantization_config, **options)
+        super().__init__(quantization_config, **options | {"pre_quantized": False})  # each weight goes by _TakeApart
         self.packed: dict[str, Held] = {}
         self.dequantized: list[str] = []
+        self.partly: list[str] = []
+        self.mismatched: list[tuple[str, torch.Size, torch.Size]] = []
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        if not getattr(param, "is_carried", False):
-            return dtype
-        converter.quantization_operation = _TakeApart(self)
-        return None
+    def param_needs_quantization(self, *_: Any, **__: Any) -> bool:
+        return True  # which one is carried is seen once it has arrived
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        return param_name in self.packed
+    def get_quantize_ops(self) -> Any:
+        return _TakeApart(self)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for path, module in list(model.named_modules()):
@@ -178,10 +174,16 @@ class _TakeApart(ConversionOps):
         return {name: self._one(options["model"], name, _first(value)) for name, value in input_dict.items()}
 
     def _one(self, model: Any, name: str, value: Tensor) -> Tensor:
-        if value.dtype != torch.int64:
-            raise UserError(f"model.name: only a part of {name} is quantized in its checkpoint; say quant=dequantize")
         module, own = get_module_from_name(model, name)
-        wanted, elements = module._parameters[own], elements_of(value)
+        wanted = getattr(module, own)
+        if value.shape != wanted.shape:  # transformers leaves the shapes to a quantizer
+            self.quantizer.mismatched.append((name, value.shape, wanted.shape))
+        if not isinstance(value, Carrier):
+            return value
+        if value.dtype != torch.int64:  # joined with plain numbers; an error here would reach nobody
+            self.quantizer.partly.append(name)
+            return value.as_subclass(Tensor)
+        elements = elements_of(value)
         if _can_be_held(model, module, own) and value.shape == wanted.shape:
             held = Held(elements, wanted.dtype)
             codes = held.pack(elements.codes)
@@ -203,24 +205,21 @@ def _can_be_held(model: Any, module: nn.Module, name: str) -> bool:
     return is_fused(module) and module._parameters[name].ndim == 3  # pyright: ignore
 
 
-@contextmanager
-def loading_held(config: Any) -> Iterator[None]:
-    """Inside, a model of `config` is loaded from carriers. Weight by weight: a carrier is four times as large as its weight."""
+def load_as_held(config: Any) -> None:
+    """A model of `config` is then loaded from carriers; weight by weight, for a carrier is four times as large as its weight."""
     AUTO_QUANTIZER_MAPPING[NAME], AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = _Quantizer, _Config
     config.quantization_config = {"quant_method": NAME}
-    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
-        if before is not None:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
-def settle_held(model: Any) -> list[str]:
-    """Make a loaded model one that no library takes for quantized. Returns the weights that had to be dequantized."""
+def settle_held(model: Any, info: dict[str, Any]) -> list[str]:
+    """Make a loaded model one that no library takes for quantized. Returns the weights that had to be dequantized.
+
+    info: what transformers says of keys; those of another shape are added. Raises UserError.
+    """
     quantizer: _Quantizer = model.hf_quantizer
+    if quantizer.partly:
+        raise UserError(f"model.name: only a part of {quantizer.partly[0]} is quantized in its checkpoint; say quant=dequantize")
+    info["mismatched_keys"] = quantizer.mismatched
     del model.hf_quantizer, model.config.quantization_config
     model.is_quantized = False
     return quantizer.dequantized

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from posttrain.console import say
 from posttrain.errors import UserError, reading
 from posttrain.models.checkpoints.files import Checkpoint
-from posttrain.models.checkpoints.held import loading_held, settle_held
+from posttrain.models.checkpoints.held import load_as_held, settle_held
 from posttrain.models.checkpoints.part import Wanted, in_part, names_in_model
 from posttrain.models.checkpoints.stored import as_stored, settle_stored
 from posttrain.models.hub import resolve
@@ -146,9 +146,9 @@ def _of_state(directory: Path, config: Any, code: str | None, options: dict[str,
 def _held(directory: Path, config: Any, code: str | None, options: dict[str, Any]) -> Any:
     """With its quantized weights as they are."""
     _forget_format(config)
-    with loading_held(config):
-        model, info = _of_state(directory, config, code, options)
-    if dequantized := settle_held(model):
+    load_as_held(config)
+    model, info = _of_state(directory, config, code, options)
+    if dequantized := settle_held(model, info):
         some = ", ".join(dequantized[:2]) + (", ..." if len(dequantized) > 2 else "")
         say(f"{len(dequantized)} quantized weights are dequantized at load, for they cannot be held as they are: {some}")
     return model, info

@@ -96,7 +96,19 @@ def stop_tokens(name: str, revision: str | None, tokenizer: PreTrainedTokenizerB
 
 def _tokenizer(source: ResolvedModel, code: str | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     with reading(f"model.name: no tokenizer can be loaded from {source.path}", "give the files of one made by save_pretrained"):
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=may_run_code(source.directory, code))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=may_run_code(source.directory, code))
+        except Exception:
+            _check_config(source.directory, code)
+            raise
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _check_config(directory: Path, code: str | None) -> None:
+    """Raises UserError for a model's config that cannot be read: the loader of tokenizers asks it for a class, and meets it first."""
+    from posttrain.models.language.architecture import config_of  # with the models
+
+    if (directory / "config.json").is_file():
+        config_of(directory, code)
