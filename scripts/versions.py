@@ -21,12 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_ALONE = ("torch",)
-# the walks call preview, plan, sft, chat, export, merge, dpo, eval, report, run, ppo and generate; the others import a dependency
+# the walks call preview, plan, sft, chat, export, merge, dpo, eval, report, run, ppo and generate; the others import a
+# dependency, or failed with versions that the bounds leave out now
 TESTS = [
     "tests/test_first_hour.py",
-    "tests/config/test_compose.py",
+    "tests/config/test_compose.py::test_a_mistake_is_one_line_that_names_it",
     "tests/config/test_code.py",
+    "tests/commands/checks/test_every.py",
     "tests/commands/docs/test_pages.py",
+    "tests/commands/test_push.py",
     "tests/data/chat/test_encoder.py",
     "tests/data/chat/test_sandbox.py",
     "tests/data/sources/test_files.py",
@@ -36,13 +39,21 @@ TESTS = [
     "tests/launch/test_sweep_jobs.py",
     "tests/losses/test_diffusion.py",
     "tests/models/gguf/test_gguf.py",
+    "tests/models/language/test_foreign_files.py",
+    "tests/models/language/test_formats.py",
+    "tests/models/language/test_reading.py",
     "tests/models/peft/test_attach.py",
+    "tests/models/peft/test_experts.py",
+    "tests/models/peft/test_tuners.py",
     "tests/models/test_quantization.py",
+    "tests/models/test_quantized_experts.py",
     "tests/runs/test_manifest.py",
     "tests/runs/test_remote.py",
     "tests/runs/test_status.py",
     "tests/test_console.py",
     "tests/training/test_loss_scale.py",
+    "tests/training/test_optimizer.py",
+    "tests/training/test_optimizers.py",
 ]
 AWAY = ("(from versions: none)", "NewConnectionError", "NameResolutionError", "ConnectTimeout", "ProxyError", "SSLError")
 PIP = ("-m", "pip", "install", "--disable-pip-version-check", "--retries", "1", "--timeout", "30")
@@ -90,6 +101,9 @@ def installed(which: str, pins: list[str]) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         behind = next(place.glob("lib/*/site-packages")) / "behind.pth"  # of what is found last; .pth files there are not read
         behind.write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'src'}\n", encoding="utf-8")
+        command = python.with_name("posttrain")
+        command.write_text(f"#!{python}\nfrom posttrain.cli import main\n\nmain()\n", encoding="utf-8")
+        command.chmod(0o755)
     _pip(python, *pins)
     return python
 

@@ -32,7 +32,7 @@ def test_what_is_tried_imports_every_dependency() -> None:
     modules = {m for m, of in packages_distributions().items() if {each.lower().replace("_", "-") for each in of} & names}
     found = set[str]()
     for test in versions.TESTS:
-        direct = _imports(ROOT / test)
+        direct = _imports(ROOT / test.partition("::")[0])
         for each in direct:
             ours = ROOT / "src" / Path(*each.split(".")).with_suffix(".py")
             direct = direct | (_imports(ours) if ours.is_file() else set())
@@ -102,3 +102,5 @@ def test_the_venv_has_the_package_without_a_path_that_somebody_set(monkeypatch: 
     )
     assert said.returncode == 0, said.stderr
     assert Path(said.stdout.strip()).is_relative_to(tmp_path / "src")
+    asked = subprocess.run([python.with_name("posttrain"), "--help"], env=bare, cwd=tmp_path, capture_output=True, text=True)
+    assert asked.returncode == 0 and "preview" in asked.stdout, asked.stderr

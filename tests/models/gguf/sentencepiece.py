@@ -6,7 +6,6 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from posttrain.models.gguf.texts import PLAIN
 from posttrain.models.gguf.vocabulary import Vocabulary, vocabulary_of
@@ -22,7 +21,6 @@ TALK = {
     "phi3": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
 }  # fmt: skip
-READS = hasattr(gguf_tokenizer_mapping, "gemma_tokenizer")  # not in transformers 5.17, whose reader forgets bos and Gemma's order
 KINDS = ("llama2", "mistral", "mistral3", "gemma", "phi3")
 
 

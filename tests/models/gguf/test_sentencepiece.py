@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from tests.models.gguf.sentencepiece import KINDS, READS, SPACE, sentencepiece
+from tests.models.gguf.sentencepiece import KINDS, SPACE, sentencepiece
 from tests.models.gguf.test_gguf import made
+from tests.since import needs
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -55,7 +56,7 @@ def test_llama_cpp_s_rule_gives_the_tokenizer_s_own_tokens(kind: str, template: 
     assert bool(told) == (kind in ("mistral", "mistral3")) and "\n" not in told
 
 
-@pytest.mark.skipif(not READS, reason="an older reader of vocabularies in transformers")
+@needs("transformers", "5.23", "older readers of GGUF put no bos before a text")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reader_finds_the_same_tokens(kind: str, tmp_path: Path) -> None:
     """Its own class for the architecture; by which space stands before a text is its own choice."""

@@ -107,7 +107,7 @@ def _tokenizer(source: ResolvedModel, code: str | None, chat_template: str | Non
 
 
 def _check_config(directory: Path, code: str | None) -> None:
-    """Raises UserError for a model's config that cannot be read: the loader of tokenizers asks it for a class, and meets it first."""
+    """Raises UserError for a model's config that cannot be read: a tokenizer's loader asks it for a class, and meets it first."""
     from posttrain.models.language.architecture import config_of  # with the models
 
     if (directory / "config.json").is_file():
