@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from posttrain.cli import app
+from posttrain.cli import app, every, main
 from posttrain.config.stages import config_classes
 from posttrain.stages.spec import spec_of, stages
 
@@ -196,3 +196,30 @@ def test_the_command_and_the_function_do_the_same(tmp_path: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     assert there["files"][name] == manifest["files"][name]
     assert manifest == json.loads((tmp_path / "b" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("module", ["SPEC = 3\n", "raise RuntimeError('boom')\n", "def (\n"])
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("sft", "model=tiny")])
+def test_a_stage_of_others_that_is_broken_is_one_line(module: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "broken_stage.py").write_text(module)
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[posttrain.stages]\nmine = broken_stage\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "posttrain", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: stage 'mine': broken_stage cannot be used (")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(130)])
+def test_ctrl_c_while_the_words_are_read_is_a_line_too(
+    raised: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise raised
+
+    monkeypatch.setattr(every, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 75 and capsys.readouterr().err == "stopped: interrupted before anything was trained\n"

@@ -2,10 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from posttrain.commands.export.target import TARGETS
+from posttrain.config.choices import OPTIMIZERS, POLICY_LOSSES, PREFERENCE_LOSSES, REWARDS, TOKEN_LOSSES
+from posttrain.config.interfaces import METHODS, QUANTIZERS
+from posttrain.config.schema.data import DATA_FORMATS
+from posttrain.config.stages import REGISTRY
 from posttrain.errors import UserError
 from posttrain.registry import Registry
 
@@ -96,3 +103,44 @@ def test_configs_beside_an_installed_module_are_found_without_importing_it(place
     install(place, "broken", "broken = nowhere_of_kinds.inner")
     with pytest.raises(UserError, match=r"test kind 'broken': nowhere_of_kinds\.inner cannot be used"):
         kinds().config_dirs()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise RuntimeError('boom\\nand more')", "RuntimeError: boom"),
+        ("def (", "SyntaxError: invalid syntax"),
+        ("import posttrain.gone", "No module named 'posttrain.gone'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("THINGS = 1", "has no attribute 'THING'"),
+        ("THING = 3", "its THING is 3, and no Fraction"),
+        ("THING = int", "its THING is <class 'int'>, and no Fraction"),
+        ("THING = None", "its THING is None, and no Fraction"),
+    ],
+)
+def test_an_installed_package_that_is_broken_is_told_in_a_line(place: Path, text: str, said: str) -> None:
+    (place / "guest_of_kinds.py").write_text(text)
+    found = Registry[Fraction]("house_of_kinds", "posttrain.test_kinds", "THING", "test kind", of="fractions:Fraction")
+    with pytest.raises(UserError) as caught:
+        found.get("visitor")
+    line = str(caught.value)
+    assert line.startswith("test kind 'visitor': guest_of_kinds cannot be used (") and said in line and "\n" not in line
+    assert line.endswith("); mend or uninstall it")
+
+
+def test_an_instance_or_a_class_of_the_kind_is_taken(place: Path) -> None:
+    for text in ("from fractions import Fraction\nTHING = Fraction(1, 2)", "from fractions import Fraction as THING"):
+        (place / "guest_of_kinds.py").write_text(text)
+        sys.modules.pop("guest_of_kinds", None)
+        found = Registry[Fraction]("house_of_kinds", "posttrain.test_kinds", "THING", "test kind", of="fractions:Fraction")
+        assert found.get("visitor") is sys.modules["guest_of_kinds"].THING
+
+
+OURS = [OPTIMIZERS, TOKEN_LOSSES, PREFERENCE_LOSSES, POLICY_LOSSES, REWARDS, DATA_FORMATS, METHODS, QUANTIZERS, REGISTRY, TARGETS]
+
+
+@pytest.mark.parametrize("registry", OURS, ids=lambda each: each.kind)
+def test_what_ours_are_is_asked_of_others(registry: Registry[Any]) -> None:
+    for name, entry in registry.all().items():
+        assert registry.is_one(entry), name
+    assert not registry.is_one(3) and not registry.is_one(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import reprlib
 import sys
 import threading
 from importlib.metadata import EntryPoint, entry_points
@@ -29,10 +30,13 @@ class Registry(Generic[T]):
         attribute: what a module calls its entry.
         kind: what an entry is, in errors ("peft method").
         shared: modules of the package that are no entries, but shared by them.
+        of: "module:Class", of which an entry is an instance or a subclass; '': anything.
     """
 
-    def __init__(self, package: str, group: str, attribute: str, kind: str, shared: tuple[str, ...] = ()) -> None:
-        self.package, self.group, self.attribute, self.kind, self.shared = package, group, attribute, kind, shared
+    def __init__(
+        self, package: str, group: str, attribute: str, kind: str, shared: tuple[str, ...] = (), of: str = ""
+    ) -> None:  # fmt: skip
+        self.package, self.group, self.attribute, self.kind, self.shared, self.of = package, group, attribute, kind, shared, of
         self._loaded: dict[str, T] = {}
         self._found: dict[tuple[str, ...], dict[str, str | EntryPoint]] = {}  # by sys.path, which decides it
         self._lock = threading.RLock()
@@ -110,6 +114,23 @@ class Registry(Generic[T]):
             return getattr(importlib.import_module(place), self.attribute)
         try:
             found: Any = place.load()
-            return found if place.attr else getattr(found, self.attribute)
-        except (ImportError, AttributeError) as error:
-            raise self._broken(name, place, error) from error
+            found = found if place.attr else getattr(found, self.attribute)
+        except (Exception, SystemExit) as error:  # it is others' code, and may end in anything
+            raise self._broken(name, place, _in_a_line(error)) from error
+        if not self.is_one(found):
+            what = f"its {place.attr or self.attribute} is {reprlib.repr(found)}, and no {self.of.partition(':')[2]}"
+            raise self._broken(name, place, what)
+        return found
+
+    def is_one(self, entry: Any) -> bool:
+        """Is it what an entry has to be?"""
+        if not self.of:
+            return True
+        module, _, name = self.of.partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        return isinstance(entry, kind) or (isinstance(entry, type) and issubclass(entry, kind))
+
+
+def _in_a_line(error: BaseException) -> str:
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    return said if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {said}"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from posttrain.cli import _cache_words, app
+from posttrain.cli import app
+from posttrain.cli.machine import _cache_words
 from posttrain.commands.cache import clean_cache, list_cache, size
 from posttrain.errors import UserError
 from posttrain.models.builtin import builtin_directory

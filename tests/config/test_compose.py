@@ -90,13 +90,19 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
         (["train.eval_steps=5", "train.keep_best=eval/odd"], "train.early_stopping.direction=lower or higher"),
         (["train.eval_steps=5", "train.keep_best=eval/los"], "did you mean 'eval/loss'?"),
         (["train.eval_steps=5", "train.keep_best=eval/loss", "train.early_stopping.metric=eval/x"], "one metric decides"),
-        (["train.eval_steps=5", "train.keep_best=general/loss"], "train.keep_best: general/loss is not measured during training"),
-        (["train.eval_steps=5", "train.keep_best=forgetting/percent"], "train.keep_best: forgetting/percent is not measured"),
+        (["train.eval_steps=5", "train.keep_best=general/loss"], "train.keep_best: no evaluation of sft measures 'general/loss'"),
+        (
+            ["train.eval_steps=5", "train.keep_best=forgetting/percent"],
+            "train.keep_best: no evaluation of sft measures",
+        ),
         (
             ["train.eval_steps=5", "train.early_stopping.patience=1", "train.early_stopping.metric=train/loss"],
-            "train.early_stopping.metric: train/loss is not measured during training",
+            "train.early_stopping.metric: no evaluation of sft measures 'train/loss'",
         ),
-        (["train.eval_steps=5", "train.keep_best=answers/exact"], "train.keep_best: no answer is scored by 'exact'"),
+        (
+            ["train.eval_steps=5", "train.keep_best=answers/exact"],
+            "train.keep_best: no evaluation of sft measures 'answers",
+        ),
         (
             [
                 "train.eval_steps=5",
@@ -104,11 +110,11 @@ def test_every_option_of_every_group_composes(stage: str, group: str, option: st
                 "eval.generate.metrics=[rouge_l,a:exact]",
                 "eval.generate.prompts=2",
             ],
-            "did you mean 'rouge_l'?",
+            "did you mean 'answers/rouge_l'?",
         ),
         (
             ["train.eval_steps=5", "train.keep_best=eval/loss", "data.eval_rows=0"],
-            "data.eval_rows: eval/loss is of held-out rows",
+            "eval/loss is of held-out rows, and there is none; say data.eval_rows=64",
         ),
     ],
 )

@@ -37,7 +37,9 @@ def test_a_figure_has_a_name_and_a_direction(name: str, words: str, better: int)
         ("train/lr", 0.0002, "2e-4"),
         ("train/tokens_per_second", 5333.3, "5,333"),
         ("eval/loss", None, "—"),
-        ("eval/loss", float("nan"), "nan"),
+        ("eval/loss", float("nan"), "no number"),
+        ("eval/loss", float("inf"), "∞"),
+        ("eval/reward", float("-inf"), "−∞"),
     ],
 )
 def test_values_are_written_for_people(name: str, value: float | None, written: str) -> None:

@@ -117,3 +117,28 @@ def test_the_best_of_two_runs_is_marked_beyond_their_rows_difference() -> None:
         values = [sum(BEFORE) / 75, sum(after) / 75]
         assert best_of("eval/loss", values) == (1 if best is None else None)
         assert best_of("eval/loss", values, [{"sums": sums, "counts": COUNTS} for sums in (BEFORE, after)]) == best
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([1.0, 2.0, 3.0], 0),
+        ([2.0, 1.0, 2.0], 1),
+        ([1.0, 1.0, 3.0], None),  # one far behind makes neither of the others the best
+        ([1.0, 1.004, 3.0], None),
+        ([1.0, 1.0, math.inf], None),
+        ([1.0, math.nan, math.inf], None),  # held against nothing
+        ([1.0, None], None),
+        ([], None),
+    ],
+)
+def test_the_best_is_better_than_the_next(values: list[float | None], best: int | None) -> None:
+    assert best_of("eval/loss", values) == best
+
+
+def test_the_best_of_three_runs_is_held_against_the_next_row_by_row() -> None:
+    sure = [sums - 0.001 * count for sums, count in zip(BEFORE, COUNTS, strict=True)]
+    far = [sums + 3 * count for sums, count in zip(BEFORE, COUNTS, strict=True)]
+    for three, best in (((BEFORE, sure, far), 1), ((BEFORE, BEFORE, far), None)):
+        rows = [{"sums": sums, "counts": COUNTS} for sums in three]
+        assert best_of("eval/loss", [sum(sums) / 75 for sums in three], rows) == best

@@ -7,6 +7,7 @@ import hashlib
 import html.parser
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -349,6 +350,12 @@ def test_what_is_no_run_is_said_in_a_line(tmp_path):
         ("eval/loss", 1.0, 1.0049, "+0.49 %", ""),
         ("eval/loss", 1.0, 1.0051, "+0.51 %", "worse"),
         ("x/accuracy", 0.5, 0.509, "+0.9 points", ""),
+        ("eval/loss", 1.0, math.nan, "no number any more", "worse"),
+        ("eval/loss", 1.0, math.inf, "no number any more", "worse"),
+        ("eval/reward", 1.0, math.nan, "no number any more", "worse"),
+        ("eval/logp_chosen", 1.0, math.nan, "no number any more", "worse"),
+        ("eval/loss", math.nan, 1.0, "a number again", ""),
+        ("eval/loss", math.nan, math.inf, "", ""),
     ],
 )
 def test_a_change_is_judged_by_what_the_metric_means(name, before, after, text, verdict):
@@ -395,3 +402,11 @@ def test_colours_follow_the_page():
 )
 def test_a_page_says_what_the_run_learnt_from(data, said):
     assert _data_of(data) == said
+
+
+def test_half_a_letter_in_a_file_or_a_name_of_bytes_is_no_end_of_a_page(tmp_path):
+    run = make_run(tmp_path / os.fsdecode(b"caf\xe9"))
+    (run / "samples.json").write_text(json.dumps([{"prompt": "a\ud83d", "answers": [], "reference": "b\udcff"}]))
+    page = run_page(run).read_text(encoding="utf-8")
+    assert "caf?" in page and "a?" in page
+    assert "caf?" in compare_page([run, make_run(tmp_path / "other")], tmp_path / "both.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,12 +55,13 @@ class Loaded:
         place alone. Texts are the user's words where the run's rows were conversations, and are gone on with where not."""
         if self.live.artifact.reward_head:
             raise UserError(f"{self.live.artifact.name} is a reward model: it scores, and cannot write")
-        if samples > 1 and not temperature:
-            raise UserError("samples: with temperature 0 all answers are one; give a temperature, or samples=1")
+        _check_how(samples, max_new_tokens, temperature, top_p, stop)
         tokens = [self._encoded(prompt) for prompt in _listed(prompts)]
         how = (temperature, top_p, 0) if temperature else (1.0, 1.0, 1)
         sampling = Sampling(max_new_tokens, *how, max(AT_ONCE, samples), tuple(stop), self._text)
         seeds = [row_seed(seed, i, 0, 0) for i in range(len(tokens))]
+        if not tokens:
+            return []
         drawn = sample(self._reader, tokens, samples, sampling, self.live.ends, seeds)
         return [[self._text(answer.tokens) for answer in group] for group in drawn]
 
@@ -107,15 +109,48 @@ class Loaded:
 
 def open_loaded(run: str, words: list[str], device: str | None) -> Loaded:
     """See `posttrain.load`."""
-    given, _, of_data = runs_and_settings([str(run), *words])
+    given, _, of_data = runs_and_settings([run, *words])
     if len(given) != 1:
         raise UserError(f"load: give one run; '{given[-1]}' is no data.KEY=VALUE")
+    _check_device(device)
     return Loaded(load_model(given[0], device or device_here(), words=of_data))
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: '{name}' is none that torch can use here ({str(error).splitlines()[0][:100]})") from None
+
+
+def _check_how(samples: int, max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+    for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise UserError(f"{name}: {number}; give 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature: {temperature}; give 0 or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p}; give a share above 0, at most 1")
+    if isinstance(stop, str):
+        raise UserError(f"stop: give a list of texts, as stop=[{stop!r}]")
+    if not all(stop):
+        raise UserError("stop: an empty text ends every answer; leave it out")
+    if samples > 1 and not temperature:
+        raise UserError("samples: with temperature 0 all answers are one; give a temperature, or samples=1")
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt, or several: a list of messages is one."""
     if isinstance(prompts, str):
         return [prompts]
-    found: list[Any] = list(prompts)
-    return [found] if found and isinstance(found[0], dict) else found
+    found: list[Any] = list(prompts) if isinstance(prompts, Sequence) else [prompts]
+    found = [found] if found and isinstance(found[0], dict) else found
+    if not all(isinstance(each, str) or _is_conversation(each) for each in found):
+        raise UserError(
+            'prompts: a text, a list of messages, or a list of these; a message is {"role": "user", "content": "..."}'
+        )
+    return found
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)

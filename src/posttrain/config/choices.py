@@ -17,18 +17,26 @@ Correction = Literal["none", "truncate", "mask"]  # of samples that another poli
 
 Kernels = Literal["auto", "reference"]
 
-# a file an optimizer, a `posttrain.training.optimizers._kind.OptimizerKind` in each
-OPTIMIZERS: Registry[Any] = Registry("posttrain.training.optimizers", "posttrain.optimizers", "OPTIMIZER", "optimizer")
-# a file a loss, a `posttrain.losses.tokens.TokenLoss` in each
-TOKEN_LOSSES: Registry[Any] = Registry("posttrain.losses.token", "posttrain.token_losses", "LOSS", "token loss")
-# a file a loss, a `posttrain.losses.pairs.PreferenceLoss` in each
-PREFERENCE_LOSSES: Registry[Any] = Registry(
-    "posttrain.losses.preference", "posttrain.preference_losses", "LOSS", "preference loss"
+# a file an optimizer
+OPTIMIZERS: Registry[Any] = Registry(
+    "posttrain.training.optimizers", "posttrain.optimizers", "OPTIMIZER", "optimizer",
+    of="posttrain.training.optimizers._kind:OptimizerKind",
+)  # fmt: skip
+# a file a loss
+TOKEN_LOSSES: Registry[Any] = Registry(
+    "posttrain.losses.token", "posttrain.token_losses", "LOSS", "token loss", of="posttrain.losses.tokens:TokenLoss"
 )
-# a file a loss, a `posttrain.losses.surrogates.PolicyLoss` in each
-POLICY_LOSSES: Registry[Any] = Registry("posttrain.losses.policy", "posttrain.policy_losses", "LOSS", "policy loss")
+PREFERENCE_LOSSES: Registry[Any] = Registry(
+    "posttrain.losses.preference", "posttrain.preference_losses", "LOSS", "preference loss",
+    of="posttrain.losses.pairs:PreferenceLoss",
+)  # fmt: skip
+POLICY_LOSSES: Registry[Any] = Registry(
+    "posttrain.losses.policy", "posttrain.policy_losses", "LOSS", "policy loss", of="posttrain.losses.surrogates:PolicyLoss"
+)
 # a file a reward, a class in each whose arguments are its options and whose instances are reward functions
-REWARDS: Registry[Any] = Registry("posttrain.rewards.builtin", "posttrain.rewards", "REWARD", "reward")
+REWARDS: Registry[Any] = Registry(
+    "posttrain.rewards.builtin", "posttrain.rewards", "REWARD", "reward", of="collections.abc:Callable"
+)
 
 
 def is_reward_function(name: str) -> bool:

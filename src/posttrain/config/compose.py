@@ -31,6 +31,7 @@ from posttrain.config.complaints import first_complaint, unknown_key
 from posttrain.config.files import in_quotes, naming_place, split_words, with_files
 from posttrain.config.inherit import inherit_model
 from posttrain.config.interfaces import REGISTRIES
+from posttrain.config.judged import require_measured
 from posttrain.config.parsed_files import ParsedFiles
 from posttrain.config.paths import root
 from posttrain.config.stages import REGISTRY, typed_config
@@ -49,6 +50,7 @@ OmegaConf.register_new_resolver("rate", lambda full, lora, f: full if f == 1 els
 
 def compose(stage: str, overrides: list[str], config_dir: Path | None = None) -> dict[str, Any]:
     """The config of one run, resolved, as a plain dict. Raises UserError, in one line, for an override that does not fit."""
+    REGISTRY.get(stage)  # refuses a name that is none
     with opened(config_dir) as hydra, _in_one_line(hydra, stage, overrides):
         return _composed(hydra, stage, normalise(hydra, stage, overrides))
 
@@ -61,9 +63,12 @@ def validate(config: dict[str, Any]) -> Any:
     """The typed config. Raises UserError naming the first field that is wrong, or that holds a secret."""
     refuse_secrets(config)
     try:
-        return typed_config(config)
+        cfg = typed_config(config)
     except ValidationError as error:
         raise UserError(first_complaint(error, config)) from None
+    if metric := cfg.train.judged_by:
+        require_measured(cfg, metric, "train.keep_best" if cfg.train.keep_best else "train.early_stopping.metric")
+    return cfg
 
 
 @contextmanager
@@ -255,6 +260,7 @@ def completions(stage: str, word: str) -> list[str]:
 
 def expand(stage: str, overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:
     """The jobs of a sweep: one list of overrides for every combination of `a=1,2`, the last key varying fastest."""
+    REGISTRY.get(stage)  # refuses a name that is none
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     files, own = split_words(overrides)

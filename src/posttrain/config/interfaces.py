@@ -236,8 +236,15 @@ class Method(Strict):
         return any(part in parameter for part in self.own_parts)
 
 
-METHODS: Registry[type[Method]] = Registry("posttrain.models.peft.methods", "posttrain.peft_methods", "METHOD", "peft method")
+METHODS: Registry[type[Method]] = Registry(
+    "posttrain.models.peft.methods", "posttrain.peft_methods", "METHOD", "peft method", of=f"{__name__}:Method"
+)
 QUANTIZERS: Registry[type[Quantizer]] = Registry(
-    "posttrain.models.quantization", "posttrain.quantizers", "QUANTIZER", "quantizer", shared=("experts", "packed")
+    "posttrain.models.quantization",
+    "posttrain.quantizers",
+    "QUANTIZER",
+    "quantizer",
+    shared=("experts", "packed"),
+    of=f"{__name__}:Quantizer",
 )
 REGISTRIES = (METHODS, QUANTIZERS)  # whose entries may come from packages that bring YAML files of their own

@@ -149,7 +149,7 @@ def show(name: str, value: float | None) -> str:
     if value is None:
         return "—"
     if not math.isfinite(value):
-        return str(value)
+        return "no number" if math.isnan(value) else "∞" if value > 0 else "−∞"
     found = metric(name)
     if found.form == "share":
         return f"{value:.1%}"

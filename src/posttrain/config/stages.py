@@ -24,7 +24,9 @@ SHARED = (
     "steps",
 )  # of stages/, and no stage
 # a folder of posttrain.stages with a SPEC, or a package of others; by its name, for configs lie below stages
-REGISTRY: Registry[Any] = Registry("posttrain.stages", "posttrain.stages", "SPEC", "stage", shared=SHARED)
+REGISTRY: Registry[Any] = Registry(
+    "posttrain.stages", "posttrain.stages", "SPEC", "stage", shared=SHARED, of="posttrain.stages.spec:StageSpec"
+)
 
 
 def config_classes() -> dict[str, type[Stage]]:

@@ -1,5 +1,7 @@
 """The cards that `plan --device` knows: a row each, as the vendor's data sheet has it. Imports no torch.
 
+The rates were written down from memory of those sheets, and not held against them. An H100 and an H200 were seen.
+
 Rates are of dense products, without sparsity, with sums in float32; of the SXM form where a card has several. docs/gpu.md has
 what an H100 reached of them.
 """

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.answers_step import GENERATE, ROWS, answers_command, answers_config
+from posttrain.launch.named_files import require_files
 from posttrain.launch.recipe import Recipe, Step, load_recipe, recipe_names
 from posttrain.launch.rounds import keys_that_name_steps
 from posttrain.launch.step_status import StepStatus, is_done, made_from, status_of
@@ -89,6 +90,7 @@ def _compose(recipe: Recipe) -> list[Planned]:
             parents = ({"init": parent.dir} if parent else {}) | _name_steps(config, found)
             if step.stage != GENERATE:
                 validate(config)
+                require_files(config, parents)
         except UserError as e:
             raise UserError(f"step {step.name}: {e}") from None
         found[step.name] = Planned(step, directory, config, parents)

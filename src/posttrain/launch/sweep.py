@@ -23,6 +23,7 @@ from posttrain.errors import RunError, Stopped, UserError
 from posttrain.launch import warm_worker
 from posttrain.launch.gpus import one_gpu
 from posttrain.launch.job_rows import last_line, live_page, row_of
+from posttrain.launch.named_files import require_files
 from posttrain.launch.subprocess_runner import in_group, worker_command
 from posttrain.runs.files import write_json
 from posttrain.runs.identity import digest
@@ -44,6 +45,8 @@ def run_sweep(stage: str, overrides: list[str], config_dir: Path | None) -> list
 
     sets = composing.expand(stage, [o for o in overrides if not o.lstrip("+").startswith("hydra")], config_dir)
     configs = [composing.compose_run(stage, each, config_dir) for each in sets]
+    for config in configs:
+        require_files(config)
     sweep_dir = _directory(configs[0], stage)
     jobs = [
         prepared_job(sweep_dir, number, each, sets, config)
@@ -126,7 +129,7 @@ def _work(directory: Path, label: str, environment: dict[str, str], warm: bool) 
 
 
 def _follow(child: Any, log: IO[str], label: str) -> tuple[int, bool]:
-    with _forwarding(child) as requested:
+    with forward_to(child) as stop:
         for raw in child.stdout:
             line = raw.decode(errors="replace")
             log.write(line)
@@ -134,9 +137,9 @@ def _follow(child: Any, log: IO[str], label: str) -> tuple[int, bool]:
             if "  eta " in line:
                 say(f"{label}: {line.strip()}")
         try:
-            return child.wait(), requested()
+            return child.wait(), stop.requested
         except warm_worker.Gone:
-            if requested():
+            if stop.requested:
                 return Stopped.exit_code, True
             raise
 
@@ -215,17 +218,6 @@ def _passing_on(folder: Path) -> Generator[StopSignal]:
             yield stop
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _forwarding(child: Any) -> Generator[Any]:
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():  # a launcher's thread cannot install handlers
-        yield lambda: False
-        return
-    with forward_to(child) as stop:
-        yield lambda: stop.requested
 
 
 def _directory(config: dict[str, Any], stage: str) -> Path:

@@ -18,10 +18,13 @@ import yaml
 from rich.table import Table
 
 from posttrain.config import compose as composing
+from posttrain.config.judged import require_measured
+from posttrain.config.stages import typed_config
 from posttrain.console import console, say
 from posttrain.errors import RunError, Stopped, UserError, did_you_mean
 from posttrain.launch.halving import Scores, cost_of, forecast, half_of, places_of, rungs_of, survivors
 from posttrain.launch.job_rows import live_page
+from posttrain.launch.named_files import require_files
 from posttrain.launch.proposals import Grid, Proposer, proposer
 from posttrain.launch.sweep import launch_jobs, prepared_job
 from posttrain.runs.files import write_json
@@ -54,6 +57,10 @@ def tune(
 
     while wave := asked.wave(list(first.values())):
         configs = [_config(stage, [*words, *chosen], max(1, rungs[0] // 2), config_dir) for chosen in wave]
+        if not jobs:
+            require_measured(typed_config(configs[0]), metric, "--metric")
+        for config in configs:
+            require_files(config)
         if not jobs:
             place = _directory(stage, configs, words, over, metric, asked, rungs)
             whole = f"{cost_of(rungs, asked.count, factor)} of {asked.count * steps} steps"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -62,7 +63,8 @@ def render(template: str, script: str | None = "plots.js", **values: Any) -> str
         "why": "",
         **values,
     }
-    return _TEMPLATES.get_template(template).render(script=Markup(code), script_hash=f"sha256-{known}", **values)
+    page = _TEMPLATES.get_template(template).render(script=Markup(code), script_hash=f"sha256-{known}", **values)
+    return page.encode(errors="replace").decode()  # half a letter, of a file or a name that is no UTF-8, is a question mark
 
 
 def live_note(every: float = 0) -> dict[str, int]:
@@ -94,14 +96,14 @@ def run_name(directory: Path) -> str:
 def page_link(run_dir: Path, page: Path) -> str:
     """Relative address of a run's page as seen from `page`; empty when there is none."""
     target = run_dir / PAGE
-    return "./" + quote(os.path.relpath(target.resolve(), page.parent.resolve())) if target.exists() else ""
+    return "./" + quote(os.fsencode(os.path.relpath(target.resolve(), page.parent.resolve()))) if target.exists() else ""
 
 
 def metric_grid(
     metrics: list[dict[str, float]], names: list[str], rated: list[str], records: Sequence[Record | None] = ()
 ) -> list[list[Cell]]:
-    """One row of cells a run. The best of each `rated` column is marked, where its values differ. records: the runs, where they
-    are at hand: a loss is then held against each row's of the others."""
+    """One row of cells a run. The best of each `rated` column is marked, where it is better than the next. records: the runs,
+    where they are at hand: a loss is then held against each row's of the others."""
     kept = {n: [r.rows_of(n) if r else {} for r in records] for n in rated}
     best = {n: best_of(n, [m.get(n) for m in metrics], kept[n]) if n in rated else None for n in names}
     return [[Cell(show(n, m.get(n)), best[n] == i) for n in names] for i, m in enumerate(metrics)]
@@ -126,15 +128,15 @@ def _overlay(title: str, series: list[tuple[str, list[float], list[float]]], smo
 
 
 def best_of(name: str, values: Sequence[float | None], rows: Sequence[dict[str, list[float]]] = ()) -> int | None:
-    """Index of the best value; None where it cannot be said, or all are within what noise does. rows: each value's
-    (`Record.rows_of`): where the best and the worst have the same, their difference's 95 % interval decides."""
-    known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and value == value]
-    if not known or not direction(name):
+    """Index of the best value; None where it cannot be said, or the next best is within what noise does. rows: each value's
+    (`Record.rows_of`): where both have the same, their difference's 95 % interval decides."""
+    known = [(value * -direction(name), i) for i, value in enumerate(values) if value is not None and math.isfinite(value)]
+    if len(known) < 2 or not direction(name):
         return None
-    best, worst = min(known), max(known)
-    first, last = (rows[best[1]], rows[worst[1]]) if rows else ({}, {})
-    paired = first and last and first["counts"] == last["counts"]
-    if paired and (ends := change_interval(first["sums"], last["sums"], first["counts"])):
+    best, second = sorted(known)[:2]
+    first, other = (rows[best[1]], rows[second[1]]) if rows else ({}, {})
+    paired = first and other and first["counts"] == other["counts"]
+    if paired and (ends := change_interval(first["sums"], other["sums"], first["counts"])):
         return best[1] if ends[0] > 0 else None
-    differs = worst[0] - best[0] > 0 and worst[0] - best[0] >= noise(name, abs(best[0]), abs(worst[0]))
+    differs = second[0] - best[0] > 0 and second[0] - best[0] >= noise(name, abs(best[0]), abs(second[0]))
     return best[1] if differs else None

@@ -142,6 +142,10 @@ def compare(
     follows. interval: of the loss's change (`interval_of`)."""
     if before is None or after is None:
         return Change(name, show(name, before), show(name, after), "", "")
+    if not (math.isfinite(before) and math.isfinite(after)):
+        lost, found = math.isfinite(before), math.isfinite(after)
+        text = "no number any more" if lost else "a number again" if found else ""
+        return Change(name, show(name, before), show(name, after), text, "worse" if lost else "")
     difference = after - before
     text = _difference(name, before, difference)
     good = difference * direction(name)

@@ -52,6 +52,8 @@ class StageSpec:
         measured_by: "module:function", config -> the objective by which `eval` measures its own held-out rows; None: as sets of
             `eval.sets` are.
         says: "module:function", config -> lines that a run and its preview say before they begin; None: it has none of its own.
+        figures: of its held-out evaluation, without `eval/`, those of some configs alone among them; NAME_* stands for its parts.
+            None: they are known when they are measured.
         plan: module with what `plan` must know of this stage alone (stages/language/plan.py says what).
     """
 
@@ -69,6 +71,7 @@ class StageSpec:
     reads: Literal["text", "images"] = "text"
     measured_by: str | None = None
     says: str | None = None
+    figures: tuple[str, ...] | None = None
     plan: str = "posttrain.stages.language.plan"
 
     @property

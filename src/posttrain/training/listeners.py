@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from posttrain.errors import RunError
+from posttrain.errors import RunError, UserError
 
 Listener = Callable[[int, dict[str, float]], None]  # a step, its metrics
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
@@ -14,7 +14,11 @@ _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=(
 
 @contextmanager
 def listening(listeners: Sequence[Listener]) -> Generator[None]:
-    """Inside, `listeners` are told every line of metrics of this process's runs."""
+    """Inside, `listeners` are told every line of metrics of this process's runs. Raises UserError for what is no function."""
+    if not isinstance(listeners, list | tuple):
+        raise UserError("callbacks: give a list of functions (step, metrics), as callbacks=[print]")
+    if odd := [each for each in listeners if not callable(each)]:
+        raise UserError(f"callbacks: {odd[0]!r} is no function (step, metrics)")
     token = _LISTENERS.set(tuple(listeners))
     try:
         yield

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -22,7 +23,10 @@ PARENT = "POSTTRAIN_PARENT"  # in a child's environment: the process that it is 
 
 
 def caught() -> list[signal.Signals]:
-    """`SIGNALS`, but for what is ignored from the start: nohup means a run to outlive its terminal."""
+    """`SIGNALS`, but for what is ignored from the start: nohup means a run to outlive its terminal. None in a thread: signals are
+    the main thread's alone, and what is called in another does without."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli import app
-from posttrain.commands.docs.pages import found_in, moved, page_of, pages
+from posttrain.commands.docs.pages import found_in, moved, page_of, pages, without_empty_heads
 from posttrain.commands.docs.server import answer, listening_on, rendered
 from posttrain.config.paths import root
 from posttrain.errors import UserError
@@ -97,3 +97,10 @@ def test_the_order_of_the_site_can_be_read_without_mkdocs() -> None:
     if not file.is_file():
         pytest.skip("runs from a checkout only")
     assert yaml.safe_load(file.read_text())["theme"]["font"] is False
+
+
+def test_the_corner_of_a_table_is_no_heading() -> None:
+    text = '<th></th><th style="text-align: right;"> </th><th>a</th><thead></thead>'
+    assert without_empty_heads(text) == '<td></td><td style="text-align: right;"></td><th>a</th><thead></thead>'
+    served = rendered("rlhf")
+    assert "<th></th>" not in served and '<table tabindex="0">' in served

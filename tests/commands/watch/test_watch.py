@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import math
+import os
 import re
 import shutil
 import threading
@@ -14,7 +16,7 @@ from tests.reports.test_run_page import make_run
 
 from posttrain.commands.local_server import HOME
 from posttrain.commands.watch.folder import Folder, SeenRun, is_own
-from posttrain.commands.watch.pages import COLUMNS, ago, in_order
+from posttrain.commands.watch.pages import COLUMNS, Asked, ago, answer, in_order, table_html
 from posttrain.commands.watch.server import Server
 from posttrain.commands.watch.watch import watch
 from posttrain.errors import UserError
@@ -189,11 +191,21 @@ def test_a_run_that_changes_is_read_again_and_others_are_not(tmp_path: Path, mon
     assert seen.runs() == {}
 
 
-def test_a_damaged_run_hides_itself_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("config.yaml", "stage: ["), ("config.yaml", "3"), ("manifest.json", "{"), ("manifest.json", "[]"), ("manifest.json", "")],
+)
+def test_a_damaged_run_is_listed_as_one_and_the_others_as_they_are(file: str, text: str, tmp_path: Path) -> None:
     make_run(tmp_path / "good")
     bad = make_run(tmp_path / "bad")
-    (bad / "config.yaml").write_text("stage: [")
-    assert set(Folder(tmp_path).runs()) == {"good"}
+    (bad / file).write_text(text)
+    folder = Folder(tmp_path)
+    found = folder.runs()
+    assert [found[name].state for name in ("bad", "good")] == ["damaged", "done"] and file in found["bad"].why
+    table = table_html(folder, found, Asked("", {}))
+    assert "2 runs: 1 done, 1 damaged" in table and '<span class="chip damaged">' in table
+    status, said = answer(folder, Asked("bad/report.html", {}))
+    assert status == 500 and "\n" not in said and file in said
 
 
 def test_order_is_by_value_and_what_is_not_known_comes_last() -> None:
@@ -201,10 +213,10 @@ def test_order_is_by_value_and_what_is_not_known_comes_last() -> None:
         figures = {} if loss is None else {"train/loss": loss}
         return SeenRun(name, Path(name), "sft", "m", "lora", "done", "", step, 9, 0.0, figures)
 
-    runs = {each.name: each for each in (run("a", 2.0, 10), run("b", None, 9), run("c", 0.5, 100))}
-    assert [each.name for each in in_order(runs, "loss", down=False)] == ["c", "a", "b"]
-    assert [each.name for each in in_order(runs, "loss", down=True)] == ["a", "c", "b"]
-    assert [each.name for each in in_order(runs, "step", down=True)] == ["c", "a", "b"]
+    runs = {each.name: each for each in (run("d", math.nan, 1), run("a", 2.0, 10), run("b", None, 9), run("c", 0.5, 100))}
+    assert [each.name for each in in_order(runs, "loss", down=False)] == ["c", "a", "d", "b"]
+    assert [each.name for each in in_order(runs, "loss", down=True)] == ["a", "c", "d", "b"]
+    assert [each.name for each in in_order(runs, "step", down=True)] == ["c", "a", "b", "d"]
     assert COLUMNS["changed"].down and not COLUMNS["loss"].down
 
 
@@ -228,3 +240,11 @@ def test_times_are_for_people() -> None:
     assert [ago(seconds) for seconds in (-1, 59, 119, 120, 7199, 7200, 172799, 172800)] == [
         "0 s ago", "59 s ago", "119 s ago", "2 min ago", "119 min ago", "2 h ago", "47 h ago", "2 d ago",
     ]  # fmt: skip
+
+
+def test_a_run_whose_name_is_no_utf8_can_be_opened(tmp_path: Path) -> None:
+    make_run(tmp_path / os.fsdecode(b"caf\xe9"))
+    with Server(Folder(tmp_path), 0) as server:
+        page = server._page("/")
+        assert page.status == 200 and b'href="/caf%E9/report.html"' in page.content
+        assert server._page("/caf%E9/report.html").status == server._page("/compare?run=caf%E9").status == 200

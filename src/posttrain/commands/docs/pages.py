@@ -20,6 +20,7 @@ from posttrain.errors import UserError, did_you_mean
 
 LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"^(```[\s\S]*?^```|(?: {4}.*\n)+)", re.MULTILINE)
+EMPTY_HEAD = re.compile(r"<th((?:\s[^>]*)?)>\s*</th>")
 HITS = 20  # places that a search names at most
 
 
@@ -106,6 +107,11 @@ def moved(text: str, page: str, outside: Mapping[str, str], known: Collection[st
         return words if f"`{words.strip('`')}`" == f"`{place}`" else f"{words} (`{place}`)"
 
     return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(CODE.split(text)))
+
+
+def without_empty_heads(page: str) -> str:
+    """A page's HTML, in which the corner of a table is no heading: a screen reader would say nothing for it."""
+    return EMPTY_HEAD.sub(r"<td\1></td>", page)
 
 
 def page_of(name: str) -> Page:

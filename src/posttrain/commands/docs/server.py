@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
-from posttrain.commands.docs.pages import found_in, pages
+from posttrain.commands.docs.pages import found_in, pages, without_empty_heads
 from posttrain.commands.local_server import LocalServer, Reply
 from posttrain.config.paths import root
 from posttrain.console import say
@@ -44,8 +44,8 @@ def answer(path: str) -> tuple[int, str, bytes]:
 @cache
 def rendered(name: str) -> str:
     """A page as HTML, its headings with names that links can point at."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(pages()[name].text)
-    body = body.replace("<pre>", '<pre tabindex="0">')  # for who scrolls it by keyboard
+    body = without_empty_heads(MarkdownIt("commonmark", {"html": False}).enable("table").render(pages()[name].text))
+    body = re.sub("<(pre|table)>", r'<\1 tabindex="0">', body)  # for who scrolls it by keyboard
     body = re.sub(r'href="([\w./-]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
     return re.sub(r"<(h[1-6])>(.*?)</\1>", lambda m: f'<{m[1]} id="{_slug(m[2])}">{m[2]}</{m[1]}>', body)
 

@@ -57,5 +57,5 @@ class Target:
 
 
 TARGETS: Registry[Target] = Registry(
-    "posttrain.commands.export.targets", "posttrain.export_targets", "TARGET", "export target"
+    "posttrain.commands.export.targets", "posttrain.export_targets", "TARGET", "export target", of=f"{__name__}:Target"
 )  # fmt: skip

@@ -225,7 +225,7 @@ def _assumptions(cfg: Any, device: Device, seconds: float | None, notes: list[st
     elif card := device.card:
         said.append(
             f"time: products at {OF_PRODUCTS:.0%} of {card.half:,.0f} TFLOP/s (float32: {card.single:g}) and all else at "
-            f"{OF_BYTES:.0%} of {card.bandwidth:,} GB/s ({card.source}): assumed shares, not measured ones"
+            f"{OF_BYTES:.0%} of {card.bandwidth:,} GB/s ({card.source}, from memory): assumed shares, not measured ones"
         )
     if cfg.train.processes > 1:
         said.append("what the devices send each other is not in the time")

@@ -126,8 +126,15 @@ class Folder:
                 changed=last_change(directory),
                 figures=figures,
             )
-        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
-            return None  # damaged, or taken away meanwhile
+        except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            return self._damaged(directory, error)
+
+    def _damaged(self, directory: Path, error: Exception) -> SeenRun | None:
+        """What cannot be read, with the reason; None where it was taken away meanwhile."""
+        if not (directory / CONFIG).is_file():
+            return None
+        why = str(error) if isinstance(error, UserError) else f"{directory / CONFIG} is not as posttrain writes it"
+        return SeenRun(self._name(directory), directory, "", "", "", "damaged", why, 0, 0, last_change(directory), {})
 
     def _of_file(self, path: Path, read: Callable[[Path], T]) -> T | None:
         """What `read` makes of a file, as long as that stays as it is; None where there is none."""

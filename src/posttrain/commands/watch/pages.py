@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,16 +120,17 @@ def table_html(folder: Folder, runs: dict[str, SeenRun], asked: Asked) -> str:
 
 
 def in_order(runs: dict[str, SeenRun], key: str, down: bool) -> list[SeenRun]:
-    """By a column; those that have nothing in it come last, either way."""
+    """By a column; those that have no number in it come behind, and those that have nothing last, either way."""
     value = COLUMNS[key].value
-    known = [run for run in runs.values() if value(run) is not None]
-    unknown = [run for run in runs.values() if value(run) is None]
-    return sorted(known, key=value, reverse=down) + unknown
+    found = [(run, value(run)) for run in runs.values()]
+    known = [run for run, each in found if each is not None and each == each]  # NaN is no place in an order
+    odd = [run for run, each in found if each is not None and each != each]
+    return sorted(known, key=value, reverse=down) + odd + [run for run, each in found if each is None]
 
 
 def _states(runs: dict[str, SeenRun]) -> list[str]:
     found = {run.state for run in runs.values()}
-    return [state for state in ("running", "done", "stopped", "failed", "unfinished") if state in found]
+    return [state for state in ("running", "done", "stopped", "failed", "unfinished", "damaged") if state in found]
 
 
 def _head(name: str, key: str, down: bool) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def _row(run: SeenRun) -> dict[str, Any]:
     loss, held_out = run.figures.get("train/loss"), run.figures.get("eval/loss")
     return {
         "name": run.name,
-        "href": f"/{quote(run.name)}/{PAGE}",
+        "href": f"/{quote(os.fsencode(run.name))}/{PAGE}",
         "state": run.state,
         "why": run.why,
         "words": [run.stage, run.method, run.model],
@@ -158,13 +160,13 @@ def _row(run: SeenRun) -> dict[str, Any]:
 
 
 def _group(group: SeenGroup) -> dict[str, Any]:
-    compared = "/compare?" + urlencode([("run", name) for name in group.members[:TOGETHER]])
+    compared = "/compare?" + urlencode([("run", os.fsencode(name)) for name in group.members[:TOGETHER]])
     return {
         "name": group.name,
         "kind": group.kind,
         "state": group.state,
         "count": len(group.members),
-        "href": f"/{quote(group.name)}/{PAGE}",
+        "href": f"/{quote(os.fsencode(group.name))}/{PAGE}",
         "compared": compared if group.members else "",
     }
 

@@ -23,6 +23,7 @@ class Server(LocalServer):
 
     def _page(self, path: str) -> Reply:
         address = urlsplit(path)
-        asked = Asked(unquote(address.path).removeprefix("/"), parse_qs(address.query, max_num_fields=FIELDS))
+        words = parse_qs(address.query, max_num_fields=FIELDS, errors="surrogateescape")
+        asked = Asked(unquote(address.path, errors="surrogateescape").removeprefix("/"), words)
         status, page = answer(self.folder, asked)
         return Reply(status, "text/html", page.encode()) if page.startswith("<!doctype") else in_words(status, page)

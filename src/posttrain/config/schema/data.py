@@ -13,7 +13,9 @@ from posttrain.errors import did_you_mean
 from posttrain.registry import Registry
 from posttrain.runs.yaml_files import read_yaml
 
-DATA_FORMATS: Registry[Any] = Registry("posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format")
+DATA_FORMATS: Registry[Any] = Registry(
+    "posttrain.data.formats", "posttrain.data_formats", "FORMAT", "data format", of="posttrain.data.formats:Format"
+)
 
 
 @lru_cache

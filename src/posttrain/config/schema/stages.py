@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from posttrain.config.fields import Rate, Strict
 from posttrain.config.interfaces import METHODS, READS
-from posttrain.config.metrics import ANSWERS, TASKS
+from posttrain.config.metrics import TASKS
 from posttrain.config.schema.data import DataConfig
 from posttrain.config.schema.language import CotConfig, CurriculumConfig, EwcConfig, ForgettingConfig, WeightsConfig
 from posttrain.config.schema.launch import LaunchConfig
@@ -22,7 +22,6 @@ from posttrain.config.schema.training import (
     TrackConfig,
     TrainConfig,
 )
-from posttrain.errors import did_you_mean
 
 
 class Stage(Strict):
@@ -122,26 +121,6 @@ class LanguageStage(Stage):
             raise ValueError("eval.harness.every: it is in evaluations, and there is none; give train.eval_steps")
         if of_tasks and harness.every != 1:
             raise ValueError(f"eval.harness.every: {self.train.judged_by} is to be there at each evaluation; say it 1")
-        return self
-
-    @model_validator(mode="after")
-    def _is_measured(self) -> LanguageStage:
-        """What decides on the result is known before a model is loaded, as far as no loss names it."""
-        judged, key = self.train.judged_by, "train.keep_best" if self.train.keep_best else "train.early_stopping.metric"
-        group, _, name = (judged or "").rpartition("/")
-        if judged is None or group.startswith(TASKS):
-            return self
-        if group not in ("eval", ANSWERS):
-            raise ValueError(
-                f"{key}: {judged} is not measured during training; eval/... is, answers/NAME with eval.generate.metrics, and "
-                "tasks/... with eval.tasks"
-            )
-        asked = [metric.rpartition(":")[2] for metric in self.eval.generate.metrics]
-        if group == ANSWERS and name not in asked:
-            near = did_you_mean(name, asked)
-            raise ValueError(f"{key}: no answer is scored by '{name}'{near}; name it in eval.generate.metrics, with prompts")
-        if self.data.eval_rows == 0:
-            raise ValueError(f"data.eval_rows: {judged} is of held-out rows, and there is none; say data.eval_rows=64")
         return self
 
     @model_validator(mode="after")

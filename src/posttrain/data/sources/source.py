@@ -12,14 +12,14 @@ from pathlib import Path
 
 from posttrain.config.schema.data import JOINT
 from posttrain.data.rows import Row
-from posttrain.data.sources.builtin.sets import PARTS, builtin_rows
+from posttrain.data.sources.builtin.sets import PARTS, builtin_rows, require_builtin
 from posttrain.data.sources.columnar import without_nulls
 from posttrain.data.sources.files import COMPRESSIONS, KNOWN, READERS, NumberedRow, file_rows, kind_of
 from posttrain.data.sources.hashing import fraction
 from posttrain.data.sources.hub import hub_commit, hub_rows
 from posttrain.errors import UserError, did_you_mean
 
-__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "parts_of", "place", "read_rows", "row_name"]
+__all__ = ["NumberedRow", "files_of", "fingerprint", "is_local", "parts_of", "place", "read_rows", "require_source", "row_name"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -60,6 +60,15 @@ def read_rows(
                 raise row
             yield before + number, row
         before += _FILE * len(_names_once(part))
+
+
+def require_source(path: str, split: str | None = None) -> None:
+    """Raises UserError where a path of this machine, or a built-in set, is not there; what the hub has is not asked."""
+    for part in parts_of(path):
+        if part.startswith(_BUILTIN):
+            require_builtin(part.removeprefix(_BUILTIN), split)
+        elif not _is_hub_id(part) and not _is_saved(part):
+            files_of(part)
 
 
 def _rows(path: str, subset: str | None, split: str, revision: str | None, few: bool) -> Iterator[NumberedRow]:

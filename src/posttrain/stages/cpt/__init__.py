@@ -14,4 +14,5 @@ SPEC = StageSpec(
     config="posttrain.stages.cpt.config:Cpt",
     steps="posttrain.stages.cpt.stage:steps",
     rows=RowUse("cpt", ("text",), "documents", "a text column"),
+    figures=("loss", "perplexity"),
 )

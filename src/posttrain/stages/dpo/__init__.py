@@ -21,4 +21,5 @@ SPEC = StageSpec(
     rows_by="posttrain.stages.dpo.loss:rows",
     says="posttrain.stages.dpo.loss:lines",
     plan="posttrain.stages.dpo.plan",
+    figures=("loss", "loss_*", "accuracy", "margin", "logp_chosen", "logp_rejected", "reward_chosen", "reward_rejected", "kl"),
 )

@@ -26,4 +26,5 @@ SPEC = StageSpec(
     rows=None,
     files=("data.instance_dir", "data.class_dir", "data.mask"),
     reads="images",
+    figures=("loss", "clip_i", "clip_t", "dino"),
 )

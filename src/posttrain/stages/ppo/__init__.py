@@ -31,4 +31,8 @@ SPEC = StageSpec(
     ),
     parents=(INIT, Parent("init_reward", "reward"), Parent("reward.gold", "gold")),
     plan="posttrain.stages.ppo.plan",
+    figures=(
+        *("reward", "reward_*", "reward_std", "reward_per_token", "gold", "gold_std", "unscored"),
+        *("kl", "entropy", "length", "ended", "length_correlation"),
+    ),
 )

@@ -17,4 +17,16 @@ SPEC = StageSpec(
     parents=(INIT, Parent("rm.policy", "policy")),
     measured_by="posttrain.stages.rm.stage:objective",
     plan="posttrain.stages.rm.plan",
+    figures=(
+        "loss",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "margin",
+        "score_chosen",
+        "score_rejected",
+        "score_std",
+        "calibration_error",
+        "length_correlation",
+    ),
 )

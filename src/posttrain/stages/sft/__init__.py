@@ -24,4 +24,5 @@ SPEC = StageSpec(
         examples="conversations",
         needs="messages, instruction and output, or prompt and completion",
     ),
+    figures=("loss", "perplexity"),
 )

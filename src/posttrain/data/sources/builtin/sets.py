@@ -31,11 +31,7 @@ def builtin_rows(name: str, part: str) -> list[dict[str, Any]]:
     library. preferences: pairs of a right and a poor answer about other objects of it. general: plain prose, for
     evaluation only. Raises UserError for an unknown name, and for a part that the set does not have.
     """
-    if name not in PARTS:
-        raise UserError(f"data.path: no built-in data '{name}'{did_you_mean(name, list(PARTS))}; there are {', '.join(PARTS)}")
-    if part not in PARTS[name]:
-        instead = "; it is for evaluation only, so name it under eval.sets" if name == "general" else ""
-        raise UserError(f"data.path: builtin:{name} has no part '{part}', only {' and '.join(PARTS[name])}{instead}")
+    require_builtin(name, part)
     if name == "questions":
         return question_rows(part)
     if name == "preferences":
@@ -44,6 +40,15 @@ def builtin_rows(name: str, part: str) -> list[dict[str, Any]]:
         text = resources.files("posttrain.data.sources.builtin").joinpath("general.txt").read_text("utf-8")
         return [{"text": " ".join(paragraph.split())} for paragraph in text.strip().split("\n\n")]
     return _reference(part)
+
+
+def require_builtin(name: str, part: str | None) -> None:
+    """Raises UserError for an unknown name, and for a part that the set does not have. part: None: any."""
+    if name not in PARTS:
+        raise UserError(f"data.path: no built-in data '{name}'{did_you_mean(name, list(PARTS))}; there are {', '.join(PARTS)}")
+    if part is not None and part not in PARTS[name]:
+        instead = "; it is for evaluation only, so name it under eval.sets" if name == "general" else ""
+        raise UserError(f"data.path: builtin:{name} has no part '{part}', only {' and '.join(PARTS[name])}{instead}")
 
 
 def _reference(part: str) -> list[dict[str, Any]]:
