@@ -98,3 +98,17 @@ def test_what_is_said_of_it(tmp_path: Path, text: str | bytes, said: str, monkey
     with pytest.raises(UserError, match=said) as error:
         compose_run("sft", [file(tmp_path, text)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.path=[]"], r"^data.path: the list is empty; give files"),
+        (["data.path=a.jsonl", "data.eval_path=[]"], r"^data.eval_path: the list is empty"),
+        (["data.path=[a.jsonl,builtin:questions]"], r"^data.path: builtin:questions stands alone"),
+        (["data.path=a.jsonl,b.jsonl"], r"^data.path: a.jsonl,b.jsonl is several values; write \[a.jsonl,b.jsonl\] for a list"),
+    ],
+)
+def test_a_list_names_its_field(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose_run("sft", words)

@@ -141,8 +141,18 @@ def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Fac
     found: dict[str, list[Factors]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module in adapter.modules:
-            found.setdefault(module, []).append(adapter.factors(module).times(weight))
+            factors = adapter.factors(module)
+            _check_like(found.get(module, []), factors, f"{adapter.where.partition(': ')[2]} at {module}")
+            found.setdefault(module, []).append(factors.times(weight))
     return {module: joined(parts) for module, parts in found.items()}
+
+
+def _check_like(others: list[Factors], factors: Factors, where: str) -> None:
+    """Raises UserError where a change cannot be added to others of its layer."""
+    for other in others[:1]:
+        there, here = ((each.b.shape[0], each.a.shape[-1]) for each in (factors, other))
+        if there != here:
+            raise UserError(f"the change of {where} has another shape ({there[0]}x{there[1]}, not {here[0]}x{here[1]})")
 
 
 def learn_weights(parts: list[Part], path: Path) -> list[float]:

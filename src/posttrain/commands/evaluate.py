@@ -26,6 +26,7 @@ from posttrain.evaluation.held_out import EvalSet, own_metrics, pack_by_tokens, 
 from posttrain.evaluation.paired import Rows, change_bounds
 from posttrain.evaluation.tasks import KEYS as OF_TASKS
 from posttrain.evaluation.tasks import Tasks
+from posttrain.models.hub import resolve
 from posttrain.models.language.loading import LoadedModel, device_here, load_in_turn, load_model, of_language, scorer, switch
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.run_data import data_of, of_file
@@ -56,6 +57,8 @@ def evaluate_runs(words: list[str]) -> dict[str, dict[str, float]]:
     if "reward.function" in settings:
         return answer_metrics(runs, settings, of_data)
     given = [of_language(run) for run in runs]
+    for bare in (each for each in given if each.kind == "model" and not each.is_run):
+        resolve(bare.source, None, weights=False, field=bare.field)
     if len(runs) == 1 and given[0].reward_head:
         return {Path(runs[0]).name: _scored(runs[0], settings, of_data)}
     asked = Tasks.of(settings).prepared() if "tasks" in settings else None

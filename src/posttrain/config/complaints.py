@@ -49,7 +49,7 @@ def first_complaint(error: ValidationError, config: dict[str, Any]) -> str:
     message = complaint["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if complaint["type"] == "value_error":
-        return message
+        return message if isinstance(tree, dict) or message.startswith(key) else f"{key}: {message}"  # of a section, or a field
     if key and path[-1] != str(complaint["loc"][-1]):  # a field of several kinds, each of which has its own complaint
         of_field = [c["msg"] for c in complaints if c["loc"][:-1] == complaint["loc"][:-1]]
         message = " or ".join([message, *(msg.removeprefix("Input should be ") for msg in of_field[1:])])

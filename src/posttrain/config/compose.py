@@ -196,14 +196,15 @@ def _explain(hydra: Hydra, stage: str, message: str) -> str:
     found = re.search(r"Could not override '([^']+)'", message)
     if found:
         return unknown_key(found.group(1), shipped_keys(hydra, stage))
-    for pattern, said in _INTERPOLATIONS.items():
+    for pattern, said in _OF_VALUES.items():
         if found := re.search(pattern, message):
             return said.format(*found.groups())
     return " ".join(message.split())[:300]
 
 
-# what OmegaConf says of ${...} -> ours
-_INTERPOLATIONS = {
+# what Hydra and OmegaConf say of values -> ours
+_OF_VALUES = {
+    r"Ambiguous value for argument '([^'=]+)=(.*)'\s+1\.": "{0}: {1} is several values; write [{1}] for a list, -m for a sweep",
     r"Environment variable '(\w+)' not found.*\s+full_key: (\S+)": "{1}: the environment variable {0} is not set",
     r"Interpolation key '([^']+)' not found\s+full_key: (\S+)": "{1}: there is no setting {0}, which it names",
     r"Error merging override (.*)": "{0} cannot be taken: a ${{ names another setting, and ends with }}",

@@ -52,7 +52,7 @@ class Split:
         if first_row is None:
             raise UserError(f"data.path: {source.path} leaves no row to train on; lower data.eval_share (now {data.eval_share})")
         self.shape = source.shape if source.shape != "auto" else recognise(first_row)
-        check_fits(self.shape, use)
+        check_fits(self.shape, use, source.path)
         gone = self.left_out.numbers
         self.train: Iterator[NumberedRow] = (row for row in chain(before, train) if row[0] not in gone)
 

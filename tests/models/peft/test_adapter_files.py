@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import posttrain
+from posttrain.commands import evaluate
+from posttrain.commands.compose import compose_runs
 from posttrain.config.compose import compose_run
 from posttrain.config.stages import typed_config
 from posttrain.errors import UserError
@@ -191,3 +193,30 @@ def test_another_model_than_the_adapters_base_is_refused(whole: Path, tmp_path: 
         posttrain.run("sft", *small, f"init={builtin_directory('tiny')[0]}", "chain.mode=continue", f"run.dir={tmp_path}/other")
     with pytest.raises(UserError, match=r"^chain.mode: continue goes on with an adapter, and there is no init"):
         posttrain.run("sft", *small, "chain.mode=continue", f"run.dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_what_could_not_be_saved_is_not_gone_on_with(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """A whole module, a bias, what PiSSA has taken out of the base: no run would write it, and its result would lack it."""
+    folder, small = saved(tmp_path / "other", **settings), ["train.max_steps=1", "train.max_length=64", "eval.sets=null"]
+    lora = ["peft=lora", "peft.r=4", "peft.alpha=8", "peft.targets=[q_proj,v_proj]"]
+    for mode in ("continue", "auto"):
+        words = [*small, *lora, f"init={folder}", f"chain.mode={mode}", f"run.dir={tmp_path}/{mode}"]
+        with pytest.raises(
+            UserError, match=rf"{next(iter(settings))}=.*; put it into its base by peft's merge_and_unload first$"
+        ):
+            posttrain.run("sft", *words)
+
+
+def test_adapters_of_unlike_shapes_are_not_added(whole: Path, tmp_path: Path) -> None:
+    folder = changed(whole, tmp_path / "damaged", cut)
+    with pytest.raises(UserError, match=r"in \S+damaged at model.layers.0.self_attn.q_proj has another shape \(\S+, not \S+\)"):
+        compose_runs([str(whole), str(folder)], tmp_path / "sum", None, None)
+    assert not (tmp_path / "sum").exists()
+
+
+def test_every_name_is_looked_up_before_any_is_measured(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_in_turn", lambda *_: pytest.fail("a model is loaded"))
+    (tmp_path / "t.txt").write_text("Some text.\n")
+    with pytest.raises(UserError, match=r"^run: 'org/none' is no directory and not to be had"):
+        evaluate.evaluate_runs([str(whole), "org/none", f"data.path={tmp_path}/t.txt"])

@@ -88,15 +88,16 @@ def _names(formats: dict[str, Format]) -> list[str]:
     return sorted(words - {"a", "and", "an", "answer", "list", "mostly", "of", "or", "with", "without", "the"} | {"answer"})
 
 
-def check_fits(shape: str, use: RowUse) -> None:
-    """Raises UserError if rows of the format `shape` are of no kind that `use` takes."""
+def check_fits(shape: str, use: RowUse, path: str = "") -> None:
+    """Raises UserError if rows of the format `shape` are of no kind that `use` takes. path: where they are, for that."""
     found = FORMATS.get(shape)
     if found.kind in use.takes:
         return
     fitting = [spec for spec in REGISTRY.all().values() if spec.rows and found.kind in spec.rows.takes]
     takers = [spec.name for spec in sorted(fitting, key=lambda spec: spec.position)]
     instead = f"use posttrain {' or '.join(takers)}, or " if takers else ""
-    raise UserError(f"data.path: {use.name} does not take {shape} ({found.columns}); {instead}give data with {use.needs}")
+    where = f", which {path} holds" if path else ""
+    raise UserError(f"data.path: {use.name} does not take {shape} ({found.columns}){where}; {instead}give data with {use.needs}")
 
 
 def to_canonical(row: Row, shape: str, where: str) -> CanonicalRow:

@@ -37,6 +37,8 @@ def require_kind(config: dict[str, Any], field: str) -> AdapterKind:
 
 def way_on(kind: AdapterKind, parent: dict[str, Any]) -> str:
     """What a stage can do with an adapter that it can neither lie on nor go on with as it was told."""
+    if not leaves_the_base(parent):
+        return "put it into its base by peft's merge_and_unload first"
     if not kind.objection(parent):
         return "say chain.mode=merge"
     names = [name for name, method in METHODS.all().items() if method.saves is kind and method.can_continue]

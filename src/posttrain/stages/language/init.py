@@ -13,7 +13,7 @@ from posttrain.models.hub import BaseInfo, digest, resolve
 from posttrain.models.language.loading import base_digest
 from posttrain.models.language.reward_model import HEAD, saved_head
 from posttrain.models.language.tokenizer import load_tokenizer, make_encoder
-from posttrain.models.peft.kinds import is_plain_sum, require_kind, way_on
+from posttrain.models.peft.kinds import is_plain_sum, leaves_the_base, odd_setting, require_kind, way_on
 from posttrain.models.peft.merge import merged_directory
 from posttrain.runs.artifact import Artifact, open_artifact
 from posttrain.runs.earlier import same_base
@@ -147,6 +147,9 @@ def chain_mode(cfg: LanguageStage, parent: dict[str, Any]) -> str:
     if mode == "stack" and not stackable:
         which = f"peft={method}" if not cfg.peft.is_additive else f"init's {kind.name} adapter"
         raise UserError(f"chain.mode: stack needs changes that are sums, which {which} is not; {way_on(kind, parent)}")
+    if mode == "continue" and not leaves_the_base(parent):
+        odd = odd_setting(parent, parent.keys())
+        raise UserError(f"chain.mode: continue writes an adapter's own tensors alone; {odd}; {way_on(kind, parent)}")
     if mode == "continue" and not (cfg.peft.can_continue and cfg.peft.saves is kind):
         raise UserError(f"chain.mode: peft={cfg.peft.named} cannot go on with init's {kind.name} adapter; {way_on(kind, parent)}")
     if mode == "merge" and (reason := kind.objection(parent)):
