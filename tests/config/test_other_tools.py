@@ -11,7 +11,10 @@ from posttrain.config.compose import compose_run
 from posttrain.config.interfaces import METHODS
 from posttrain.config.other_tools import meaning, option_meaning, words
 from posttrain.config.paths import root
+from posttrain.data.collate import BatchSampler
+from posttrain.launch.worker import PATIENCE
 from posttrain.runs.identity import flatten
+from posttrain.runs.yaml_files import read_yaml
 
 OPEN = ("data.columns.", "data.sources.", "dpo.options.")  # whose names are the user's, or a loss's
 GIVEN = {"ppo": ["reward.function=length"]}
@@ -70,3 +73,36 @@ def test_the_option_of_another_tool_is_named_in_one_line() -> None:
     assert option_meaning("--optim.lr", "1e-4") == "--optim.lr: settings are words without dashes: optim.lr=1e-4"
     assert option_meaning("--nonsense") == "" == meaning("nonsense")
     assert CliRunner().invoke(app, ["sft", "--nonsense"]).exit_code == 2
+
+
+NF4 = read_yaml(root("configs") / "quant" / "nf4.yaml")
+# a reason that is a promise -> what it says, and whether that is so
+PROMISES = {
+    "bnb_4bit_compute_dtype": ("quant.compute_dtype, bfloat16 by default", lambda: NF4["compute_dtype"] == "bfloat16"),
+    "use_bnb_nested_quant": ("quant.double_quant, true by default", lambda: NF4["double_quant"] is True),
+    "double_quantization": ("quant.double_quant, true by default", lambda: NF4["double_quant"] is True),
+    "dataloader_drop_last": ("the last step of a run may be smaller", lambda: _steps_of(7, 2) == [2, 2, 2, 1]),
+    "disable_shuffling": ("random order, which train.seed decides", lambda: _drawn(1) == _drawn(1) != _drawn(2)),
+    "ddp_timeout": ("six hours", lambda: PATIENCE.total_seconds() == 6 * 3600),
+    "log_completions": ("eval.generate.prompts", lambda: compose_run("sft", [])["eval"]["generate"]["prompts"] == 0),
+}
+
+
+def _steps_of(units: int, batch: int) -> list[int]:
+    order = BatchSampler.shuffled(units, batch, 1, 1, 0, units)
+    assert sorted(unit for step in range(order.num_steps) for unit in order.step(step)) == list(range(units)), "each is drawn"
+    return [len(order.step(step)) for step in range(order.num_steps)]
+
+
+def _drawn(seed: int) -> list[int]:
+    return BatchSampler.shuffled(100, 2, 1, 1, seed, 100).drawn.tolist()
+
+
+@pytest.mark.parametrize("word", PROMISES)
+def test_a_reason_is_so(word: str) -> None:
+    said, is_so = PROMISES[word]
+    assert said in words()[word].says and is_so()
+
+
+def test_what_can_be_ordered_otherwise_is_not_said_to_be_always_random() -> None:
+    assert "curriculum" in compose_run("sft", []) and "curriculum.by" in words()["disable_shuffling"].says
