@@ -80,6 +80,46 @@ def test_intervals_stand_beside_their_figure_and_paths_are_cut(run: Path, tmp_pa
 
 
 def test_names_of_bases() -> None:
-    assert hub_name(Base(name="org/model", path="x")) == "org/model"
+    assert hub_name(Base(name="org/model", path="org/model")) == "org/model"
+    assert hub_name(Base(name="org/model", path="/no/such/place")) is None
     assert hub_name(Base(name="smollm2")) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert [hub_name(Base(name=name)) for name in ("tiny", "/some/where", "./here/there", "tests/reports")] == [None] * 4
+
+
+def test_what_is_of_the_hub_is_so_from_anywhere(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path looks like a name of the hub where it does not exist: the card is written again by push, elsewhere."""
+    found = json.loads((run / "manifest.json").read_text())
+    found["data"][0] |= {"source": "data/chat.jsonl", "fingerprint": "a" * 64}
+    found["data"].append({"source": "org/rows", "fingerprint": "hub:org/rows@abc::train"})
+    found["base"] |= {"name": "models/mine", "path": str(tmp_path / "models" / "mine")}
+    _written_again(run, tmp_path, found)
+    monkeypatch.chdir(tmp_path)
+    head = ModelCard.load(write_card(tmp_path)).data.to_dict()
+    assert head["datasets"] == ["org/rows"] and "base_model" not in head
+
+
+@pytest.mark.parametrize(
+    ("said", "want"),
+    [
+        ("license: [mit, apache-2.0]", {"license": ["mit", "apache-2.0"]}),
+        ("license: other\nlicense_name: mine\nlicense_link: https://a.b/c", {
+            "license": "other", "license_name": "mine", "license_link": "https://a.b/c"
+        }),
+        ("license: other\nlicense_name: mine\nlicense_link: LICENSE", {"license": "other", "license_name": "mine"}),
+    ],
+)  # fmt: skip
+def test_the_base_s_licence_is_kept_as_it_is_said(run: Path, tmp_path: Path, said: str, want: dict[str, object]) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{said}\n---\n")
+    found = json.loads((run / "manifest.json").read_text())
+    found["base"] |= {"name": str(tmp_path / "base"), "path": str(tmp_path / "base")}
+    _written_again(run, tmp_path, found)
+    head = ModelCard.load(write_card(tmp_path)).data.to_dict()
+    assert {key: value for key, value in head.items() if key.startswith("license")} == want
+
+
+def _written_again(run: Path, place: Path, manifest: dict[str, object]) -> None:
+    (place / "adapter").mkdir()
+    write_text(place / "adapter" / "adapter_config.json", (run / "adapter" / "adapter_config.json").read_text())
+    write_text(place / "config.yaml", (run / "config.yaml").read_text())
+    write_text(place / "manifest.json", json.dumps(manifest))

@@ -57,33 +57,49 @@ def write_card(run: Path) -> Path:
 
 
 def hub_name(base: Base) -> str | None:
-    """The base's name on the hub; None where it is a directory, or made on the spot."""
+    """The base's name on the hub; None where it is a directory, or made on the spot. Wherever it is asked: a directory's path is
+    absolute, and its name may look like one of the hub from elsewhere."""
     if base.name in BUILTIN:
         return HUB_ID if base.name == "smollm2" else None
-    return base.name if _HUB.fullmatch(base.name) and not Path(base.name).exists() else None
+    here = Path(base.path).is_absolute() or Path(base.name).exists()
+    return base.name if _HUB.fullmatch(base.name) and not here else None
 
 
 def _head(manifest: Manifest) -> ModelCardData:
     method = manifest.peft.method
     kind = "diffusers" if manifest.pipeline else "peft" if manifest.weights.kind == "adapter" else "transformers"
-    of_hub = {each.source for each in manifest.data if _HUB.fullmatch(each.source) and not Path(each.source).exists()}
+    of_hub = {each.source for each in manifest.data if (each.fingerprint or "").startswith("hub:")}
     task = "text-to-image" if manifest.pipeline else "text-classification" if manifest.stage == "rm" else "text-generation"
     tags = ["posttrain", manifest.stage, *([method] if method != "none" else [])]
     return ModelCardData(
         base_model=hub_name(manifest.base),
         datasets=sorted(of_hub) or None,
         library_name=kind,
-        license=_license(manifest.base),
+        license=said if len(said := _license(manifest.base).split(", ")) > 1 else said[0],  # pyright: ignore
         pipeline_tag=task,
         tags=tags,
+        **_terms(manifest.base),
     )
 
 
+def _card_of(base: Base) -> Path | None:
+    """The base's own card, where that lies beside it or was fetched with it."""
+    return Path(base.path) / CARD if Path(base.path).is_dir() else _cached_card(hub_name(base) or "", "model", base.revision)
+
+
 def _license(base: Base) -> str:
-    """As the base's own card says it, where that lies beside it; else the hub's word for one that it does not know."""
-    if Path(base.path).is_dir():
-        return _said_by(Path(base.path) / CARD)
-    return _said_by(_cached_card(hub_name(base) or "", "model", base.revision))
+    """As the base's own card says it; else the hub's word for one that it does not know."""
+    return _said_by(_card_of(base))
+
+
+def _terms(base: Base) -> dict[str, str]:
+    """The name of a licence that is none of the hub's, and where it stands: beside the base, if that is no address."""
+    found, name = _head_of(_card_of(base)), hub_name(base)
+    terms = {key: str(found[key]) for key in ("license_name", "license_link") if found.get(key)}
+    link = terms.get("license_link", "https://")
+    if not link.startswith("https://"):
+        terms["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    return terms if name or link.startswith("https://") else {"license_name": terms.get("license_name", "other")}
 
 
 def _license_of_data(source: str) -> str:
@@ -102,12 +118,15 @@ def _cached_card(name: str, kind: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _said_by(card: Path | None) -> str:
+def _head_of(card: Path | None) -> dict[str, Any]:
     try:
-        found = RepoCard.load(card, ignore_metadata_errors=True).data.to_dict() if card and card.is_file() else {}
+        return RepoCard.load(card, ignore_metadata_errors=True).data.to_dict() if card and card.is_file() else {}
     except (OSError, ValueError, AttributeError):
-        return "unknown"
-    said = found.get("license") or "unknown"
+        return {}
+
+
+def _said_by(card: Path | None) -> str:
+    said = _head_of(card).get("license") or "unknown"
     return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
 
 

@@ -192,3 +192,14 @@ def test_unigram_is_refused_by_its_name() -> None:
     made.normalizer = normalizers.NFKC()
     with pytest.raises(UserError, match="no GGUF is written with a Unigram vocabulary, as T5 has; --to hf writes any"):
         vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"), [], 8)
+
+
+def test_of_a_run_on_bare_texts_those_come_first() -> None:
+    """Mistral 7B v0.3's space stands before the whole text alone: a run that never saw its template is asked by bare texts."""
+    tokenizer = sentencepiece("mistral3")
+    found = [vocabulary_of(tokenizer, [], 896, talks) for talks in (True, False)]
+    assert [v.prefix for v in found] == [False, True] and found[0].template == found[1].template
+    for vocabulary, right in zip(found, ([0, 5], [12, 0]), strict=True):
+        cutter = cutter_of(vocabulary, tokenizer)
+        alike = [[tokenizer(t, add_special_tokens=False).input_ids == cutter(t) for t in texts] for texts in (PLAIN, LEADING)]
+        assert [sum(each) for each in alike] == right and check_texts(cutter, tokenizer, vocabulary)

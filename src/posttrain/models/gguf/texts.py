@@ -49,12 +49,13 @@ def check_texts(cutter: Cutter, tokenizer: Any, vocabulary: Vocabulary) -> str:
     scheme = vocabulary.pieces.scheme if vocabulary.pieces else "never"
     spared = (*SPARED[scheme], *(("parted",) if vocabulary.composes else ()))
     plain = PLAIN if vocabulary.composes else (*PLAIN, *PARTED)
-    main, other = (_talks(tokenizer), plain) if vocabulary.template else (plain, ())
+    talks = _talks(tokenizer) if vocabulary.template else []
+    main, other = (talks, plain) if vocabulary.talks else (plain, talks)
     marked = _marked(vocabulary)
     spaced = [[part.replace("word", " word") for part in parts] for parts in marked]
     kinds: dict[str, Sequence[str | list[str]]] = {
-        "main": [*main, *(marked if vocabulary.template else [])],
-        "other": [*other, *([] if vocabulary.template else marked)],
+        "main": [*main, *(marked if vocabulary.talks else [])],
+        "other": [*other, *([] if vocabulary.talks else marked)],
         "parted": PARTED if vocabulary.composes else (),
         "leading": [*LEADING, *spaced],
     }

@@ -38,7 +38,8 @@ NO_RULE = "default"  # of a vocabulary with scores, which are all the rule that 
 @dataclass(frozen=True)
 class Vocabulary:
     """texts, kinds: one a row of the embedding; a row without a token has a text of its own. rule: of RULES. ends: where
-    answers stop. begin, close: whether a text begins with `bos`, ends with eos by itself. template: the chat template's text.
+    answers stop. begin, close: whether a text begins with `bos`, ends with eos by itself. template: the chat template's text. talks: texts
+    by it come first, where not all can be cut as the run's tokenizer does.
     beyond: added tokens that the embedding has no row for, as Gemma 3's of text alone has none for pictures: left out.
     composes: texts are made NFC first, which GGUF has no place for. pieces: of a vocabulary of SentencePiece's kind, which has
     neither merges nor rule."""
@@ -54,6 +55,7 @@ class Vocabulary:
     begin: bool
     close: bool
     template: str | None
+    talks: bool
     beyond: list[str]
     composes: bool
     pieces: Pieces | None = None
@@ -63,7 +65,7 @@ class Vocabulary:
         """Does llama.cpp put a space before texts? Where that is done before a whole text alone, it cannot do the same: then not
         in conversations, which begin with a special token."""
         scheme = self.pieces.scheme if self.pieces else "never"
-        return not self.template if scheme == "first" else scheme != "never"
+        return not self.talks if scheme == "first" else scheme != "never"
 
     @property
     def others(self) -> dict[str, int]:
@@ -97,8 +99,11 @@ class Vocabulary:
             writer.add_chat_template(self.template)
 
 
-def vocabulary_of(tokenizer: Any, ends: list[int], rows: int) -> Vocabulary:
-    """rows: of the embedding. ends: where the model stops. Raises UserError for what llama.cpp would tokenize otherwise."""
+def vocabulary_of(tokenizer: Any, ends: list[int], rows: int, talks: bool = True) -> Vocabulary:
+    """rows: of the embedding. ends: where the model stops. talks: was it trained on what the chat template writes?
+
+    Raises UserError for what llama.cpp would tokenize otherwise.
+    """
     if not getattr(tokenizer, "backend_tokenizer", None):
         raise UserError("export: this tokenizer has no tokenizer.json, so its merges are not known; --to hf writes any")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -125,7 +130,7 @@ def vocabulary_of(tokenizer: Any, ends: list[int], rows: int) -> Vocabulary:
     return Vocabulary(
         texts, pieces.kinds if pieces else kinds, merges, rule, own + [i for i in stops if i not in own], bos,
         tokenizer.pad_token_id, tokenizer.unk_token_id, x[:1] == [bos], x[-1:] == [eos],
-        template if isinstance(template, str) else None, list(beyond.values()),
+        template if isinstance(template, str) else None, talks and isinstance(template, str), list(beyond.values()),
         not apart and bool(content["normalizer"]), pieces,
     )  # fmt: skip
 

@@ -33,14 +33,16 @@ def gguf_file(request: Request) -> tuple[Path, Heard]:
     source = resolve(artifact.source, artifact.base.revision if artifact.kind == "adapter" else None, weights=False)
     require_family(config_of(source.directory, None))
     tokenizer = load_tokenizer(artifact.tokenizer, None, None, None)
-    vocabulary = vocabulary_of(tokenizer, [], len(tokenizer) + 2**20)
+    told = artifact.finished().template
+    talks = told is None or told.rows == "chat"
+    vocabulary = vocabulary_of(tokenizer, [], len(tokenizer) + 2**20, talks)
     check_texts(cutter_of(vocabulary, tokenizer), tokenizer, vocabulary)
     file = request.made / f"{request.name}-{dtype}.gguf"
     with scratch_beside(request.made) as scratch:
         heard = hear(request.run, scratch)
         plain_model(artifact, scratch / "model", None, request.max_kl)
         config = config_of(scratch / "model", None)
-        vocabulary = vocabulary_of(tokenizer, heard.ends, config.vocab_size)
+        vocabulary = vocabulary_of(tokenizer, heard.ends, config.vocab_size, talks)
         if left := len(vocabulary.ends) - 1 - len(vocabulary.others):
             say(f"GGUF has room for three stop tokens: {left} of {len(vocabulary.ends)} are left out")
         if vocabulary.beyond:
