@@ -71,6 +71,7 @@ def _head(manifest: Manifest) -> ModelCardData:
     of_hub = {each.source for each in manifest.data if (each.fingerprint or "").startswith("hub:")}
     task = "text-to-image" if manifest.pipeline else "text-classification" if manifest.stage == "rm" else "text-generation"
     tags = ["posttrain", manifest.stage, *([method] if method != "none" else [])]
+    extra: dict[str, Any] = dict(_terms(manifest.base))
     return ModelCardData(
         base_model=hub_name(manifest.base),
         datasets=sorted(of_hub) or None,
@@ -78,7 +79,7 @@ def _head(manifest: Manifest) -> ModelCardData:
         license=said if len(said := _license(manifest.base).split(", ")) > 1 else said[0],  # pyright: ignore
         pipeline_tag=task,
         tags=tags,
-        **_terms(manifest.base),
+        **extra,
     )
 
 

@@ -38,11 +38,10 @@ NO_RULE = "default"  # of a vocabulary with scores, which are all the rule that 
 @dataclass(frozen=True)
 class Vocabulary:
     """texts, kinds: one a row of the embedding; a row without a token has a text of its own. rule: of RULES. ends: where
-    answers stop. begin, close: whether a text begins with `bos`, ends with eos by itself. template: the chat template's text. talks: texts
-    by it come first, where not all can be cut as the run's tokenizer does.
-    beyond: added tokens that the embedding has no row for, as Gemma 3's of text alone has none for pictures: left out.
-    composes: texts are made NFC first, which GGUF has no place for. pieces: of a vocabulary of SentencePiece's kind, which has
-    neither merges nor rule."""
+    answers stop. begin, close: whether a text begins with `bos`, ends with eos by itself. template: the chat template's text.
+    talks: texts by it come first, where not all can be cut as the run's tokenizer does. beyond: added tokens that the embedding
+    has no row for, as Gemma 3's of text alone has none for pictures: left out. composes: texts are made NFC first, which GGUF
+    has no place for. pieces: of a vocabulary of SentencePiece's kind, which has neither merges nor rule."""
 
     texts: list[str]
     kinds: list[int]
