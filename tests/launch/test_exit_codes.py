@@ -1,5 +1,6 @@
 """What goes wrong is said once, and by whom: one process, or one of several with its number."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -144,3 +145,28 @@ guarded(lambda: None)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     left, frozen, threshold = ended.stdout.split()
     assert int(left) < 1000 and (frozen, threshold) == ("True", "50000")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a", None, "there/b"),
+            "failed: there/b: the disk is full; free some space\n",
+        ),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "failed: the disk is full; free some space\n",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "failed: x: the disk is mounted read-only; mount it for writing\n"),
+    ],
+)
+def test_a_disk_that_refuses_is_said_in_words_by_every_command(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POSTTRAIN_DEBUG", raising=False)
+
+    def command() -> None:
+        raise error
+
+    assert guarded(command) == 1 and capsys.readouterr().err == said

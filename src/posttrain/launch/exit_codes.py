@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from posttrain.errors import RunError, Stopped, UserError, is_out_of_memory
+from posttrain.launch.failures import said_by_disk
 from posttrain.secrets import redact
 
 
@@ -34,6 +35,10 @@ def guarded(command: Callable[[], Any]) -> int:
             raise
         if is_out_of_memory(e):
             _tell("failed: out of memory; end other programs, raise the limits (ulimit -v), or take a smaller model or batch")
+            return RunError.exit_code
+        if said := said_by_disk(e):
+            where = getattr(e, "filename2", None) or getattr(e, "filename", None)
+            _tell(f"failed: {f'{where}: ' if where else ''}{said}")
             return RunError.exit_code
         first = (str(e).strip().splitlines() or ["no message"])[0]
         _tell(f"failed: {type(e).__name__}: {first} (POSTTRAIN_DEBUG=1 shows the traceback)")

@@ -30,14 +30,17 @@ def named(error: Exception, config: dict[str, Any], directory: Path) -> RunError
         return RunError(f"{found}; it has said why if it could; {GOES_ON}")
     if is_out_of_memory(error):
         return RunError(f"out of memory; {_smaller(config)}; {GOES_ON}")
-    where = getattr(error, "filename", None) or directory
-    number = getattr(error, "errno", None)
-    said = next((text for code, text in DISK.items() if code == number or f"os error {code}" in str(error)), None)
-    if said:
-        return RunError(f"{where}: {said}; {GOES_ON}")
+    if said := said_by_disk(error):
+        return RunError(f"{getattr(error, 'filename', None) or directory}: {said}; {GOES_ON}")
     if isinstance(error, OSError) and is_main() and not directory.is_dir():  # of several processes others may not see it
         return RunError(f"run.dir: {directory} has vanished while the run was at work; bring it back, the same command goes on")
     return None
+
+
+def said_by_disk(error: Exception) -> str:
+    """What a disk has refused, and the fix; '' where it was no disk."""
+    number = getattr(error, "errno", None)
+    return next((text for code, text in DISK.items() if code == number or f"os error {code})" in str(error)), "")
 
 
 def _smaller(config: dict[str, Any]) -> str:
