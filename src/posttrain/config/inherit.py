@@ -38,7 +38,8 @@ def _require_its_base(init: str, model: str) -> None:
     """Raises UserError where a model is named beside an adapter of others that names another one."""
     artifact = open_artifact(init, "init")
     base = artifact.base.path
-    if artifact.kind != "adapter" or not base or base == model or Path(base).expanduser() == Path(model).expanduser():
+    made = Path(base).name.removesuffix("-v1")  # a built-in model's name, of its directory in the cache
+    if artifact.kind != "adapter" or not base or model in (base, made) or Path(base).expanduser() == Path(model).expanduser():
         return
     raise UserError(
         f"init: {init} is an adapter of {base}, not of model {model}; leave model out, or write that into its "
