@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.models.language.test_packed_lm import GPT, SMALL, V, batch_of, build, gradients
+from tests.models.language.test_packed_lm import SMALL, V, batch_of, build, gradients
 from torch import Tensor
 
 from posttrain.batch import Segment
@@ -35,7 +35,10 @@ IN_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3Next", {**SMALL, **LINEAR, **MOE}),
     "lfm2": ("Lfm2", {**SMALL, "layer_types": ["conv", "full_attention"]}),
     "bloom, whose positions are a bias": ("Bloom", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "gptj, whose attention cannot be exchanged": ("GPTJ", {**GPT, "rotary_dim": 4}),
+    "gpt_neo, whose attention cannot be exchanged": (
+        "GPTNeo",
+        {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    ),
     "llama4, attention in chunks": ("Llama4Text", {**SMALL, "head_dim": 8, "attention_chunk_size": 4, "num_local_experts": 2}),
 }
 
