@@ -27,7 +27,6 @@ RUNS = {
     "groups": [*PPO, "ppo.samples=4", "ppo.advantage=grpo", "ppo.loss=grpo"],
 }
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +35,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stage_runs_on_another_device(name: str, tmp_path: Path) -> None:
     said = ""
@@ -62,3 +62,18 @@ def test_the_device_refuses_what_lies_elsewhere() -> None:
     assert done.stdout.splitlines() == ["[3.0, 3.0] card:0", *["Expected all tensors to be on the same device, "] * 2], (
         done.stderr
     )
+
+
+def test_figures_of_two_devices_are_read_together() -> None:
+    """A stage's own are on the CPU, the loss's there; PPO has both. 6 / 2 and 8 / 4."""
+    words = (
+        "import torch; from tests.second_device import register; kept = register()\n"
+        "from posttrain.training.metrics import Averages\n"
+        "for places in (('cpu', 'card'), ('card', 'cpu')):\n"
+        "    found = Averages()\n"
+        "    found.add({name: (torch.tensor(total).to(place), count) for name, total, count, place in\n"
+        "               zip('ab', (6.0, 8.0), (2.0, torch.tensor(4.0).to(places[1])), places)})\n"
+        "    print(found.read())\n"
+    )
+    done = python("-c", words)
+    assert done.stdout.splitlines() == ["{'a': 3.0, 'b': 2.0}"] * 2, done.stderr

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
+from inspect import unwrap
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +71,7 @@ def _is_known_mlp(module: nn.Module) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     """Whose forward itself calls its file's rotation."""
-    forward = type(module).forward
+    forward = unwrap(type(module).forward)
     return isinstance(forward, FunctionType) and ROTATION in forward.__code__.co_names and ROTATION in forward.__globals__
 
 
@@ -79,7 +80,7 @@ def _is_known_attention(module: nn.Module) -> bool:
 
 
 def _rotation_differs(module: nn.Module) -> str:
-    own, random = type(module).forward.__globals__[ROTATION], Generator().manual_seed(0)
+    own, random = unwrap(type(module).forward).__globals__[ROTATION], Generator().manual_seed(0)
     why = f"transformers {version('transformers')} {OTHERWISE}" if _is_known_attention(module) else "it is another function"
     q, k, angles = _normal(random, 2, 4, 5, WIDTH), _normal(random, 2, 2, 5, WIDTH), _normal(random, 2, 5, WIDTH)
     for of_x, of_angles in TURNED:
@@ -97,7 +98,7 @@ def _rotation_differs(module: nn.Module) -> str:
 @cache
 def _attention_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """The class's own forward, which finds our rotation under the name of its file's: other models' is left as it is."""
-    own: Any = kind.forward
+    own: Any = unwrap(kind.forward)  # transformers 5.24 wraps it, for the older name of an argument
     names = {**own.__globals__, ROTATION: rotary(own.__globals__[ROTATION])}
     found = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     found.__kwdefaults__ = own.__kwdefaults__
