@@ -73,11 +73,11 @@ AutoModel, LoRA of 8B on an H100, 12,473 tokens/s (402 TFLOP/s); torchtune, QLoR
 
 def page(report: dict[str, Any] | None = None) -> str:
     """The section of docs/benchmarks.md. report: gpu_all.py's; None: the one at REPORT."""
-    report = report or json.loads(REPORT.read_text(encoding="utf-8"))
-    found = {each["goal"]: f"{each['state']}: {each['says']}" for each in judged(report["cases"])}
+    seen: dict[str, Any] = report or json.loads(REPORT.read_text(encoding="utf-8"))
+    found = {each["goal"]: f"{each['state']}: {each['says']}" for each in judged(seen["cases"])}
     rows = [f"| {goal.name} | {goal.bound} | {goal.card or 'any card'} | {found[goal.name]} |" for goal in GOALS]
-    cards = dict.fromkeys(each["device"] for each in report["cases"] if "device" in each)
-    return PAGE.format(rows="\n".join(rows), cards=", ".join(cards), date=report["date"])
+    cards = dict.fromkeys(each["device"] for each in seen["cases"] if "device" in each)
+    return PAGE.format(rows="\n".join(rows), cards=", ".join(cards), date=seen["date"])
 
 
 def judged(cases: list[dict[str, Any]], goals: tuple[Goal, ...] = GOALS) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ class There(torch.Tensor):
     """A tensor of that device. here: its numbers."""
 
     here: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> There:

@@ -45,7 +45,7 @@ def test_more_bits_are_nearer_and_k_quants_nearer_than_plain_ones() -> None:
     values = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
 
     def far(back: Any) -> float:
-        return float(np.linalg.norm(back - values.numpy()) / values.norm())
+        return float(np.linalg.norm(back - values.numpy())) / float(values.norm())
 
     ours = [far(read(values, kind).numpy()) for kind in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)]
     plain = [far(gguf.dequantize(gguf.quants.quantize(values.numpy(), kind), kind)) for kind in (Kind.Q4_0, Kind.Q5_0)]

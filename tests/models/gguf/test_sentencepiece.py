@@ -162,8 +162,8 @@ def test_runs_of_spaces_may_have_one_score_together() -> None:
     tokenizer = changed(sentencepiece("llama2"), mixed)
     vocabulary = vocabulary_of(tokenizer, [], 896)
     ids = tokenizer.convert_tokens_to_ids([SPACE * n for n in (2, 3, 4, 8)])
-    spm = cutter_of(vocabulary, tokenizer)
-    assert spm and [spm.scores[i] - spm.scores[ids[0]] for i in ids] == [0.0, 5.0, 5.0, 6.0]
+    spm: Any = cutter_of(vocabulary, tokenizer)
+    assert [spm.scores[i] - spm.scores[ids[0]] for i in ids] == [0.0, 5.0, 5.0, 6.0]
     assert check_texts(spm, tokenizer, vocabulary) == ""
 
 

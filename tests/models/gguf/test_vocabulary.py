@@ -70,7 +70,8 @@ def test_a_rule_that_is_nearly_one_is_refused(parts: list[Any], ignore_merges: b
 def test_a_token_that_takes_white_space_is_seen(how: dict[str, bool]) -> None:
     """llama.cpp takes none in such a vocabulary."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False, special=True, **how)])
+    tokens: Any = [AddedToken("<tool>", normalized=False, special=True, **how)]
+    tokenizer.add_tokens(tokens)
     vocabulary = vocabulary_of(tokenizer, [2], 896)
     with pytest.raises(UserError, match=r"llama\.cpp would cut '.*<tool>.*' as .*--to hf writes any"):
         check_texts(cutter_of(vocabulary, tokenizer), tokenizer, vocabulary)
@@ -88,7 +89,8 @@ def test_nfc_is_said_with_a_text() -> None:
 def test_added_tokens_without_a_row_are_left_out_and_others_refused(tmp_path: Path) -> None:
     """As Gemma 3's token for pictures in its models of text alone."""
     tokenizer, model = tiny_tokenizer(), made(tmp_path, "llama", vocab_size=len(tiny_tokenizer()))
-    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    tokens: Any = [AddedToken("<image>", special=True)]
+    tokenizer.add_tokens(tokens)
     vocabulary = vocabulary_of(tokenizer, [2], model.config.vocab_size)
     assert vocabulary.beyond == ["<image>"] and len(vocabulary.texts) == model.config.vocab_size
     write_gguf(tmp_path, model.config, vocabulary, "f32", tmp_path / "m.gguf", "m")

@@ -67,12 +67,13 @@ class _Way(torch.autograd.Function):
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(ctx.trained)
         with ctx.around.again(), _by_itself():
-            for rows, grad, to in zip(*(_tiles(t, ctx.number) for t in (x, grads[0], of_x)), strict=True):
-                own = rows.detach().requires_grad_(of_x is not None)
-                made = ctx.part(own, False)
-                found = _gradients(made, grad, [*([own] if to is not None else []), *ctx.trained])
+            tiles, gradients = x.tensor_split(ctx.number), grads[0].tensor_split(ctx.number)
+            for rows, grad, to in zip(tiles, gradients, _tiles(of_x, ctx.number), strict=True):
+                own = rows.detach().requires_grad_(to is not None)
+                found = _gradients(ctx.part(own, False), grad, [own, *ctx.trained] if to is not None else ctx.trained)
                 if to is not None:
-                    to.copy_(found.pop(0))  # pyright: ignore
+                    of_rows = found.pop(0)
+                    to.zero_() if of_rows is None else to.copy_(of_rows)
                 sums = [_added(a, b) for a, b in zip(sums, found, strict=True)]
         return of_x, None, None, *sums
 
@@ -83,7 +84,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, way: Tensor, x: Tensor, part: Part, number: int) -> Tensor:
         with _by_itself():
-            return torch.cat([part(rows, True).detach() for rows in _tiles(x, number)])
+            return torch.cat([part(rows, True).detach() for rows in x.tensor_split(number)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +129,7 @@ def _tiles(x: Tensor | None, number: int) -> Sequence[Tensor | None]:
     return [None] * number if x is None else x.tensor_split(number)
 
 
-def _gradients(made: Tensor, grad: Tensor, wanted: list[Tensor]) -> list[Tensor | None]:
+def _gradients(made: Tensor, grad: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     if not wanted or not made.requires_grad:
         return [None] * len(wanted)
     return list(torch.autograd.grad(made, wanted, grad.to(made.dtype), allow_unused=True))
