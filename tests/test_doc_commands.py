@@ -96,11 +96,12 @@ def test_its_settings_compose(page: Path, words: list[str], tmp_path: Path, monk
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     name, params = parsed([re.sub(r"^init=\w+://", "init=", word) for word in words])  # nothing is fetched here
-    config = params.get("config")
-    if config and not config.is_file():  # of a run
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text("train.max_steps: 3\n")
-    said = [*([f"--config={config}"] if config else []), *(params.get("overrides") or params.get("words") or [])]
+    configs = params.get("config") or []
+    for config in configs:
+        if not config.is_file():  # of a run
+            config.parent.mkdir(parents=True, exist_ok=True)
+            config.write_text("train.max_steps: 3\n")
+    said = [*(f"--config={config}" for config in configs), *(params.get("overrides") or params.get("words") or [])]
     if name == "run" and params["name"]:
         for step in load_recipe(params["name"], said).steps:
             if step.stage in stages():
