@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GraniteConfig
@@ -171,6 +173,10 @@ def test_others_load_it_and_give_its_scores(tmp_path: Path, method: str) -> None
         base = AutoModelForSequenceClassification.from_pretrained(made["base"]["path"], num_labels=1, dtype=dtype, **extra)
         keep_as_quantized(base)
         model = PeftModel.from_pretrained(base, str(folder))
+    if method == "prefix" and Version(version("transformers")) >= Version("5.24"):
+        pytest.skip(
+            f"peft {version('peft')} has no prefix tuning of a classifier with transformers 5.24, which renamed its cache"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.eval()
     data, encoder = examples()
