@@ -38,7 +38,7 @@ from posttrain.models.language.activations import activations, model_of_shapes
 from posttrain.models.language.generation import Sampling, sample
 from posttrain.models.language.packed_lm import PackedLM
 from posttrain.models.language.reward_model import PackedScorer
-from posttrain.models.language.room import Layers, inside
+from posttrain.models.language.room import Layers
 from posttrain.models.offload.activations import check_offload
 from posttrain.models.peft.attach import add_method
 from posttrain.models.peft.methods.lora import Lora
@@ -111,7 +111,7 @@ def recomputed(model: Any, method: Any, options: argparse.Namespace, device: str
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 12 * trained + head_bytes(model.get_output_embeddings().weight, options.tokens, device)
     whole, narrow = kept[0].whole - kept[1].whole, kept[0].narrow - kept[1].narrow
-    layers = Layers(whole, inputs, SHAPES[options.shape]["num_hidden_layers"], inside(whole, narrow, options.tokens))
+    layers = Layers.of(whole, narrow, inputs, SHAPES[options.shape]["num_hidden_layers"], options.tokens)
     return layers.to_recompute(0.9 * free_bytes(options.cap) - fixed)
 
 

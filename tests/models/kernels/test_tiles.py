@@ -121,6 +121,9 @@ def test_layers_that_are_kept_and_short_packs_go_in_one_piece() -> None:
     lm = PackedLM(model, "documents")
     lm.recompute(1)
     assert [getattr(layer.mlp, SIZE, None) for layer in lm.layers] == [TILE, None]
+    lm.recompute(2)
+    lm.recompute(1)
+    assert [getattr(layer.mlp, SIZE, None) for layer in lm.layers] == [TILE, None]
     assert [number_of(tokens, 8) for tokens in (1, 15, 16, 23, 24)] == [1, 1, 2, 2, 3] and number_of(1000, None) == 1
     assert [largest_tile(tokens, 8) for tokens in (7, 15, 16, 23)] == [7, 15, 8, 12]
     short, plain = with_lora(FAMILIES["llama"]), with_lora(FAMILIES["llama"])

@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain.models.kernels.tiles import TILE
-from posttrain.models.language.room import Layers, inside
+from posttrain.models.language.room import Layers
 
 TEN = Layers(100, 10, 10, 100)  # each leaves 100, of which 10 are inputs
 TILED = TEN._replace(inside=40)
@@ -20,8 +20,8 @@ def test_one_that_goes_in_tiles_is_not_there_in_whole() -> None:
     assert TILED.most(10) == 100 + 40 + 56
     assert TILED.most(4) == 600 + 40 + 40 + 140  # the last ones do not go in tiles
     assert TILED.to_recompute(690) == 6  # 490 / 90
-    assert inside(100, 40, 2 * TILE - 1) == 100 and inside(100, 40, 0) == 100
-    assert inside(100, 40, 2 * TILE) == 70 and inside(100, 40, 6 * TILE) == pytest.approx(50)
+    found = [Layers.of(100, 40, 10, 10, tokens).inside for tokens in (2 * TILE - 1, 0, 2 * TILE, 6 * TILE)]
+    assert found == pytest.approx([100, 100, 70, 50])
 
 
 def test_layers_to_recompute() -> None:

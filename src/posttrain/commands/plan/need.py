@@ -9,7 +9,7 @@ from typing import Literal
 
 from posttrain.devices.device import Rates
 from posttrain.models.language.activations import Activations
-from posttrain.models.language.room import Layers, inside
+from posttrain.models.language.room import Layers
 from posttrain.stages.language.recompute import USED
 
 FORMS = 0.516 + 2  # bytes that are read of a number in NF4, and written of it in 16 bit
@@ -33,8 +33,7 @@ class Need:
 
     def of_layers(self, tokens: int) -> Layers:
         """What a micro-batch of so many tokens leaves."""
-        kept = self.kept * tokens
-        return Layers(kept, self.inputs * tokens, self.layers, inside(kept, self.narrow * tokens, tokens))
+        return Layers.of(self.kept * tokens, self.narrow * tokens, self.inputs * tokens, self.layers, tokens)
 
     def recomputed(self, tokens: int) -> int:
         """Of so many layers, as a run's own `fit_memory` chooses."""

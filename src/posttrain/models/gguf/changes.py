@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.models.gguf.shapes import kv_heads
+
 
 @dataclass(frozen=True)
 class Change:
@@ -93,7 +95,5 @@ def of_neox(config: Any) -> Changes:
 
 def of_falcon(config: Any) -> Changes:
     """Queries that share a key and a value lie together with them."""
-    from posttrain.models.gguf.shapes import kv_heads
-
     groups = kv_heads(config)
     return {r"\.query_key_value\.": ungrouped(groups, config.num_attention_heads // groups)}

@@ -77,10 +77,9 @@ class PackedLM(nn.Module):
         causal = self.causal  # renamed in transformers 5.2x
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        for layer in self.layers[layers:]:
-            layer.gradient_checkpointing = False
-        for layer in self.layers[:layers]:
-            go_in_tiles(layer, tile)
+        for number, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = number < layers
+            go_in_tiles(layer, tile if number < layers else None)
 
     @contextmanager
     def without_prompt(self) -> Iterator[None]:

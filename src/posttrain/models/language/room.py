@@ -23,6 +23,13 @@ class Layers(NamedTuple):
     number: int
     inside: float
 
+    @classmethod
+    def of(cls, kept: float, narrow: float, inputs: float, number: int, tokens: int) -> Layers:
+        """For so many tokens. narrow: as kept, without what goes in tiles where a layer is recomputed; of that one is there at a
+        time."""
+        share = largest_tile(tokens, TILE) / tokens if tokens else 1.0
+        return cls(kept, inputs, number, narrow + (kept - narrow) * share)
+
     def most(self, recomputed: int) -> float:
         """Bytes at the worst moment: every layer's inputs where it is recomputed, one such layer in whole, all of the others; and
         what one layer's backward works with."""
@@ -44,10 +51,3 @@ class Layers(NamedTuple):
         All this is an estimate: half of what seems left is not touched.
         """
         return max(0, min(self.number, math.floor((free - self.most(recomputed)) / 2 / max(dense, 1.0))))
-
-
-def inside(kept: float, narrow: float, tokens: int) -> float:
-    """Bytes that a layer which is recomputed has in whole with so many tokens. kept: bytes that it leaves; narrow: without what
-    goes in tiles, of which one is there at a time."""
-    share = largest_tile(tokens, TILE) / tokens if tokens else 1.0
-    return narrow + (kept - narrow) * share

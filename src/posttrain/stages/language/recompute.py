@@ -17,7 +17,7 @@ from posttrain.devices.device import Device
 from posttrain.models.kernels.logprobs import head_bytes
 from posttrain.models.language.activations import Activations, activations, model_of_shapes
 from posttrain.models.language.packed_lm import PackedLM
-from posttrain.models.language.room import Layers, inside
+from posttrain.models.language.room import Layers
 from posttrain.models.offload.stream import LayerStream
 from posttrain.models.quantization.nf4 import dense_bytes, keep_dense
 from posttrain.stages.language.build import TrainableModel
@@ -100,7 +100,7 @@ def _asked(cfg: LanguageStage, built: TrainableModel, tokens: int, device: torch
     inputs = float(tokens * width * built.dtype.itemsize)
     fixed = _shared(cfg, built) if cfg.train.fsdp else _trained(cfg, built, device)
     fixed += head_bytes(built.module.head.weight, tokens, device.type)
-    return Asked(fixed, Layers(kept, inputs, layers, inside(kept, narrow, tokens)))
+    return Asked(fixed, Layers.of(kept, narrow, inputs, layers, tokens))
 
 
 def _trained(cfg: LanguageStage, built: TrainableModel, device: torch.device) -> float:
